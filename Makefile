@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make` lists the targets. Everything but gpu-check works inside $(VENV), which is made on first use.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= build/gpu-check
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help setup build demo test lint format bench gpu-check wheel-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: build  ## virtual environment, pinned dependencies, compiled extension
+
+# The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
+$(VENV)/.ready: constraints.txt pyproject.toml
+	@echo "[setup] virtual environment in $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
+	  || { echo "[setup] Python 3.10 to 3.13 is needed; choose one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q -c constraints.txt torch; else \
+	  $(PIP) install -q -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
+	  || $(PIP) install -q --retries 0 --timeout 20 -c constraints.txt 'torch==2.13.0+cpu' \
+	       --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(PIP) install -q -c constraints.txt torch; fi
+	@$(PIP) install -q -c constraints.txt triton setuptools wheel ninja pybind11
+	@COGVIEW_SKIP_EXTENSION=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+build: $(VENV)/.ready  ## (re)compile the extension in place
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
+	$(BIN)/cogview demo
+
+test: build  ## every test that this machine can run
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready  ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/.ready  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:  ## remove what was built (not the virtual environment)
+	rm -rf build dist *.egg-info cogview_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds ``cogview_kernels._C`` with ninja. No PyTorch and no GPU is needed.
+
+The CPU part is always built: ``csrc/bindings.cpp`` and ``csrc/common/*.cpp`` once, each
+``csrc/<op>/*_cpu.cpp`` once per instruction set, so that one binary serves every processor and picks
+at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when an nvcc is found.
+
+Environment variables
+    COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
+    COGVIEW_CUDA_ARCHS       e.g. "70;90": compute capabilities without the dot. The default is every one
+                             of DEFAULT_CUDA_ARCHS that the nvcc knows. PTX of the newest is added.
+    COGVIEW_SKIP_EXTENSION   1 installs the Python part alone (the Makefile builds the extension apart).
+    CXX, NVCC                the compilers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+DEFAULT_CUDA_ARCHS = (70, 75, 80, 86, 90, 100, 120)
+
+# Instruction sets compiled per kernel file; the name is also the C++ namespace.
+if platform.machine() in ("x86_64", "AMD64"):
+    ISA_FLAGS = {
+        "portable": [],
+        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx512": [
+            *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"),
+            "-mprefer-vector-width=512",
+        ],
+    }
+else:
+    ISA_FLAGS = {"portable": []}
+
+CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+
+
+def find_nvcc() -> str | None:
+    wanted = os.environ.get("COGVIEW_CUDA", "")
+    if wanted == "0":
+        return None
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
+    if nvcc is None and (home := os.environ.get("CUDA_HOME")):
+        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if nvcc is None and wanted == "1":
+        sys.exit("COGVIEW_CUDA=1, but no nvcc was found: put it on PATH or set NVCC or CUDA_HOME")
+    return nvcc
+
+
+def cuda_archs(nvcc: str) -> list[int]:
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = {int(a) for a in re.findall(r"compute_(\d+)", listed)}
+    if wanted := os.environ.get("COGVIEW_CUDA_ARCHS"):
+        archs = [int(a) for a in re.split(r"[;,\s]+", wanted.strip())]
+        if missing := [a for a in archs if a not in known]:
+            sys.exit(f"COGVIEW_CUDA_ARCHS names {missing}, which {nvcc} does not know; it knows {sorted(known)}")
+        return sorted(archs)
+    return [a for a in DEFAULT_CUDA_ARCHS if a in known]
+
+
+class NinjaBuildExt(build_ext):
+    """Writes one build.ninja and runs it, so that a rebuild compiles only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import ninja
+        import pybind11
+
+        build = Path(self.build_temp).resolve() / "ninja"
+        build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        nvcc = find_nvcc()
+        cxx = os.environ.get("CXX", "g++")
+        include = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        defines = [f"-DCOGVIEW_HAS_CUDA={int(nvcc is not None)}", f"-DCOGVIEW_X86={int(len(ISA_FLAGS) > 1)}"]
+
+        rules, edges, objects = [], [], []
+
+        def edge(rule: str, source: Path, suffix: str, **variables: str) -> None:
+            obj = build / (source.relative_to(CSRC).as_posix().replace("/", "__") + suffix + ".o")
+            objects.append(obj)
+            edges.append(f"build {obj}: {rule} {source}")
+            edges.extend(f"  {k} = {v}" for k, v in variables.items())
+
+        rules.append(
+            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines + include)} $flags "
+            "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
+        )
+        for source in [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp"))]:
+            edge("cxx", source, "")
+        for source in sorted(CSRC.glob("*/*_cpu.cpp")):
+            for isa, flags in ISA_FLAGS.items():
+                edge("cxx", source, f".{isa}", flags=" ".join([f"-DCOGVIEW_ISA={isa}", *flags]))
+
+        if nvcc is None:
+            print("cogview_kernels: no nvcc, building the CPU part only")
+            link = f"{cxx} -shared -pthread -o $out $in -ldl"
+        else:
+            archs = cuda_archs(nvcc)
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
+            host = f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Wno-deprecated-gpu-targets"
+            rules.append(
+                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {host} {' '.join(codes + defines)} -I{CSRC} "
+                "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
+            )
+            for source in sorted(CSRC.glob("*/*_cuda.cu")):
+                edge("nvcc", source, "")
+            # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
+            link = f"{nvcc} -ccbin {cxx} -shared --cudart static -Xcompiler -pthread -o $out $in -ldl"
+
+        rules.append(f"rule link\n  command = {link}\n  description = link $out")
+        inputs = " ".join(map(str, objects))
+        text = "\n".join([*rules, "", *edges, f"build {target}: link {inputs}", f"default {target}", ""])
+        script = build / "build.ninja"
+        if not script.exists() or script.read_text() != text:
+            script.write_text(text)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet"]
+        if jobs := os.environ.get("MAX_JOBS"):
+            command += ["-j", jobs]
+        subprocess.run(command, check=True)
+
+
+setup(
+    ext_modules=[] if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1" else [Extension("cogview_kernels._C", [])],
+    cmdclass={"build_ext": NinjaBuildExt},
+)
