@@ -1,2 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for CogView: three-region attention, Sandwich-LayerNorm, stable softmax, linear cross-entropy."""
+"""Kernels for CogView: three-region attention, Sandwich-LayerNorm, stable softmax, linear cross-entropy.
+
+Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here and why not.
+"""
+
+from cogview_kernels.stable_softmax import stable_softmax
+
+__all__ = ["stable_softmax"]
+__version__ = "0.1.0"
