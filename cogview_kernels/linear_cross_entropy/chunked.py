@@ -21,7 +21,7 @@ def _chunk_rows(vocabulary: int) -> int:
 
 
 def _counted(coefficient: Tensor) -> Tensor | None:
-    """Rows with a non-zero coefficient; None for all, and off the CPU, where their number is a synchronisation."""
+    """Rows with a non-zero coefficient; None for all, and off the CPU, where asking would synchronise."""
     if coefficient.device.type != "cpu" or bool(coefficient.all()):
         return None
     return coefficient.nonzero().squeeze(1)
