@@ -53,7 +53,7 @@ def decode_attention(
     on the lengths and nothing waits for the device, so that a step can be captured in a CUDA graph.
 
     Args:
-        q: ``[B, H, Tq, D]``; float32, float16, bfloat16 or float64. Its keys and values are in the cache already.
+        q: ``[B, H, Tq, D]``; float32, float16, bfloat16 or float64. Its keys and values are cached already.
         k_cache, v_cache: ``[B, Hkv, S, D]``, dtype and device of ``q``; H is a multiple of Hkv. What lies at
             or past ``lengths`` has no influence, whatever it is.
         lengths: int32 or int64 ``[B]`` on the device of ``q``: positions written so far, those of ``q``
@@ -67,7 +67,8 @@ def decode_attention(
 
     Raises:
         TypeError: a dtype above is not met.
-        ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots out of range.
+        ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
+            out of range.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
@@ -85,8 +86,10 @@ def decode_attention(
         return torch.zeros_like(q)
     if chosen == "sdpa":
         return decode_attention_sdpa(q, k_cache, v_cache, lengths, float(scale), *regions)
-    wide = (x if x.dtype == torch.float64 else x.float() for x in (q, k_cache, v_cache))
-    return decode_attention_reference(*wide, lengths, float(scale), *regions).to(q.dtype)
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    return decode_attention_reference(
+        q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, float(scale), *regions
+    ).to(q.dtype)
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout: _Layout | None) -> None:
@@ -97,15 +100,17 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout:
         if x.dtype != q.dtype:
             raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         _checks.check_same_device(_OP, name, x, "q", q)
-    B, H, Tq, D = q.shape
+    B, H, _, D = q.shape
     S = k_cache.shape[2]
     if k_cache.shape[0] != B or k_cache.shape[3] != D or D == 0:
         raise ValueError(
-            f"{_OP}: k_cache must have shape [{B}, Hkv, S, {max(D, 1)}] to go with q, got {tuple(k_cache.shape)}"
+            f"{_OP}: k_cache must have shape [{B}, Hkv, S, {max(D, 1)}] to go with q, "
+            f"got {tuple(k_cache.shape)}"
         )
     if v_cache.shape != k_cache.shape:
         raise ValueError(
-            f"{_OP}: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, got {tuple(v_cache.shape)}"
+            f"{_OP}: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, "
+            f"got {tuple(v_cache.shape)}"
         )
     if k_cache.shape[1] == 0 or H % k_cache.shape[1]:
         raise ValueError(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention as a dense masked softmax over the cache in eager PyTorch: any device, any floating dtype."""
+"""Decode attention as a dense masked softmax over the cache in eager PyTorch: any device, any float dtype."""
 
 from __future__ import annotations
 

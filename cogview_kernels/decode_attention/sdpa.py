@@ -45,7 +45,7 @@ def decode_attention_sdpa(
     # What lies past the end may be anything, NaN included, which no weight of 0 would remove.
     unwritten = ((key < 0) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
     keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
-    # A query before position 0 sees nothing: it is given every key, so that no row is empty, and zeroed after.
+    # A query before position 0 sees nothing: it is given every key, so that no row is empty, then zeroed.
     blind = query < 0
     mask = (seen | blind)[:, None]
     if bias is not None:

@@ -81,8 +81,10 @@ def three_region_attention(
     if chosen == "sdpa":
         return three_region_attention_sdpa(q, k, v, *regions)
     seed_tensor = _random.as_seed(seed) if dropout_p > 0 else None
-    wide = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
-    out, lse = three_region_attention_reference(*wide, *regions, float(dropout_p), seed_tensor)
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    out, lse = three_region_attention_reference(
+        q.to(wide), k.to(wide), v.to(wide), *regions, float(dropout_p), seed_tensor
+    )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 

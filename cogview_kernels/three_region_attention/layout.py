@@ -74,8 +74,8 @@ class ThreeRegionLayout:
             raise TypeError(f"{op}: pivots must be a tensor, got {type(self.pivots).__name__}")
         if self.pivots.dtype not in _INTEGERS:
             raise TypeError(
-                f"{op}: pivots must be int64, int32 or int16, got {self.pivots.dtype}; a boolean mask becomes "
-                "pivots by ThreeRegionLayout.sample"
+                f"{op}: pivots must be int64, int32 or int16, got {self.pivots.dtype}; "
+                "ThreeRegionLayout.sample makes pivots from a boolean mask"
             )
         if self.pivots.dim() != 2:
             raise ValueError(f"{op}: pivots must have shape [B, P], got {tuple(self.pivots.shape)}")
@@ -103,8 +103,8 @@ class ThreeRegionLayout:
             text_mask: boolean ``[B, T]``; True positions always become pivots.
             num_pivots: pivots a sample. Where fewer valid positions exist, -1 fills the rest.
             block_size, window_blocks: the window, as in :class:`ThreeRegionLayout`.
-            density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that the
-                random pivots stand for the positions left out; False gives 0.
+            density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that
+                the random pivots stand for the positions left out; False gives 0.
             valid_mask: boolean ``[B, T]``; the random pivots are drawn uniformly, without replacement, among
                 its True positions that are not text. None: among all.
             generator: of the masks' device; None takes PyTorch's default one.
@@ -129,7 +129,8 @@ class ThreeRegionLayout:
         _check_count(op, "num_pivots", num_pivots, 0)
         if generator is not None and generator.device.type != text_mask.device.type:
             raise ValueError(
-                f"{op}: generator must be on the device of text_mask, {text_mask.device}, got {generator.device}"
+                f"{op}: generator must be on the device of text_mask, {text_mask.device}, "
+                f"got {generator.device}"
             )
         B, T = text_mask.shape
         fits = text_mask.sum(1) <= num_pivots
@@ -193,14 +194,15 @@ def check_pivot_values(op: str, pivots: Tensor, T: int) -> None:
     outside = (pivots < -1) | (pivots >= T)
     if bool(outside.any()):
         raise ValueError(
-            f"{op}: layout.pivots must lie in [0, {T}) (-1 pads), got {int(pivots[outside][0])}; draw them for "
-            "this sequence length"
+            f"{op}: layout.pivots must lie in [0, {T}) (-1 pads), got {int(pivots[outside][0])}; "
+            "draw them for this sequence length"
         )
     ordered = pivots.sort(1).values
     repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if bool(repeated.any()):
         raise ValueError(
-            f"{op}: layout.pivots must be unique within a sample, got {int(ordered[:, 1:][repeated][0])} twice"
+            f"{op}: layout.pivots must be unique within a sample, "
+            f"got {int(ordered[:, 1:][repeated][0])} twice"
         )
 
 

@@ -10,7 +10,7 @@ from cogview_kernels import _random
 
 
 def region_masks(pivots: Tensor, block_size: int, window_blocks: int, T: int) -> tuple[Tensor, Tensor]:
-    """``(window [T, T], far [B, T, T])``: which keys (last dimension) each query sees, and in which region."""
+    """``(window [T, T], far [B, T, T])``: which keys (last dimension) a query sees, and in which region."""
     position = torch.arange(T, device=pivots.device)
     block = position // block_size
     # Column T takes the -1 that pad; a pivot past it is an index error.
@@ -34,7 +34,7 @@ def three_region_attention_reference(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`cogview_kernels.three_region_attention`; ``(out, lse)`` in the dtype of ``q``."""
-    B, H, T, D = q.shape
+    B, H, T, _ = q.shape
     G = H // k.shape[1]
     k, v = (x.repeat_interleave(G, dim=1) if G > 1 else x for x in (k, v))
     window, far = region_masks(pivots, block_size, window_blocks, T)

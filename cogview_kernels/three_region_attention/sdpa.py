@@ -30,7 +30,7 @@ def three_region_attention_sdpa(
     """See :func:`cogview_kernels.three_region_attention`; in the dtype of ``q``, no dropout."""
     T, w, W = q.shape[2], block_size, window_blocks
     gqa = q.shape[1] != k.shape[1]
-    if T <= w * W:
+    if w * W >= T:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
         window, far = region_masks(pivots, w, W, T)
