@@ -4,7 +4,19 @@
 Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here and why not.
 """
 
+from cogview_kernels.decode_attention import decode_attention
 from cogview_kernels.stable_softmax import stable_softmax
+from cogview_kernels.three_region_attention import (
+    ThreeRegionLayout,
+    ThreeRegionPlan,
+    three_region_attention,
+)
 
-__all__ = ["stable_softmax"]
+__all__ = [
+    "ThreeRegionLayout",
+    "ThreeRegionPlan",
+    "decode_attention",
+    "stable_softmax",
+    "three_region_attention",
+]
 __version__ = "0.1.0"
