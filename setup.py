@@ -119,7 +119,10 @@ class NinjaBuildExt(build_ext):
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
-            host = f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Wno-deprecated-gpu-targets"
+            host = (
+                f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
+                "-Wno-deprecated-gpu-targets"
+            )
             rules.append(
                 f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {host} {' '.join(codes + defines)} -I{CSRC} "
                 "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"

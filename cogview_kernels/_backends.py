@@ -37,7 +37,9 @@ def why_not(backend: str, device: torch.device) -> str:
         if TRITON_INTERPRETED:
             return ""
         if device.type != "cuda":
-            return f"triton serves NVIDIA GPUs, these tensors are on {device} (TRITON_INTERPRET=1 runs its interpreter)"
+            return (
+                f"triton serves NVIDIA GPUs, these tensors are on {device}; TRITON_INTERPRET=1 interprets it"
+            )
         if torch.cuda.get_device_capability(device) < (8, 0):
             return "triton has no matrix units below compute capability 8.0; the cuda backend serves this GPU"
         return ""
@@ -67,7 +69,7 @@ _defaults: dict[tuple[str, torch.device], str] = {}
 
 
 def _default(op: str, supported: tuple[str, ...], device: torch.device) -> str:
-    refused = []
+    refused: list[tuple[str, str]] = []
     for backend in _preference(device):
         reason = why_not(backend, device) if backend in supported else "not written for this op"
         if not reason:

@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_float(op: str, name: str, x: Tensor, *, double: bool = False) -> None:
-    """``x`` is a floating tensor of a dtype that kernels take (float64 where the backend is plain PyTorch)."""
+    """``x`` has a dtype that kernels take (with ``double``, float64 too: plain PyTorch backends)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype in FLOATS or (double and x.dtype == torch.float64):

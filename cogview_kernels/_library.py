@@ -22,14 +22,14 @@ def define(schema: str) -> None:
 def implement(
     name: str, function: Callable[..., Any], autograd: type[torch.autograd.Function] | None = None
 ) -> None:
-    """``function`` runs on the CPU and on CUDA; with ``autograd`` the op is differentiable when called itself."""
+    """``function`` runs on CPU and CUDA; with ``autograd`` the op itself is differentiable."""
     _library.impl(name, function, "CompositeExplicitAutograd")
     if autograd is not None:
         _library.impl(name, autograd.apply, "Autograd")
 
 
 def eager(name: str, *arguments: Any) -> Any:
-    """Calls the op past its Autograd key: from its own ``autograd.Function``, or where nothing needs a gradient.
+    """Calls the op past its Autograd key: from its own Function, or where nothing needs a gradient.
 
     The key costs 10 us of host time. Not traceable; under ``torch.compile`` call ``torch.ops`` itself.
     """

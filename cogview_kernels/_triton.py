@@ -17,13 +17,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def offset(index, stride):
-    """``index * stride`` in 64 bits. Every offset that a tensor's size can push past 2^31 goes through here."""
+    """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
     return index.to(tl.int64) * stride
 
 
 @triton.jit
 def store_rounded(pointer, value, mask, dtype: tl.constexpr):
-    """Store float32 ``value`` as ``dtype``, rounding to nearest even in the interpreter too (it truncates to bf16)."""
+    """Store float32 as ``dtype``, to nearest even (the interpreter alone would truncate to bf16)."""
     if dtype == tl.bfloat16:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -33,7 +33,8 @@ def describe() -> str:
     else:
         lines.append(
             f"extension       CPU part: {_extension.native.isa()}, threads from "
-            f"{_extension.native.parallel_runtime()}; CUDA part: {'built' if _extension.has_cuda else 'not built'}"
+            f"{_extension.native.parallel_runtime()}; "
+            f"CUDA part: {'built' if _extension.has_cuda else 'not built'}"
         )
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:

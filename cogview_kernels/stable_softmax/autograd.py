@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.ops.cogview_kernels.stable_softmax``: registration, fake tensors, and what is saved (the output)."""
+"""``torch.ops.cogview_kernels.stable_softmax``: registration, fake tensors; the output is what is saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch.autograd.function import once_differentiable
 from cogview_kernels import _extension, _library
 
 _library.define(
-    "stable_softmax(Tensor scores, float alpha, float scale, Tensor? mask, bool causal, str backend) -> Tensor"
+    "stable_softmax(Tensor scores, float alpha, float scale, Tensor? mask, bool causal, str backend)"
+    " -> Tensor"
 )
 _library.define("stable_softmax_backward(Tensor dprobs, Tensor probs, float factor, str backend) -> Tensor")
 

@@ -155,7 +155,7 @@ def launch_stable_softmax_fwd(
     scale: float,
     causal: bool,
 ) -> None:
-    """``shape`` is [A, B, T, N] with the strides of ``scores`` and ``mask`` to it; ``probs`` is contiguous."""
+    """``shape`` is [A, B, T, N], with the strides of ``scores`` and ``mask``; ``probs`` is contiguous."""
     A, B, T, N = shape
     tiling = _tiling(N)
     mask_ptr = scores if mask is None else mask.view(torch.uint8)

@@ -142,6 +142,22 @@ inline void store(Half* p, VecF v) {
 #endif
 }
 
+// The rounding error of the product a * b, given its rounded value; 0 where the processor has no FMA.
+// By intrinsics: written as a * b - product, the compiler is free to find the same product twice.
+inline VecF product_error(VecF a, VecF b, VecF product) {
+#if defined(__AVX512F__)
+    return bitcast<VecF>(_mm512_fmsub_ps(bitcast<__m512>(a), bitcast<__m512>(b), bitcast<__m512>(product)));
+#elif defined(__FMA__)
+    return bitcast<VecF>(_mm256_fmsub_ps(bitcast<__m256>(a), bitcast<__m256>(b), bitcast<__m256>(product)));
+#elif defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < kLanes; ++i) product[i] = __builtin_fmaf(a[i], b[i], -product[i]);
+    return product;
+#else
+    (void)a, (void)b;
+    return product - product;
+#endif
+}
+
 inline VecF maximum(VecF a, VecF b) {
     return a > b ? a : b;
 }
@@ -158,12 +174,12 @@ inline float reduce_sum(VecF v) {
     return v[0];
 }
 
-// 2^x to 1 ulp for -126 <= x < 128, exactly 0 below (so exp2(-inf) = 0), NaN for NaN.
+// 2^(x + low) to 1 ulp for -126 <= x < 128, exactly 0 below (so exp2(-inf) = 0), NaN for NaN; |low| < 2^-16.
 // x = n + f with |f| <= 1/2; 2^f by its Chebyshev interpolant of degree 6 (relative error 2.6e-9).
-inline VecF exp2(VecF x) {
+inline VecF exp2(VecF x, VecF low = VecF{}) {
     const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const VecF shifted = x + magic;
-    const VecF f = x - (shifted - magic);
+    const VecF f = x - (shifted - magic) + low;
     const VecI n = bitcast<VecI>(shifted) - bitcast<VecI>(magic);
     VecF p = broadcast(0.00015461444854736328f);
     p = p * f + 0.0013400427997112274f;
@@ -174,6 +190,15 @@ inline VecF exp2(VecF x) {
     p = p * f + 1.0f;
     const VecF scaled = bitcast<VecF>(bitcast<VecI>(p) + (n << 23));
     return x < -126.0f ? VecF{} : (x != x ? x : scaled);
+}
+
+// 2^(x * (factor + factor_low)) for x <= 0: the product carried to twice the precision, since an error of its
+// last bit is an error of x * factor ulps in the result. (Without FMA only factor_low is made good.)
+inline VecF exp2_product(VecF x, float factor, float factor_low) {
+    const VecF high = x * factor;
+    // x = -inf: inf - inf would be NaN.
+    const VecF low = high < -126.0f ? VecF{} : product_error(x, broadcast(factor), high) + x * factor_low;
+    return exp2(high, low);
 }
 
 }  // namespace

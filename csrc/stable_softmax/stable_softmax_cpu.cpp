@@ -12,7 +12,20 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f;
+// A long row is summed in blocks, and the blocks with their rounding errors carried along (Kahan): the error
+// of one running sum grows with its length.
+constexpr int64_t kSumBlock = 16 * kLanes;
+struct BlockSum {
+    VecF total = VecF{}, lost = VecF{};
+    void add(VecF block) {
+        const VecF corrected = block - lost;
+        const VecF next = total + corrected;
+        lost = (next - total) - corrected;
+        total = next;
+    }
+};
+
+constexpr double kLog2e = 1.4426950408889634;
 
 // About a quarter of a megabyte of elements a chunk, so that dealing chunks costs nothing.
 int64_t rows_per_chunk(int64_t N) {
@@ -60,17 +73,22 @@ void forward_row(const T* scores, const uint8_t* mask, int64_t mask_stride, int6
         for (int64_t j = 0; j < N; ++j) from_float(0.0f, &probs[j]);
         return;
     }
-    const float factor = alpha * kLog2e;
-    VecF sums = VecF{};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-        const VecF e = exp2((load(row + j) - max) * factor);
-        sums += e;
-        store(row + j, e);
+    const double exact = double(alpha) * kLog2e;
+    const float factor = float(exact), factor_low = float(exact - factor);
+    BlockSum sums;
+    for (int64_t start = 0; start < padded; start += kSumBlock) {
+        VecF block = VecF{};
+        for (int64_t j = start; j < std::min(padded, start + kSumBlock); j += kLanes) {
+            const VecF e = exp2_product(load(row + j) - max, factor, factor_low);
+            block += e;
+            store(row + j, e);
+        }
+        sums.add(block);
     }
-    const float inverse = 1.0f / reduce_sum(sums);
+    const float total = reduce_sum(sums.total);
     int64_t j = 0;
-    for (; j + kLanes <= visible; j += kLanes) store(probs + j, load(row + j) * inverse);
-    for (; j < visible; ++j) from_float(row[j] * inverse, &probs[j]);
+    for (; j + kLanes <= visible; j += kLanes) store(probs + j, load(row + j) / total);
+    for (; j < visible; ++j) from_float(row[j] / total, &probs[j]);
     for (; j < N; ++j) from_float(0.0f, &probs[j]);
 }
 
@@ -99,10 +117,15 @@ void backward(const SoftmaxBackward& a, int threads) {
             const T* dprobs = static_cast<const T*>(a.dprobs) + r * a.N;
             const T* probs = static_cast<const T*>(a.probs) + r * a.N;
             T* dscores = static_cast<T*>(a.dscores) + r * a.N;
-            VecF dots = VecF{};
+            BlockSum dots;
             int64_t j = 0;
-            for (; j + kLanes <= a.N; j += kLanes) dots += load(dprobs + j) * load(probs + j);
-            float dot = reduce_sum(dots);
+            while (j + kLanes <= a.N) {
+                VecF block = VecF{};
+                for (const int64_t stop = j + kSumBlock; j < stop && j + kLanes <= a.N; j += kLanes)
+                    block += load(dprobs + j) * load(probs + j);
+                dots.add(block);
+            }
+            float dot = reduce_sum(dots.total);
             for (; j < a.N; ++j) dot += to_float(dprobs[j]) * to_float(probs[j]);
             for (j = 0; j + kLanes <= a.N; j += kLanes)
                 store(dscores + j, a.factor * load(probs + j) * (load(dprobs + j) - dot));
