@@ -21,9 +21,9 @@ ALLOWED = {
     "__init__": {"api", "layout"},
     "api": {"autograd", "reference", "sdpa", "layout"},
     "autograd": {"triton_kernels", "layout"},
-    "reference": {"layout"},
+    "reference": set(),
     "sdpa": {"layout", "reference"},
-    "layout": set(),
+    "layout": {"reference"},
     "triton_kernels": set(),
 }
 
