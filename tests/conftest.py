@@ -7,7 +7,9 @@ imported. With one (``make gpu-check``) the same tests run on it: the ``device``
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,12 +53,24 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+def _interpreter_is_broken() -> str:
+    """Triton 3.6 and older turn one-element arrays into loop bounds in a way that NumPy 2.4 forbids."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return ""
+    release = {name: tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")}
+    if release["triton"] >= (3, 7) or release["numpy"] < (2, 4):
+        return ""
+    return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
+
+
 @pytest.fixture
 def backend_device(request: pytest.FixtureRequest):
     """``backend_device(name)``: the device on which that backend runs here; skips with the reason if none."""
 
     def find(backend: str) -> torch.device:
         reasons = []
+        if backend == "triton" and (broken := _interpreter_is_broken()):
+            pytest.skip(broken)
         for name in ("cuda", "cpu") if HAS_GPU else ("cpu",):
             if not (reason := _backends.why_not(backend, torch.device(name))):
                 return torch.device(name)

@@ -22,9 +22,9 @@ ALLOWED = {
     "api": {"autograd", "reference", "sdpa", "layout"},
     "autograd": {"triton_kernels", "chunked", "layout"},
     "chunked": set(),
-    "reference": {"layout"},
+    "reference": set(),
     "sdpa": {"layout", "reference"},
-    "layout": set(),
+    "layout": {"reference"},
     "triton_kernels": set(),
 }
 
