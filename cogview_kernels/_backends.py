@@ -15,7 +15,7 @@ import torch
 
 from cogview_kernels import _extension
 
-BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "sdpa", "chunked", "reference")
 
 # Read once: asking the environment at every call costs as much as choosing.
 TRACE = os.environ.get("COGVIEW_KERNELS_TRACE", "0") not in ("", "0")
@@ -25,7 +25,7 @@ _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 def why_not(backend: str, device: torch.device) -> str:
     """The reason why ``backend`` cannot serve tensors on ``device``; empty when it can."""
-    if backend in ("reference", "sdpa"):
+    if backend in ("reference", "sdpa", "chunked"):
         return ""
     if backend == "cpu":
         if device.type != "cpu":
@@ -57,11 +57,11 @@ def why_not(backend: str, device: torch.device) -> str:
 def _preference(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) >= (8, 0):
-            return ("triton", "cuda", "sdpa", "reference")
-        return ("cuda", "sdpa", "reference")
+            return ("triton", "cuda", "sdpa", "chunked", "reference")
+        return ("cuda", "sdpa", "chunked", "reference")
     if device.type == "cpu":
-        return ("cpu", "sdpa", "reference")
-    return ("sdpa", "reference")
+        return ("cpu", "sdpa", "chunked", "reference")
+    return ("sdpa", "chunked", "reference")
 
 
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.

@@ -47,3 +47,41 @@ def check_broadcasts(op: str, name: str, x: Tensor, other_name: str, other: Tens
             f"{op}: {name} must broadcast to the shape of {other_name}, {tuple(other.shape)}, "
             f"got {tuple(x.shape)}"
         )
+
+
+def check_rows(op: str, name: str, x: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: {name} must be [..., C] with C of at least 1, got shape {tuple(x.shape)}")
+
+
+def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, other: Tensor) -> None:
+    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32."""
+    if x is None:
+        return
+    if x.shape != other.shape[-1:]:
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(other.shape[-1:])}, the last dimension of {other_name}, "
+            f"got {tuple(x.shape)}"
+        )
+    if x.dtype not in (other.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} must be {other.dtype}, as {other_name} is, or torch.float32, got {x.dtype}"
+        )
+    check_same_device(op, name, x, other_name, other)
+
+
+def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_dropout(op: str, p: float, seed: int | Tensor | None) -> None:
+    check_finite_number(op, "dropout_p", p)
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
+        raise TypeError(
+            f"{op}: seed must be an integer or a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}"
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Tensor))):
+        raise TypeError(f"{op}: seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")

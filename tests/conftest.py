@@ -8,6 +8,7 @@ imported. With one (``make gpu-check``) the same tests run on it: the ``device``
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,21 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+def _interpreter_is_broken() -> str:
+    """Triton 3.6 and older turn one-element arrays into loop bounds in a way that NumPy 2.4 forbids."""
+    if HAS_GPU or version("triton") >= "3.7" or version("numpy") < "2.4":
+        return ""
+    return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
+
+
 @pytest.fixture
 def backend_device(request: pytest.FixtureRequest):
     """``backend_device(name)``: the device on which that backend runs here; skips with the reason if none."""
 
     def find(backend: str) -> torch.device:
         reasons = []
+        if backend == "triton" and (broken := _interpreter_is_broken()):
+            pytest.skip(broken)
         for name in ("cuda", "cpu") if HAS_GPU else ("cpu",):
             if not (reason := _backends.why_not(backend, torch.device(name))):
                 return torch.device(name)
