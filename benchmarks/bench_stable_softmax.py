@@ -18,11 +18,7 @@ CHECKED_ROWS = 256
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
     chosen = shapes.choose(shapes.SOFTMAX, shapes.SOFTMAX_CPU, shapes.SOFTMAX_TINY, device.type, tiny)
-    dtypes = (
-        (torch.bfloat16, torch.float32, torch.float16)
-        if device.type == "cuda"
-        else (torch.float32, torch.bfloat16)
-    )
+    dtypes = (torch.bfloat16, torch.float32, torch.float16) if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
 
 
@@ -48,18 +44,12 @@ def truth(inputs: Inputs, case: Case):
 
 
 def work(case: Case, inputs: Inputs) -> Work:
-    passes = 2 if case.direction == FORWARD else 3
-    seen = "(N+1)/2 of " if inputs.causal and case.direction == FORWARD else ""
-    amount = inputs.scores.numel() * inputs.scores.element_size()
-    # Under a causal mask the upper triangle of the scores need not be read, but its zeros must be written.
-    read = amount * (0.5 if seen else 1)
-    moved = read + amount if case.direction == FORWARD else 3 * amount
-    formula = (
-        "bytes of scores read + probs written"
-        if passes == 2
-        else "bytes of dprobs, probs read + dscores written"
-    )
-    return Work(moved, "copy", formula + (", lower triangle of the scores only" if seen else ""))
+    tensor = inputs.scores.numel() * inputs.scores.element_size()
+    if case.direction == BACKWARD:
+        return Work(3 * tensor, "copy", "bytes of dprobs and probs read, dscores written")
+    if inputs.causal:  # the upper triangle need not be read, but its zeros must be written
+        return Work(1.5 * tensor, "copy", "bytes of the scores' lower triangle read, probs written")
+    return Work(2 * tensor, "copy", "bytes of scores read, probs written")
 
 
 BENCHMARK = Benchmark(

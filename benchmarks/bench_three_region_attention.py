@@ -25,9 +25,7 @@ def cases(device: torch.device, tiny: bool) -> list[Case]:
         return found + [Case(chosen[0], d, way) for d in (torch.float16, torch.float32) for way in ways]
     # The longest shape takes minutes a variant here.
     chosen = tuple(s for s in chosen if s.T <= 8192)
-    return [
-        Case(s, d, way) for s in chosen for d in (torch.float32, torch.bfloat16) for way in (FORWARD, BOTH)
-    ]
+    return [Case(s, d, way) for s in chosen for d in shapes.CPU_DTYPES for way in (FORWARD, BOTH)]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:

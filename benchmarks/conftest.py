@@ -2,9 +2,9 @@
 """Runs a bench file's cases under pytest-benchmark.
 
 Each test is one variant of one case. The first test of a case races all its variants in turns
-(``benchmarks.harness.race``); every test then hands its variant's times to pytest-benchmark, whose clock is set
-to replay them, so its tables, ``--benchmark-json`` and ``--benchmark-compare`` show device times taken side
-by side. The full row is in ``extra_info``.
+(``benchmarks.harness.race``); every test then hands its variant's times to pytest-benchmark, whose clock
+replays them, so its tables, ``--benchmark-json`` and ``--benchmark-compare`` show device times taken side by
+side. The full row is in ``extra_info``.
 
 An op whose own tests are red is not timed.
 """
@@ -83,18 +83,23 @@ def op_tests(op: str, report: str | None) -> str:
 
 
 class Run:
-    """One bench file in this session: its document grows case by case."""
+    """One bench file in this session: its document grows race by race."""
 
-    def __init__(self, bench: harness.Benchmark, config: pytest.Config) -> None:
+    def __init__(self, bench: harness.Benchmark, config: pytest.Config, items: list[pytest.Item]) -> None:
         self.bench, self.config = bench, config
         self.device = _device(config)
         self.tiny = config.getoption("--tiny")
         self.red = op_tests(bench.op, config.getoption("--tested"))
-        self.outcomes: dict[str, harness.Outcome] = {}
+        # What -k and friends left over, in order.
+        chosen = [item.callspec.params for item in items if getattr(item, "module", None).BENCHMARK is bench]
+        self.cases = list(dict.fromkeys(params["case"] for params in chosen))
+        names = {params["variant"].name for params in chosen}
+        self.variants = tuple(variant for variant in bench.variants if variant.name in names)
+        self.outcomes: dict[harness.Case, harness.Outcome] = {}
         self.document: dict[str, Any] = {}
 
     def _start(self) -> None:
-        dtypes = list(dict.fromkeys(case.dtype for case in self.bench.cases(self.device, self.tiny)))
+        dtypes = list(dict.fromkeys(case.dtype for case in self.cases))
         self.document = {
             "op": self.bench.op,
             "baseline": self.bench.baseline,
@@ -106,24 +111,32 @@ class Run:
         }
 
     def outcome(self, case: harness.Case) -> harness.Outcome:
-        key = str(case)
-        if key in self.outcomes:
-            return self.outcomes[key]
+        if case in self.outcomes:
+            return self.outcomes[case]
         if not self.document:
             self._start()
+        together = [c for c in self.cases if (c.shape, c.dtype) == (case.shape, case.dtype)]
         stop = self.config.getoption("--stop-after")
         if stop is not None and time.monotonic() - self.config.stash[STARTED] > stop:
-            outcome = harness.Outcome(skipped={v.name: "out of time" for v in self.bench.variants})
+            late = {variant.name: "out of time" for variant in self.variants}
+            outcomes = {c: harness.Outcome(skipped=late) for c in together}
         else:
-            limits = timing.Limits(0.0, 2, 2) if self.tiny else None
-            outcome = harness.race(self.bench, case, self.device, self.document["ceilings"], limits)
-        self.outcomes[key] = outcome
-        self.document["rows"] += outcome.rows
-        for variant, reason in {**outcome.skipped, **outcome.wrong}.items():
-            self.document["skipped"].append({"case": key, "variant": variant, "reason": reason})
+            outcomes = harness.race(
+                self.bench,
+                together,
+                self.device,
+                self.document["ceilings"],
+                variants=self.variants,
+                limits=timing.Limits(0.0, 2, 2) if self.tiny else None,
+            )
+        for c, outcome in outcomes.items():
+            self.document["rows"] += outcome.rows
+            for variant, reason in {**outcome.skipped, **outcome.wrong}.items():
+                self.document["skipped"].append({"case": str(c), "variant": variant, "reason": reason})
+        self.outcomes.update(outcomes)
         if folder := self.config.getoption("--save"):
             results.save(self.document, Path(folder))
-        return outcome
+        return self.outcomes[case]
 
 
 STARTED = pytest.StashKey[float]()
@@ -161,7 +174,7 @@ def replay(request: pytest.FixtureRequest, benchmark: Any):
     def report(case: harness.Case, variant: harness.Variant) -> None:
         bench, runs = request.module.BENCHMARK, request.config.stash[RUNS]
         if bench.op not in runs:
-            runs[bench.op] = Run(bench, request.config)
+            runs[bench.op] = Run(bench, request.config, request.session.items)
         run = runs[bench.op]
         if run.red:
             pytest.fail(run.red, pytrace=False)

@@ -21,12 +21,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 
 
-def _first_line(*command: str) -> str:
+def _first_line(command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=20, cwd=ROOT)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip().splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else ""
+
+
+def _nvidia_smi(fields: str) -> str:
+    return _first_line(f"nvidia-smi --query-gpu={fields} --format=csv,noheader")
 
 
 def _version(package: str) -> str | None:
@@ -56,12 +61,12 @@ def device_folder(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def allocator() -> str:
-    preload = Path(os.environ.get("LD_PRELOAD", "")).name
-    settings = [
-        f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith(("MALLOC_", "GLIBC_TUNABLES"))
-    ]
-    return f"{preload or 'the system malloc'}, {' '.join(settings) or 'default settings'}"
+def allocator(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"PyTorch's caching allocator {os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')}".strip()
+    names = sorted(name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES")))
+    settings = " ".join(f"{name}={os.environ[name]}" for name in names)
+    return f"{Path(os.environ.get('LD_PRELOAD', '')).name or 'system malloc'} {settings or 'as it comes'}"
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -72,34 +77,20 @@ def describe(device: torch.device) -> dict[str, Any]:
     block: dict[str, Any] = {
         "device": device_name(device),
         "folder": device_folder(device_name(device)),
-        "cpu": cpu_name(),
-        "cpu_threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": _first_line("git rev-parse --short=12 HEAD") or "unknown",
+        "modified": bool(_first_line("git status --porcelain -- cogview_kernels csrc benchmarks/*.py")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda,
-        "driver": None,
-        "extension": "missing" if native is None else f"{native.isa()}, CUDA {bool(_extension.has_cuda)}",
-        "commit": _first_line("git", "rev-parse", "--short=12", "HEAD") or "unknown",
-        "modified": bool(
-            _first_line("git", "status", "--porcelain", "--", "cogview_kernels", "csrc", "benchmarks/*.py")
-        ),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "extension": "missing" if native is None else f"{native.isa()}, CUDA part: {_extension.has_cuda}",
+        "cpu": cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        "allocator": allocator(device),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        block["driver"] = (
-            _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None
-        )
-        block["capability"] = f"{properties.major}.{properties.minor}"
-        block["clocks"] = _first_line(
-            "nvidia-smi",
-            "--query-gpu=clocks.sm,clocks.mem,power.limit,temperature.gpu",
-            "--format=csv,noheader",
-        )
-        block["allocator"] = (
-            f"torch caching allocator, PYTORCH_CUDA_ALLOC_CONF={os.environ.get('PYTORCH_CUDA_ALLOC_CONF', '')}"
-        )
-    else:
-        block["allocator"] = allocator()
+        block["driver"] = _nvidia_smi("driver_version") or "unknown"
+        block["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        block["clocks"] = _nvidia_smi("clocks.sm,clocks.mem,power.limit,temperature.gpu") or "unknown"
     return block

@@ -159,59 +159,86 @@ def relative_error(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> flo
 
 @dataclass
 class Outcome:
+    """Of one case. ``skipped`` and ``wrong`` give a reason per variant that was not timed."""
+
     rows: list[dict[str, Any]] = field(default_factory=list)
-    # variant -> reason. A rival may fail; a backend of ours that fails or errs is ``wrong`` and turns the run red.
     skipped: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     times_ms: dict[str, list[float]] = field(default_factory=dict)
 
 
 def race(
-    bench: Benchmark, case: Case, device: torch.device, ceilings: dict[str, Any], limits: Limits | None = None
-) -> Outcome:
-    """Checks and times every variant of one case."""
-    # Dynamo gives up on a function, silently, after a few shapes; each case starts afresh.
+    bench: Benchmark,
+    cases: list[Case],
+    device: torch.device,
+    ceilings: dict[str, Any],
+    *,
+    variants: tuple[Variant, ...],
+    limits: Limits | None = None,
+) -> dict[Case, Outcome]:
+    """Checks and times ``variants`` on cases that differ in direction alone, on one set of inputs."""
+    # Dynamo gives up on a function, silently, after a few shapes; each race starts afresh.
     torch.compiler.reset()
     torch.manual_seed(0)
-    inputs = bench.inputs(case, device)
+    inputs = bench.inputs(cases[0], device)
     for tensor in inputs.gradients_of():
-        tensor.requires_grad_(case.direction != FORWARD)
+        tensor.requires_grad_(any(case.direction != FORWARD for case in cases))
+    forwards: dict[str, Forward] = {}
+    outcomes: dict[Case, Outcome] = {}
+    for case in cases:
+        outcomes[case] = outcome = Outcome()
+        jobs = _checked_jobs(bench, case, device, inputs, variants, forwards, outcome)
+        gc.collect()
+        if not jobs:
+            continue
+        outcome.times_ms = timing.interleave(jobs, device, limits or bench.limits(case, device))
+        for variant in variants:
+            if variant.name in jobs:
+                spread = timing.spread(outcome.times_ms[variant.name])
+                row = _row(bench, variant, case, inputs, device, jobs[variant.name], spread, ceilings)
+                outcome.rows.append({**row, "relative_error": _digits(outcome.errors[variant.name])})
+    return outcomes
+
+
+def _checked_jobs(
+    bench: Benchmark,
+    case: Case,
+    device: torch.device,
+    inputs: Inputs,
+    variants: tuple[Variant, ...],
+    forwards: dict[str, Forward],
+    outcome: Outcome,
+) -> dict[str, Job]:
+    """The variants that can run and are right. ``forwards`` keeps what was prepared for the next direction."""
     truths: dict[str, tuple[Tensor, ...]] = {}
-    outcome = Outcome()
     jobs: dict[str, Job] = {}
-    errors: dict[str, float] = {}
     allowed = TOLERANCE[case.dtype] * (1 if case.direction == FORWARD else 3)
-    for variant in bench.variants:
+    for variant in variants:
+        # A rival may fail; a backend of ours that fails or errs turns the run red.
+        refused = outcome.skipped if variant.kind == "rival" else outcome.wrong
         if reason := variant.why_not(case, device):
             outcome.skipped[variant.name] = reason
             continue
-        refused = outcome.skipped if variant.kind == "rival" else outcome.wrong
         if variant.truth not in truths:
             part, forward = bench.truths[variant.truth](inputs, case)
             direction = FORWARD if case.direction == FORWARD else BOTH
             truths[variant.truth] = tuple(x.detach() for x in _tuple(job(forward, part, direction)()))
         try:
-            candidate = job(variant.prepare(inputs, case), inputs, case.direction)
+            if variant.name not in forwards:
+                forwards[variant.name] = variant.prepare(inputs, case)
+            candidate = job(forwards[variant.name], inputs, case.direction)
             results = bench.part(_tuple(candidate()), case)
         except Exception as failure:  # whatever a rival raises is its own reason to be left out
             refused[variant.name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
             continue
-        errors[variant.name] = relative_error(results, truths[variant.truth])
+        error = outcome.errors[variant.name] = relative_error(results, truths[variant.truth])
         del results
-        if errors[variant.name] > allowed:
-            refused[variant.name] = f"wrong by {errors[variant.name]:.1e}, allowed {allowed:.1e}"
+        if error > allowed:
+            refused[variant.name] = f"wrong by {error:.1e}, allowed {allowed:.1e}"
             continue
         jobs[variant.name] = candidate
-    del truths
-    gc.collect()
-    if not jobs:
-        return outcome
-    outcome.times_ms = timing.interleave(jobs, device, limits or bench.limits(case, device))
-    by_name = {variant.name: variant for variant in bench.variants}
-    for name, times in outcome.times_ms.items():
-        row = _row(bench, by_name[name], case, inputs, device, jobs[name], timing.spread(times), ceilings)
-        outcome.rows.append({**row, "relative_error": float(f"{errors[name]:.2e}")})
-    return outcome
+    return jobs
 
 
 def _row(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results files: ``benchmarks/results/<device>/<op>.json``, one run of one op each, written aside and renamed."""
+"""Results files: ``benchmarks/results/<device>/<op>.json``, one run of one op each."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def write_json(path: Path, document: Any) -> None:
+    """Written aside and renamed: a reader never meets half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
@@ -24,9 +25,13 @@ def save(document: dict[str, Any], folder: Path = FOLDER) -> Path:
     return path
 
 
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
 def load_all(folder: Path = FOLDER) -> dict[str, dict[str, dict[str, Any]]]:
     """device folder -> op -> document, in alphabetical order."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*/*.json")):
-        found.setdefault(path.parent.name, {})[path.stem] = json.loads(path.read_text())
+        found.setdefault(path.parent.name, {})[path.stem] = load(path)
     return found

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
+CPU_DTYPES = (torch.float32, torch.bfloat16)
 WIDTH = 2560
 VOCABULARY = 58240
 TEXT = 64
@@ -65,7 +68,7 @@ class LossShape:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """One new query per sequence against a cache of S keys; ``layout`` says whether only 3-region keys are read."""
+    """One new query per sequence against a cache of S keys, all of them or those of three regions."""
 
     name: str
     B: int

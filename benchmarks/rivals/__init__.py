@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user would otherwise run, one file per op. Each runs on the CPU too, so its code is exercised there."""
+"""What a user would otherwise run, one file per op; run on the CPU too, so that the code is exercised."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def gathered_block_mask(ordered: Tensor, T: int, w: int, W: int) -> tuple[BlockM
 
     def ordered_blocks(dense: Tensor) -> tuple[Tensor, Tensor]:
         count = dense.sum(2, dtype=torch.int32)
-        index = dense.to(torch.int8).argsort(2, descending=True, stable=True).to(torch.int32)
+        index = dense.to(torch.int8).argsort(dim=2, descending=True, stable=True).to(torch.int32)
         return count[:, None].contiguous(), index[:, None].contiguous()
 
     block_mask = BlockMask.from_kv_blocks(
@@ -252,16 +252,10 @@ DENSE_VARIANTS = (
         why_not=_gpu_only,
     ),
 )
+_PREPARED = "block mask made beforehand, not timed"
 SPARSE_VARIANTS = (
     Variant(LOOP, _loop, note="prefix lengths and masks made beforehand, not timed"),
-    Variant(
-        "FlexAttention, mask", _flex_mask, why_not=_flex_why_not, note="block mask made beforehand, not timed"
-    ),
-    Variant(GATHERED, _flex_gathered, why_not=_flex_why_not, note="block mask made beforehand, not timed"),
-    Variant(
-        "original, eager",
-        _eager_chunks,
-        why_not=_chunks_why_not,
-        note="gather and chunk, as CogView was trained",
-    ),
+    Variant("FlexAttention, mask", _flex_mask, why_not=_flex_why_not, note=_PREPARED),
+    Variant(GATHERED, _flex_gathered, why_not=_flex_why_not, note=_PREPARED),
+    Variant("original, eager", _eager_chunks, why_not=_chunks_why_not, note="as CogView was trained"),
 )
