@@ -7,6 +7,7 @@ imported. With one (``make gpu-check``) the same tests run on it: the ``device``
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -54,7 +55,10 @@ def device() -> torch.device:
 
 def _interpreter_is_broken() -> str:
     """Triton 3.6 and older turn one-element arrays into loop bounds in a way that NumPy 2.4 forbids."""
-    if HAS_GPU or version("triton") >= "3.7" or version("numpy") < "2.4":
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return ""
+    release = {name: tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")}
+    if release["triton"] >= (3, 7) or release["numpy"] < (2, 4):
         return ""
     return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
 
