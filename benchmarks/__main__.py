@@ -16,21 +16,14 @@ from benchmarks import OPS, environment, report, results
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def bench_file(op: str) -> str:
+    return f"benchmarks/bench_{op}.py"
+
+
 def command(op: str, save: Path, *options: str) -> list[str]:
     """Runs one op's bench file; its rows go to ``save/<device>/<op>.json``."""
-    file = f"benchmarks/bench_{op}.py"
-    pytest = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-quiet",
-        "-W",
-        "ignore",
-    ]
-    return [*pytest, "--save", str(save), *options, file]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-W", "ignore", "-p", "no:cacheprovider"]
+    return [*pytest, "--benchmark-columns=median,iqr,rounds", "--save", str(save), *options, bench_file(op)]
 
 
 def child_environment(device: torch.device) -> dict[str, str]:

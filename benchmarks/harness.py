@@ -210,7 +210,7 @@ def _checked_jobs(
     forwards: dict[str, Forward],
     outcome: Outcome,
 ) -> dict[str, Job]:
-    """The variants that can run and are right. ``forwards`` keeps what was prepared for the next direction."""
+    """The variants that can run and are right. ``forwards`` keeps what was prepared for the next call."""
     truths: dict[str, tuple[Tensor, ...]] = {}
     jobs: dict[str, Job] = {}
     allowed = TOLERANCE[case.dtype] * (1 if case.direction == FORWARD else 3)

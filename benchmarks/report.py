@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables and plots from the results files; nothing in them is typed by hand.
 
-``python -m benchmarks.report``            README.md (between its markers), results/<device>/README.md and plots
+``python -m benchmarks.report``            README.md between its markers, results/<device>/README.md, plots
 ``python -m benchmarks.report --check``    exit status 1 if any of these does not match the results files
 ``python -m benchmarks.report --import F`` first take the results in F, as ``make gpu-check`` writes them
 """
@@ -96,6 +96,18 @@ def text_table(document: Document) -> str:
     return "\n".join(lines)
 
 
+def short_lines(document: Document) -> list[str]:
+    """One line per case of :func:`headline`."""
+    lines = []
+    for (shape, _, dtype, direction), ours, rows in headline(document):
+        rival = next((row for row in rows if row["kind"] == "rival"), None)
+        against = f", {_number(rival['ms'] / ours['ms'])}x as fast as {rival['variant']}" if rival else ""
+        share = f"{100 * ours['share_of_ceiling']:.0f} % of ceiling"
+        name = f"{document['op']} {shape} {dtype} {direction}"
+        lines.append(f"  {name}: {ours['variant']} {_number(ours['ms'])} ms, {share}{against}")
+    return lines
+
+
 def _markdown_table(header: list[str], table: list[list[str]]) -> list[str]:
     align = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(line) + " |" for line in (header, align, *table)]
@@ -109,11 +121,12 @@ def _environment_lines(document: Document) -> list[str]:
         software += f", CUDA {e['cuda']}, driver {e['driver']}; clocks and limits {e['clocks']}"
     else:
         software += f", {e['cpu_threads']} threads, allocator: {e['allocator']}"
+    copy = f"copy {_number(ceilings['copy_gb_s'])} GB/s"
     rates = ", ".join(f"{_number(v)} TFLOP/s {k}" for k, v in ceilings["matmul_tflop_s"].items())
     commit = e["commit"] + (" with uncommitted changes" if e["modified"] else "")
     return [
         f"{e['device']}, {e['date']}, commit {commit}. {software}.",
-        f"Ceilings measured in the same run: copy {_number(ceilings['copy_gb_s'])} GB/s, matrix product {rates}.",
+        f"Ceilings measured in the same run: {copy}, matrix product {rates}.",
     ]
 
 
@@ -237,7 +250,7 @@ def plot(document: Document, path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for (shape, sizes, _, direction), rows in cases.items():
+    for (shape, _, _, direction), rows in cases.items():
         axis = axes[shapes.index(shape)][directions.index(direction)]
         speeds = [speed(row, rows, document["baseline"]) or 0.0 for row in rows]
         colours = ["#c2410c" if row["kind"] == "backend" else "#94a3b8" for row in rows]

@@ -60,7 +60,7 @@ def markdown() -> str:
     lines = [
         "Tiles of `w x w` that are computed, counted by `layout.plan()` for one drawn sample:",
         "",
-        "| shape | visible / causal pairs | causal tiles | a block mask touches | gathered | predicted gain over dense |",
+        "| shape | visible / causal pairs | causal tiles | block mask | gathered | predicted gain |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in table():
