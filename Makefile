@@ -49,5 +49,14 @@ format: $(VENV)/.ready  ## rewrite the sources in the house style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
 
+# PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
+wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there
+	@rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel -q --no-deps -w build/wheel .
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	  "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" build/wheel/*.whl
+	cd build/wheel && venv/bin/python ../../tests/smoke.py
+
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info cogview_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

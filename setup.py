@@ -44,7 +44,11 @@ if platform.machine() in ("x86_64", "AMD64"):
 else:
     ISA_FLAGS = {"portable": []}
 
-CXX_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"]
+CXX_FLAGS = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"),
+    # GCC 12 warns of its own AVX-512 headers; Clang does not know the option and says so unless told not to.
+    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+]
 
 
 def find_nvcc() -> str | None:
@@ -65,7 +69,9 @@ def cuda_archs(nvcc: str) -> list[int]:
     if wanted := os.environ.get("COGVIEW_CUDA_ARCHS"):
         archs = [int(a) for a in re.split(r"[;,\s]+", wanted.strip())]
         if missing := [a for a in archs if a not in known]:
-            sys.exit(f"COGVIEW_CUDA_ARCHS names {missing}, which {nvcc} does not know; it knows {sorted(known)}")
+            sys.exit(
+                f"COGVIEW_CUDA_ARCHS names {missing}, which {nvcc} does not know; it knows {sorted(known)}"
+            )
         return sorted(archs)
     return [a for a in DEFAULT_CUDA_ARCHS if a in known]
 
@@ -113,7 +119,10 @@ class NinjaBuildExt(build_ext):
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
-            host = f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 -Wno-deprecated-gpu-targets"
+            host = (
+                f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
+                "-Wno-deprecated-gpu-targets"
+            )
             rules.append(
                 f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {host} {' '.join(codes + defines)} -I{CSRC} "
                 "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
@@ -136,6 +145,8 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    ext_modules=[] if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1" else [Extension("cogview_kernels._C", [])],
+    ext_modules=[]
+    if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1"
+    else [Extension("cogview_kernels._C", [])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -1,2 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for CogView: three-region attention, Sandwich-LayerNorm, stable softmax, linear cross-entropy."""
+"""Kernels for CogView: three-region attention, Sandwich-LayerNorm, stable softmax, linear cross-entropy.
+
+Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here and why not.
+"""
+
+from cogview_kernels.decode_attention import decode_attention
+from cogview_kernels.layer_norm import layer_norm
+from cogview_kernels.linear_cross_entropy import linear_cross_entropy
+from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
+from cogview_kernels.stable_softmax import stable_softmax
+from cogview_kernels.three_region_attention import (
+    ThreeRegionLayout,
+    ThreeRegionPlan,
+    three_region_attention,
+)
+
+__all__ = [
+    "ThreeRegionLayout",
+    "ThreeRegionPlan",
+    "decode_attention",
+    "layer_norm",
+    "linear_cross_entropy",
+    "sandwich_layer_norm",
+    "stable_softmax",
+    "three_region_attention",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks
+from cogview_kernels.decode_attention.reference import decode_attention_reference
+from cogview_kernels.decode_attention.sdpa import decode_attention_sdpa
+
+_OP = "decode_attention"
+_SUPPORTED = ("sdpa", "reference")
+_INTEGERS = (torch.int64, torch.int32)
+
+
+class _Layout(Protocol):
+    """What is read of a ``ThreeRegionLayout``: ops do not import one another."""
+
+    @property
+    def pivots(self) -> Tensor: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def window_blocks(self) -> int: ...
+    @property
+    def pivot_bias(self) -> float: ...
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    *,
+    layout: _Layout | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of the last few positions of each sequence over a cache of fixed shape.
+
+    Query t of sample b stands at position ``lengths[b] - Tq + t`` and sees the keys up to its own, so this is
+    the last ``Tq`` rows of causal attention over the first ``lengths[b]`` positions::
+
+        position = lengths[:, None] - Tq + torch.arange(Tq)
+        seen = torch.arange(S) <= position[..., None]
+        scaled_dot_product_attention(q, k_cache, v_cache, attn_mask=seen[:, None], scale=scale)
+
+    and with ``layout`` the last rows of :func:`cogview_kernels.three_region_attention`. Shapes do not depend
+    on the lengths and nothing waits for the device, so that a step can be captured in a CUDA graph.
+
+    Args:
+        q: ``[B, H, Tq, D]``; float32, float16, bfloat16 or float64. Its keys and values are cached already.
+        k_cache, v_cache: ``[B, Hkv, S, D]``, dtype and device of ``q``; H is a multiple of Hkv. What lies at
+            or past ``lengths`` has no influence, whatever it is.
+        lengths: int32 or int64 ``[B]`` on the device of ``q``: positions written so far, those of ``q``
+            included, in ``[0, S]``. A query before position 0 gets zeros.
+        layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
+        scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
+        backend: "sdpa" or "reference"; None takes the best for the device.
+
+    Returns:
+        Shape and dtype of ``q``.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
+            out of range.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
+    """
+    _check(q, k_cache, v_cache, lengths, layout)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    else:
+        _checks.check_finite_number(_OP, "scale", scale)
+    chosen = _backends.choose(_OP, _SUPPORTED, backend, q.device)
+    regions: tuple[Tensor, int, int, float] | tuple[()] = ()
+    if layout is not None:
+        regions = (layout.pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias))
+    if k_cache.shape[2] == 0:
+        return torch.zeros_like(q)
+    if chosen == "sdpa":
+        return decode_attention_sdpa(q, k_cache, v_cache, lengths, float(scale), *regions)
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    return decode_attention_reference(
+        q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, float(scale), *regions
+    ).to(q.dtype)
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout: _Layout | None) -> None:
+    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        _checks.check_float(_OP, name, x, double=True)
+        if x.dim() != 4:
+            raise ValueError(f"{_OP}: {name} must have 4 dimensions, got shape {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        _checks.check_same_device(_OP, name, x, "q", q)
+    B, H, _, D = q.shape
+    S = k_cache.shape[2]
+    if k_cache.shape[0] != B or k_cache.shape[3] != D or D == 0:
+        raise ValueError(
+            f"{_OP}: k_cache must have shape [{B}, Hkv, S, {max(D, 1)}] to go with q, "
+            f"got {tuple(k_cache.shape)}"
+        )
+    if v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{_OP}: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, "
+            f"got {tuple(v_cache.shape)}"
+        )
+    if k_cache.shape[1] == 0 or H % k_cache.shape[1]:
+        raise ValueError(
+            f"{_OP}: q's heads must be a multiple of the cache's, got {H} and {k_cache.shape[1]}"
+        )
+    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{_OP}: lengths must be an int32 or int64 tensor, got {got}")
+    if lengths.shape != (B,):
+        raise ValueError(f"{_OP}: lengths must have shape [{B}], got {tuple(lengths.shape)}")
+    _checks.check_same_device(_OP, "lengths", lengths, "q", q)
+    if layout is not None:
+        pivots = layout.pivots
+        if pivots.dim() != 2 or pivots.shape[0] != B:
+            raise ValueError(f"{_OP}: layout.pivots must have shape [{B}, P], got {tuple(pivots.shape)}")
+        _checks.check_same_device(_OP, "layout.pivots", pivots, "q", q)
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if B > 0 and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
+        raise ValueError(f"{_OP}: lengths must lie in [0, {S}] (the cache's size), got {lengths.tolist()}")
+    if layout is not None and layout.pivots.numel() > 0 and int(layout.pivots.max()) >= S:
+        raise ValueError(
+            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(layout.pivots.max())}"
+        )

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m cogview_kernels.info``: what can run on this machine, and why the rest cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+import cogview_kernels
+from cogview_kernels import _backends, _extension
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe() -> str:
+    """The report as text; never raises, whatever is missing."""
+    lines = [
+        f"cogview_kernels {cogview_kernels.__version__}",
+        f"python          {platform.python_version()} on {platform.machine()}",
+        f"torch           {torch.__version__}, CUDA {torch.version.cuda or 'none'}, "
+        f"{torch.get_num_threads()} CPU threads",
+        f"triton          {_version('triton')}{', interpreted' if _backends.TRITON_INTERPRETED else ''}",
+    ]
+    if _extension.native is None:
+        lines.append(f"extension       {_extension.missing_reason}")
+    else:
+        lines.append(
+            f"extension       CPU part: {_extension.native.isa()}, threads from "
+            f"{_extension.native.parallel_runtime()}; "
+            f"CUDA part: {'built' if _extension.has_cuda else 'not built'}"
+        )
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    for device in devices:
+        name = platform.processor() or platform.machine()
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
+            name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+        lines.append(f"\n{device} ({name})")
+        for backend in _backends.BACKENDS:
+            reason = _backends.why_not(backend, device)
+            lines.append(f"  {backend:<10} {'no: ' + reason if reason else 'yes'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe())

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks
+from cogview_kernels.layer_norm.reference import layer_norm_reference
+
+_OP = "layer_norm"
+_SUPPORTED = ("reference",)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    pb_relax: str | None = "row",
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm over the last dimension, in the PB-Relax form that survives large activations.
+
+    Equals ``F.layer_norm(x / (peak / 8), (C,), weight, bias, eps)``, where ``peak`` is
+
+    - ``"row"``: ``x.abs().amax(-1, keepdim=True)``, the default: independent of the rest of the batch;
+    - ``"tensor"``: ``x.abs().amax()``, as CogView's released weights were trained;
+    - ``None``: 8, that is plain LayerNorm.
+
+    ``peak`` is a constant to the gradient. In exact arithmetic the division only turns ``eps`` into
+    ``eps * (peak / 8)^2``, so the three modes agree wherever a row's variance is far above that, and
+    differ where it is not: under ``"tensor"`` a row about 1e-3 of the tensor's maximum is damped, under
+    ``None`` a row with a variance near ``eps`` is, under ``"row"`` only rows that are almost constant are.
+
+    Args:
+        x: ``[..., C]``; float32, float16 or bfloat16 (float64 with ``backend="reference"``). Any strides;
+            rows that are not evenly spaced cost a copy.
+        weight, bias: ``[C]`` or None; the dtype of ``x`` or float32.
+        eps: positive.
+        pb_relax: "row", "tensor" or None, as above.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
+
+    Returns:
+        The shape and dtype of ``x``. Statistics are in float32 and the variance is taken from centred
+        values; any finite float16 input gives finite output.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape or range above is not met, or devices differ.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
+    """
+    double = backend == "reference"
+    _checks.check_float(_OP, "x", x, double=double)
+    _checks.check_rows(_OP, "x", x)
+    _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
+    _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
+    _checks.check_finite_number(_OP, "eps", eps, positive=True)
+    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
+    _backends.choose(_OP, _SUPPORTED, backend, x.device)
+    wide = x.float() if x.dtype.itemsize == 2 else x
+    return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks
+from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
+
+_OP = "sandwich_layer_norm"
+_SUPPORTED = ("reference",)
+
+
+def sandwich_layer_norm(
+    branch: Tensor,
+    residual: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    *,
+    eps: float = 1e-5,
+    pb_relax: str | None = "row",
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The end of one Sandwich-LayerNorm branch and the start of the next, in one pass over memory.
+
+    Equals, with :func:`cogview_kernels.layer_norm`::
+
+        residual_out = residual + layer_norm(F.dropout(branch, dropout_p), post_weight, post_bias)
+        normed = layer_norm(residual_out, pre_weight, pre_bias)
+
+    both with ``eps`` and ``pb_relax`` (see there for what the three modes mean and where they differ).
+
+    Args:
+        branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 with
+            ``backend="reference"``). Where their dtypes differ, as under autocast, both are promoted.
+        post_weight, post_bias: ``[C]`` or None, for the LayerNorm on the branch; the dtype of the
+            activations or float32.
+        pre_weight, pre_bias: the same for the LayerNorm that the next branch starts with.
+        eps: positive.
+        pb_relax: "row", "tensor" or None.
+        dropout_p: probability of dropping an element of ``branch``, in [0, 1).
+        seed: of the dropout mask: an integer, a 0-d int64 tensor, or None for one drawn from PyTorch's
+            default generator. Every backend draws the same mask from one seed.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
+
+    Returns:
+        ``(residual_out, normed)`` of the shape and dtype of ``residual``. Statistics are in float32;
+        ``normed`` is taken from ``residual_out`` as rounded to its dtype.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape or range above is not met, or devices differ.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).
+    """
+    double = backend == "reference"
+    _checks.check_float(_OP, "branch", branch, double=double)
+    _checks.check_float(_OP, "residual", residual, double=double)
+    _checks.check_rows(_OP, "branch", branch)
+    if branch.shape != residual.shape:
+        raise ValueError(
+            f"{_OP}: residual must have the shape of branch, {tuple(branch.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    _checks.check_same_device(_OP, "residual", residual, "branch", branch)
+    if branch.dtype != residual.dtype:
+        dtype = torch.promote_types(branch.dtype, residual.dtype)
+        branch, residual = branch.to(dtype), residual.to(dtype)
+    _checks.check_norm_parameter(_OP, "post_weight", post_weight, "branch", branch)
+    _checks.check_norm_parameter(_OP, "post_bias", post_bias, "branch", branch)
+    _checks.check_norm_parameter(_OP, "pre_weight", pre_weight, "branch", branch)
+    _checks.check_norm_parameter(_OP, "pre_bias", pre_bias, "branch", branch)
+    _checks.check_finite_number(_OP, "eps", eps, positive=True)
+    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
+    _checks.check_dropout(_OP, dropout_p, seed)
+    _backends.choose(_OP, _SUPPORTED, backend, branch.device)
+    wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
+    residual_out, normed = sandwich_layer_norm_reference(
+        branch.to(wide),
+        residual.to(wide),
+        post_weight,
+        post_bias,
+        pre_weight,
+        pre_bias,
+        eps=eps,
+        pb_relax=pb_relax,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return residual_out.to(branch.dtype), normed.to(branch.dtype)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks
+from cogview_kernels.stable_softmax.autograd import stable_softmax_op
+from cogview_kernels.stable_softmax.reference import stable_softmax_reference
+
+_OP = "stable_softmax"
+_SUPPORTED = ("triton", "cuda", "cpu", "reference")
+
+
+def stable_softmax(
+    scores: Tensor,
+    *,
+    alpha: float = 1.0,
+    scale: float = 1.0,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Softmax over the last dimension, in the PB-Relax form that survives large scores.
+
+    Equals, with ``x = (scale * scores).masked_fill(~visible, -inf)``::
+
+        torch.softmax(alpha * (x - x.amax(-1, keepdim=True)), dim=-1)
+
+    where ``visible`` is ``mask``, further limited to ``column <= row`` under ``causal``. A row in which
+    nothing is visible (or all scores are -inf) gives zeros, not NaN. With ``alpha=32`` and scores made
+    from ``q / alpha`` this is the paper's PB-Relax attention: scores stay 32 times farther from the
+    fp16 limit and the result is the same.
+
+    Args:
+        scores: ``[..., N]``, or ``[..., T, N]`` under ``causal``; float32, float16 or bfloat16 (float64 with
+            ``backend="reference"``). Any strides; a last stride other than 1 costs a copy.
+        alpha: positive; multiplies the differences to the row's maximum.
+        scale: finite; multiplies the scores.
+        mask: boolean, broadcasts to ``scores``; True marks what is visible.
+        causal: row t sees columns 0 to t (the convention of ``scaled_dot_product_attention``).
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
+
+    Returns:
+        Probabilities, of the shape and dtype of ``scores``. Arithmetic is in float32 throughout; the
+        gradient is computed from this output, so it is all that is saved.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape or range above is not met, or devices differ.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
+    """
+    _checks.check_float(_OP, "scores", scores, double=backend == "reference")
+    if scores.dim() == 0:
+        raise ValueError(f"{_OP}: scores must have at least one dimension, got a scalar")
+    if causal and scores.dim() < 2:
+        raise ValueError(f"{_OP}: causal needs scores of [..., T, N], got shape {tuple(scores.shape)}")
+    _checks.check_finite_number(_OP, "alpha", alpha, positive=True)
+    _checks.check_finite_number(_OP, "scale", scale)
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{_OP}: mask must be boolean (True = visible), got {mask.dtype}; try mask != 0")
+        _checks.check_same_device(_OP, "mask", mask, "scores", scores)
+        _checks.check_broadcasts(_OP, "mask", mask, "scores", scores)
+    chosen = _backends.choose(_OP, _SUPPORTED, backend, scores.device)
+    if chosen == "reference":
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
+            scores.dtype
+        )
+    return stable_softmax_op(scores, float(alpha), float(scale), mask, causal, chosen)

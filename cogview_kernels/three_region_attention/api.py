@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks, _random
+from cogview_kernels.three_region_attention.layout import ThreeRegionLayout, check_pivot_values
+from cogview_kernels.three_region_attention.reference import three_region_attention_reference
+from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
+
+_OP = "three_region_attention"
+_SUPPORTED = ("sdpa", "reference")
+
+
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention over a block window and gathered pivot keys, under one softmax.
+
+    Equals, with ``far`` the pivots left of a query's window (see :class:`ThreeRegionLayout`)::
+
+        bias = torch.zeros(B, T, T).masked_fill(far, layout.pivot_bias)
+        bias = bias.masked_fill(~layout.dense_mask(T), -inf)
+        scaled_dot_product_attention(q, k, v, attn_mask=bias[:, None], scale=scale)
+
+    but costs what a query sees, not T. Scores, softmax and sums are in float32 and never stored, so it is
+    PB-Relax attention by construction: scores far past the fp16 limit do no harm.
+
+    Args:
+        q: ``[B, H, T, D]``; float32, float16 or bfloat16 (float64 with "reference" and "sdpa").
+        k, v: ``[B, Hkv, T, D]``, dtype and device of ``q``; H is a multiple of Hkv, and query head h reads
+            key head ``h // (H // Hkv)``. Any strides with the last dimension contiguous: views into a packed
+            ``[B, T, 3, H, D]`` projection are read in place.
+        layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``.
+        scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
+        dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
+            ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
+        seed: for dropout, an int or an int64 scalar tensor; None draws one from PyTorch's CPU generator.
+        return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
+        backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for the device.
+
+    Returns:
+        ``out``, shape and dtype of ``q``; with ``return_lse`` ``(out, lse)``, ``lse`` float32 ``[B, H, T]``.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
+            the CPU alone: reading them on a GPU would wait for it.
+        NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse).
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
+    """
+    _check(q, k, v, layout, dropout_p, backend)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    else:
+        _checks.check_finite_number(_OP, "scale", scale)
+    chosen = _backends.choose(_OP, _SUPPORTED, backend, q.device)
+    if chosen == "sdpa" and (dropout_p > 0 or return_lse):
+        if backend is not None:
+            missing = "dropout" if dropout_p > 0 else "return_lse"
+            raise NotImplementedError(f"{_OP}: the sdpa backend has no {missing}; use backend='reference'")
+        chosen = "reference"
+    pivots = layout.pivots
+    if pivots.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_pivot_values(_OP, pivots, q.shape[2])
+    regions = (pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias), float(scale))
+    if chosen == "sdpa":
+        return three_region_attention_sdpa(q, k, v, *regions)
+    seed_tensor = _random.as_seed(seed) if dropout_p > 0 else None
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    out, lse = three_region_attention_reference(
+        q.to(wide), k.to(wide), v.to(wide), *regions, float(dropout_p), seed_tensor
+    )
+    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, dropout_p: float, backend: str | None
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _checks.check_float(_OP, name, x, double=backend in ("reference", "sdpa"))
+        if x.dim() != 4:
+            raise ValueError(f"{_OP}: {name} must have shape [B, H, T, D], got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+        _checks.check_same_device(_OP, name, x, "q", q)
+    B, H, T, D = q.shape
+    if k.shape[0] != B or k.shape[2:] != q.shape[2:]:
+        raise ValueError(f"{_OP}: k must have shape [{B}, Hkv, {T}, {D}] to go with q, got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"{_OP}: v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[1] == 0 or H % k.shape[1]:
+        raise ValueError(f"{_OP}: q's heads must be a multiple of k's, got {H} and {k.shape[1]}")
+    if D == 0:
+        raise ValueError(f"{_OP}: q must have a head size of at least 1, got shape {tuple(q.shape)}")
+    if not isinstance(layout, ThreeRegionLayout):
+        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout, got {type(layout).__name__}")
+    if layout.pivots.shape[0] != B:
+        raise ValueError(
+            f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(layout.pivots.shape)}"
+        )
+    _checks.check_same_device(_OP, "layout.pivots", layout.pivots, "q", q)
+    _checks.check_finite_number(_OP, "dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{_OP}: dropout_p must be in [0, 1), got {dropout_p}")

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+namespace cogview {
+
+// What parallel_for runs on, for `python -m cogview_kernels.info`: "openmp (<library>)" or "std::thread".
+const char* parallel_runtime();
+
+void parallel_run(int64_t n, int64_t grain, int threads, void (*call)(const void*, int64_t, int64_t),
+                  const void* body);
+
+// Calls body(begin, end) over disjoint chunks of [0, n), each of at most `grain` items, on up to `threads`
+// threads. Chunks are dealt as threads come free, so what a body computes must not depend on who runs it.
+//
+// The threads are those of the OpenMP runtime that PyTorch has already loaded, found at run time: a second
+// runtime's idle threads would spin against PyTorch's. Without one, plain std::thread.
+//
+// A template over a plain function pointer, not std::function: files compiled per instruction set must not
+// share inline functions (see common/vec.h).
+template <typename Body>
+void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
+    parallel_run(
+        n, grain, threads,
+        [](const void* b, int64_t begin, int64_t end) { (*static_cast<const Body*>(b))(begin, end); }, &body);
+}
+
+}  // namespace cogview

@@ -1,0 +1,205 @@
+// SPDX-License-Identifier: Apache-2.0
+// Floats in a register of the instruction set this file is compiled for, through the vector extension of GCC
+// and Clang: one source for AVX-512, AVX2, SSE2 and NEON.
+//
+// Only *_cpu.cpp files include this. Everything has internal linkage: were an inline function shared, the
+// linker would keep one copy, maybe the AVX-512 one, and crash an older processor.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+#include "common/dtype.h"
+
+#if COGVIEW_X86
+#include <immintrin.h>
+#endif
+
+namespace cogview {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float VecF __attribute__((vector_size(4 * kLanes)));
+typedef int32_t VecI __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
+typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+template <typename To, typename From>
+inline To bitcast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "sizes differ");
+    To to;
+    std::memcpy(&to, &from, sizeof(to));
+    return to;
+}
+
+inline VecF broadcast(float x) {
+    return x - VecF{};
+}
+
+// A thread's working floats, cache-line aligned. Not std::vector, whose members could be shared between
+// instruction sets as said above.
+struct Scratch {
+    float* data;
+    explicit Scratch(int64_t n) {
+        const size_t bytes = (size_t(n > 0 ? n : 1) * sizeof(float) + 63) / 64 * 64;
+        data = static_cast<float*>(std::aligned_alloc(64, bytes));
+        if (data == nullptr) throw std::bad_alloc();
+    }
+    ~Scratch() { std::free(data); }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+};
+
+// ---- one element
+
+inline float to_float(float x) {
+    return x;
+}
+inline float to_float(BFloat16 x) {
+    return bitcast<float>(uint32_t(x.bits) << 16);
+}
+inline float to_float(Half x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    return static_cast<float>(bitcast<_Float16>(x.bits));
+#endif
+}
+
+inline void from_float(float x, float* to) {
+    *to = x;
+}
+inline void from_float(float x, BFloat16* to) {
+    const uint32_t u = bitcast<uint32_t>(x);
+    // Round to nearest even. A NaN must not round up into infinity.
+    to->bits = x != x ? uint16_t((u >> 16) | 0x40) : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void from_float(float x, Half* to) {
+#if defined(__F16C__)
+    to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+    to->bits = bitcast<uint16_t>(static_cast<_Float16>(x));
+#endif
+}
+
+// ---- kLanes elements, unaligned
+
+inline VecF load(const float* p) {
+    VecF v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+inline VecF load(const BFloat16* p) {
+    VecU16 h;
+    std::memcpy(&h, p, sizeof(h));
+    return bitcast<VecF>(__builtin_convertvector(h, VecU) << 16);
+}
+inline VecF load(const Half* p) {
+#if defined(__AVX512F__)
+    return bitcast<VecF>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+    return bitcast<VecF>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+    VecF v;
+    for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
+    return v;
+#endif
+}
+
+inline void store(float* p, VecF v) {
+    std::memcpy(p, &v, sizeof(v));
+}
+inline void store(BFloat16* p, VecF v) {
+    const VecU u = bitcast<VecU>(v);
+    const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    const VecU quiet = (u >> 16) | 0x40;
+    const VecU16 h = __builtin_convertvector(v != v ? quiet : rounded, VecU16);
+    std::memcpy(p, &h, sizeof(h));
+}
+inline void store(Half* p, VecF v) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(bitcast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(bitcast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < kLanes; ++i) from_float(v[i], &p[i]);
+#endif
+}
+
+// The rounding error of the product a * b, given its rounded value; 0 where the processor has no FMA.
+// By intrinsics: written as a * b - product, the compiler is free to find the same product twice.
+inline VecF product_error(VecF a, VecF b, VecF product) {
+#if defined(__AVX512F__)
+    return bitcast<VecF>(_mm512_fmsub_ps(bitcast<__m512>(a), bitcast<__m512>(b), bitcast<__m512>(product)));
+#elif defined(__FMA__)
+    return bitcast<VecF>(_mm256_fmsub_ps(bitcast<__m256>(a), bitcast<__m256>(b), bitcast<__m256>(product)));
+#elif defined(__ARM_FEATURE_FMA)
+    for (int i = 0; i < kLanes; ++i) product[i] = __builtin_fmaf(a[i], b[i], -product[i]);
+    return product;
+#else
+    (void)a, (void)b;
+    return product - product;
+#endif
+}
+
+inline VecF maximum(VecF a, VecF b) {
+    return a > b ? a : b;
+}
+
+inline float reduce_max(VecF v) {
+    float m = v[0];
+    for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+}
+inline float reduce_sum(VecF v) {
+    // Pairwise, so that the order is the same at any optimisation level.
+    for (int step = kLanes / 2; step > 0; step /= 2)
+        for (int i = 0; i < step; ++i) v[i] += v[i + step];
+    return v[0];
+}
+
+// 2^(x + low) to 1 ulp for -126 <= x < 128, exactly 0 below (so exp2(-inf) = 0), NaN for NaN; |low| < 2^-16.
+// x = n + f with |f| <= 1/2; 2^f by its Chebyshev interpolant of degree 6 (relative error 2.6e-9).
+inline VecF exp2(VecF x, VecF low = VecF{}) {
+    const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const VecF shifted = x + magic;
+    const VecF f = x - (shifted - magic) + low;
+    const VecI n = bitcast<VecI>(shifted) - bitcast<VecI>(magic);
+    VecF p = broadcast(0.00015461444854736328f);
+    p = p * f + 0.0013400427997112274f;
+    p = p * f + 0.009618056938052177f;
+    p = p * f + 0.05550327152013779f;
+    p = p * f + 0.24022650718688965f;
+    p = p * f + 0.6931471824645996f;
+    p = p * f + 1.0f;
+    const VecF scaled = bitcast<VecF>(bitcast<VecI>(p) + (n << 23));
+    return x < -126.0f ? VecF{} : (x != x ? x : scaled);
+}
+
+// 2^(x * (factor + factor_low)) for x <= 0: the product carried to twice the precision, since an error of its
+// last bit is an error of x * factor ulps in the result. (Without FMA only factor_low is made good.)
+inline VecF exp2_product(VecF x, float factor, float factor_low) {
+    const VecF high = x * factor;
+    // x = -inf: inf - inf would be NaN.
+    const VecF low = high < -126.0f ? VecF{} : product_error(x, broadcast(factor), high) + x * factor_low;
+    return exp2(high, low);
+}
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+// One block per row, in three passes of which only the first reaches device memory when the row fits the L1
+// cache: maximum and sum together (online softmax), then the probabilities.
+// Bytes: 2 N elements a row from memory (3 N past the cache). Row sums go through warp shuffles and 32 floats
+// of shared memory; no atomics, so two runs give the same bits.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "common/cuda_check.h"
+#include "stable_softmax/stable_softmax.h"
+
+namespace cogview {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <typename T>
+struct CudaType;
+template <>
+struct CudaType<float> {
+    using type = float;
+};
+template <>
+struct CudaType<Half> {
+    using type = __half;
+};
+template <>
+struct CudaType<BFloat16> {
+    using type = __nv_bfloat16;
+};
+
+__device__ float widen(float x) {
+    return x;
+}
+__device__ float widen(__half x) {
+    return __half2float(x);
+}
+__device__ float widen(__nv_bfloat16 x) {
+    return __bfloat162float(x);
+}
+__device__ void narrow(float x, float* to) {
+    *to = x;
+}
+__device__ void narrow(float x, __half* to) {
+    *to = __float2half_rn(x);
+}
+__device__ void narrow(float x, __nv_bfloat16* to) {
+    *to = __float2bfloat16_rn(x);
+}
+
+// A mergeable softmax: sum of 2^(factor * (x - max)) over the keys seen so far.
+struct State {
+    float max, sum;
+};
+
+__device__ State merge(State a, State b, float factor) {
+    const float max = fmaxf(a.max, b.max);
+    // Both empty: -inf minus -inf is NaN, and there is nothing to sum.
+    if (max == -INFINITY) return {max, a.sum + b.sum};
+    return {max, a.sum * exp2f(factor * (a.max - max)) + b.sum * exp2f(factor * (b.max - max))};
+}
+
+__device__ State reduce_block(State s, float factor) {
+    __shared__ float maxima[32], sums[32];
+    for (int step = 16; step > 0; step /= 2) {
+        const State other = {__shfl_xor_sync(kAllLanes, s.max, step),
+                             __shfl_xor_sync(kAllLanes, s.sum, step)};
+        s = merge(s, other, factor);
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    if (lane == 0) {
+        maxima[warp] = s.max;
+        sums[warp] = s.sum;
+    }
+    __syncthreads();
+    s = lane < warps ? State{maxima[lane], sums[lane]} : State{-INFINITY, 0.0f};
+    for (int step = 16; step > 0; step /= 2) {
+        const State other = {__shfl_xor_sync(kAllLanes, s.max, step),
+                             __shfl_xor_sync(kAllLanes, s.sum, step)};
+        s = merge(s, other, factor);
+    }
+    return s;
+}
+
+template <typename T>
+__global__ void stable_softmax_fwd_kernel(SoftmaxForward a) {
+    const int64_t r = blockIdx.x;
+    const int64_t t = r % a.T, b = r / a.T % a.B, i = r / a.T / a.B;
+    const T* scores = static_cast<const T*>(a.scores) + i * a.scores_stride[0] + b * a.scores_stride[1] +
+                      t * a.scores_stride[2];
+    const uint8_t* mask = a.mask == nullptr
+                              ? nullptr
+                              : a.mask + i * a.mask_stride[0] + b * a.mask_stride[1] + t * a.mask_stride[2];
+    T* probs = static_cast<T*>(a.probs) + r * a.N;
+    const int64_t visible = a.causal && t + 1 < a.N ? t + 1 : a.N;
+    const float factor = a.alpha * kLog2e;
+
+    State s = {-INFINITY, 0.0f};
+    float nan = 0.0f;
+    for (int64_t j = threadIdx.x; j < visible; j += blockDim.x) {
+        if (mask != nullptr && !mask[j * a.mask_stride[3]]) continue;
+        const float x = widen(scores[j]) * a.scale;
+        if (x != x) nan = x;  // fmaxf drops NaN
+        s = merge(s, {x, x == -INFINITY ? 0.0f : 1.0f}, factor);
+    }
+    s.sum += nan;
+    s = reduce_block(s, factor);
+    const float inverse = s.max == -INFINITY && s.sum == 0.0f ? 0.0f : 1.0f / s.sum;
+    for (int64_t j = threadIdx.x; j < a.N; j += blockDim.x) {
+        const bool seen = j < visible && (mask == nullptr || mask[j * a.mask_stride[3]]);
+        const bool empty = inverse == 0.0f;
+        narrow(seen && !empty ? exp2f(factor * (widen(scores[j]) * a.scale - s.max)) * inverse : 0.0f,
+               probs + j);
+    }
+}
+
+template <typename T>
+__global__ void stable_softmax_bwd_kernel(SoftmaxBackward a) {
+    const int64_t at = int64_t(blockIdx.x) * a.N;
+    const T* dprobs = static_cast<const T*>(a.dprobs) + at;
+    const T* probs = static_cast<const T*>(a.probs) + at;
+    T* dscores = static_cast<T*>(a.dscores) + at;
+    float dot = 0.0f;
+    for (int64_t j = threadIdx.x; j < a.N; j += blockDim.x) dot += widen(dprobs[j]) * widen(probs[j]);
+    // With equal maxima, merging states adds their sums.
+    dot = reduce_block({0.0f, dot}, 0.0f).sum;
+    for (int64_t j = threadIdx.x; j < a.N; j += blockDim.x)
+        narrow(a.factor * widen(probs[j]) * (widen(dprobs[j]) - dot), dscores + j);
+}
+
+// A warp for short rows, up to 1,024 threads for long ones.
+int block_size(int64_t N) {
+    return int(std::min<int64_t>(1024, std::max<int64_t>(32, (N / 4 + 31) / 32 * 32)));
+}
+
+}  // namespace
+
+void stable_softmax_fwd_cuda(const SoftmaxForward& args, void* stream) {
+    const int64_t rows = args.A * args.B * args.T;
+    if (rows == 0 || args.N == 0) return;
+    COGVIEW_DISPATCH_DTYPE(args.dtype, {
+        using T = CudaType<scalar_t>::type;
+        stable_softmax_fwd_kernel<T>
+            <<<rows, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
+    check_launch("stable_softmax_fwd_kernel");
+}
+
+void stable_softmax_bwd_cuda(const SoftmaxBackward& args, void* stream) {
+    if (args.rows == 0 || args.N == 0) return;
+    COGVIEW_DISPATCH_DTYPE(args.dtype, {
+        using T = CudaType<scalar_t>::type;
+        stable_softmax_bwd_kernel<T>
+            <<<args.rows, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
+    check_launch("stable_softmax_bwd_kernel");
+}
+
+}  // namespace cogview

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, devices, backends, and fresh memory filled with NaN.
+
+Without an NVIDIA GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is
+imported. With one (``make gpu-check``) the same tests run on it: the ``device`` fixture is "cuda".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from cogview_kernels import _backends  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(request: pytest.FixtureRequest):
+    """Kernel tests: ``torch.empty`` gives NaN, so an element that no one writes is seen."""
+    if "kernels" not in request.path.parts:
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels are tested: the GPU if there is one."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+def _interpreter_is_broken() -> str:
+    """Triton 3.6 and older turn one-element arrays into loop bounds in a way that NumPy 2.4 forbids."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return ""
+    release = {name: tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")}
+    if release["triton"] >= (3, 7) or release["numpy"] < (2, 4):
+        return ""
+    return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
+
+
+@pytest.fixture
+def backend_device(request: pytest.FixtureRequest):
+    """``backend_device(name)``: the device on which that backend runs here; skips with the reason if none."""
+
+    def find(backend: str) -> torch.device:
+        reasons = []
+        if backend == "triton" and (broken := _interpreter_is_broken()):
+            pytest.skip(broken)
+        for name in ("cuda", "cpu") if HAS_GPU else ("cpu",):
+            if not (reason := _backends.why_not(backend, torch.device(name))):
+                return torch.device(name)
+            reasons.append(reason)
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+    return find
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """Files too large or not ours to commit; a test that needs one skips where it is absent."""
+    return Path(os.environ.get("COGVIEW_TEST_DATA", ROOT.parent / "shared" / "data"))

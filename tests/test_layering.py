@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom: read from the sources, and proved in fresh interpreters."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = ROOT / "cogview_kernels"
+MODEL = ROOT / "cogview"
+OPS = sorted(p.parent.name for p in KERNELS.glob("*/api.py"))
+
+# What each file of an op may import of cogview_kernels, beside the shared modules `_*.py`.
+ALLOWED = {
+    "__init__": {"api", "layout"},
+    "api": {"autograd", "reference", "sdpa", "layout"},
+    "autograd": {"triton_kernels", "chunked", "layout"},
+    "chunked": set(),
+    "reference": set(),
+    "sdpa": {"layout", "reference"},
+    "layout": {"reference"},
+    "triton_kernels": set(),
+}
+
+
+def imports(path: Path) -> list[str]:
+    """Full names of the modules that a file imports, wherever in the file."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def fresh_interpreter(code: str, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=_env(environment)
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _env(extra: dict[str, str]) -> dict[str, str]:
+    import os
+
+    return {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **extra}
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.glob("*/*.py")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_inside_an_op(path):
+    for name in imports(path):
+        if not name.startswith("cogview_kernels."):
+            assert not name.startswith("cogview."), f"{path} imports the model package: {name}"
+            continue
+        part = name.split(".")[1]
+        if part.startswith("_"):
+            continue
+        assert part == path.parent.name, f"{path}: ops never import one another ({name})"
+        module = name.split(".")[2] if len(name.split(".")) > 2 else ""
+        assert module in ALLOWED[path.stem], f"{path.name} may not import {name}"
+
+
+def test_cogview_uses_only_the_public_names():
+    import cogview_kernels
+
+    for path in sorted(MODEL.rglob("*.py")):
+        for name in imports(path):
+            if name.split(".")[0] == "cogview_kernels" and name != "cogview_kernels":
+                public = name.removeprefix("cogview_kernels.")
+                assert public in cogview_kernels.__all__, f"{path} imports {name}"
+
+
+def test_kernels_need_only_torch():
+    for path in sorted(KERNELS.rglob("*.py")):
+        for name in imports(path):
+            root = name.split(".")[0]
+            known = root in sys.stdlib_module_names or root in ("torch", "cogview_kernels", "triton")
+            assert known, f"{path} imports {name}"
+            assert root != "triton" or path.stem in ("triton_kernels", "_triton"), f"{path} imports triton"
+
+
+def test_csrc_knows_no_torch_and_no_other_op():
+    for path in sorted((ROOT / "csrc").rglob("*.*")):
+        for header in re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text()):
+            assert not header.startswith(("torch/", "ATen/", "c10/")), f"{path}: {header}"
+            if path.name != "bindings.cpp" and (ROOT / "csrc" / header).exists():
+                assert header.split("/")[0] in ("common", path.parent.name), f"{path}: {header}"
+
+
+def test_import_loads_neither_triton_nor_the_model():
+    fresh_interpreter(
+        "import sys, cogview_kernels\n"
+        "loaded = [m for m in sys.modules if m.split('.')[0] in ('triton', 'cogview', 'numpy.testing')]\n"
+        "assert not loaded, loaded"
+    )
+
+
+def test_import_survives_without_triton_and_extension():
+    fresh_interpreter(
+        "import sys\n"
+        "sys.modules['triton'] = None\n"
+        "sys.modules['cogview_kernels._C'] = None\n"
+        "import torch, cogview_kernels\n"
+        "from cogview_kernels import info\n"
+        "x = torch.randn(3, 5)\n"
+        "assert torch.allclose(cogview_kernels.stable_softmax(x), torch.softmax(x, -1))\n"
+        "try: cogview_kernels.stable_softmax(x, backend='cpu')\n"
+        "except RuntimeError as error: assert 'make build' in str(error), error\n"
+        "else: raise AssertionError('the cpu backend ran without the extension')\n"
+        "assert 'could not be loaded' in info.describe()"
+    )
+
+
+def test_trace_tells_each_choice():
+    code = "import torch, cogview_kernels; cogview_kernels.stable_softmax(torch.ones(2, 3))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=_env({"COGVIEW_KERNELS_TRACE": "1"}),
+    )
+    assert "stable_softmax on cpu" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_one_name_per_op_everywhere(op):
+    import cogview_kernels
+
+    assert op in cogview_kernels.__all__
+    assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists()
+    assert f"def {op}(" in (KERNELS / op / "api.py").read_text()
+    assert f"def {op}_reference(" in (KERNELS / op / "reference.py").read_text()
+
+
+def test_every_source_names_its_licence():
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and path.exists() and path.stat().st_size:
+            assert "SPDX-License-Identifier: Apache-2.0" in path.read_text()[:200], name
