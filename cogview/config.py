@@ -149,8 +149,8 @@ PRESETS: dict[str, Preset] = {
             hidden_size=128,
             num_heads=4,
             vocab_size=384,
-            max_positions=41,
-            three_region=ThreeRegionConfig(block_size=8, window_blocks=1, num_pivots=20),
+            max_positions=29,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
         ),
         train=TrainConfig(
             steps=1500, batch_size=64, learning_rate=1e-3, warmup_fraction=0.05, checkpoint_every=100
@@ -165,10 +165,10 @@ PRESETS: dict[str, Preset] = {
             pixel_std=(0.5, 0.5, 0.5),
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=600, batch_size=64, learning_rate=1e-3, checkpoint_every=200
+            steps=1000, batch_size=64, learning_rate=2e-3, checkpoint_every=200
         ),
-        text_pieces=160,
-        max_text_tokens=16,
+        text_pieces=172,
+        max_text_tokens=8,
         sampling=SamplingConfig(temperature=0.9, top_k=0, top_p=0.9),
     ),
     # The single-node recipe of the released code.

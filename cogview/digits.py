@@ -7,6 +7,7 @@ data set needs no download.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -21,13 +22,16 @@ ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 CHINESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 
 TRAINING_PHRASINGS = (
-    *("a handwritten {en}", "the digit {en}", "a picture of the number {en}", "{en} written by hand"),
-    *("手写数字{zh}", "数字{zh}的图片", "这是{zh}", "手写的{zh}"),
+    *("{en}", "number {en}", "the digit {en}", "a handwritten {en}", "{en} written by hand", "this is a {en}"),
+    *("a picture of the number {en}", "an image of the digit {en}", "a scan of a {en}"),
+    *("the number {en} in pencil", "somebody wrote a {en}", "a drawing of a {en} by hand"),
+    *("{zh}", "数字{zh}", "手写数字{zh}", "手写的{zh}", "这是{zh}", "{zh}的图片", "数字{zh}的图片"),
+    *("这个数字是{zh}", "图片里的数字是{zh}", "这是手写的数字{zh}", "写着{zh}的图片", "这张图片是{zh}"),
 )
 # Never seen in training, whole; their words are.
 HELD_OUT_PHRASINGS = (
-    *("a picture of a handwritten {en}", "the number {en} written by hand", "a digit {en}"),
-    *("这是手写的{zh}", "手写数字{zh}的图片", "数字{zh}"),
+    *("a picture of a handwritten {en}", "the digit {en} written by hand", "this is the number {en}"),
+    *("这是数字{zh}", "手写的{zh}的图片", "图片里是手写的{zh}"),
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8
@@ -48,12 +52,19 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 class DigitPairs:
-    """Scans of one split (``"train"``, 1,437, or ``"test"``, 360) with their captions."""
+    """Scans of one split (``"train"``, 1,437, or ``"test"``, 360) with their captions.
 
-    def __init__(self, split: str = "train") -> None:
+    With ``copies`` above 1, each scan is followed by slightly turned, scaled and moved ones, always the
+    same: without them a transformer learns 1,437 pictures by heart.
+    """
+
+    def __init__(self, split: str = "train", copies: int = 1) -> None:
         scans, labels = _splits()[split]
-        self._scans = torch.tensor(scans, dtype=torch.float32).view(-1, 1, SCAN_SIDE, SCAN_SIDE) / 16
-        self.labels = torch.tensor(labels)
+        images = torch.tensor(scans, dtype=torch.float32).view(-1, 1, SCAN_SIDE, SCAN_SIDE) / 16
+        images = images.repeat_interleave(copies, dim=0)
+        is_copy = torch.arange(len(images)) % copies > 0
+        self._scans = torch.where(is_copy[:, None, None, None], _jitter(images), images)
+        self.labels = torch.tensor(labels).repeat_interleave(copies)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,6 +80,18 @@ class DigitPairs:
     def captions(self, index: int) -> list[str]:
         """All training phrasings of the digit shown."""
         return [phrase(template, int(self.labels[index])) for template in TRAINING_PHRASINGS]
+
+
+def _jitter(images: Tensor) -> Tensor:
+    """Each image turned by up to 10 degrees, scaled by up to 8 % and moved by up to 0.6 px."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    uniform = 2 * torch.rand(4, len(images), generator=generator) - 1
+    angle, scale = uniform[0] * math.radians(10), 1 + 0.08 * uniform[1]
+    shift = 0.6 * 2 / SCAN_SIDE * uniform[2:]
+    cos, sin = scale * angle.cos(), scale * angle.sin()
+    transform = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(transform, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
 
 
 class Judge:

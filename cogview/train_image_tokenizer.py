@@ -74,7 +74,7 @@ def train_image_tokenizer(
                 bar.write(f"step {step}: loss {float(loss)}; step skipped")
             optimizer.zero_grad(set_to_none=True)
 
-            values = {"reconstruction": float(reconstruction), "codes_used": float(len(result.codes.unique()))}
+            values = {"reconstruction": reconstruction.item(), "codes_used": float(len(result.codes.unique()))}
             for name, value in values.items():
                 history[name].append(value)
                 board.add_scalar(f"image_tokenizer/{name}", value, step)
