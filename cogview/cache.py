@@ -42,7 +42,7 @@ class KVCache:
         """Put ``k``, ``v`` (``[B, H, T, D]``) behind what the rows hold; ``advance`` makes them count."""
         T = k.shape[2]
         if self.is_empty:
-            if T > self.capacity:
+            if self.capacity < T:
                 raise ValueError(f"the cache holds {self.capacity} tokens per row, got {T}")
             self.keys[layer, :, :, :T] = k
             self.values[layer, :, :, :T] = v

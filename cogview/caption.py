@@ -87,7 +87,9 @@ def generate_captions(
         return []
     cache, hidden = prefill(model, prompts, max_text_tokens)
     sep = vocab.command("SEP")
-    uniforms = row_uniforms([derive_seed(seed, row) for row in range(len(prompts))], max_text_tokens).to(device)
+    uniforms = row_uniforms([derive_seed(seed, row) for row in range(len(prompts))], max_text_tokens).to(
+        device
+    )
     tokens = torch.empty(len(prompts), max_text_tokens, dtype=torch.int64, device=device)
     for step in range(max_text_tokens):
         text_logits = model.logits(hidden, vocab.text_start, vocab.command_start)

@@ -136,10 +136,14 @@ def _released_model_file(path: Path) -> Path:
     if path.is_dir():
         tracker = path / "latest_checkpointed_iteration.txt"
         if not tracker.is_file():
-            raise FileNotFoundError(f"{path} has no latest_checkpointed_iteration.txt; give the .pt file itself")
+            raise FileNotFoundError(
+                f"{path} has no latest_checkpointed_iteration.txt; give the .pt file itself"
+            )
         folder = path / tracker.read_text().strip()
         if (folder / "mp_rank_01_model_states.pt").exists():
-            raise ValueError(f"{folder} is split over several model-parallel ranks; only one rank can be read")
+            raise ValueError(
+                f"{folder} is split over several model-parallel ranks; only one rank can be read"
+            )
         path = folder / "mp_rank_00_model_states.pt"
     if not path.is_file():
         raise FileNotFoundError(f"weights not found: {path}")

@@ -25,6 +25,7 @@ from cogview.run import (
     Run,
     claim_settings,
     load_run,
+    load_settings,
     load_tokenizers,
 )
 from cogview.seeding import derive_seed
@@ -60,7 +61,7 @@ def train_tokenizers(options: TrainTokenizers) -> dict[str, list[float]]:
     tokenizer is not trained again.
     """
     preset, out = options.preset, options.out
-    pairs = open_pairs(options.data)
+    pairs = open_pairs(options.data, digit_copies=preset.digit_copies)
     settings = {
         "data": options.data,
         "text_pieces": preset.text_pieces,
@@ -101,12 +102,10 @@ def train_model(options: TrainModel) -> dict[str, list[float]]:
     """
     preset, out = options.preset, options.out
     tokenizers = load_tokenizers(out, options.device)
-    pairs = open_pairs(options.data)
+    pairs = open_pairs(options.data, digit_copies=preset.digit_copies)
     num_codes = tokenizers.image.config.codes_per_image
     length = FRAME_TOKENS + preset.max_text_tokens + num_codes
-    config = dataclasses.replace(
-        preset.model, vocab_size=tokenizers.vocab.padded_size, max_positions=length
-    )
+    config = dataclasses.replace(preset.model, vocab_size=tokenizers.vocab.padded_size, max_positions=length)
     settings = {
         "data": options.data,
         "model": config,
@@ -123,6 +122,11 @@ def train_model(options: TrainModel) -> dict[str, list[float]]:
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(config).to(options.device)
     return train(model, dataset, preset.train, out, progress=options.progress)
+
+
+def run_sampling(folder: Path) -> SamplingConfig:
+    """How a run samples unless told otherwise."""
+    return load_settings(folder)[1]
 
 
 def encode_text(run: Run, text: str) -> list[int]:
@@ -206,7 +210,9 @@ def caption(options: Caption) -> list[tuple[str, float]]:
     pieces = generate_captions(run.model, run.tokenizers.vocab, codes, max_text_tokens=run.max_text_tokens)
     results = []
     for row, text in zip(codes, pieces, strict=True):
-        loss = caption_loss(run.model, run.tokenizers.vocab, row[None], [text]).item() if text else float("nan")
+        loss = (
+            caption_loss(run.model, run.tokenizers.vocab, row[None], [text]).item() if text else float("nan")
+        )
         results.append((run.tokenizers.text.decode(text), loss))
     return results
 

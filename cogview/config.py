@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 
 def _require(ok: bool, name: str, expected: str, got: object) -> None:
@@ -87,7 +85,9 @@ class ModelConfig:
         divides = self.num_heads >= 1 and self.hidden_size % self.num_heads == 0
         _require(divides, "num_heads", f"a divisor of hidden_size {self.hidden_size}", self.num_heads)
         _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
-        _require(self.pb_relax in ("row", "tensor", None), "pb_relax", '"row", "tensor" or None', self.pb_relax)
+        _require(
+            self.pb_relax in ("row", "tensor", None), "pb_relax", '"row", "tensor" or None', self.pb_relax
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class Preset:
     text_pieces: int = 50_000  # size of a newly trained text tokenizer
     max_text_tokens: int = 60  # a longer caption loses its end, never the image its tail
     sampling: SamplingConfig = SamplingConfig()
+    digit_copies: int = 8  # of the built-in digits only: each scan and 7 slightly altered ones
 
 
 PRESETS: dict[str, Preset] = {

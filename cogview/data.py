@@ -99,12 +99,16 @@ class FolderPairs:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{jsonfile} is not valid JSON: {error}") from None
             if not isinstance(content, dict):
-                raise ValueError(f'{jsonfile} must hold {{"file": "caption"}}, got a {type(content).__name__}')
+                raise ValueError(
+                    f'{jsonfile} must hold {{"file": "caption"}}, got a {type(content).__name__}'
+                )
             for name, entry in content.items():
                 captions = [entry] if isinstance(entry, str) else entry
                 is_list = isinstance(captions, list) and captions
                 if not is_list or not all(isinstance(text, str) and text.strip() for text in captions):
-                    raise ValueError(f"{jsonfile}: {name} must have a caption or a list of captions, got {entry!r}")
+                    raise ValueError(
+                        f"{jsonfile}: {name} must have a caption or a list of captions, got {entry!r}"
+                    )
                 table[name] = [text.strip() for text in captions]
         else:
             raise FileNotFoundError(
@@ -124,9 +128,9 @@ class FolderPairs:
         return self._items[index][1]
 
 
-def open_pairs(data: str) -> Pairs:
+def open_pairs(data: str, *, digit_copies: int = 1) -> Pairs:
     """``"digits"`` for the built-in training scans, anything else is a folder."""
-    return DigitPairs("train") if data == "digits" else FolderPairs(data)
+    return DigitPairs("train", digit_copies) if data == "digits" else FolderPairs(data)
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> Tensor:
@@ -193,7 +197,9 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._codes)
 
-    def batch(self, step: int, batch_size: int, *, text_weight: float, caption_fraction: float, seed: int) -> Batch:
+    def batch(
+        self, step: int, batch_size: int, *, text_weight: float, caption_fraction: float, seed: int
+    ) -> Batch:
         """The rows of one training step: a pure function of its arguments.
 
         Each row draws one of its image's captions, and is in image-to-text order with probability

@@ -26,7 +26,14 @@ from tqdm import tqdm
 
 from cogview.caption import caption_loss
 from cogview.checkpoint import load_tensors, read_json, save_tensors, write_json
-from cogview.commands import TrainModel, TrainTokenizers, decode_codes, default_device, train_model, train_tokenizers
+from cogview.commands import (
+    TrainModel,
+    TrainTokenizers,
+    decode_codes,
+    default_device,
+    train_model,
+    train_tokenizers,
+)
 from cogview.config import PRESETS, Preset
 from cogview.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, Judge, phrase
 from cogview.generate import generate_codes
@@ -197,11 +204,17 @@ def run_demo(options: Demo) -> dict[str, Any]:
     }
     claim_settings(out / "demo.json", settings)
     clock = PhaseClock(out / "timings.json")
-    common = {"data": "digits", "out": out, "preset": preset, "device": options.device}
+    common: dict[str, Any] = {
+        "data": "digits",
+        "out": out,
+        "preset": preset,
+        "device": options.device,
+        "progress": options.progress,
+    }
     with clock.phase("train_tokenizers"):
-        tokenizer_history = train_tokenizers(TrainTokenizers(**common, progress=options.progress))
+        tokenizer_history = train_tokenizers(TrainTokenizers(**common))
     with clock.phase("train_model"):
-        history = train_model(TrainModel(**common, progress=options.progress))
+        history = train_model(TrainModel(**common))
     run = load_run(out, options.device)
     prompts = all_prompts(options.draws)
     with clock.phase("draw_and_rerank"):
@@ -269,7 +282,8 @@ def _save_pictures(
     tokenizer_history: dict[str, list[float]],
 ) -> None:
     """The first draw of the first English and the first Chinese held-out phrasing, and the losses."""
-    rows, labels = [], []
+    rows: list[int] = []
+    labels: list[str] = []
     english = HELD_OUT_PHRASINGS[0]
     chinese = next(template for template in HELD_OUT_PHRASINGS if "{zh}" in template)
     for template in (english, chinese):
@@ -281,10 +295,11 @@ def _save_pictures(
     best_first = order[rows]
     sheet = images[rows].gather(1, best_first[..., None, None, None].expand_as(images[rows]))
     results = report["results"]
+    best, single = results["best_of_all"], results["single_draw"]
     title = (
         f'"{english.format(en="...")}" and a Chinese phrasing, neither seen in training.  '
         f"Right digit over {results['prompts']} prompts: "
-        f"best of {images.shape[1]} by CapLoss {results['best_of_all']:.1%}, single draw {results['single_draw']:.1%}"
+        f"best of {images.shape[1]} by CapLoss {best:.1%}, single draw {single:.1%}"
     )
     save_contact_sheet(out / SHEET, title, labels, sheet, is_right[rows].gather(1, best_first))
     panels = {
@@ -300,6 +315,7 @@ def _save_pictures(
 def summary(report: dict[str, Any], out: Path) -> str:
     """What the command prints at the end."""
     results, seconds = report["results"], report["timings"]["seconds"]
+    judge = report["judge"]["accuracy_on_real_test_scans"]
     rebuilt, reading = report["reconstruction_of_held_out_scans"], report["reading_of_held_out_scans"]
     candidates = report["settings"]["num_candidates"]
     phases = ", ".join(f"{name.replace('_', ' ')} {value:.0f} s" for name, value in seconds.items())
@@ -308,7 +324,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
             f"prompts in phrasings never seen in training: {results['prompts']}, {candidates} drawings each",
             f"  best of {candidates} by CapLoss is the right digit   {results['best_of_all']:.1%}",
             f"  a single unranked drawing is               {results['single_draw']:.1%}",
-            f"judge, on real scans it never saw:           {report['judge']['accuracy_on_real_test_scans']:.1%}",
+            f"judge, on real scans it never saw:           {judge:.1%}",
             f"held-out scans through the image tokenizer:  PSNR {rebuilt['psnr_db']:.1f} dB, "
             f"judge reads {rebuilt['judge_accuracy_on_reconstructions']:.1%}",
             f"held-out scans read by the model itself:     {reading['accuracy']:.1%}",

@@ -22,7 +22,14 @@ ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 CHINESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 
 TRAINING_PHRASINGS = (
-    *("{en}", "number {en}", "the digit {en}", "a handwritten {en}", "{en} written by hand", "this is a {en}"),
+    *(
+        "{en}",
+        "number {en}",
+        "the digit {en}",
+        "a handwritten {en}",
+        "{en} written by hand",
+        "this is a {en}",
+    ),
     *("a picture of the number {en}", "an image of the digit {en}", "a scan of a {en}"),
     *("the number {en} in pencil", "somebody wrote a {en}", "a drawing of a {en} by hand"),
     *("{zh}", "数字{zh}", "手写数字{zh}", "手写的{zh}", "这是{zh}", "{zh}的图片", "数字{zh}的图片"),

@@ -28,9 +28,10 @@ def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int) -
     device = model.word_embeddings.weight.device
     longest = max(len(prompt) for prompt in prompts)
     if longest + new_tokens > config.max_positions:
+        excess = longest + new_tokens - config.max_positions
         raise ValueError(
             f"the prompt has {longest} tokens and {new_tokens} are to follow, but the model has "
-            f"{config.max_positions} positions; shorten the text by {longest + new_tokens - config.max_positions}"
+            f"{config.max_positions} positions; shorten the text by {excess}"
         )
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -71,7 +72,9 @@ def generate_codes(
     model.eval()
     device = model.word_embeddings.weight.device
     if num_candidates < 1 or max_batch < 1:
-        raise ValueError(f"num_candidates and max_batch must be at least 1, got {num_candidates}, {max_batch}")
+        raise ValueError(
+            f"num_candidates and max_batch must be at least 1, got {num_candidates}, {max_batch}"
+        )
     results = []
     # A batch holds whole prompts with all candidates, or a part of one prompt's candidates.
     prompts_per_batch = max(1, max_batch // num_candidates)

@@ -13,7 +13,8 @@ from cogview.config import TrainConfig
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups: everything decays, embeddings and positions included, but LayerNorms and biases."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             is_free = isinstance(module, nn.LayerNorm) or name == "bias"

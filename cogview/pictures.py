@@ -75,7 +75,11 @@ def save_contact_sheet(
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest", aspect="equal")
     axes.set_yticks([(row + 0.5) * cell for row in range(rows)], labels, fontsize=10)
-    axes.set_xticks([(column + 0.5) * cell for column in range(columns)], range(1, columns + 1), fontsize=9)
+    axes.set_xticks(
+        [(column + 0.5) * cell for column in range(columns)],
+        [str(place + 1) for place in range(columns)],
+        fontsize=9,
+    )
     axes.tick_params(length=0)
     axes.set_xlabel("rank by CapLoss, best first (red frame: the judge reads another digit)")
     axes.spines[:].set_visible(False)
@@ -95,7 +99,9 @@ def save_loss_curves(
 ) -> None:
     """One panel per title, one labelled curve per entry, over steps, with running means on top."""
     figure = Figure(figsize=(5.5 * len(panels), 3.8), dpi=110, layout="constrained")
-    for axes, (title, curves) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+    for axes, (title, curves) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
         for index, (label, values) in enumerate(curves.items()):
             steps = np.arange(1, len(values) + 1)
             axes.plot(steps, values, color=f"C{index}", alpha=0.25, linewidth=0.8)

@@ -67,7 +67,9 @@ def _plain(settings: Any) -> Any:
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix: settings}
-    return {k: v for key, value in settings.items() for k, v in _flat(value, f"{prefix}.{key}".strip(".")).items()}
+    return {
+        k: v for key, value in settings.items() for k, v in _flat(value, f"{prefix}.{key}".strip(".")).items()
+    }
 
 
 def claim_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -114,27 +116,37 @@ def load_tokenizers(folder: Path, device: str = "cpu") -> Tokenizers:
     return Tokenizers(text, image.to(device).eval(), Vocab(config.num_codes, len(text)))
 
 
-def load_run(folder: Path, device: str = "cpu") -> Run:
-    """Tokenizers and the latest weights of a run, in eval mode, for generation.
+def _train_hint(folder: Path) -> str:
+    return f"train the model first: cogview train --out {folder}"
 
-    FileNotFoundError or ValueError, each naming the file and the way out.
-    """
-    tokenizers = load_tokenizers(folder, device)
-    hint = f"train the model first: cogview train --out {folder}"
-    settings = _settings(folder / MODEL_SETTINGS, hint)
+
+def load_settings(folder: Path) -> tuple[ModelConfig, SamplingConfig, int]:
+    """Model shape, sampling and longest text of a run. FileNotFoundError or ValueError naming the file."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run folder not found: {folder}")
+    path = folder / MODEL_SETTINGS
+    settings = _settings(path, _train_hint(folder))
     try:
         shape = dict(settings["model"])
         three_region = shape.pop("three_region")
         config = ModelConfig(
             **shape, three_region=None if three_region is None else ThreeRegionConfig(**three_region)
         )
-        sampling = SamplingConfig(**settings["sampling"])
-        max_text_tokens = int(settings["max_text_tokens"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MODEL_SETTINGS} is damaged: {error}") from None
+        return config, SamplingConfig(**settings["sampling"]), int(settings["max_text_tokens"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def load_run(folder: Path, device: str = "cpu") -> Run:
+    """Tokenizers and the latest weights of a run, in eval mode, for generation.
+
+    FileNotFoundError or ValueError, each naming the file and the way out.
+    """
+    tokenizers = load_tokenizers(folder, device)
+    config, sampling, max_text_tokens = load_settings(folder)
     checkpoint = latest_checkpoint(folder / "checkpoints")
     if checkpoint is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet; {hint}")
+        raise FileNotFoundError(f"{folder} has no checkpoint yet; {_train_hint(folder)}")
     with torch.device("meta"):
         model = CogView(config)
     model.to_empty(device="cpu")

@@ -100,7 +100,9 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
     """Pad rows to ``length`` tokens and shift; T is ``length - 1``. A longer row is a ValueError."""
     longest = max(len(row) for row in rows)
     if longest > length:
-        raise ValueError(f"rows must have at most length={length} tokens, got one of {longest}; shorten its text")
+        raise ValueError(
+            f"rows must have at most length={length} tokens, got one of {longest}; shorten its text"
+        )
     padded = torch.full((len(rows), length), vocab.pad, dtype=torch.int64)
     for row, tokens in zip(padded, rows, strict=True):
         row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)

@@ -56,7 +56,9 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise ValueError(f"num_pieces={num_pieces} cannot be trained on these captions: {error}") from None
+            raise ValueError(
+                f"num_pieces={num_pieces} cannot be trained on these captions: {error}"
+            ) from None
         return cls(model.getvalue())
 
     def save(self, path: str | os.PathLike[str]) -> None:

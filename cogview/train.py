@@ -97,7 +97,11 @@ def train(
     bar = tqdm(
         total=config.steps, initial=min(start, config.steps), desc="train", unit="step", disable=not progress
     )
-    with SummaryWriter(str(out / "tensorboard"), purge_step=start) as board, DeferredInterrupt() as interrupt, bar:
+    with (
+        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
+        DeferredInterrupt() as interrupt,
+        bar,
+    ):
         for step in range(start, config.steps):
             torch.manual_seed(derive_seed(config.seed, "dropout", step))
             layout_generator.manual_seed(derive_seed(config.seed, "layouts", step))

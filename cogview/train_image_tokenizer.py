@@ -29,9 +29,9 @@ def train_image_tokenizer(
 ) -> dict[str, list[float]]:
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
-    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, Adam with a cosine to zero. Randomness
-    follows from (seed, step), so a resumed run repeats the losses of an uninterrupted one. A step whose
-    loss is not finite changes nothing. Seeds PyTorch's global generators. Returns the history:
+    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term; Adam, cosine to zero.
+    Randomness follows from (seed, step), so a resumed run repeats the losses of an uninterrupted one. A
+    step whose loss is not finite changes nothing. Seeds PyTorch's global generators. Returns the history:
     ``reconstruction`` (MSE) and ``codes_used`` (distinct codes in the batch) per step.
     """
     out = Path(out)
@@ -52,7 +52,11 @@ def train_image_tokenizer(
         unit="step",
         disable=not progress,
     )
-    with SummaryWriter(str(out / "tensorboard"), purge_step=start) as board, DeferredInterrupt() as interrupt, bar:
+    with (
+        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
+        DeferredInterrupt() as interrupt,
+        bar,
+    ):
         for step in range(start, config.steps):
             torch.manual_seed(derive_seed(config.seed, "image tokenizer", step))
             indices = batch_indices(config.seed, step, config.batch_size, len(pairs))
@@ -74,7 +78,10 @@ def train_image_tokenizer(
                 bar.write(f"step {step}: loss {float(loss)}; step skipped")
             optimizer.zero_grad(set_to_none=True)
 
-            values = {"reconstruction": reconstruction.item(), "codes_used": float(len(result.codes.unique()))}
+            values = {
+                "reconstruction": reconstruction.item(),
+                "codes_used": float(len(result.codes.unique())),
+            }
             for name, value in values.items():
                 history[name].append(value)
                 board.add_scalar(f"image_tokenizer/{name}", value, step)

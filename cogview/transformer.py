@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -56,9 +57,11 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(layer, k, v)
         if cache is not None and not cache.is_empty:
-            out = decode_attention(q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout)
+            out = decode_attention(
+                q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout
+            )
         elif layout is not None:
-            out = three_region_attention(q, k, v, layout, dropout_p=dropout_p)
+            out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
         return self.dense(out.transpose(1, 2).reshape(B, T, C))
@@ -90,7 +93,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.fourth_layernorm = nn.LayerNorm(config.hidden_size)
 
-    def _sandwich(self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    def _sandwich(
+        self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
         parameters = (post.weight, post.bias, pre.weight, pre.bias)
         return sandwich_layer_norm(
@@ -168,9 +173,9 @@ class CogView(nn.Module):
         Raises:
             ValueError: more tokens than positions, or a number of layouts that is not that of layers.
         """
-        B, T = tokens.shape
+        T = tokens.shape[1]
         trunk = self.transformer
-        if T > self.config.max_positions:
+        if self.config.max_positions < T:
             raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
         if layout is None or isinstance(layout, ThreeRegionLayout):
             layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
@@ -187,10 +192,11 @@ class CogView(nn.Module):
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
-        pre_norms = [layer.input_layernorm for layer in trunk.layers] + [trunk.final_layernorm]
+        layers = cast("list[Layer]", list(trunk.layers))
+        pre_norms = [layer.input_layernorm for layer in layers] + [trunk.final_layernorm]
         first = pre_norms[0]
         normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
-        for index, layer in enumerate(trunk.layers):
+        for index, layer in enumerate(layers):
             arguments = (x, normed, pre_norms[index + 1], layouts[index])
             if self.config.activation_checkpointing and self.training:
                 x, normed = checkpoint(layer, *arguments, use_reentrant=False)
