@@ -75,6 +75,7 @@ class ModelConfig:
     num_heads: int
     vocab_size: int = 58240
     max_positions: int = 1089
+    init_std: float = 0.02  # of all weights; about 1 / sqrt(hidden_size) in the released model
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
     three_region: ThreeRegionConfig | None = None
@@ -149,6 +150,8 @@ PRESETS: dict[str, Preset] = {
             num_layers=4,
             hidden_size=128,
             num_heads=4,
+            init_std=0.09,
+            dropout=0.0,
             vocab_size=384,
             max_positions=29,
             three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
