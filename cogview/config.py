@@ -152,15 +152,15 @@ PRESETS: dict[str, Preset] = {
             num_heads=4,
             init_std=0.09,
             dropout=0.0,
-            vocab_size=384,
-            max_positions=29,
-            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
+            vocab_size=256,
+            max_positions=27,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=14),
         ),
         train=TrainConfig(
             steps=1500, batch_size=64, learning_rate=1e-3, warmup_fraction=0.05, checkpoint_every=100
         ),
         image_tokenizer=ImageTokenizerConfig(
-            num_codes=128,
+            num_codes=48,
             code_dim=32,
             channels=64,
             stages=2,
@@ -171,8 +171,8 @@ PRESETS: dict[str, Preset] = {
         image_tokenizer_train=ImageTokenizerTrainConfig(
             steps=1000, batch_size=64, learning_rate=2e-3, checkpoint_every=200
         ),
-        text_pieces=172,
-        max_text_tokens=8,
+        text_pieces=130,
+        max_text_tokens=6,
         sampling=SamplingConfig(temperature=0.9, top_k=0, top_p=0.9),
     ),
     # The single-node recipe of the released code.

@@ -127,5 +127,5 @@ def test_other_released_files_are_one_clear_error(tmp_path):
     (tmp_path / "bad.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="cannot be read safely"):
         read_released_weights(tmp_path / "bad.pt")
-    with pytest.raises(FileNotFoundError, match="give the .pt file itself"):
+    with pytest.raises(FileNotFoundError, match=r"give the \.pt file itself"):
         read_released_weights(tmp_path)

@@ -132,7 +132,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
     )
     assert "the text is empty" in mistake(capsys, "generate", "--run", run_folder, " ")
-    assert "at most 8 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
+    assert "at most 6 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
     assert "temperature must be above 0" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "0"
     )
@@ -167,7 +167,10 @@ def test_a_corrupt_file_gives_one_clear_line(run_folder, tmp_path, capsys, file)
 
 
 def test_wrong_usage_is_explained_without_loading_pytorch(tmp_path):
-    code = "import sys; from cogview.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys\nfrom cogview.cli import main\n"
+        "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
 
     def run(*arguments):
         command = [sys.executable, "-c", code, *arguments]

@@ -80,11 +80,11 @@ def test_a_missing_folder_or_a_bad_image_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="image not found"):
         read_image(tmp_path / "absent.png", 8)
     (tmp_path / "bad.png").write_text("not an image")
-    with pytest.raises(ValueError, match="bad.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"bad\.png cannot be read as an image"):
         read_image(tmp_path / "bad.png", 8)
     save(tmp_path / "cut.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3)))
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
-    with pytest.raises(ValueError, match="cut.png cannot be read as an image"):
+    with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
         read_image(tmp_path / "cut.png", 8)
 
 
@@ -131,7 +131,7 @@ def test_copies_are_near_their_scan_and_keep_its_label():
         assert torch.equal(copies.image(3 * index, 16), plain.image(index, 16))
         assert copies.labels[3 * index + 2] == plain.labels[index]
         change = (copies.image(3 * index + 1, 8) - plain.image(index, 8)).abs().mean()
-        assert 0 < change < 0.15
+        assert 0 < change < 0.25
 
 
 def test_the_judge_reads_real_scans_and_pictures_alike():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_schedule():
     assert learning_rate(100, config) == pytest.approx(1.0)
     assert learning_rate(600, config) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2)))
     rates = [learning_rate(step, config) for step in range(1000)]
-    assert all(later < earlier for earlier, later in zip(rates[100:], rates[101:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[100:]))
     assert 0.1 < rates[-1] < 0.13  # the period is the whole run, so the end point is not quite reached
 
 

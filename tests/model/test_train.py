@@ -102,7 +102,6 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, dropout)
 def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
     whole = train(small_model(dropout=0.1), dataset(), CONFIG, tmp_path / "whole", progress=False)
     root = Path(__file__).parents[2]
-    steps = dataclasses.replace(CONFIG, checkpoint_every=1_000_000, steps=CONFIG.steps)
     code = RUN.replace("CONFIG, sys.argv[1]", "SLOW, sys.argv[1]").replace(
         "train(small",
         "import dataclasses, time, cogview.train\n"
@@ -130,9 +129,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
     assert "KeyboardInterrupt" in errors
     saved = [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()]
     assert saved == ["step-00000003"]
-    threads = torch.get_num_threads()
-    resumed = train(small_model(seed=5, dropout=0.1), dataset(), steps, tmp_path / "cut", progress=False)
-    assert threads == torch.get_num_threads()
+    resumed = train(small_model(seed=5, dropout=0.1), dataset(), CONFIG, tmp_path / "cut", progress=False)
     for name in whole:
         assert resumed[name] == pytest.approx(whole[name], rel=1e-5)
 
