@@ -111,6 +111,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        # Without text loss, pictures come out unrelated to the text (the paper's finding).
+        _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1
         _require(in_range, "caption_fraction", "in [0, 1]", self.caption_fraction)
 
