@@ -208,7 +208,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
     bar = item.config.stash.get(BAR, None)
-    if bar is not None:
+    if bar is not None and bar.desc != f"{_case(item)}: ":
         bar.set_description(str(_case(item)))
     finished = yield
     if bar is not None and _case(item) != _case(nextitem):

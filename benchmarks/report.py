@@ -280,11 +280,12 @@ def plot_is_current(document: Document, path: Path) -> bool:
 
 
 def put_between_markers(text: str, block: str) -> str:
-    """``text`` with ``block`` between the markers, which are added at the end where they are missing."""
-    if BEGIN not in text:
-        text = text.rstrip() + f"\n\n## Speed\n\n{BEGIN}\n{END}\n"
+    """``text`` with ``block`` between the markers."""
     pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{block}\n{END}", text, flags=re.DOTALL)
+    replaced, count = re.subn(pattern, lambda _: f"{BEGIN}\n\n{block}\n{END}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must hold the markers {BEGIN} and {END} once, got {count}")
+    return replaced
 
 
 def generate(*, check: bool = False, root: Path = ROOT) -> list[str]:
