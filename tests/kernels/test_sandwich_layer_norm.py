@@ -17,12 +17,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["row", "tensor", None]
 PARAMETERS = ("post_weight", "post_bias", "pre_weight", "pre_bias")
 
-# name: (shape, parameters that there are, their dtype if not the activations', dropout_p). A CPU vector has 4,
-# 8 or 16 lanes, a row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows in
-# 64 chunks.
+# name: (shape, parameters that there are, their dtype if not the activations', dropout_p). A CPU vector has
+# 4, 8 or 16 lanes, a row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows
+# in 64 chunks.
 CASES = {
     "one": ((1, 1), PARAMETERS, None, 0.0),
-    "vector": ((3, 16), PARAMETERS, None, 0.5),
+    "vector": ((40, 16), PARAMETERS, None, 0.5),
     "past_a_vector": ((2, 3, 3, 17), PARAMETERS, torch.float32, 0.0),
     "four_vectors_and_a_bit": ((17, 4 * 16 + 5), ("post_weight", "pre_bias"), None, 0.1),
     "no_parameters": ((5, 33), (), None, 0.0),
@@ -200,6 +200,8 @@ def test_a_seed_on_the_device_is_the_same_seed(backend, backend_device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(backend, dtype, case, mode, backend_device):
+    if case == "many_rows" and backend != "cpu":
+        pytest.skip("1,024 rows are a boundary of the CPU's backward alone, and slow in Triton's interpreter")
     inputs, douts, arguments = make_case(case, dtype, backend_device(backend))
     check(backend, inputs, douts, pb_relax=mode, **arguments)
 
@@ -226,7 +228,8 @@ def test_extreme_rows(backend, dtype, mode, backend_device):
     rows[2], rows[2, 11] = noise, limit
     rows[3] = noise * limit * 1e-4
     rows[4] = -0.1
-    rows[5] = noise * tiny / 8
+    # The interpreter's bf16 has no subnormals.
+    rows[5] = noise * tiny * (8 if (backend, dtype) == ("triton", torch.bfloat16) else 1 / 8)
     # Beside the largest values a branch's few units are lost in rounding: nothing overflows.
     branch, residual = rows.to(dtype), 0.99 * rows.roll(1, 0).to(dtype)
     device = backend_device(backend)
@@ -266,7 +269,8 @@ def test_empty(backend, mode, backend_device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_device):
-    inputs, douts, arguments = make_case("many_rows", torch.float32, backend_device(backend))
+    case = "many_rows" if backend == "cpu" else "two_tiles_of_rows_and_a_bit"
+    inputs, douts, arguments = make_case(case, torch.float32, backend_device(backend))
     call = lambda: with_gradients(sandwich_layer_norm, inputs, douts, backend=backend, **arguments)  # noqa: E731
     threads, first = torch.get_num_threads(), call()
     try:
@@ -305,7 +309,7 @@ def test_opcheck(backend, backend_device):
     ops, seed = torch.ops.cogview_kernels, torch.tensor(5)
     torch.library.opcheck(ops.sandwich_layer_norm.default, (*leaves, 1e-5, "row", 0.1, seed, backend))
     tensors = [None if x is None else x.detach() for x in leaves]
-    stats = torch.rand(4, 3, device=douts[0].device)
+    stats = torch.rand(4, 40, device=douts[0].device)
     for dresidual_out, dnormed in (douts, (None, douts[1]), (douts[0], None)):
         torch.library.opcheck(
             ops.sandwich_layer_norm_backward.default,
