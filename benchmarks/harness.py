@@ -106,7 +106,7 @@ class Benchmark:
     baseline: str
     part: Callable[[tuple[Tensor, ...], Case], tuple[Tensor, ...]] = lambda results, case: results
     limits: Callable[[Case, torch.device], Limits] = field(
-        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(3.0, 5, 40)
+        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(2.0, 5, 40)
     )
 
 
@@ -189,12 +189,12 @@ def race(
     torch.compiler.reset()
     torch.manual_seed(0)
     inputs = bench.inputs(cases[0], device)
-    for tensor in inputs.gradients_of():
-        tensor.requires_grad_(any(case.direction != FORWARD for case in cases))
     forwards: dict[str, Forward] = {}
     outcomes: dict[Case, Outcome] = {}
     for case in cases:
         outcomes[case] = outcome = Outcome()
+        for tensor in inputs.gradients_of():
+            tensor.requires_grad_(case.direction != FORWARD)
         jobs = _checked_jobs(bench, case, device, inputs, variants, forwards, outcome)
         gc.collect()
         if not jobs:
