@@ -11,16 +11,32 @@ from cogview_kernels import _backends
 # The interpreter's bfloat16 arithmetic is silently wrong, so there every operand is widened right after
 # its load; on a GPU the matrix units take 16-bit operands as they are.
 INTERPRETED = _backends.TRITON_INTERPRETED
-
 _WIDEN = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def offset(index, stride):
     """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
     return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
+def load_rows(base_ptr, rows, stride, seen, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[rows, BLOCK_D]`` from rows of D contiguous elements; 0 where not ``seen`` and past D.
+
+    16-bit operands of a matrix product stay as they are, but for the interpreter, which gets float32."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + offset(rows, stride)[:, None] + d[None, :]
+    if D == BLOCK_D:
+        x = tl.load(pointers, mask=seen[:, None], other=0.0)
+    else:
+        x = tl.load(pointers, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+    if _WIDEN:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit

@@ -13,6 +13,7 @@
 #include "layer_norm/layer_norm.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
+#include "three_region_attention/three_region_attention.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -139,6 +140,25 @@ SoftmaxBackward softmax_backward(Address dprobs, Address probs, Address dscores,
             DType(dtype)};
 }
 
+// Tensors of attention come as (address, strides of the first three dimensions).
+using Strided = std::pair<Address, std::array<int64_t, 3>>;
+
+AttentionInput attention_input(const Strided& x) {
+    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+}
+
+AttentionOutput attention_output(const Strided& x) {
+    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+}
+
+// shape: B, H, Hkv, T, D, P, block size, window blocks.
+AttentionShape attention_shape(std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
+                               float dropout_p, uint32_t drop_below, uint64_t seed, int dtype) {
+    return {shape[0],  shape[1],   shape[2], shape[3],     shape[4],
+            shape[5],  shape[6],   shape[7], bias,         scale,
+            dropout_p, drop_below, seed,     DType(dtype), pointer<int64_t>(pivots)};
+}
+
 // `name` of the arguments that `make` takes and a number of threads. `pick` names the function for the
 // instruction set at each call.
 template <typename Args, typename... Arguments, typename Pick>
@@ -177,6 +197,43 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
     bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
+    m.def(
+        "three_region_attention_fwd_cpu",
+        [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,
+           Address pivots, float bias, float scale, float dropout_p, uint32_t drop_below, uint64_t seed,
+           int dtype, int threads) {
+            const AttentionForward args = {
+                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
+                attention_input(q),
+                attention_input(k),
+                attention_input(v),
+                attention_output(out),
+                pointer<float>(lse)};
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "three_region_attention_bwd_cpu",
+        [](Strided q, Strided k, Strided v, Strided out, Strided dout, Address lse, Address dlse, Strided dq,
+           Strided dk, Strided dv, std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
+           float dropout_p, uint32_t drop_below, uint64_t seed, int dtype, int threads) {
+            const AttentionBackward args = {
+                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
+                attention_input(q),
+                attention_input(k),
+                attention_input(v),
+                attention_input(out),
+                attention_input(dout),
+                pointer<float>(lse),
+                pointer<float>(dlse),
+                attention_output(dq),
+                attention_output(dk),
+                attention_output(dv)};
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
 #if COGVIEW_HAS_CUDA
     bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
     bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
