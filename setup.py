@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds ``cogview_kernels._C`` with ninja. No PyTorch and no GPU is needed.
 
-The CPU part is always built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set, the rest once, so that one
-binary serves every processor and picks at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when an nvcc is found.
+The CPU part is always built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set, the rest once, so that
+one binary serves every processor and picks at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when
+an nvcc is found.
 
 Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.

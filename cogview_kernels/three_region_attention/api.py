@@ -13,7 +13,7 @@ from cogview_kernels.three_region_attention.reference import three_region_attent
 from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
 
 _OP = "three_region_attention"
-_SUPPORTED = ("cpu", "sdpa", "reference")
+_SUPPORTED = ("triton", "cpu", "sdpa", "reference")
 
 
 def three_region_attention(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch.ops.cogview_kernels.three_region_attention``: registration, fake tensors, and what is saved.
 
-Saved are q, k, v, the output and the log of the softmax's denominator: probabilities are computed anew.
+Saved are q, k, v, the output and the log of the softmax's denominator: probabilities are computed anew. So is
+the order of the pivots: that costs microseconds, keeping it for every layer costs memory.
 """
 
 from __future__ import annotations
@@ -32,10 +33,18 @@ def _strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
     return x.data_ptr(), x.stride()[:3]
 
 
+def _empty_in_order_of(x: Tensor) -> Tensor:
+    """Uninitialised and dense, heads inside positions where ``x`` has them so: transposes around the op then
+    stay views."""
+    B, H, T, D = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty(B, H, T, D)
+
+
 def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``; out lies in memory as ``[B, T, H, D]``, so that merging the heads costs no copy."""
-    B, H, T, D = q.shape
-    return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(B, H, T, dtype=torch.float32)
+    """``(out, lse)``."""
+    return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
@@ -58,6 +67,12 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
     if out.numel() == 0:
         return out, lse
     q, k, v = _rows(q), _rows(k), _rows(v)
+    if backend == "triton":
+        from cogview_kernels.three_region_attention import triton_kernels
+
+        regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
+        triton_kernels.launch_three_region_attention_fwd(q, k, v, out, lse, *regions)
+        return out, lse
     # The name keeps a converted copy of the pivots alive through the call.
     kept, numbers = _cpu_arguments(
         q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
@@ -72,12 +87,18 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
 def _backward(
     dout, dlse, q, k, v, out, lse, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend
 ):  # fmt: skip
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    gradients = _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
     if q.numel() == 0:
+        dq, dk, dv = gradients
         return dq, dk.zero_(), dv.zero_()
-    q, k, v, out, dout = _rows(q), _rows(k), _rows(v), _rows(out), _rows(dout)
-    gradients = [_rows(x) for x in (dq, dk, dv)]
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
+    if backend == "triton":
+        from cogview_kernels.three_region_attention import triton_kernels
+
+        regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
+        triton_kernels.launch_three_region_attention_bwd(dout, dlse, q, k, v, out, lse, *gradients, *regions)
+        return gradients
     kept, numbers = _cpu_arguments(
         q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
     )
@@ -89,7 +110,7 @@ def _backward(
         *numbers,
     )
     del kept
-    return tuple(gradients)
+    return gradients
 
 
 class ThreeRegionAttention(torch.autograd.Function):
@@ -134,4 +155,4 @@ def _forward_fake(q, *arguments):
 
 @torch.library.register_fake(f"cogview_kernels::{_OP}_backward")
 def _backward_fake(dout, dlse, q, k, v, *arguments):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
