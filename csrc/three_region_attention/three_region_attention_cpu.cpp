@@ -15,6 +15,7 @@
 #include "common/parallel.h"
 #include "common/random.h"
 #include "common/vec.h"
+#include "common/workspace.h"
 #include "three_region_attention/matmul.h"
 #include "three_region_attention/pack.h"
 #include "three_region_attention/three_region_attention.h"
@@ -121,7 +122,7 @@ void pack_tile(const Plan<kBf16>& plan, const AttentionInput& x, const SortedPiv
                int64_t head, int64_t tile, const PackedHead& to, bool rows, bool transposed) {
     using E = typename Compute<kBf16>::type;
     const AttentionShape& a = plan.a;
-    const Scratch memory(kTile * plan.Dp * 2);
+    const Workspace memory(kTile * plan.Dp * 2);
     E* stage =
         rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
     const T* base = static_cast<const T*>(x.data) + b * x.stride[0] + head * x.stride[1];
@@ -365,7 +366,7 @@ struct Forward {
     void run(int threads) {
         const AttentionShape& a = plan.a;
         const int64_t heads = a.B * a.Hkv, head_units = plan.S * plan.Du;
-        const Scratch keys(heads * head_units), values(heads * head_units);
+        const Workspace keys(heads * head_units), values(heads * head_units);
         const int64_t tiles = plan.S / kTile;
         const auto packed = [&](int64_t head) {
             return PackedHead{keys.data + head * head_units, values.data + head * head_units};
@@ -389,7 +390,7 @@ struct Forward {
         const AttentionShape& a = plan.a;
         const Sight s = sight(plan, pivots, b, index);
         const int64_t N = s.columns, Dp = plan.Dp;
-        const Scratch memory((kRun + 3 * Dp) * N);
+        const Workspace memory((kRun + 3 * Dp) * N);
         float* scores = memory.data;
         float* queries = scores + kRun * N;
         float* out = queries + Dp * N;
@@ -490,7 +491,7 @@ struct Backward {
         const int64_t head_floats = 3 * head_units + n * part_floats;
         const int64_t wanted = std::max((int64_t(16) << 20) / head_floats, (4 * threads + n - 1) / n);
         const int64_t batch = std::max<int64_t>(1, std::min(heads, wanted));
-        const Scratch memory(batch * head_floats);
+        const Workspace memory(batch * head_floats);
         for (int64_t done = 0; done < heads; done += batch) {
             const int64_t now = std::min(batch, heads - done);
             const auto at = [&](int64_t i) { return memory.data + i * head_floats; };
@@ -523,7 +524,7 @@ struct Backward {
                       float* sums) {
         const int64_t Dp = plan.Dp;
         std::memset(sums, 0, 2 * p.slots * Dp * sizeof(float));
-        const Scratch memory((4 * kRun + 8 * Dp) * kQueries);
+        const Workspace memory((4 * kRun + 8 * Dp) * kQueries);
         for (int64_t h = hkv * plan.group; h < (hkv + 1) * plan.group; ++h)
             for (int64_t t = p.first_tile; t < p.last_tile; ++t)
                 tile(b, h, t, p, keys, values, sums, sums + p.slots * Dp, memory.data);
