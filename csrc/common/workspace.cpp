@@ -39,7 +39,8 @@ Workspace::Workspace(int64_t floats) {
         // The smallest that is large enough, unless it is much too large.
         auto best = p.kept.end();
         for (auto k = p.kept.begin(); k != p.kept.end(); ++k)
-            if (k->bytes >= bytes_ && k->bytes <= 2 * bytes_ && (best == p.kept.end() || k->bytes < best->bytes))
+            if (k->bytes >= bytes_ && k->bytes <= 2 * bytes_ &&
+                (best == p.kept.end() || k->bytes < best->bytes))
                 best = k;
         if (best != p.kept.end()) {
             bytes_ = best->bytes;

@@ -5,8 +5,8 @@
 
 namespace cogview {
 
-// Uninitialised floats, cache-line aligned. What is given back is kept for the next call, up to 128 MB in all:
-// the page faults of fresh memory cost a short call as much as its arithmetic. Thread-safe.
+// Uninitialised floats, cache-line aligned. What is given back is kept for the next call, up to 128 MB in
+// all: the page faults of fresh memory cost a short call as much as its arithmetic. Thread-safe.
 class Workspace {
   public:
     explicit Workspace(int64_t floats);
