@@ -8,6 +8,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "stable_softmax/stable_softmax.h"
 
 namespace py = pybind11;
@@ -71,6 +72,26 @@ PYBIND11_MODULE(_C, m) {
            int threads) {
             COGVIEW_PICK_ISA(stable_softmax_bwd_cpu)
             (softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+
+    m.def(
+        "linear_cross_entropy_reduce_cpu",
+        [](Address logits, int64_t stride, int64_t V, int64_t n, Address peak, Address total, int dtype,
+           int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu)
+            ({pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "linear_cross_entropy_gradient_cpu",
+        [](Address logits, int64_t stride, int64_t v, int64_t n, int64_t first, Address target,
+           Address coefficient, Address peak, Address total, int dtype, int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu)
+            ({pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
+              pointer<float>(coefficient), pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
         },
         py::call_guard<py::gil_scoped_release>());
 #if COGVIEW_HAS_CUDA

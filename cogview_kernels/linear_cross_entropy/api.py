@@ -11,7 +11,7 @@ from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_o
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 _OP = "linear_cross_entropy"
-_SUPPORTED = ("chunked", "reference")
+_SUPPORTED = ("triton", "cpu", "chunked", "reference")
 
 
 def linear_cross_entropy(

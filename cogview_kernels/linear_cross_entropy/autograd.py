@@ -2,8 +2,8 @@
 """``torch.ops.cogview_kernels.linear_cross_entropy``: registration, fake tensors, and what is saved.
 
 Where the losses are summed, the gradients are made during the forward pass, up to the one factor that the
-backward pass brings: three matrix products in all and no logits kept. Where each loss is returned, its
-factor is known in the backward pass only, and the logits are made again there: four products.
+backward pass brings, and no logits are kept. Where each loss is returned, its factor is known in the backward
+pass only, and the logits are made again there.
 """
 
 from __future__ import annotations
@@ -12,13 +12,63 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogview_kernels import _library
-from cogview_kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked
+from cogview_kernels import _extension, _library
+from cogview_kernels.linear_cross_entropy.chunked import (
+    CHUNK_BYTES,
+    EAGER_STEPS,
+    Steps,
+    gradient_scales,
+    linear_cross_entropy_chunked,
+    picked_logits,
+)
 
 _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient, bool summed, "
     "bool gradients, str backend) -> (Tensor, Tensor, Tensor)"
 )
+
+
+def _reduce_cpu(logits: Tensor, target: Tensor, stats: Tensor) -> None:
+    V, n = logits.shape
+    peak, total, picked = stats
+    picked.copy_(picked_logits(logits, target))
+    _extension.native.linear_cross_entropy_reduce_cpu(
+        logits.data_ptr(),
+        logits.stride(0),
+        V,
+        n,
+        peak.data_ptr(),
+        total.data_ptr(),
+        _extension.DTYPE_CODES[logits.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def _gradient_cpu(logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor) -> None:
+    v, n = logits.shape
+    _extension.native.linear_cross_entropy_gradient_cpu(
+        logits.data_ptr(),
+        logits.stride(0),
+        v,
+        n,
+        first,
+        target.data_ptr(),
+        coefficient.data_ptr(),
+        stats[0].data_ptr(),
+        stats[1].data_ptr(),
+        _extension.DTYPE_CODES[logits.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def _steps(backend: str) -> Steps:
+    if backend == "cpu":
+        return Steps(_reduce_cpu, _gradient_cpu)
+    if backend == "triton":
+        from cogview_kernels.linear_cross_entropy import triton_kernels
+
+        return Steps(*triton_kernels.steps())
+    return EAGER_STEPS
 
 
 def _forward(
@@ -30,20 +80,47 @@ def _forward(
     gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = gradients and summed
-    losses, dhidden, dweight = linear_cross_entropy_chunked(hidden, weight, target, coefficient, gradients)
+    losses, dhidden, dweight = linear_cross_entropy_chunked(
+        hidden, weight, target.contiguous(), coefficient.contiguous(), summed and gradients, _steps(backend)
+    )
     return losses.sum() if summed else losses, dhidden, dweight
+
+
+def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:
+    """``coefficient`` divided by its largest, and that: float16 has no room for large or small ones."""
+    if coefficient.numel() == 0:
+        return coefficient, coefficient.sum()
+    unit = coefficient.abs().amax()
+    return coefficient / torch.where(unit == 0, 1, unit), unit
+
+
+def _scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
+    """``gradient * factor``, multiplied in float32 and rounded once, without a copy in float32."""
+    out = gradient if in_place else torch.empty_like(gradient)
+    # One dimension, as a factor of none would first be rounded to the dtype of the gradient.
+    factor = factor.float().view(1)
+    # On the CPU, PyTorch widens a whole operand: a few rows at a time.
+    rows = max(1, CHUNK_BYTES // (8 * gradient.shape[1])) if gradient.device.type == "cpu" else len(gradient)
+    for start in range(0, len(gradient), max(1, rows)):
+        part = slice(start, start + rows)
+        torch.mul(gradient[part], factor, out=out[part])
+    return out
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, coefficient, summed, gradients, backend):
+        unit = None
+        if summed and gradients and hidden.dtype == torch.float16:
+            coefficient, unit = _to_unit(coefficient)
         loss, dhidden, dweight = _library.eager(
             "linear_cross_entropy", hidden, weight, target, coefficient, summed, gradients, backend
         )
-        saved = (dhidden, dweight) if summed else (hidden, weight, target, coefficient)
+        if unit is not None:
+            loss = loss * unit
+        saved = (dhidden, dweight, unit) if summed else (hidden, weight, target, coefficient)
         ctx.save_for_backward(*saved)
-        ctx.summed, ctx.backend, ctx.dtype = summed, backend, hidden.dtype
+        ctx.summed, ctx.backend = summed, backend
         ctx.mark_non_differentiable(dhidden, dweight)
         ctx.set_materialize_grads(False)
         return loss, dhidden, dweight
@@ -53,20 +130,20 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 7
+        # The memory of the gradients is used again unless another backward pass is to come.
+        in_place = not ctx.summed or not torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.summed:
-            (dhidden, dweight), factor = ctx.saved_tensors, dloss
+            dhidden, dweight, unit = ctx.saved_tensors
+            factor = dloss if unit is None else dloss * unit
         else:
             hidden, weight, target, coefficient = ctx.saved_tensors
-            coefficient = coefficient * dloss
-            # Scaled to 1 for the way through float16, which loses factors of 1/N below its range.
-            factor = coefficient.abs().amax() if coefficient.numel() else coefficient.sum()
-            coefficient = coefficient / torch.where(factor == 0, 1, factor)
+            coefficient, factor = _to_unit(coefficient * dloss)
             _, dhidden, dweight = _library.eager(
                 "linear_cross_entropy", hidden, weight, target, coefficient, True, True, ctx.backend
             )
-        # In float32: float16 holds neither a large loss scale nor the inverse of a large sum of weights.
-        dhidden, dweight = (dhidden.float() * factor).to(ctx.dtype), (dweight * factor).to(ctx.dtype)
-        return dhidden, dweight, *(None,) * 5
+        scales = gradient_scales(dhidden.dtype, dhidden.shape[0])
+        dhidden = _scaled(dhidden, factor / scales[0], in_place)
+        return dhidden, _scaled(dweight, factor / scales[1], in_place), *(None,) * 5
 
 
 def linear_cross_entropy_op(
@@ -89,5 +166,5 @@ _library.implement("linear_cross_entropy", _forward, LinearCrossEntropy)
 def _forward_fake(hidden, weight, target, coefficient, summed, gradients, backend):
     loss = coefficient.new_empty(() if summed else coefficient.shape)
     if not (summed and gradients):
-        return loss, hidden.new_empty(0), coefficient.new_empty(0)
-    return loss, torch.empty_like(hidden), torch.empty_like(weight, dtype=torch.float32)
+        return loss, hidden.new_empty(0), hidden.new_empty(0)
+    return loss, hidden.new_empty(hidden.shape), hidden.new_empty(weight.shape)

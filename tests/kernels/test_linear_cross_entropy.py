@@ -14,7 +14,7 @@ from cogview_kernels.linear_cross_entropy import chunked
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
 
-BACKENDS = ["chunked"]
+BACKENDS = ["cpu", "chunked"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "sum", "mean"]
 
