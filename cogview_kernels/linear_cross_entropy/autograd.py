@@ -17,14 +17,13 @@ from cogview_kernels.linear_cross_entropy.chunked import (
     CHUNK_BYTES,
     EAGER_STEPS,
     Steps,
-    gradient_scales,
     linear_cross_entropy_chunked,
     picked_logits,
 )
 
 _library.define(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient, bool summed, "
-    "bool gradients, str backend) -> (Tensor, Tensor, Tensor)"
+    "bool gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -79,11 +78,11 @@ def _forward(
     summed: bool,
     gradients: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    losses, dhidden, dweight = linear_cross_entropy_chunked(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    losses, *rest = linear_cross_entropy_chunked(
         hidden, weight, target.contiguous(), coefficient.contiguous(), summed and gradients, _steps(backend)
     )
-    return losses.sum() if summed else losses, dhidden, dweight
+    return losses.sum() if summed else losses, *rest
 
 
 def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,16 +94,16 @@ def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """``gradient * factor``, multiplied in float32 and rounded once, without a copy in float32."""
-    out = gradient if in_place else torch.empty_like(gradient)
+    """``gradient * factor``, multiplied in float32 and rounded once; in place, without a copy in float32."""
     # One dimension, as a factor of none would first be rounded to the dtype of the gradient.
-    factor = factor.float().view(1)
+    factor = factor.view(1)
+    if not in_place:
+        return (gradient * factor).to(gradient.dtype)
     # On the CPU, PyTorch widens a whole operand: a few rows at a time.
     rows = max(1, CHUNK_BYTES // (8 * gradient.shape[1])) if gradient.device.type == "cpu" else len(gradient)
-    for start in range(0, len(gradient), max(1, rows)):
-        part = slice(start, start + rows)
-        torch.mul(gradient[part], factor, out=out[part])
-    return out
+    for part in gradient.split(max(1, rows)):
+        torch.mul(part, factor, out=part)
+    return gradient
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -113,37 +112,37 @@ class LinearCrossEntropy(torch.autograd.Function):
         unit = None
         if summed and gradients and hidden.dtype == torch.float16:
             coefficient, unit = _to_unit(coefficient)
-        loss, dhidden, dweight = _library.eager(
+        loss, dhidden, dweight, scales = _library.eager(
             "linear_cross_entropy", hidden, weight, target, coefficient, summed, gradients, backend
         )
         if unit is not None:
-            loss = loss * unit
-        saved = (dhidden, dweight, unit) if summed else (hidden, weight, target, coefficient)
+            loss, scales = loss * unit, scales / unit
+        saved = (dhidden, dweight, scales) if summed else (hidden, weight, target, coefficient)
         ctx.save_for_backward(*saved)
         ctx.summed, ctx.backend = summed, backend
-        ctx.mark_non_differentiable(dhidden, dweight)
+        ctx.mark_non_differentiable(dhidden, dweight, scales)
         ctx.set_materialize_grads(False)
-        return loss, dhidden, dweight
+        return loss, dhidden, dweight, scales
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 7
-        # The memory of the gradients is used again unless another backward pass is to come.
-        in_place = not ctx.summed or not torch._C._autograd._get_current_graph_task_keep_graph()
         if ctx.summed:
-            dhidden, dweight, unit = ctx.saved_tensors
-            factor = dloss if unit is None else dloss * unit
+            (dhidden, dweight, scales), factor = ctx.saved_tensors, dloss
         else:
             hidden, weight, target, coefficient = ctx.saved_tensors
             coefficient, factor = _to_unit(coefficient * dloss)
-            _, dhidden, dweight = _library.eager(
+            _, dhidden, dweight, scales = _library.eager(
                 "linear_cross_entropy", hidden, weight, target, coefficient, True, True, ctx.backend
             )
-        scales = gradient_scales(dhidden.dtype, dhidden.shape[0])
-        dhidden = _scaled(dhidden, factor / scales[0], in_place)
-        return dhidden, _scaled(dweight, factor / scales[1], in_place), *(None,) * 5
+        # What was saved is overwritten, unless another backward pass is to come or this one is being traced.
+        again = ctx.summed and torch._C._autograd._get_current_graph_task_keep_graph()
+        in_place = type(dhidden) is Tensor and not again
+        factors = factor / scales
+        dhidden, dweight = _scaled(dhidden, factors[0], in_place), _scaled(dweight, factors[1], in_place)
+        return dhidden, dweight, *(None,) * 5
 
 
 def linear_cross_entropy_op(
@@ -165,6 +164,7 @@ _library.implement("linear_cross_entropy", _forward, LinearCrossEntropy)
 @torch.library.register_fake("cogview_kernels::linear_cross_entropy")
 def _forward_fake(hidden, weight, target, coefficient, summed, gradients, backend):
     loss = coefficient.new_empty(() if summed else coefficient.shape)
+    scales = coefficient.new_empty(2)
     if not (summed and gradients):
-        return loss, hidden.new_empty(0), hidden.new_empty(0)
-    return loss, hidden.new_empty(hidden.shape), hidden.new_empty(weight.shape)
+        return loss, hidden.new_empty(0), hidden.new_empty(0), scales
+    return loss, hidden.new_empty(hidden.shape), hidden.new_empty(weight.shape), scales

@@ -49,9 +49,7 @@ class _Problem:
     coefficient: Tensor
     steps: Steps
     stats: Tensor
-    # float16 alone: see gradient_scales.
-    dlogits_scale: float
-    dweight_alpha: float
+    scales: _Scales | None = None
 
     def logits(self, tokens: slice, ids: slice, out: Tensor) -> None:
         torch.mm(self.weight[ids], self.hidden[tokens].T, out=out)
@@ -64,8 +62,8 @@ class _Problem:
     def gradient(self, tokens: slice, ids: slice, logits: Tensor, *, held: bool) -> None:
         """``dlogits`` in place of ``logits``; not ``held``, those are still to be made."""
         coefficient = self.coefficient[tokens]
-        if self.dlogits_scale != 1:
-            coefficient = coefficient * self.dlogits_scale
+        if self.scales is not None:
+            coefficient = coefficient * (self.scales.dlogits if held else self.scales.for_dweight)
         known = ids.start, self.target[tokens], coefficient, self.stats[:, tokens]
         if not held and self.steps.fused_gradient is not None:
             self.steps.fused_gradient(self.hidden[tokens], self.weight[ids], *known, logits)
@@ -74,19 +72,45 @@ class _Problem:
             self.logits(tokens, ids, logits)
         self.steps.gradient(logits, *known)
 
+    def dhidden(self, dlogits: Tensor, out: Tensor) -> None:
+        torch.mm(dlogits.T, self.weight, out=out)
+
     def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, add: bool = False) -> None:
-        if self.dweight_alpha == 1 and not add:
-            torch.mm(dlogits, hidden, out=out)
+        if self.scales is not None:
+            torch.addmm(out, dlogits, hidden, beta=0, alpha=self.scales.alpha, out=out)
+        elif add:
+            out.addmm_(dlogits, hidden)
         else:
-            torch.addmm(out, dlogits, hidden, beta=int(add), alpha=self.dweight_alpha, out=out)
+            torch.mm(dlogits, hidden, out=out)
 
 
-def gradient_scales(dtype: torch.dtype, N: int) -> tuple[float, float]:
-    """What ``dhidden`` and ``dweight`` are multiplied by: powers that keep float16 inside its range.
+class _Scales(NamedTuple):
+    """Factors that keep float16 gradients in its range, below 2^15 whatever the data, and far above its bottom.
 
-    Softmaxes over a large vocabulary are near its smallest number, sums over many tokens near its largest.
+    ``dlogits`` are multiplied by ``dlogits`` for ``dhidden``, by ``for_dweight`` for ``dweight``, which is
+    multiplied once more, by ``alpha``. The first two are powers of two on the device, for nobody to wait for.
     """
-    return (256.0, 4096.0 / max(N, 1)) if dtype == torch.float16 else (1.0, 1.0)
+
+    dlogits: Tensor
+    for_dweight: Tensor
+    alpha: float
+
+
+def _power_of_two_below(limit: int, most: int, x: Tensor) -> Tensor:
+    """The largest power of two, at most ``2^most``, that keeps ``x`` below ``2^limit``."""
+    low, high = torch.aminmax(x)
+    exponent = torch.frexp(torch.maximum(-low, high).float()).exponent
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (limit - exponent).clamp(max=most))
+
+
+def _scales(hidden: Tensor, weight: Tensor) -> _Scales | None:
+    """For coefficients of at most 1."""
+    if hidden.dtype != torch.float16 or hidden.numel() == 0:
+        return None
+    # dhidden is at most 2 max|weight|; dweight at most N max|hidden|.
+    return _Scales(
+        _power_of_two_below(14, 8, weight), _power_of_two_below(18, 14, hidden), 0.125 / hidden.shape[0]
+    )
 
 
 def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -101,15 +125,15 @@ def _chunk(length: int, itemsize: int, multiple: int) -> int:
 
 def linear_cross_entropy_chunked(
     hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, gradients: bool, steps: Steps
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(losses, dhidden, dweight)`` for ``weight`` already cut to the ids in the softmax.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(losses, dhidden, dweight, scales)`` for ``weight`` already cut to the ids in the softmax.
 
     ``target`` counts from the first of these ids; ``losses`` are multiplied by ``coefficient``, in float32.
-    With ``gradients`` the last two are those of ``losses.sum()`` times ``gradient_scales``, else empty.
+    With ``gradients`` the next two are those of ``losses.sum()``, multiplied by the two ``scales`` (ones but
+    for float16, whose coefficients must be at most 1); else they are empty.
     """
     N, C = hidden.shape
     V = weight.shape[0]
-    scales = gradient_scales(hidden.dtype, N)
     dhidden = hidden.new_empty(hidden.shape) if gradients else hidden.new_empty(0)
     dweight = hidden.new_empty(weight.shape) if gradients else hidden.new_empty(0)
     counted = None
@@ -121,9 +145,8 @@ def linear_cross_entropy_chunked(
             hidden, target, coefficient = hidden[counted], target[counted], coefficient[counted]
     n = hidden.shape[0]
     stats = coefficient.new_empty(3, n)
-    problem = _Problem(
-        hidden, weight, target, coefficient, steps, stats, scales[0], scales[1] / scales[0]
-    )
+    scales = _scales(hidden, weight) if gradients else None
+    problem = _Problem(hidden, weight, target, coefficient, steps, stats, scales)
     part = dhidden if counted is None or not gradients else hidden.new_empty(hidden.shape)
     if n == 0:
         dweight.zero_()
@@ -139,7 +162,9 @@ def linear_cross_entropy_chunked(
         losses = losses.new_zeros(N).masked_scatter_(counted, losses)
         if gradients:
             dhidden.zero_()[counted] = part
-    return losses, dhidden, dweight
+    if scales is None:
+        return losses, dhidden, dweight, losses.new_ones(2)
+    return losses, dhidden, dweight, torch.stack((scales.dlogits, scales.for_dweight * scales.alpha))
 
 
 def _losses_only(problem: _Problem) -> None:
@@ -157,15 +182,16 @@ def _losses_only(problem: _Problem) -> None:
 
 def _accumulated(problem: _Problem, dhidden: Tensor, dweight: Tensor) -> None:
     """Chunk by chunk of tokens, ``dweight`` summed over the chunks: exact in float32 or for a single chunk."""
-    hidden, weight = problem.hidden, problem.weight
-    V = weight.shape[0]
+    hidden, V = problem.hidden, problem.weight.shape[0]
     n = min(_chunk(V, hidden.element_size(), 64), len(hidden))
     chunk = hidden.new_empty(V * n)
     for tokens in _pieces(0, len(hidden), n):
         dlogits = chunk[: V * (tokens.stop - tokens.start)].view(V, -1)
         problem.reduce(tokens, dlogits)
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
-        torch.mm(dlogits.T, weight, out=dhidden[tokens])
+        problem.dhidden(dlogits, dhidden[tokens])
+        if problem.scales is not None:
+            dlogits *= problem.scales.for_dweight / problem.scales.dlogits
         problem.dweight(dlogits, hidden[tokens], dweight, add=tokens.start > 0)
 
 
@@ -177,15 +203,15 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
     ``dlogits`` that the same rows of ``dweight`` are made from; those of the earlier tokens are made again.
     Summed over chunks of tokens instead, ``dweight`` would need a copy in float32: twice its own memory.
     """
-    hidden, weight = problem.hidden, problem.weight
-    (N, C), V = hidden.shape, weight.shape[0]
+    hidden, V = problem.hidden, problem.weight.shape[0]
+    N, C = hidden.shape
     kept = min(N, C)
     first = (N - kept) % C
     for tokens in (*_pieces(0, first, C), *_pieces(first, N, C)):
         dlogits = dweight[:, : tokens.stop - tokens.start]
         problem.reduce(tokens, dlogits)
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
-        torch.mm(dlogits.T, weight, out=dhidden[tokens])
+        problem.dhidden(dlogits, dhidden[tokens])
     v = min(_chunk(N, hidden.element_size(), 128), V)
     chunk = hidden.new_empty(v * N)
     for ids in _pieces(0, V, v):
@@ -193,6 +219,8 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
         if N > kept:
             problem.gradient(slice(0, N - kept), ids, dlogits[:, : N - kept], held=False)
         dlogits[:, N - kept :] = dweight[ids, :kept]
+        if problem.scales is not None:
+            dlogits[:, N - kept :] *= problem.scales.for_dweight / problem.scales.dlogits
         problem.dweight(dlogits, hidden, dweight[ids])
 
 
