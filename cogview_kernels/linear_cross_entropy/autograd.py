@@ -13,24 +13,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cogview_kernels import _extension, _library
-from cogview_kernels.linear_cross_entropy.chunked import (
-    CHUNK_BYTES,
-    EAGER_STEPS,
-    Steps,
-    linear_cross_entropy_chunked,
-    picked_logits,
-)
+from cogview_kernels.linear_cross_entropy import chunked
+from cogview_kernels.linear_cross_entropy.chunked import Steps
 
 _library.define(
-    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient, bool summed, "
-    "bool gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient, "
+    "int start, int stop, bool summed, bool gradients, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _reduce_cpu(logits: Tensor, target: Tensor, stats: Tensor) -> None:
     V, n = logits.shape
     peak, total, picked = stats
-    picked.copy_(picked_logits(logits, target))
+    picked.copy_(chunked.picked_logits(logits, target))
     _extension.native.linear_cross_entropy_reduce_cpu(
         logits.data_ptr(),
         logits.stride(0),
@@ -67,7 +62,7 @@ def _steps(backend: str) -> Steps:
         from cogview_kernels.linear_cross_entropy import triton_kernels
 
         return Steps(*triton_kernels.steps())
-    return EAGER_STEPS
+    return chunked.EAGER_STEPS
 
 
 def _forward(
@@ -75,12 +70,20 @@ def _forward(
     weight: Tensor,
     target: Tensor,
     coefficient: Tensor,
+    start: int,
+    stop: int,
     summed: bool,
     gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, *rest = linear_cross_entropy_chunked(
-        hidden, weight, target.contiguous(), coefficient.contiguous(), summed and gradients, _steps(backend)
+    losses, *rest = chunked.linear_cross_entropy_chunked(
+        hidden,
+        weight,
+        target.contiguous(),
+        coefficient.contiguous(),
+        (start, stop),
+        summed and gradients,
+        _steps(backend),
     )
     return losses.sum() if summed else losses, *rest
 
@@ -93,33 +96,39 @@ def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:
     return coefficient / torch.where(unit == 0, 1, unit), unit
 
 
-def _scaled(gradient: Tensor, factor: Tensor, in_place: bool) -> Tensor:
-    """``gradient * factor``, multiplied in float32 and rounded once; in place, without a copy in float32."""
-    # One dimension, as a factor of none would first be rounded to the dtype of the gradient.
-    factor = factor.view(1)
-    if not in_place:
-        return (gradient * factor).to(gradient.dtype)
-    # On the CPU, PyTorch widens a whole operand: a few rows at a time.
-    rows = max(1, CHUNK_BYTES // (8 * gradient.shape[1])) if gradient.device.type == "cpu" else len(gradient)
+def _scale_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    """``gradient *= factor``, multiplied in float32 and rounded once, without a copy in float32."""
+    if backend == "triton":
+        from cogview_kernels.linear_cross_entropy.triton_kernels import launch_scale
+
+        launch_scale(gradient, factor)
+        return
+    rows = len(gradient)
+    if gradient.device.type == "cpu":
+        if factor == 1:
+            return
+        # PyTorch widens a whole operand here: a few rows at a time.
+        rows = chunked.CHUNK_ELEMENTS // (2 * gradient.shape[1])
     for part in gradient.split(max(1, rows)):
-        torch.mul(part, factor, out=part)
-    return gradient
+        # One dimension, as a factor of none would first be rounded to the dtype of the gradient.
+        torch.mul(part, factor.view(1), out=part)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, coefficient, summed, gradients, backend):
+    def forward(ctx, hidden, weight, target, coefficient, start, stop, summed, gradients, backend):
         unit = None
         if summed and gradients and hidden.dtype == torch.float16:
             coefficient, unit = _to_unit(coefficient)
         loss, dhidden, dweight, scales = _library.eager(
-            "linear_cross_entropy", hidden, weight, target, coefficient, summed, gradients, backend
+            "linear_cross_entropy",
+            *(hidden, weight, target, coefficient, start, stop, summed, gradients, backend),
         )
         if unit is not None:
             loss, scales = loss * unit, scales / unit
         saved = (dhidden, dweight, scales) if summed else (hidden, weight, target, coefficient)
         ctx.save_for_backward(*saved)
-        ctx.summed, ctx.backend = summed, backend
+        ctx.vocab_range, ctx.summed, ctx.backend = (start, stop), summed, backend
         ctx.mark_non_differentiable(dhidden, dweight, scales)
         ctx.set_materialize_grads(False)
         return loss, dhidden, dweight, scales
@@ -128,29 +137,40 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, *_):
         if dloss is None:
-            return (None,) * 7
+            return (None,) * 9
         if ctx.summed:
             (dhidden, dweight, scales), factor = ctx.saved_tensors, dloss
         else:
             hidden, weight, target, coefficient = ctx.saved_tensors
             coefficient, factor = _to_unit(coefficient * dloss)
             _, dhidden, dweight, scales = _library.eager(
-                "linear_cross_entropy", hidden, weight, target, coefficient, True, True, ctx.backend
+                "linear_cross_entropy",
+                *(hidden, weight, target, coefficient, *ctx.vocab_range, True, True, ctx.backend),
             )
+        factors = factor / scales
         # What was saved is overwritten, unless another backward pass is to come or this one is being traced.
         again = ctx.summed and torch._C._autograd._get_current_graph_task_keep_graph()
-        in_place = type(dhidden) is Tensor and not again
-        factors = factor / scales
-        dhidden, dweight = _scaled(dhidden, factors[0], in_place), _scaled(dweight, factors[1], in_place)
-        return dhidden, dweight, *(None,) * 5
+        if type(dhidden) is not Tensor or again:
+            dhidden = (dhidden * factors[:1]).to(dhidden.dtype)
+            dweight = (dweight * factors[1:]).to(dweight.dtype)
+        else:
+            _scale_(dhidden, factors[0], ctx.backend)
+            _scale_(dweight, factors[1], ctx.backend)
+        return dhidden, dweight, *(None,) * 7
 
 
 def linear_cross_entropy_op(
-    hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, summed: bool, backend: str
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    vocab_range: tuple[int, int],
+    summed: bool,
+    backend: str,
 ) -> Tensor:
     """By the shortest way to the kernel that differentiates where it must and can be traced."""
     gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    arguments = (hidden, weight, target, coefficient, summed, gradients, backend)
+    arguments = (hidden, weight, target, coefficient, *vocab_range, summed, gradients, backend)
     if torch.compiler.is_compiling():
         return torch.ops.cogview_kernels.linear_cross_entropy(*arguments)[0]
     if gradients:
@@ -162,7 +182,7 @@ _library.implement("linear_cross_entropy", _forward, LinearCrossEntropy)
 
 
 @torch.library.register_fake("cogview_kernels::linear_cross_entropy")
-def _forward_fake(hidden, weight, target, coefficient, summed, gradients, backend):
+def _forward_fake(hidden, weight, target, coefficient, start, stop, summed, gradients, backend):
     loss = coefficient.new_empty(() if summed else coefficient.shape)
     scales = coefficient.new_empty(2)
     if not (summed and gradients):

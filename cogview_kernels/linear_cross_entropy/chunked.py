@@ -5,7 +5,7 @@ Letters: N tokens, C width, V ids in the softmax. Logits and their gradients are
 column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dweight``, ``[V, C]``.
 
 FLOPs: 2 N C V for the losses; with gradients 6 N C V, and 2 (N - C) C V more where :func:`_in_place_of_dweight`
-makes logits twice. Memory beyond the gradients: one piece of about CHUNK_BYTES and 28 bytes a token.
+makes logits twice. Memory beyond the gradients: one piece of CHUNK_ELEMENTS and 28 bytes a token.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# 2.9 % of the 16-bit logits of 8,704 tokens over 58,240 ids.
-CHUNK_BYTES = 28 * 2**20
+# 2.9 % of the logits of 8,704 tokens over 58,240 ids.
+CHUNK_ELEMENTS = 14 * 2**20
 
 
 class Steps(NamedTuple):
@@ -117,25 +117,32 @@ def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
-def _chunk(length: int, itemsize: int, multiple: int) -> int:
+def _chunk(length: int, multiple: int) -> int:
     """How many rows of ``length`` elements make a chunk: a multiple of what suits a tile, if it can be."""
-    rows = CHUNK_BYTES // (length * itemsize)
-    return max(rows // multiple * multiple, 16)
+    return max(CHUNK_ELEMENTS // length // multiple * multiple, 16)
 
 
 def linear_cross_entropy_chunked(
-    hidden: Tensor, weight: Tensor, target: Tensor, coefficient: Tensor, gradients: bool, steps: Steps
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    vocab_range: tuple[int, int],
+    gradients: bool,
+    steps: Steps,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(losses, dhidden, dweight, scales)`` for ``weight`` already cut to the ids in the softmax.
+    """``(losses, dhidden, dweight, scales)`` of the softmax over the ids of ``vocab_range``.
 
-    ``target`` counts from the first of these ids; ``losses`` are multiplied by ``coefficient``, in float32.
-    With ``gradients`` the next two are those of ``losses.sum()``, multiplied by the two ``scales`` (ones but
+    ``losses`` are multiplied by ``coefficient``, in float32. With ``gradients`` the next two are those of ``losses.sum()``, multiplied by the two ``scales`` (ones but
     for float16, whose coefficients must be at most 1); else they are empty.
     """
-    N, C = hidden.shape
-    V = weight.shape[0]
-    dhidden = hidden.new_empty(hidden.shape) if gradients else hidden.new_empty(0)
-    dweight = hidden.new_empty(weight.shape) if gradients else hidden.new_empty(0)
+    (N, C), (start, stop) = hidden.shape, vocab_range
+    V = stop - start
+    dhidden = hidden.new_empty(hidden.shape if gradients else 0)
+    dweight = hidden.new_empty(weight.shape if gradients else 0)
+    dweight[:start] = 0
+    dweight[stop:] = 0
+    weight, target, in_range = weight[start:stop], target - start, dweight[start:stop]
     counted = None
     if hidden.device.type == "cpu":  # elsewhere their number would cost a synchronisation
         counted = coefficient != 0
@@ -149,13 +156,13 @@ def linear_cross_entropy_chunked(
     problem = _Problem(hidden, weight, target, coefficient, steps, stats, scales)
     part = dhidden if counted is None or not gradients else hidden.new_empty(hidden.shape)
     if n == 0:
-        dweight.zero_()
+        in_range.zero_()
     elif not gradients:
         _losses_only(problem)
-    elif V * n * hidden.element_size() <= CHUNK_BYTES or (hidden.dtype == torch.float32 and n > C):
-        _accumulated(problem, part, dweight)
+    elif V * n <= CHUNK_ELEMENTS or (hidden.dtype == torch.float32 and n > C):
+        _accumulated(problem, part, in_range)
     else:
-        _in_place_of_dweight(problem, part, dweight)
+        _in_place_of_dweight(problem, part, in_range)
     peak, total, picked = stats
     losses = torch.where(coefficient != 0, coefficient * (total.log() - (picked - peak)), 0)
     if counted is not None:
@@ -170,11 +177,9 @@ def linear_cross_entropy_chunked(
 def _losses_only(problem: _Problem) -> None:
     hidden, V = problem.hidden, problem.weight.shape[0]
     if problem.steps.fused_reduce is not None:
-        problem.steps.fused_reduce(
-            hidden, problem.weight, problem.target, problem.coefficient, problem.stats
-        )
+        problem.steps.fused_reduce(hidden, problem.weight, problem.target, problem.coefficient, problem.stats)
         return
-    n = min(_chunk(V, hidden.element_size(), 64), len(hidden))
+    n = min(_chunk(V, 32), len(hidden))
     chunk = hidden.new_empty(V * n)
     for tokens in _pieces(0, len(hidden), n):
         problem.reduce(tokens, chunk[: V * (tokens.stop - tokens.start)].view(V, -1))
@@ -183,7 +188,7 @@ def _losses_only(problem: _Problem) -> None:
 def _accumulated(problem: _Problem, dhidden: Tensor, dweight: Tensor) -> None:
     """Chunk by chunk of tokens, ``dweight`` summed over the chunks: exact in float32 or for a single chunk."""
     hidden, V = problem.hidden, problem.weight.shape[0]
-    n = min(_chunk(V, hidden.element_size(), 64), len(hidden))
+    n = min(_chunk(V, 32), len(hidden))
     chunk = hidden.new_empty(V * n)
     for tokens in _pieces(0, len(hidden), n):
         dlogits = chunk[: V * (tokens.stop - tokens.start)].view(V, -1)
@@ -212,7 +217,7 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
         problem.reduce(tokens, dlogits)
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
         problem.dhidden(dlogits, dhidden[tokens])
-    v = min(_chunk(N, hidden.element_size(), 128), V)
+    v = min(_chunk(N, 128), V)
     chunk = hidden.new_empty(v * N)
     for ids in _pieces(0, V, v):
         dlogits = chunk[: (ids.stop - ids.start) * N].view(-1, N)
@@ -228,7 +233,7 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(1, CHUNK_BYTES // (8 * logits.shape[1]))
+    rows = max(1, CHUNK_ELEMENTS // (16 * logits.shape[1]))
     return ((i, logits[i : i + rows]) for i in range(0, logits.shape[0], rows))
 
 

@@ -209,6 +209,16 @@ def _fused_gradient_kernel(
     store_rounded(at, g, inside, dtype)
 
 
+@triton.jit
+def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    """x *= factor. Bytes: 2 size elements, or none where the factor is 1, as most often."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        at = offset(tl.program_id(0), BLOCK) + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+        store_rounded(x_ptr + at, x * factor, at < size, x_ptr.dtype.element_ty)
+
+
 # ---- launchers
 
 # Of the kernels that read logits: 128 tokens are 256 contiguous bytes in 16 bits.
@@ -301,6 +311,12 @@ def launch_fused_gradient(
         weight.stride(0), hidden.stride(0), dlogits.stride(0), stats.stride(0),
         GROUP=8, WIDEN=INTERPRETED, **tiling,
     )  # fmt: skip
+
+
+def launch_scale(x: Tensor, factor: Tensor) -> None:
+    """``x *= factor`` for a contiguous ``x`` and a scalar in float32, without waiting to know it."""
+    if x.numel():
+        _scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096)
 
 
 def steps() -> tuple[Callable[..., None] | None, ...]:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax part of linear cross-entropy, on logits held with a row per id and a column per token; the matrix
-// products around it are PyTorch's.                                      Letters: V (or v) ids, n tokens.
+// The softmax part of linear cross-entropy, on logits held with a row per id and a column per token; the
+// matrix products around it are PyTorch's. Letters: V (or v) ids, n tokens.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ struct LinearCrossEntropyReduce {
     DType dtype;
 };
 
-// In place of the logits: coefficient * (exp(logit - peak) / total - onehot(target)); 0 where coefficient is 0.
+// In place of the logits: coefficient * (exp(logit - peak) / total - onehot(target)); 0 where coefficient is
+// 0.
 struct LinearCrossEntropyGradient {
     void* logits;  // [v, n], rows `stride` elements apart
     int64_t stride, v, n;
@@ -31,8 +32,9 @@ struct LinearCrossEntropyGradient {
     DType dtype;
 };
 
-COGVIEW_DECLARE_PER_ISA(
-    void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args, int threads);
-    void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args, int threads);)
+COGVIEW_DECLARE_PER_ISA(void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args,
+                                                             int threads);
+                        void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args,
+                                                               int threads);)
 
 }  // namespace cogview

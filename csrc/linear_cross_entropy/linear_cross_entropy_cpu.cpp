@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors lie across tokens, so that sums over ids need no shuffles. Bytes: the logits are read once to be
-// reduced, read and written once for their gradient. FLOPs: about 25 an element each time, most of them in exp2.
+// reduced, read and written once for their gradient. FLOPs: about 25 an element each time, most of them in
+// exp2.
 #include <algorithm>
 
 #include "common/parallel.h"
