@@ -8,8 +8,10 @@ the same tests run on it: the ``device`` fixture is "cuda".
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,6 +57,16 @@ def device() -> torch.device:
     return torch.device("cuda" if HAS_GPU else "cpu")
 
 
+def _interpreter_is_broken() -> str:
+    """Triton 3.6 and older turn one-element arrays into loop bounds in a way that NumPy 2.4 forbids."""
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return ""
+    release = {name: tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy")}
+    if release["triton"] >= (3, 7) or release["numpy"] < (2, 4):
+        return ""
+    return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
+
+
 @pytest.fixture
 def emulation(monkeypatch: pytest.MonkeyPatch):
     """Until the test ends ``backend="cuda"`` serves CPU tensors, by emulation; gives tests.emulation."""
@@ -77,6 +89,8 @@ def backend_device(request: pytest.FixtureRequest):
             request.getfixturevalue("emulation")
             return torch.device("cpu")
         reasons = []
+        if backend == "triton" and (broken := _interpreter_is_broken()):
+            pytest.skip(broken)
         for name in ("cuda", "cpu") if HAS_GPU else ("cpu",):
             if not (reason := _backends.why_not(backend, torch.device(name))):
                 return torch.device(name)

@@ -28,10 +28,10 @@ def linear_cross_entropy_reference(
     counted = coefficient != 0
     logits = F.linear(hidden, weight[start:stop]).masked_fill(~counted[..., None], 0)
     known = (target >= start) & (target < stop)
-    picked = logits.gather(-1, torch.where(known, target - start, 0)[..., None]).squeeze(-1)
-    # The softmax gives nothing to an id outside the range: a loss of infinity.
-    picked = picked.masked_fill(counted & ~known, -torch.inf)
-    losses = coefficient * (logits.logsumexp(-1) - picked)
+    index = torch.where(known, target - start, 0)[..., None]
+    losses = -logits.log_softmax(-1).gather(-1, index).squeeze(-1)
+    # The softmax gives nothing to an id outside the range.
+    losses = coefficient * losses.masked_fill(counted & ~known, torch.inf)
     if reduction == "none":
         return losses
     return losses.sum() if reduction == "sum" else losses.sum() / coefficient.sum()

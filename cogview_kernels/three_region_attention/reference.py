@@ -42,7 +42,8 @@ def three_region_attention_reference(
     logits = logits + far[:, None].to(q.dtype) * pivot_bias
     logits = logits.masked_fill(~(window | far)[:, None], -torch.inf)
     lse = logits.logsumexp(-1)
-    probs = (logits - lse[..., None]).exp()
+    # Not exp(logits - lse): where logits are huge, lse has lost its log(sum) to rounding.
+    probs = logits.softmax(-1)
     if dropout_p > 0:
         assert seed is not None
         device = q.device

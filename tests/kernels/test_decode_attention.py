@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode_attention: the last rows of training attention, over a cache with rubbish past its end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cogview_kernels import ThreeRegionLayout, decode_attention, three_region_attention
+from cogview_kernels.decode_attention.reference import decode_attention_reference
+from tests.helpers.attention import brute_force_attention
+from tests.helpers.tolerance import assert_within_budget
+
+BACKENDS = ["sdpa"]
+ALL = ["reference", *BACKENDS]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# lengths per sample, cache size S, new queries Tq. Pivots and window take 16 + Tq keys, so that a cache of
+# 20 is read whole with several queries, and one of 90 gathered.
+CASES = {
+    "one_query": ([31], 90, 1),
+    "several_lengths": ([31, 8, 20], 90, 1),
+    "several_queries": ([31, 7, 12], 90, 7),
+    "short_cache": ([20, 3], 20, 3),
+    "first_token": ([1], 20, 1),
+    "full_cache": ([40], 40, 2),
+}
+PIVOTS = [9, 0, -1, 2, 5, 17, 3, -1]
+
+
+def make(case, dtype=torch.float64, device="cpu", H=4, Hkv=2, D=8):
+    lengths, S, Tq = CASES[case]
+    B, T = len(lengths), max(lengths)
+    q, k, v = (torch.randn(B, h, T, D, dtype=torch.float64) for h in (H, Hkv, Hkv))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    k_cache, v_cache = (torch.full((B, Hkv, S, D), torch.nan, dtype=dtype) for _ in range(2))
+    last = torch.empty(B, H, Tq, D, dtype=dtype)
+    for b, n in enumerate(lengths):
+        k_cache[b, :, :n], v_cache[b, :, :n] = k[b, :, :n], v[b, :, :n]
+        last[b] = q[b, :, n - Tq : n]
+    layout = ThreeRegionLayout(torch.tensor([PIVOTS] * B), 4, 2, 0.6)
+    moved = [x.to(device) for x in (last, k_cache, v_cache, torch.tensor(lengths))]
+    return *moved, layout, (q, k, v)
+
+
+def on_device(layout, device):
+    return ThreeRegionLayout(
+        layout.pivots.to(device), layout.block_size, layout.window_blocks, layout.pivot_bias
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ALL)
+def test_equals_the_last_rows_of_training_attention(backend, case, backend_device):
+    device = backend_device(backend)
+    last, k_cache, v_cache, lengths, layout, (q, k, v) = make(case, device=device)
+    T, Tq = q.shape[2], last.shape[2]
+    clipped = layout.pivots.masked_fill(layout.pivots >= T, -1)
+    training_layout = ThreeRegionLayout(clipped, 4, 2, 0.6)
+    full, _ = brute_force_attention(q, k, v, training_layout, 8**-0.5)
+    torch.testing.assert_close(full, three_region_attention(q, k, v, training_layout, backend="reference"))
+    out = decode_attention(last, k_cache, v_cache, lengths, layout=on_device(layout, device), backend=backend)
+    dense = decode_attention(last, k_cache, v_cache, lengths.int(), backend=backend)
+    causal = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    for b, n in enumerate(lengths.tolist()):
+        torch.testing.assert_close(out[b].cpu(), full[b, :, n - Tq : n])
+        torch.testing.assert_close(dense[b].cpu(), causal[b, :, n - Tq : n])
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_error_budget(backend, case, dtype, with_layout, backend_device):
+    device = backend_device(backend)
+    q, k_cache, v_cache, lengths, layout, _ = make(case, dtype, device)
+    layout = on_device(layout, device) if with_layout else None
+    parts = (layout.pivots, 4, 2, layout.pivot_bias) if layout else ()
+    out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, scale=0.5, backend=backend)
+    eager = decode_attention_reference(q, k_cache, v_cache, lengths, 0.5, *parts)
+    wide = [x.double() for x in (q, k_cache, v_cache)]
+    assert_within_budget(out, eager, decode_attention_reference(*wide, lengths, 0.5, *parts))
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("S", [20, 90])
+@pytest.mark.parametrize("backend", ALL)
+def test_a_query_before_the_start_gives_zeros(backend, S, with_layout, backend_device):
+    device = backend_device(backend)
+    cache = torch.full((2, 1, S, 8), torch.nan, device=device)
+    cache[0, :, :2] = torch.randn(1, 2, 8, device=device)
+    layout = ThreeRegionLayout(torch.tensor([[0], [1]], device=device), 4, 2) if with_layout else None
+    lengths = torch.tensor([2, 0], device=device)
+    q = torch.randn(2, 1, 3, 8, device=device)
+    out = decode_attention(q, cache, cache, lengths, layout=layout, backend=backend)
+    assert bool((out[1] == 0).all()) and bool((out[0, :, 0] == 0).all())
+    torch.testing.assert_close(out[0, :, 1], cache[0, :, 0])
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_keys_outside_the_layout_are_not_seen(backend, backend_device):
+    """Were an excluded key read into the sum, its values of 10^6 would show."""
+    device = backend_device(backend)
+    q, k_cache, v_cache, lengths, layout, _ = make("one_query", torch.float32, device)
+    seen = layout.dense_mask(31)[0, 30].to(device)
+    v_cache[:, :, :31][:, :, ~seen] = 1e6
+    out = decode_attention(q, k_cache, v_cache, lengths, layout=on_device(layout, device), backend=backend)
+    assert float(out.abs().max()) < 100
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("backend", ALL)
+def test_compile_without_graph_break(backend, with_layout, backend_device):
+    device = backend_device(backend)
+    q, k_cache, v_cache, lengths, layout, _ = make("several_lengths", torch.float32, device)
+    layout = on_device(layout, device) if with_layout else None
+    function = lambda q, n: decode_attention(q, k_cache, v_cache, n, layout=layout, backend=backend)  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, lengths), function(q, lengths))
+
+
+def test_an_empty_cache_gives_zeros():
+    cache = torch.empty(2, 1, 0, 8)
+    out = decode_attention(torch.randn(2, 1, 1, 8), cache, cache, torch.tensor([0, 0]))
+    assert bool((out == 0).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.ones(2, 2, 4)}, ValueError, r"q must have 4 dimensions, got shape \(2, 2, 4\)"),
+        ({"q": torch.ones(2, 2, 1, 4).half()}, TypeError, "k_cache must have the dtype of q, torch.float16"),
+        ({"k_cache": torch.ones(1, 2, 9, 4)}, ValueError, r"k_cache must have shape \[2, Hkv, S, 4\]"),
+        (
+            {"v_cache": torch.ones(2, 2, 8, 4)},
+            ValueError,
+            r"shape of k_cache, \(2, 2, 9, 4\), got \(2, 2, 8, 4\)",
+        ),
+        ({"q": torch.ones(2, 3, 1, 4)}, ValueError, "multiple of the cache's, got 3 and 2"),
+        ({"lengths": [1, 2]}, TypeError, "lengths must be an int32 or int64 tensor, got list"),
+        ({"lengths": torch.ones(2)}, TypeError, "got torch.float32"),
+        ({"lengths": torch.tensor([1])}, ValueError, r"lengths must have shape \[2\], got \(1,\)"),
+        ({"lengths": torch.tensor([1, 10])}, ValueError, r"lengths must lie in \[0, 9\]"),
+        ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\], got \(1, 1\)"),
+        ({"layout": [[1], [9]]}, ValueError, "must lie below the cache's size, 9, got 9"),
+        ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
+        ({"backend": "cpu"}, NotImplementedError, "no cpu backend; this op has"),
+    ],
+    ids=lambda value: None,
+)
+def test_errors(change, error, message):
+    cache = torch.ones(2, 2, 9, 4)
+    arguments = {"q": torch.ones(2, 2, 1, 4), "k_cache": cache, "v_cache": cache}
+    arguments |= {"lengths": torch.tensor([1, 2])} | change
+    if "layout" in change:
+        arguments["layout"] = ThreeRegionLayout(torch.tensor(change["layout"]), 2, 2)
+    with pytest.raises(error, match=message):
+        decode_attention(**arguments)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""three_region_attention: the reference by plain loops and by properties, then every backend against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cogview_kernels import ThreeRegionLayout, three_region_attention
+from cogview_kernels.three_region_attention import sdpa
+from cogview_kernels.three_region_attention.reference import three_region_attention_reference
+from tests.helpers.attention import brute_force_attention
+from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
+
+BACKENDS = ["sdpa"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(
+    B=1, H=2, Hkv=None, T=23, D=32, w=4, W=2, pivots=None, P=0, bias=0.7, dtype=torch.float32, device="cpu"
+):
+    """Tensors large enough that every term matters, and a layout with ``pivots`` or ``P`` random ones."""
+    if pivots is None:
+        pivots = torch.stack([torch.randperm(T)[:P] for _ in range(B)])
+    layout = ThreeRegionLayout(torch.as_tensor(pivots, device=device, dtype=torch.int64), w, W, bias)
+    shapes = [(B, H, T, D), (B, Hkv or H, T, D), (B, Hkv or H, T, D)]
+    q, k, v = (torch.randn(s).to(dtype).to(device) for s in shapes)
+    return q, k, v, layout
+
+
+def regions(layout):
+    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias
+
+
+SMALL = {
+    "remainder": {"P": 6},
+    "any_order_and_pads": {"B": 2, "pivots": [[-1, 17, 0, 5, -1], [8, 22, -1, 2, 11]]},
+    "different_counts": {"B": 3, "T": 19, "w": 3, "W": 1, "pivots": [[0, 1, 2], [11, -1, -1], [-1, -1, -1]]},
+    "no_pivots": {"P": 0, "W": 1},
+    "one_position": {"T": 1, "P": 1},
+    "window_past_the_start": {"T": 12, "w": 8, "W": 6, "P": 5},
+    "blocks_of_one": {"T": 11, "w": 1, "W": 3, "P": 4},
+    "all_are_pivots": {"T": 17, "w": 4, "W": 1, "P": 17},
+    "grouped_heads": {"H": 6, "Hkv": 2, "P": 7},
+    "one_key_head": {"H": 3, "Hkv": 1, "P": 7, "bias": 0.0},
+}
+
+
+# ---- the reference
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("case", SMALL)
+def test_reference_by_plain_loops(case, dropout_p):
+    q, k, v, layout = make(**{"D": 4, **SMALL[case]}, dtype=torch.float64)
+    seed = 0x1234_5678_9ABC
+    expected = brute_force_attention(q, k, v, layout, 0.4, dropout_p, seed)
+    out = three_region_attention_reference(q, k, v, *regions(layout), 0.4, dropout_p, torch.tensor(seed))
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("case", ["any_order_and_pads", "grouped_heads", "one_position"])
+def test_reference_gradient(case, dropout_p):
+    q, k, v, layout = make(**{"D": 3, **SMALL[case], "T": SMALL[case].get("T", 23)}, dtype=torch.float64)
+    tensors = [x[:, :, :23].requires_grad_() for x in (q, k, v)]
+    call = lambda *qkv: three_region_attention(  # noqa: E731
+        *qkv, layout, dropout_p=dropout_p, seed=7, return_lse=True, backend="reference"
+    )
+    assert torch.autograd.gradcheck(call, tensors, fast_mode=True)
+
+
+def test_scale_defaults_to_one_over_root_d():
+    q, k, v, layout = make(P=5, D=16)
+    out = three_region_attention(q, k, v, layout, backend="reference")
+    torch.testing.assert_close(out, three_region_attention(q, k, v, layout, scale=0.25, backend="reference"))
+
+
+def test_dropout_keeps_the_mean_and_follows_the_seed():
+    q, k, v, layout = make(H=8, T=60, P=20, D=16)
+    call = lambda seed: three_region_attention(  # noqa: E731
+        q, k, torch.ones_like(v), layout, dropout_p=0.25, seed=seed, backend="reference"
+    )
+    assert torch.equal(call(3), call(3)) and not torch.equal(call(3), call(4))
+    assert torch.equal(call(3), call(torch.tensor(3)))
+    assert float(call(3).mean()) == pytest.approx(1.0, abs=0.03)
+    torch.manual_seed(1)
+    first, second = call(None), call(None)
+    torch.manual_seed(1)
+    assert torch.equal(first, call(None)) and not torch.equal(first, second)
+
+
+# ---- properties of every backend
+
+
+ALL = ["reference", *BACKENDS]
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_rows_sum_to_one(backend, backend_device):
+    """With ones for values a key counted twice, or none, or an unnormalised row would show."""
+    q, k, v, layout = make(B=2, T=700, w=64, W=2, P=150, D=32, device=backend_device(backend))
+    out = three_region_attention(q, k, torch.ones_like(v), layout, backend=backend)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_every_key_counts_once(backend, backend_device):
+    """Equal logits and one-hot values: the output lists each key's weight, 1 / (keys seen)."""
+    T, device = 96, backend_device(backend)
+    layout = ThreeRegionLayout(torch.tensor([[95, 3, 20, 40, 41, 0, -1]], device=device), 16, 2, 0.0)
+    q, k = torch.zeros(1, 1, T, T, device=device), torch.randn(1, 1, T, T, device=device)
+    out = three_region_attention(q, k, torch.eye(T, device=device)[None, None], layout, backend=backend)
+    mask = layout.dense_mask(T).float()
+    torch.testing.assert_close(out[0], mask / mask.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_constant_added_to_all_keys_changes_nothing(backend, backend_device):
+    q, k, v, layout = make(T=700, w=64, W=2, P=150, device=backend_device(backend))
+    shifted = k + torch.randn(k.shape[-1], device=k.device)
+    torch.testing.assert_close(
+        three_region_attention(q, shifted, v, layout, backend=backend),
+        three_region_attention(q, k, v, layout, backend=backend),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_pivot_in_the_window_changes_nothing(backend, backend_device):
+    """Positions of the last two blocks are in the window of all that see them."""
+    q, k, v, layout = make(T=600, w=64, W=2, pivots=[[3, 200, 77, -1]], device=backend_device(backend))
+    more = ThreeRegionLayout(torch.tensor([[3, 599, 200, 77, 530]], device=q.device), 64, 2, 0.7)
+    torch.testing.assert_close(
+        three_region_attention(q, k, v, more, backend=backend),
+        three_region_attention(q, k, v, layout, backend=backend),
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize(("T", "w", "W"), [(600, 128, 6), (65, 64, 2), (40, 64, 1)])
+def test_a_window_over_everything_is_causal_attention(backend, T, w, W, backend_device):
+    q, k, v, layout = make(T=T, w=w, W=W, P=30, device=backend_device(backend))
+    torch.testing.assert_close(
+        three_region_attention(q, k, v, layout, backend=backend),
+        scaled_dot_product_attention(q, k, v, is_causal=True),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_pivots_in_any_order_and_integer_type(backend, backend_device):
+    q, k, v, layout = make(T=600, w=32, W=2, P=70, device=backend_device(backend))
+    expected = three_region_attention(q, k, v, layout, backend=backend)
+    ordered = layout.pivots.sort(1).values
+    for pivots in (ordered, ordered.flip(1), ordered.int(), ordered.short()):
+        again = ThreeRegionLayout(pivots, 32, 2, layout.pivot_bias)
+        torch.testing.assert_close(three_region_attention(q, k, v, again, backend=backend), expected)
+
+
+# ---- every backend against the reference
+
+
+# Tiles have 16 to 128 queries and keys: sizes below, at and past an edge, and two tiles and a remainder.
+LARGE = {
+    "at_an_edge": {"T": 256, "w": 64, "W": 2, "P": 64, "D": 64},
+    "past_an_edge": {"T": 257, "w": 64, "W": 1, "P": 65, "D": 64},
+    "two_tiles_and_a_bit": {"B": 2, "T": 700, "w": 128, "W": 2, "P": 261, "D": 64},
+    "odd_blocks": {"T": 613, "w": 100, "W": 3, "P": 131, "D": 80, "Hkv": 1},
+    "small_blocks": {"T": 570, "w": 24, "W": 3, "P": 63, "D": 96},
+    "D128": {"T": 530, "w": 64, "W": 2, "P": 129, "D": 128},
+    "D256": {"T": 530, "w": 128, "W": 1, "P": 127, "D": 256, "H": 1},
+}
+
+
+def with_gradients(function, q, k, v, *arguments, dout, dlse=None, **options):
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    result = function(*leaves, *arguments, **options)
+    results, grads = ((result,), (dout,)) if dlse is None else (result, (dout, dlse))
+    gradients = torch.autograd.grad(results, leaves, grads)
+    return [x.detach() for x in (*results, *gradients)]
+
+
+def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=False):
+    q, k, v, layout = make(**case, dtype=dtype, device=device)
+    dout = torch.randn(q.shape).to(q)
+    dlse = torch.randn(q.shape[:3]).to(device) if lse else None
+    scale = 1.3 / q.shape[-1] ** 0.5
+    options = {"dropout_p": dropout_p, "seed": 11 << 33 | 5} if dropout_p else {}
+    ours = with_gradients(
+        three_region_attention, q, k, v, layout, dout=dout, dlse=dlse, scale=scale, return_lse=lse,
+        backend=backend, **options,
+    )  # fmt: skip
+
+    def reference(q, k, v):
+        seed = torch.tensor(options.get("seed", 0))
+        out, log_sum = three_region_attention_reference(q, k, v, *regions(layout), scale, dropout_p, seed)
+        return (out, log_sum) if lse else out
+
+    wide = [x.double() for x in (q, k, v, dout)]
+    truth = with_gradients(reference, *wide[:3], dout=wide[3], dlse=dlse.double() if lse else None)
+    eager = with_gradients(reference, q, k, v, dout=dout, dlse=dlse.to(dtype) if lse else None)
+    names = ["out", "lse", "dq", "dk", "dv"] if lse else ["out", "dq", "dk", "dv"]
+    for name, a, e, t in zip(names, ours, eager, truth, strict=True):
+        if name == "lse":
+            assert a.dtype == torch.float32
+            torch.testing.assert_close(
+                a.double(), t, atol=2e-3 if dtype != torch.float32 else 1e-5, rtol=1e-5
+            )
+            continue
+        if not bool(t.any()):  # one key alone: its gradient is a difference of equals
+            torch.testing.assert_close(a.double(), t, atol=16 * torch.finfo(dtype).eps, rtol=0)
+            continue
+        factor = GRADIENT if name.startswith("d") else OUTPUT
+        assert_within_budget(a, e, t, factor=factor, name=name)
+
+
+@pytest.mark.parametrize("case", [*SMALL, *LARGE])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch):
+    if case in SMALL and backend == "sdpa":
+        monkeypatch.setattr(sdpa, "DENSE_LENGTH", 0)
+    check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
+
+
+def test_sdpa_takes_one_call_for_short_sequences(monkeypatch):
+    calls = []
+    call = sdpa.scaled_dot_product_attention
+    monkeypatch.setattr(
+        sdpa, "scaled_dot_product_attention", lambda *a, **o: calls.append(o) or call(*a, **o)
+    )
+    for T, expected in ((sdpa.DENSE_LENGTH, 1), (sdpa.DENSE_LENGTH + 1, 8)):
+        calls.clear()
+        check_against_reference("sdpa", {"T": T, "w": 64, "W": 2, "P": 20}, torch.float32, "cpu")
+        assert len(calls) == expected
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_packed_projection_is_read_in_place(backend, backend_device):
+    layout = make(B=2, T=600, w=64, W=2, P=70, device=backend_device(backend))[3]
+    packed = torch.randn(2, 600, 3, 2, 32, device=layout.pivots.device, requires_grad=True)
+    q, k, v = packed.permute(2, 0, 3, 1, 4)
+    out = three_region_attention(q, k, v, layout, backend=backend)
+    dout = torch.randn_like(out)
+    (dpacked,) = torch.autograd.grad(out, packed, dout)
+    leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    expected = three_region_attention(*leaves, layout, backend=backend)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(expected, leaves, dout)
+    torch.testing.assert_close(dpacked.permute(2, 0, 3, 1, 4), torch.stack(gradients))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 30, 32), (2, 2, 0, 32)], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_empty(backend, shape, backend_device):
+    device = backend_device(backend)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for _ in range(3)]
+    pivots = torch.full((shape[0], 3), -1, device=device)
+    out = three_region_attention(*leaves, ThreeRegionLayout(pivots, 8, 2), backend=backend)
+    out.sum().backward()
+    assert out.shape == shape and all(x.grad.shape == shape for x in leaves)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_logits_past_the_fp16_limit(backend, backend_device):
+    """Products of 200 * 200 * 64 are 2.5 million, 40 times the fp16 limit, and exact in float32."""
+    device = backend_device(backend)
+    q, k, v, layout = make(T=200, w=32, W=2, P=40, D=64, bias=0.0, dtype=torch.float16, device=device)
+    q, k = q.sign() * 200, k.sign() * 200
+    truth, _ = three_region_attention_reference(q.double(), k.double(), v.double(), *regions(layout), 1.0)
+    out = three_region_attention(q, k, v, layout, scale=1.0, backend=backend)
+    torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
+
+
+# ---- PyTorch integration
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_compile_without_graph_break(backend, backend_device):
+    q, k, v, layout = make(T=600, w=64, W=2, P=70, device=backend_device(backend))
+    function = lambda q, k, v: three_region_attention(2 * q, k, v, layout, backend=backend) + 1  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    dout = torch.randn_like(q)
+    torch.testing.assert_close(
+        with_gradients(compiled, q, k, v, dout=dout), with_gradients(function, q, k, v, dout=dout)
+    )
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.ones(2, 2, 8, 4, dtype=torch.int64)}, TypeError, "q must be float32"),
+        ({"q": torch.ones(2, 8, 4)}, ValueError, r"q must have shape \[B, H, T, D\], got \(2, 8, 4\)"),
+        ({"k": torch.ones(2, 2, 8, 4).half()}, TypeError, "k must have the dtype of q, torch.float32, got"),
+        (
+            {"k": torch.ones(2, 2, 9, 4)},
+            ValueError,
+            r"k must have shape \[2, Hkv, 8, 4\] .* got \(2, 2, 9, 4\)",
+        ),
+        ({"v": torch.ones(2, 1, 8, 4)}, ValueError, r"v must have the shape of k, \(2, 2, 8, 4\), got"),
+        (
+            {"k": torch.ones(2, 3, 8, 4), "v": torch.ones(2, 3, 8, 4)},
+            ValueError,
+            "multiple of k's, got 2 and 3",
+        ),
+        ({"layout": torch.ones(2, 2)}, TypeError, "layout must be a ThreeRegionLayout, got Tensor"),
+        ({"layout": [[1, 2]]}, ValueError, r"layout.pivots must have shape \[2, P\]"),
+        ({"layout": [[1], [8]]}, ValueError, r"pivots must lie in \[0, 8\) \(-1 pads\), got 8"),
+        ({"layout": [[1], [-2]]}, ValueError, r"pivots must lie in \[0, 8\) \(-1 pads\), got -2"),
+        ({"layout": [[1, 2], [7, 7]]}, ValueError, "unique within a sample, got 7 twice"),
+        ({"scale": float("inf")}, ValueError, "scale must be a finite number"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        ({"backend": "tpu"}, ValueError, "backend must be one of"),
+        ({"backend": "sdpa", "dropout_p": 0.1}, NotImplementedError, "the sdpa backend has no dropout; use"),
+        ({"backend": "sdpa", "return_lse": True}, NotImplementedError, "the sdpa backend has no return_lse"),
+    ],
+    ids=lambda value: None,
+)
+def test_errors(change, error, message):
+    arguments = {name: torch.ones(2, 2, 8, 4) for name in "qkv"} | {"layout": [[1], [2]]} | change
+    if isinstance(arguments["layout"], list):
+        arguments["layout"] = ThreeRegionLayout(torch.tensor(arguments["layout"]), 2, 2)
+    with pytest.raises(error, match=message):
+        three_region_attention(**arguments)
+
+
+def test_the_default_gives_what_is_asked_for():
+    q, k, v, layout = make(P=5)
+    out, lse = three_region_attention(q, k, v, layout, dropout_p=0.2, seed=3, return_lse=True)
+    expected = three_region_attention(
+        q, k, v, layout, dropout_p=0.2, seed=3, return_lse=True, backend="reference"
+    )
+    torch.testing.assert_close((out, lse), expected, atol=1e-5, rtol=1e-5)
