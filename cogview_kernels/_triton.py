@@ -11,14 +11,32 @@ from cogview_kernels import _backends
 # The interpreter's bfloat16 arithmetic is silently wrong, so there every operand is widened right after
 # its load; on a GPU the matrix units take 16-bit operands as they are.
 INTERPRETED = _backends.TRITON_INTERPRETED
+_WIDEN = tl.constexpr(INTERPRETED)
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def offset(index, stride):
     """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
     return index.to(tl.int64) * stride
+
+
+@triton.jit
+def load_rows(base_ptr, rows, stride, seen, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``[rows, BLOCK_D]`` from rows of D contiguous elements; 0 where not ``seen`` and past D.
+
+    16-bit operands of a matrix product stay as they are, but for the interpreter, which gets float32."""
+    d = tl.arange(0, BLOCK_D)
+    pointers = base_ptr + offset(rows, stride)[:, None] + d[None, :]
+    if D == BLOCK_D:
+        x = tl.load(pointers, mask=seen[:, None], other=0.0)
+    else:
+        x = tl.load(pointers, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+    if _WIDEN:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -30,3 +48,24 @@ def store_rounded(pointer, value, mask, dtype: tl.constexpr):
         bits = tl.where(value == value, rounded, bits | 0x400000)
         value = bits.to(tl.float32, bitcast=True)
     tl.store(pointer, value.to(dtype), mask=mask)
+
+
+@triton.jit
+def dropout_rows(seed, c0, c1, c2):
+    """The two words of a row for :func:`dropout_keeps`: Philox4x32-10 of (c0, c1, c2, 0), see ``_random``.
+
+    ``seed`` is an integer or a pointer to one; ``c0`` an int32 tensor, the others int32 scalars."""
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
+    r0, r1, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c2))
+    return r0, r1
+
+
+@triton.jit
+def dropout_keeps(r0, r1, columns, threshold):
+    """True where an element survives; words of rows (uint32) and columns broadcast against each other."""
+    x = columns.to(tl.uint32) ^ r0
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ r1
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _random
+from cogview_kernels.three_region_attention.autograd import three_region_attention_op
 from cogview_kernels.three_region_attention.layout import ThreeRegionLayout, check_pivot_values
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
 
 _OP = "three_region_attention"
-_SUPPORTED = ("sdpa", "reference")
+_SUPPORTED = ("triton", "sdpa", "reference")
 
 
 def three_region_attention(
@@ -81,6 +82,9 @@ def three_region_attention(
     if chosen == "sdpa":
         return three_region_attention_sdpa(q, k, v, *regions)
     seed_tensor = _random.as_seed(seed) if dropout_p > 0 else None
+    if chosen != "reference":
+        out, lse = three_region_attention_op(q, k, v, *regions, float(dropout_p), seed_tensor, chosen)
+        return (out, lse) if return_lse else out
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     out, lse = three_region_attention_reference(
         q.to(wide), k.to(wide), v.to(wide), *regions, float(dropout_p), seed_tensor

@@ -1,0 +1,607 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three-region attention on NVIDIA GPUs from compute capability 8.0.
+
+Letters: B samples, H query heads, G query heads a key head, T positions, D head size (BLOCK_D the power of
+two it is padded to), P pivots a sample, w positions a window block, NB = ceil(T / w) window blocks, W blocks
+a window; tiles have BLOCK_M queries and BLOCK_N keys.
+
+Pivots are sorted first. Those left of a query's window are then a prefix of the list, so a tile of queries
+walks two loops under one softmax: the prefix, then the window. Every tile is full but those at the end of the
+prefix and on the diagonal (and, where w is no multiple of BLOCK_M, at the start of the window); a tile that
+is not full takes a branch that masks it. Key j counts for the queries from first(j) up to end(j), so a tile
+of keys walks one loop over queries with a mask at its ends alone.
+
+Keys and values of pivots are gathered where they are used: a row of D elements fills whole sectors of
+memory, the loop loads positions one stage ahead of rows, and no packed copy is made. Their gradients are
+written packed, each by one program, and added by inverse index to those of the window: no atomics.
+
+Scores are in units of log2, s = q.k * factor + bias, with factor = scale * log2(e) and bias = pivot_bias *
+log2(e) or 0: 2^s costs one multiply-add and one ex2 an element.
+
+FLOPs: with N visible (query, key) pairs of all heads, forward 4 N D (two products), backward 14 N D (seven:
+scores and dprobs twice). Bytes, forward: q and out once, k and v of a tile's window and prefix by each tile
+of queries, out of the L2 cache for the most part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cogview_kernels._triton import (
+    LN2,
+    LOG2E,
+    dropout_keeps,
+    dropout_rows,
+    load_rows,
+    offset,
+    store_rounded,
+)
+from cogview_kernels.three_region_attention import launch_config
+from cogview_kernels.three_region_attention.launch_config import Config
+
+# Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+_NO_SPECIALIZATION = ["seed", "threshold"]
+
+
+@triton.jit
+def _index_kernel(
+    pivots_ptr, ordered_ptr, prefix_ptr, inverse_ptr, P, T, NB, w, W,
+    HAS_INVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sorts by counting, P^2 comparisons a sample: ``ordered[rank] = pivot`` with pads as T at the end.
+
+    ``prefix[block]``: pivots left of the window of ``block``. ``inverse[pivot] = rank``."""
+    b = tl.program_id(1)
+    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row_ptr = pivots_ptr + offset(b, P)
+    pivot = tl.load(row_ptr + mine, mask=mine < P, other=-1).to(tl.int32)
+    pivot = tl.where((pivot < 0) | (pivot >= T), T, pivot)
+    window_start = tl.maximum(mine - W + 1, 0) * w
+    rank = tl.zeros([BLOCK], tl.int32)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, P, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        other = tl.load(row_ptr + index, mask=index < P, other=-1).to(tl.int32)
+        other = tl.where((other < 0) | (other >= T), T, other)
+        other = tl.where(index < P, other, T + 1)
+        # Equal ones (pads, or pivots wrongly given twice) keep their order, so that every rank is taken.
+        less = other[None, :] < pivot[:, None]
+        less = less | ((other[None, :] == pivot[:, None]) & (index[None, :] < mine[:, None]))
+        rank += tl.sum(less.to(tl.int32), axis=1)
+        before += tl.sum((other[None, :] < window_start[:, None]).to(tl.int32), axis=1)
+    tl.store(ordered_ptr + offset(b, P) + rank, pivot, mask=mine < P)
+    tl.store(prefix_ptr + offset(b, NB) + mine, before, mask=mine < NB)
+    if HAS_INVERSE:
+        tl.store(inverse_ptr + offset(b, T) + pivot, rank, mask=(mine < P) & (pivot < T))
+
+
+@triton.jit
+def _softmax_step(
+    acc, peak, total, s, factor, bias, v, columns, r0, r1, threshold,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output."""
+    new_peak = tl.maximum(peak, tl.max(s, axis=1) * factor + bias)
+    p = tl.exp2(s * factor - (new_peak - bias)[:, None])
+    shrink = tl.exp2(peak - new_peak)
+    total = total * shrink + tl.sum(p, axis=1)
+    if HAS_DROPOUT:
+        p = tl.where(dropout_keeps(r0[:, None], r1[:, None], columns[None, :], threshold), p, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_peak, total
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZATION)
+def _fwd_kernel(
+    q_ptr, k_ptr, v_ptr, ordered_ptr, prefix_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    H, G, T, P, NB, w, W, factor, bias, seed, threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = sum_j 2^(s_j - m) keep_j v_j / (1 - p) / sum_j 2^(s_j - m);  lse = ln(sum_j 2^s_j)."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    # The last queries see the most pivots: they start first.
+    start_m = (tiles - 1 - pid % tiles) * BLOCK_M
+    bh = pid // tiles
+    b = bh // H
+    h = bh % H
+    q_ptr += offset(b, stride_qb) + offset(h, stride_qh)
+    k_ptr += offset(b, stride_kb) + offset(h // G, stride_kh)
+    v_ptr += offset(b, stride_vb) + offset(h // G, stride_vh)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    stop_m = tl.minimum(start_m + BLOCK_M, T)
+    q = load_rows(q_ptr, rows, stride_qt, rows < T, D, BLOCK_D)
+    r0, r1 = rows, rows
+    if HAS_DROPOUT:
+        r0, r1 = dropout_rows(seed, rows, h, b)
+
+    # Window starts: of each row, of the first and of the last (all the same where w % BLOCK_M == 0).
+    near = tl.maximum(rows // w - W + 1, 0) * w
+    near_lo = tl.maximum(start_m // w - W + 1, 0) * w
+    near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    if HAS_FAR:
+        full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
+        stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
+        ordered_ptr += offset(b, P)
+        for start in range(0, stop, BLOCK_N):
+            index = start + tl.arange(0, BLOCK_N)
+            columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
+            k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+            v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if start + BLOCK_N > full:
+                s = tl.where(columns[None, :] < near[:, None], s, float("-inf"))
+            acc, peak, total = _softmax_step(
+                acc, peak, total, s, factor, bias, v, columns, r0, r1, threshold, HAS_DROPOUT, PRECISION
+            )
+
+    for start in range(near_lo, stop_m, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+        v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if (start + BLOCK_N > start_m + 1) | (start < near_hi):
+            seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        acc, peak, total = _softmax_step(
+            acc, peak, total, s, factor, 0.0, v, columns, r0, r1, threshold, HAS_DROPOUT, PRECISION
+        )
+
+    tl.store(lse_ptr + offset(bh, T) + rows, (peak + tl.log2(total)) * LN2, mask=rows < T)
+    if HAS_DROPOUT:
+        acc = acc * keep_scale
+    acc = acc / total[:, None]
+    d = tl.arange(0, BLOCK_D)
+    out_ptr += offset(b, stride_ob) + offset(h, stride_oh)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    pointers = out_ptr + offset(rows, stride_ot)[:, None] + d[None, :]
+    store_rounded(pointers, acc, inside, out_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZATION)
+def _bwd_rows_kernel(
+    out_ptr, dout_ptr, dlse_ptr, delta_ptr, words_ptr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, seed,
+    HAS_DLSE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """delta = sum_d out dout - dlse, and the dropout's two words of each row: ``[2, B, H, T]``."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    bh = pid // tiles
+    b = bh // H
+    h = bh % H
+    rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_ptr += offset(b, stride_ob) + offset(h, stride_oh)
+    dout_ptr += offset(b, stride_gb) + offset(h, stride_gh)
+    out = load_rows(out_ptr, rows, stride_ot, rows < T, D, BLOCK_D).to(tl.float32)
+    dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D).to(tl.float32)
+    delta = tl.sum(out * dout, axis=1)
+    at = offset(bh, T) + rows
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + at, mask=rows < T, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=rows < T)
+    if HAS_DROPOUT:
+        r0, r1 = dropout_rows(seed, rows, h, b)
+        second = offset(tl.num_programs(0) // tiles, T)
+        tl.store(words_ptr + at, r0.to(tl.int32, bitcast=True), mask=rows < T)
+        tl.store(words_ptr + second + at, r1.to(tl.int32, bitcast=True), mask=rows < T)
+
+
+@triton.jit
+def _load_words(words_ptr, at, count, inside):
+    r0 = tl.load(words_ptr + at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    r1 = tl.load(words_ptr + count + at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    return r0, r1
+
+
+@triton.jit
+def _dq_step(
+    dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds ds k for a tile of raw products ``s``; ``lse2`` is in log2, less the bias."""
+    p = tl.exp2(s * factor - lse2[:, None])
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], threshold)
+        dp = tl.where(keeps, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZATION)
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, prefix_ptr, lse_ptr, delta_ptr, words_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
+    BH, H, G, T, P, NB, w, W, scale, factor, bias, threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq = scale sum_j ds_j k_j;  p = 2^(s - lse),  dp_j = keep_j dout.v_j / (1 - p),  ds = p (dp - delta)."""
+    tiles = tl.cdiv(T, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = (tiles - 1 - pid % tiles) * BLOCK_M
+    bh = pid // tiles
+    b = bh // H
+    h = bh % H
+    q_ptr += offset(b, stride_qb) + offset(h, stride_qh)
+    dout_ptr += offset(b, stride_gb) + offset(h, stride_gh)
+    k_ptr += offset(b, stride_kb) + offset(h // G, stride_kh)
+    v_ptr += offset(b, stride_vb) + offset(h // G, stride_vh)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    stop_m = tl.minimum(start_m + BLOCK_M, T)
+    q = load_rows(q_ptr, rows, stride_qt, rows < T, D, BLOCK_D)
+    dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D)
+    at = offset(bh, T) + rows
+    lse2 = tl.load(lse_ptr + at, mask=rows < T, other=float("inf")) * LOG2E
+    delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)
+    r0, r1 = rows, rows
+    if HAS_DROPOUT:
+        r0, r1 = _load_words(words_ptr, at, offset(BH, T), rows < T)
+
+    near = tl.maximum(rows // w - W + 1, 0) * w
+    near_lo = tl.maximum(start_m // w - W + 1, 0) * w
+    near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if HAS_FAR:
+        full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
+        stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
+        ordered_ptr += offset(b, P)
+        far_lse2 = lse2 - bias
+        for start in range(0, stop, BLOCK_N):
+            index = start + tl.arange(0, BLOCK_N)
+            columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
+            k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+            v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if start + BLOCK_N > full:
+                s = tl.where(columns[None, :] < near[:, None], s, float("-inf"))
+            dq = _dq_step(
+                dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+                HAS_DROPOUT, PRECISION,
+            )  # fmt: skip
+
+    for start in range(near_lo, stop_m, BLOCK_N):
+        columns = start + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+        v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if (start + BLOCK_N > start_m + 1) | (start < near_hi):
+            seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        dq = _dq_step(
+            dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+            HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    d = tl.arange(0, BLOCK_D)
+    dq_ptr += offset(b, stride_dqb) + offset(h, stride_dqh)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    pointers = dq_ptr + offset(rows, stride_dqt)[:, None] + d[None, :]
+    store_rounded(pointers, dq * scale, inside, dq_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _key_gradients(
+    q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, first, end,
+    start_m, stop_m, full_lo, full_hi, b, kv_head,
+    stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+    BH, H, G, T, factor, bias, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
+
+    Key j is seen by the queries from first(j) up to end(j); tiles within full_lo and full_hi need no mask.
+    dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
+    """
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for g in range(G):
+        h = kv_head * G + g
+        q_head = q_ptr + offset(b, stride_qb) + offset(h, stride_qh)
+        dout_head = dout_ptr + offset(b, stride_gb) + offset(h, stride_gh)
+        row_base = offset(b * H + h, T)
+        for start in range(start_m, stop_m, BLOCK_M):
+            rows = start + tl.arange(0, BLOCK_M)
+            q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
+            dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
+            # A row past T has lse = inf, hence p = 0, and counts nowhere.
+            lse2 = tl.load(lse_ptr + row_base + rows, mask=rows < T, other=float("inf")) * LOG2E
+            delta = tl.load(delta_ptr + row_base + rows, mask=rows < T, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+            if (start < full_lo) | (start + BLOCK_M > full_hi):
+                seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < end[:, None])
+                s = tl.where(seen, s, float("-inf"))
+            p = tl.exp2(s * factor - (lse2 - bias)[None, :])
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            kept = p
+            if HAS_DROPOUT:
+                r0, r1 = _load_words(words_ptr, row_base + rows, offset(BH, T), rows < T)
+                keeps = dropout_keeps(r0[None, :], r1[None, :], columns[:, None], threshold)
+                kept = tl.where(keeps, p, 0.0)
+                dp = tl.where(keeps, dp * keep_scale, 0.0)
+            dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZATION)
+def _dkv_far_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, lse_ptr, delta_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt,
+    BH, H, G, T, P, w, W, scale, factor, bias, threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, P, D]`` in the order of ``ordered``."""
+    tiles = tl.cdiv(P, BLOCK_N)
+    pid = tl.program_id(0)
+    # The first pivots are far from the most queries: they start first.
+    index = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    heads = H // G
+    b = pid // tiles // heads
+    kv_head = pid // tiles % heads
+    columns = tl.load(ordered_ptr + offset(b, P) + index, mask=index < P, other=T)
+    k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
+    v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
+    k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+    v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+
+    first = (columns // w + W) * w
+    start_m = tl.min(first, axis=0) // BLOCK_M * BLOCK_M
+    # Pads count nowhere and are not stored, so they need no mask.
+    full_lo = tl.max(tl.where(columns < T, first, 0), axis=0)
+    dk, dv = _key_gradients(
+        q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, first, tl.full([BLOCK_N], T, tl.int32),
+        start_m, T, full_lo, T + BLOCK_M, b, kv_head,
+        stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+        BH, H, G, T, factor, bias, threshold, keep_scale,
+        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    if HAS_DROPOUT:
+        dv *= keep_scale
+    d = tl.arange(0, BLOCK_D)
+    inside = (columns < T)[:, None] & (d < D)[None, :]
+    at = offset(pid // tiles, P) * D + offset(index, D)[:, None] + d[None, :]
+    store_rounded(dk_far_ptr + at, dk * scale, inside, dk_far_ptr.dtype.element_ty)
+    store_rounded(dv_far_ptr + at, dv, inside, dv_far_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=_NO_SPECIALIZATION)
+def _dkv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, inverse_ptr, lse_ptr, delta_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    BH, H, G, T, P, w, W, scale, factor, threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dk, dv of a tile of keys over the queries whose window has them, plus the packed part of pivots."""
+    tiles = tl.cdiv(T, BLOCK_N)
+    pid = tl.program_id(0)
+    start_n = pid % tiles * BLOCK_N
+    columns = start_n + tl.arange(0, BLOCK_N)
+    stop_n = tl.minimum(start_n + BLOCK_N, T)
+    heads = H // G
+    b = pid // tiles // heads
+    kv_head = pid // tiles % heads
+    k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
+    v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
+    k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
+    v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
+
+    start_m = start_n // BLOCK_M * BLOCK_M
+    stop_m = tl.minimum(((stop_n - 1) // w + W) * w, T)
+    dk, dv = _key_gradients(
+        q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, columns, (columns // w + W) * w,
+        start_m, stop_m, stop_n - 1, (start_n // w + W) * w, b, kv_head,
+        stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
+        BH, H, G, T, factor, 0.0, threshold, keep_scale,
+        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    dk *= scale
+    if HAS_DROPOUT:
+        dv *= keep_scale
+    d = tl.arange(0, BLOCK_D)
+    inside = (columns < T)[:, None] & (d < D)[None, :]
+    if HAS_FAR:
+        rank = tl.load(inverse_ptr + offset(b, T) + columns, mask=columns < T, other=-1)
+        far = inside & (rank >= 0)[:, None]
+        at = offset(pid // tiles, P) * D + offset(rank, D)[:, None] + d[None, :]
+        dk += tl.load(dk_far_ptr + at, mask=far, other=0.0).to(tl.float32)
+        dv += tl.load(dv_far_ptr + at, mask=far, other=0.0).to(tl.float32)
+    dk_ptr += offset(b, stride_dkb) + offset(kv_head, stride_dkh)
+    dv_ptr += offset(b, stride_dvb) + offset(kv_head, stride_dvh)
+    dk_pointers = dk_ptr + offset(columns, stride_dkt)[:, None] + d[None, :]
+    dv_pointers = dv_ptr + offset(columns, stride_dvt)[:, None] + d[None, :]
+    store_rounded(dk_pointers, dk, inside, dk_ptr.dtype.element_ty)
+    store_rounded(dv_pointers, dv, inside, dv_ptr.dtype.element_ty)
+
+
+def _index(pivots: Tensor, T: int, w: int, W: int, with_inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted pivots ``[B, P]``, prefix lengths ``[B, NB]`` and, for the backward, the inverse ``[B, T]``."""
+    B, P = pivots.shape
+    blocks = triton.cdiv(T, w)
+    ordered = pivots.new_empty(B, P, dtype=torch.int32)
+    prefix = pivots.new_empty(B, blocks, dtype=torch.int32)
+    inverse = pivots.new_full((B, T), -1, dtype=torch.int32) if with_inverse else ordered
+    block = 64
+    _index_kernel[(triton.cdiv(max(P, blocks), block), B)](
+        pivots.contiguous(), ordered, prefix, inverse, P, T, blocks, w, W,
+        HAS_INVERSE=with_inverse, BLOCK=block,
+    )  # fmt: skip
+    return ordered, prefix, inverse
+
+
+def _run(kernel: str, q: Tensor, block_size: int, launch: Callable[[Config], None]) -> None:
+    launch(launch_config.choose(kernel, q.device, q.shape[3], q.dtype, block_size, launch))
+
+
+def _tiles(config: Config) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _flags(q: Tensor, dropout_p: float) -> dict[str, Any]:
+    # PyTorch's own switch decides whether products of float32 may use tf32.
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return {
+        "HAS_DROPOUT": dropout_p > 0,
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "D": q.shape[3],
+        "BLOCK_D": launch_config.padded(q.shape[3]),
+    }
+
+
+def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Any, int, float]:
+    """Seed (a number, or a pointer where it lies on the GPU), threshold and scale of what is kept."""
+    if seed is None:
+        return 0, 0, 1.0
+    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
+    return seed if seed.device.type == "cuda" else int(seed), threshold, 1 / (1 - dropout_p)
+
+
+def launch_three_region_attention_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pivots: Tensor,
+    block_size: int,
+    window_blocks: int,
+    pivot_bias: float,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """q, k, v and out have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
+    if scale < 0:
+        q, scale = -q, -scale
+    B, H, T, _ = q.shape
+    w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
+    P, blocks, G = pivots.shape[1], triton.cdiv(T, w), H // k.shape[1]
+    has_far = P > 0 and W < blocks
+    ordered, prefix, _ = _index(pivots, T, w, W, False) if has_far else (lse, lse, lse)
+    seed_, threshold, keep_scale = _dropout(dropout_p, seed)
+
+    def launch(config: Config) -> None:
+        _fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
+            q, k, v, ordered, prefix, out, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            H, G, T, P, blocks, w, W, _factor(scale), pivot_bias * LOG2E.value, seed_, threshold, keep_scale,
+            HAS_FAR=has_far, **_flags(q, dropout_p), **_tiles(config),
+        )  # fmt: skip
+
+    _run("fwd", q, w, launch)
+
+
+def launch_three_region_attention_bwd(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    pivots: Tensor,
+    block_size: int,
+    window_blocks: int,
+    pivot_bias: float,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> None:
+    """All have contiguous rows, lse and dlse are contiguous. Writes every element of dq, dk, dv once."""
+    if scale < 0:
+        # Scores stay what they were; dq belongs to -q, and its sign is turned back by the factor below.
+        q, scale, dq_scale = -q, -scale, scale
+    else:
+        dq_scale = scale
+    B, H, T, D = q.shape
+    w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
+    P, blocks, heads = pivots.shape[1], triton.cdiv(T, w), k.shape[1]
+    G = H // heads
+    has_far = P > 0 and W < blocks
+    ordered, prefix, inverse = _index(pivots, T, w, W, True) if has_far else (lse, lse, lse)
+    seed_, threshold, keep_scale = _dropout(dropout_p, seed)
+    factor, bias, flags = _factor(scale), pivot_bias * LOG2E.value, _flags(q, dropout_p)
+    q_strides, k_strides, v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
+    dout_strides = dout.stride()[:3]
+
+    delta = torch.empty_like(lse)
+    words = lse.new_empty((2, *lse.shape), dtype=torch.int32) if dropout_p > 0 else lse
+    block = 64
+    _bwd_rows_kernel[(triton.cdiv(T, block) * B * H,)](
+        out, dout, lse if dlse is None else dlse, delta, words, *out.stride()[:3], *dout_strides, H, T, seed_,
+        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout_p > 0,
+        D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
+    )  # fmt: skip
+
+    def launch_dq(config: Config) -> None:
+        _dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
+            q, k, v, dout, ordered, prefix, lse, delta, words, dq,
+            *q_strides, *k_strides, *v_strides, *dout_strides, *dq.stride()[:3],
+            B * H, H, G, T, P, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
+            HAS_FAR=has_far, **flags, **_tiles(config),
+        )  # fmt: skip
+
+    _run("dq", q, w, launch_dq)
+
+    dk_far = dv_far = lse
+    if has_far:
+        dk_far, dv_far = k.new_empty(2, B, heads, P, D).unbind()
+
+        def launch_dkv_far(config: Config) -> None:
+            _dkv_far_kernel[(triton.cdiv(P, config.block_n) * B * heads,)](
+                q, k, v, dout, ordered, lse, delta, words, dk_far, dv_far,
+                *q_strides, *k_strides, *v_strides, *dout_strides,
+                B * H, H, G, T, P, w, W, scale, factor, bias, threshold, keep_scale,
+                **flags, **_tiles(config),
+            )  # fmt: skip
+
+        _run("dkv_far", q, w, launch_dkv_far)
+
+    def launch_dkv(config: Config) -> None:
+        _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
+            q, k, v, dout, inverse, lse, delta, words, dk_far, dv_far, dk, dv,
+            *q_strides, *k_strides, *v_strides, *dout_strides, *dk.stride()[:3], *dv.stride()[:3],
+            B * H, H, G, T, P, w, W, scale, factor, threshold, keep_scale,
+            HAS_FAR=has_far, **flags, **_tiles(config),
+        )  # fmt: skip
+
+    _run("dkv", q, w, launch_dkv)
+
+
+def _factor(scale: float) -> float:
+    """scale * log2(e); 0 becomes the least normal number, since a masked score of -inf times 0 is NaN."""
+    return max(scale * LOG2E.value, torch.finfo(torch.float32).tiny)
