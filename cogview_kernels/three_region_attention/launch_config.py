@@ -30,7 +30,7 @@ class Config:
     block_m: int
     block_n: int
     num_warps: int
-    num_stages: int
+    stages: int
 
 
 # By head size padded to a power of two (32 also serves what is smaller): fwd, dq, dkv, dkv_far.

@@ -106,7 +106,8 @@ def _fwd_kernel(
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
     H, G, T, P, NB, w, W, factor, bias, seed, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = sum_j 2^(s_j - m) keep_j v_j / (1 - p) / sum_j 2^(s_j - m);  lse = ln(sum_j 2^s_j)."""
     tiles = tl.cdiv(T, BLOCK_M)
@@ -127,7 +128,6 @@ def _fwd_kernel(
         r0, r1 = dropout_rows(seed, rows, h, b)
 
     # Window starts: of each row, of the first and of the last (all the same where w % BLOCK_M == 0).
-    near = tl.maximum(rows // w - W + 1, 0) * w
     near_lo = tl.maximum(start_m // w - W + 1, 0) * w
     near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -138,24 +138,26 @@ def _fwd_kernel(
         full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
         stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
         ordered_ptr += offset(b, P)
-        for start in range(0, stop, BLOCK_N):
+        for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
             columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                s = tl.where(columns[None, :] < near[:, None], s, float("-inf"))
+                prefix = tl.load(prefix_ptr + offset(b, NB) + rows // w, mask=rows < T, other=0)
+                s = tl.where(index[None, :] < prefix[:, None], s, float("-inf"))
             acc, peak, total = _softmax_step(
                 acc, peak, total, s, factor, bias, v, columns, r0, r1, threshold, HAS_DROPOUT, PRECISION
             )
 
-    for start in range(near_lo, stop_m, BLOCK_N):
+    for start in tl.range(near_lo, stop_m, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (start + BLOCK_N > start_m + 1) | (start < near_hi):
+            near = tl.maximum(rows // w - W + 1, 0) * w
             seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
             s = tl.where(seen, s, float("-inf"))
         acc, peak, total = _softmax_step(
@@ -232,7 +234,8 @@ def _dq_kernel(
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     BH, H, G, T, P, NB, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dq = scale sum_j ds_j k_j;  p = 2^(s - lse),  dp_j = keep_j dout.v_j / (1 - p),  ds = p (dp - delta)."""
     tiles = tl.cdiv(T, BLOCK_M)
@@ -256,7 +259,6 @@ def _dq_kernel(
     if HAS_DROPOUT:
         r0, r1 = _load_words(words_ptr, at, offset(BH, T), rows < T)
 
-    near = tl.maximum(rows // w - W + 1, 0) * w
     near_lo = tl.maximum(start_m // w - W + 1, 0) * w
     near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -266,25 +268,27 @@ def _dq_kernel(
         stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
         ordered_ptr += offset(b, P)
         far_lse2 = lse2 - bias
-        for start in range(0, stop, BLOCK_N):
+        for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
             columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                s = tl.where(columns[None, :] < near[:, None], s, float("-inf"))
+                prefix = tl.load(prefix_ptr + offset(b, NB) + rows // w, mask=rows < T, other=0)
+                s = tl.where(index[None, :] < prefix[:, None], s, float("-inf"))
             dq = _dq_step(
                 dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
                 HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
-    for start in range(near_lo, stop_m, BLOCK_N):
+    for start in tl.range(near_lo, stop_m, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (start + BLOCK_N > start_m + 1) | (start < near_hi):
+            near = tl.maximum(rows // w - W + 1, 0) * w
             seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
             s = tl.where(seen, s, float("-inf"))
         dq = _dq_step(
@@ -306,7 +310,8 @@ def _key_gradients(
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     BH, H, G, T, factor, bias, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
@@ -320,7 +325,7 @@ def _key_gradients(
         q_head = q_ptr + offset(b, stride_qb) + offset(h, stride_qh)
         dout_head = dout_ptr + offset(b, stride_gb) + offset(h, stride_gh)
         row_base = offset(b * H + h, T)
-        for start in range(start_m, stop_m, BLOCK_M):
+        for start in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
@@ -352,7 +357,8 @@ def _dkv_far_kernel(
     stride_gb, stride_gh, stride_gt,
     BH, H, G, T, P, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, P, D]`` in the order of ``ordered``."""
     tiles = tl.cdiv(P, BLOCK_N)
@@ -377,7 +383,7 @@ def _dkv_far_kernel(
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         BH, H, G, T, factor, bias, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -396,7 +402,8 @@ def _dkv_kernel(
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     BH, H, G, T, P, w, W, scale, factor, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of a tile of keys over the queries whose window has them, plus the packed part of pivots."""
     tiles = tl.cdiv(T, BLOCK_N)
@@ -419,7 +426,7 @@ def _dkv_kernel(
         start_m, stop_m, stop_n - 1, (start_n // w + W) * w, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         BH, H, G, T, factor, 0.0, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N,
+        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
@@ -464,7 +471,7 @@ def _tiles(config: Config) -> dict[str, int]:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "STAGES": config.stages,
     }
 
 

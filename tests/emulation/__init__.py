@@ -85,6 +85,9 @@ def _compile(folder: Path) -> Path:
     probe.write_text(rewrite((HERE / "probe.cu").read_text()))
     units = [sources / "bindings.cpp", sources / "common" / "parallel.cpp", HERE / "control.cpp", probe]
     units += sorted(sources.glob("*/*_cuda.cu"))
+    # What an op shares between its parts; the CPU part and its choice of instruction set stay out.
+    shared = (path for path in sources.glob("*/*.cpp") if path.parent.name != "common")
+    units += sorted(path for path in shared if not path.stem.endswith("_cpu"))
     include = [
         *(f"-I{sources}", f"-I{HERE / 'include'}", f"-I{HERE}"),
         *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"),

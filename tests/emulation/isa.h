@@ -5,7 +5,9 @@
 #include <stdexcept>
 
 #define COGVIEW_DECLARE_PER_ISA(...)
+#define COGVIEW_DECLARE_PER_ISA_WITH_BF16(...)
 #define COGVIEW_PICK_ISA(function) ::cogview::NoCpuPart()
+#define COGVIEW_PICK_ISA_WITH_BF16(function) ::cogview::NoCpuPart()
 
 namespace cogview {
 
