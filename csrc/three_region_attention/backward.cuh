@@ -44,7 +44,8 @@ struct RowData {
     RowWords words[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void fill(const CudaAttentionBackward& args, int b, int h, int first, int last) {
+    __device__ __forceinline__ void fill(const CudaAttentionBackward& args, int b, int h, int first,
+                                         int last) {
         const CudaAttention& a = args.common;
         for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
             const int i = min(first + r, last);
@@ -186,8 +187,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                 const int position = full && !DROPOUT ? 0 : key_positions[column];
                 const bool seen = full || sees(far, first + row, rows->start[row], position);
                 const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both = probability_and_gradient<DROPOUT>(
-                    a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row], rows->delta[row], words, position);
+                const float2 both =
+                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row],
+                                                      rows->delta[row], words, position);
                 strip[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
             }
         }
@@ -379,8 +381,9 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                 const bool seen =
                     full || (first + row < end && sees(FAR, first + row, rows->start[row], position));
                 const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both = probability_and_gradient<DROPOUT>(
-                    a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row], rows->delta[row], words, position);
+                const float2 both =
+                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row],
+                                                      rows->delta[row], words, position);
                 probs[places.row(i) * kStripRow + column] = __float2half_rn(both.x);
                 dscores[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
             }
@@ -412,7 +415,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         if (before < a.P && sorted[before] == key) slot = before;
     }
     const int64_t packed = (int64_t(b) * a.Hkv + kv_head) * a.P;
-    const auto write = [&](const Accumulator& from, float factor, const CudaOutput& to, float* far, int d) {
+    const auto write = [&](const Accumulator& from, float factor, const AttentionOutput& to, float* far,
+                           int d) {
         by_rows(from, scratch, [&](int, int c, float* eight) {
             if (key >= keys) return;
 #pragma unroll

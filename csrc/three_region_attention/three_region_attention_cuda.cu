@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Order of the pivots, and launches. The kernels are in forward.cuh and backward.cuh.
-#include "three_region_attention/three_region_attention_cuda.h"
-
+// Launches; the kernels are in sort.cuh, forward.cuh and backward.cuh.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -9,36 +7,11 @@
 #include "common/cuda_check.h"
 #include "three_region_attention/backward.cuh"
 #include "three_region_attention/forward.cuh"
+#include "three_region_attention/sort.cuh"
+#include "three_region_attention/three_region_attention_cuda.h"
 
 namespace cogview {
 namespace {
-
-constexpr int kSortThreads = 256;
-
-__device__ int pivot_key(const CudaAttention& a, int b, int p) {
-    const int64_t at = int64_t(b) * a.P + p;
-    const int64_t pivot = a.pivot_bytes == 8   ? static_cast<const int64_t*>(a.pivots)[at]
-                          : a.pivot_bytes == 4 ? static_cast<const int32_t*>(a.pivots)[at]
-                                               : static_cast<const int16_t*>(a.pivots)[at];
-    return pivot < 0 || pivot >= a.T ? a.T : int(pivot);
-}
-
-// Every pivot counts those before it: P^2 comparisons a sample, a few microseconds up to P = 4096. Ties (the
-// padding, and what a caller repeats against the rules) are broken by index, so every place is written.
-__global__ void __launch_bounds__(kSortThreads) three_region_attention_sort_kernel(CudaAttention a) {
-    __shared__ int others[kSortThreads];
-    const int b = blockIdx.y, p = blockIdx.x * kSortThreads + threadIdx.x;
-    const int mine = p < a.P ? pivot_key(a, b, p) : 0;
-    int rank = 0;
-    for (int base = 0; base < a.P; base += kSortThreads) {
-        const int count = min(kSortThreads, a.P - base);
-        if (int(threadIdx.x) < count) others[threadIdx.x] = pivot_key(a, b, base + threadIdx.x);
-        __syncthreads();
-        for (int i = 0; i < count; ++i) rank += others[i] < mine || (others[i] == mine && base + i < p);
-        __syncthreads();
-    }
-    if (p < a.P) a.sorted[int64_t(b) * a.P + rank] = mine;
-}
 
 // Sizes as the kernels take them: a block no longer than T, a window of no more blocks than there are, and no
 // pivots where the window reaches everything.
@@ -82,7 +55,8 @@ void backward(const CudaAttentionBackward& args, void* stream) {
     launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
            tiles(int64_t(a.B) * a.H * a.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
     launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
-           tiles(a.T, kBackwardRows) * a.H * a.B, kBackwardThreads, QueryGradientShape<D>::kShared, args, stream);
+           tiles(a.T, kBackwardRows) * a.H * a.B, kBackwardThreads, QueryGradientShape<D>::kShared, args,
+           stream);
     if (a.P > 0)
         launch("three_region_attention_bwd_dkv_kernel (pivots)",
                three_region_attention_bwd_dkv_kernel<D, DROPOUT, true>,

@@ -1,21 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Arguments of the CUDA kernels. Letters as in three_region_attention.py: B batch, H query heads, Hkv key
-// heads, T sequence length, D head size, P pivots a sample, w block size, W window blocks.
+// Arguments of the CUDA kernels; letters as in three_region_attention.h. Tensors are fp16, and their rows
+// begin at multiples of 16 bytes.
 #pragma once
 
 #include <cstdint>
 
-namespace cogview {
+#include "three_region_attention/three_region_attention.h"
 
-// [B, heads, T, D] of fp16, last stride 1, the others in elements; rows begin at multiples of 16 bytes.
-struct CudaInput {
-    const void* data;
-    int64_t stride[3];
-};
-struct CudaOutput {
-    void* data;
-    int64_t stride[3];
-};
+namespace cogview {
 
 struct CudaAttention {
     int B, H, Hkv, T, D, P, w, W;
@@ -27,21 +19,21 @@ struct CudaAttention {
     const void* pivots;        // [B, P] of integers of pivot_bytes bytes, contiguous; -1 pads
     int pivot_bytes;
     int32_t* sorted;  // [B, P], written here: ascending, padded with T
-    CudaInput q, k, v;
+    AttentionInput q, k, v;
 };
 
 struct CudaAttentionForward {
     CudaAttention common;
-    CudaOutput out;
+    AttentionOutput out;
     float* lse;  // [B, H, T]: log of the softmax's denominator
 };
 
 struct CudaAttentionBackward {
     CudaAttention common;
-    CudaInput out, dout;
+    AttentionInput out, dout;
     const float* lse;
     const float* dlse;  // [B, H, T], nullptr for none
-    CudaOutput dq, dk, dv;
+    AttentionOutput dq, dk, dv;
     float* delta;   // [B, H, T], written here: sum over D of out * dout, less dlse
     float* dk_far;  // [B, Hkv, P, D], written here: gradients of the sorted pivots as far keys
     float* dv_far;

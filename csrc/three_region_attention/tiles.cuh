@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the attention kernels share: matrix fragments, tiles of rows in shared memory, visible ranges, dropout.
+// What the attention kernels share: matrix fragments, tiles of rows in shared memory, visible ranges,
+// dropout.
 //
 // A warp owns 16 (or 32) rows of scores and works on a strip of shared memory of its own, so that barriers of
 // the block are needed only where tiles change. wmma does not say where a fragment keeps an element; `Places`
@@ -92,10 +93,10 @@ __device__ __forceinline__ uint4 pack(const float* eight) {
                       pack(eight[6], eight[7]));
 }
 
-__device__ __forceinline__ const __half* head(const CudaInput& x, int b, int h) {
+__device__ __forceinline__ const __half* head(const AttentionInput& x, int b, int h) {
     return static_cast<const __half*>(x.data) + b * x.stride[0] + h * x.stride[1];
 }
-__device__ __forceinline__ __half* head(const CudaOutput& x, int b, int h) {
+__device__ __forceinline__ __half* head(const AttentionOutput& x, int b, int h) {
     return static_cast<__half*>(x.data) + b * x.stride[0] + h * x.stride[1];
 }
 
@@ -121,8 +122,8 @@ __device__ __forceinline__ uint64_t dropout_seed(const CudaAttention& a) {
     return a.seed_data == nullptr ? a.seed : uint64_t(*a.seed_data);
 }
 
-// ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS threads:
-// fetched while the tile before is worked on.
+// ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS
+// threads: fetched while the tile before is worked on.
 template <int ROWS, int D, int THREADS>
 struct Carrier {
     static constexpr int kChunks = ROWS * D / 8;
@@ -147,7 +148,8 @@ struct Carrier {
         for (int i = 0; i < kPerThread; ++i) {
             const int chunk = threadIdx.x + i * THREADS;
             if (chunk < kChunks)
-                *reinterpret_cast<uint4*>(to + chunk / (D / 8) * (D + kPad) + chunk % (D / 8) * 8) = chunks[i];
+                *reinterpret_cast<uint4*>(to + chunk / (D / 8) * (D + kPad) + chunk % (D / 8) * 8) =
+                    chunks[i];
         }
     }
 };
