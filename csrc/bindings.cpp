@@ -15,6 +15,7 @@
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
+#include "three_region_attention/three_region_attention_cuda.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -177,6 +178,33 @@ void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
           [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
 }
 
+#if COGVIEW_HAS_CUDA
+// What both directions take; the tuples keep the signatures short. dropout: drop_below, 1 / (1 - p), seed,
+// and the address of a seed on the device (0: none).
+using AttentionDropout = std::tuple<uint32_t, float, uint64_t, Address>;
+
+CudaAttention cuda_attention(std::array<int, 8> shape, float bias, float scale,
+                             const AttentionDropout& dropout, std::pair<Address, int> pivots, Address sorted,
+                             const Strided& q, const Strided& k, const Strided& v) {
+    CudaAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.T = shape[3];
+    a.D = shape[4], a.P = shape[5], a.w = shape[6], a.W = shape[7];
+    a.bias = bias;
+    a.scale = scale;
+    a.drop_below = std::get<0>(dropout);
+    a.keep_scale = std::get<1>(dropout);
+    a.seed = std::get<2>(dropout);
+    a.seed_data = pointer<int64_t>(std::get<3>(dropout));
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.sorted = pointer<int32_t>(sorted);
+    a.q = attention_input(q);
+    a.k = attention_input(k);
+    a.v = attention_input(v);
+    return a;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -257,5 +285,25 @@ PYBIND11_MODULE(_C, m) {
 #if COGVIEW_HAS_CUDA
     bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
     bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
+    m.def("three_region_attention_fwd_cuda", [](Strided q, Strided k, Strided v, Strided out, Address lse,
+                                                std::array<int, 8> shape, float bias, float scale,
+                                                AttentionDropout dropout, std::pair<Address, int> pivots,
+                                                Address sorted, Address stream) {
+        three_region_attention_fwd_cuda({cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
+                                         attention_output(out), pointer<float>(lse)},
+                                        pointer<void>(stream));
+    });
+    m.def("three_region_attention_bwd_cuda",
+          [](Strided q, Strided k, Strided v, Strided out, Strided dout, Address lse, Address dlse,
+             Strided dq, Strided dk, Strided dv, Address delta, Address dk_far, Address dv_far,
+             std::array<int, 8> shape, float bias, float scale, AttentionDropout dropout,
+             std::pair<Address, int> pivots, Address sorted, Address stream) {
+              three_region_attention_bwd_cuda(
+                  {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_input(out),
+                   attention_input(dout), pointer<float>(lse), pointer<float>(dlse), attention_output(dq),
+                   attention_output(dk), attention_output(dv), pointer<float>(delta), pointer<float>(dk_far),
+                   pointer<float>(dv_far)},
+                  pointer<void>(stream));
+          });
 #endif
 }
