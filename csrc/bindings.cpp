@@ -5,9 +5,13 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "layer_norm/layer_norm.h"
+#include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
 
@@ -20,6 +24,96 @@ namespace {
 template <typename T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Where a weight, a bias or its gradient lies (0 for none) and its dtype.
+using ParameterAddress = std::pair<Address, int>;
+
+Parameter parameter(ParameterAddress p) {
+    return {pointer<void>(p.first), DType(p.second)};
+}
+
+// Threshold, scale, seed, and where the seed lies if on the device (else 0).
+using DropoutArguments = std::tuple<uint32_t, float, uint64_t, Address>;
+
+Dropout dropout(DropoutArguments d) {
+    return {std::get<0>(d), std::get<1>(d), std::get<2>(d), pointer<uint64_t>(std::get<3>(d))};
+}
+
+LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
+                                    Address stats, Address peaks, int64_t rows, int64_t C, float eps,
+                                    int pb_relax, int dtype) {
+    return {pointer<void>(x),
+            pointer<void>(y),
+            parameter(weight),
+            parameter(bias),
+            pointer<float>(stats),
+            pointer<float>(peaks),
+            rows,
+            C,
+            eps,
+            PbRelax(pb_relax),
+            DType(dtype)};
+}
+
+LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
+                                      ParameterAddress dweight, ParameterAddress dbias, Address stats,
+                                      Address partials, int64_t rows, int64_t C, int dtype) {
+    return {pointer<void>(dy),
+            pointer<void>(x),
+            pointer<void>(dx),
+            parameter(weight),
+            parameter(dweight),
+            parameter(dbias),
+            pointer<float>(stats),
+            pointer<float>(partials),
+            rows,
+            C,
+            DType(dtype)};
+}
+
+SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<ParameterAddress, 4> parameters,
+                                 Address stats, Address peaks, int64_t rows, int64_t C, float eps,
+                                 int pb_relax, DropoutArguments drop, int dtype) {
+    return {pointer<void>(tensors[0]),
+            pointer<void>(tensors[1]),
+            pointer<void>(tensors[2]),
+            pointer<void>(tensors[3]),
+            parameter(parameters[0]),
+            parameter(parameters[1]),
+            parameter(parameters[2]),
+            parameter(parameters[3]),
+            pointer<float>(stats),
+            pointer<float>(peaks),
+            rows,
+            C,
+            eps,
+            PbRelax(pb_relax),
+            dropout(drop),
+            DType(dtype)};
+}
+
+SandwichBackward sandwich_backward(std::array<Address, 6> tensors, std::array<ParameterAddress, 2> weights,
+                                   std::array<ParameterAddress, 4> gradients, Address stats, Address partials,
+                                   int64_t rows, int64_t C, DropoutArguments drop, int dtype) {
+    return {pointer<void>(tensors[0]),
+            pointer<void>(tensors[1]),
+            pointer<void>(tensors[2]),
+            pointer<void>(tensors[3]),
+            pointer<void>(tensors[4]),
+            pointer<void>(tensors[5]),
+            parameter(weights[0]),
+            parameter(weights[1]),
+            parameter(gradients[0]),
+            parameter(gradients[1]),
+            parameter(gradients[2]),
+            parameter(gradients[3]),
+            pointer<float>(stats),
+            pointer<float>(partials),
+            rows,
+            C,
+            dropout(drop),
+            DType(dtype)};
 }
 
 SoftmaxForward softmax_forward(Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
@@ -60,9 +154,26 @@ AttentionOutput attention_output(const Strided& x) {
 // shape: B, H, Hkv, T, D, P, block size, window blocks.
 AttentionShape attention_shape(std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
                                float dropout_p, uint32_t drop_below, uint64_t seed, int dtype) {
-    return {shape[0], shape[1], shape[2], shape[3],  shape[4],   shape[5],
-            shape[6], shape[7], bias,     scale,     dropout_p,  drop_below,
-            seed,     DType(dtype),       pointer<int64_t>(pivots)};
+    return {shape[0],  shape[1],   shape[2], shape[3],     shape[4],
+            shape[5],  shape[6],   shape[7], bias,         scale,
+            dropout_p, drop_below, seed,     DType(dtype), pointer<int64_t>(pivots)};
+}
+
+// `name` of the arguments that `make` takes and a number of threads. `pick` names the function for the
+// instruction set at each call.
+template <typename Args, typename... Arguments, typename Pick>
+void bind_cpu(py::module_& m, const char* name, Args (*make)(Arguments...), Pick pick) {
+    m.def(
+        name, [=](Arguments... arguments, int threads) { pick()(make(arguments...), threads); },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+// `name` of the arguments that `make` takes and a cudaStream_t.
+template <typename Args, typename... Arguments>
+void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
+               void (*run)(const Args&, void*)) {
+    m.def(name,
+          [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
 }
 
 }  // namespace
@@ -74,25 +185,18 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &set_isa);
     m.def("parallel_runtime", &parallel_runtime);
 
-    m.def(
-        "stable_softmax_fwd_cpu",
-        [](Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
-           std::array<int64_t, 4> scores_stride, std::array<int64_t, 4> mask_stride, float alpha, float scale,
-           bool causal, int dtype, int threads) {
-            COGVIEW_PICK_ISA(stable_softmax_fwd_cpu)
-            (softmax_forward(scores, mask, probs, shape, scores_stride, mask_stride, alpha, scale, causal,
-                             dtype),
-             threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "stable_softmax_bwd_cpu",
-        [](Address dprobs, Address probs, Address dscores, int64_t rows, int64_t N, float factor, int dtype,
-           int threads) {
-            COGVIEW_PICK_ISA(stable_softmax_bwd_cpu)
-            (softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype), threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
+    bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward,
+             [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });
+    bind_cpu(m, "stable_softmax_bwd_cpu", softmax_backward,
+             [] { return COGVIEW_PICK_ISA(stable_softmax_bwd_cpu); });
+    bind_cpu(m, "layer_norm_fwd_cpu", layer_norm_forward,
+             [] { return COGVIEW_PICK_ISA(layer_norm_fwd_cpu); });
+    bind_cpu(m, "layer_norm_bwd_cpu", layer_norm_backward,
+             [] { return COGVIEW_PICK_ISA(layer_norm_bwd_cpu); });
+    bind_cpu(m, "sandwich_layer_norm_fwd_cpu", sandwich_forward,
+             [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
+    bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
+             [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
     m.def(
         "three_region_attention_fwd_cpu",
         [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,
@@ -105,7 +209,8 @@ PYBIND11_MODULE(_C, m) {
                 attention_input(v),
                 attention_output(out),
                 pointer<float>(lse)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape), threads);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
@@ -125,22 +230,12 @@ PYBIND11_MODULE(_C, m) {
                 attention_output(dq),
                 attention_output(dk),
                 attention_output(dv)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape), threads);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
 #if COGVIEW_HAS_CUDA
-    m.def("stable_softmax_fwd_cuda",
-          [](Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
-             std::array<int64_t, 4> scores_stride, std::array<int64_t, 4> mask_stride, float alpha,
-             float scale, bool causal, int dtype, Address stream) {
-              stable_softmax_fwd_cuda(softmax_forward(scores, mask, probs, shape, scores_stride, mask_stride,
-                                                      alpha, scale, causal, dtype),
-                                      pointer<void>(stream));
-          });
-    m.def("stable_softmax_bwd_cuda", [](Address dprobs, Address probs, Address dscores, int64_t rows,
-                                        int64_t N, float factor, int dtype, Address stream) {
-        stable_softmax_bwd_cuda(softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype),
-                                pointer<void>(stream));
-    });
+    bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
+    bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
 #endif
 }
