@@ -155,8 +155,8 @@ PRESETS: dict[str, Preset] = {
             init_std=0.09,
             dropout=0.0,
             vocab_size=256,
-            max_positions=27,
-            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=14),
+            max_positions=26,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=13),
         ),
         train=TrainConfig(
             steps=1500, batch_size=64, learning_rate=1e-3, warmup_fraction=0.05, checkpoint_every=100
@@ -174,7 +174,7 @@ PRESETS: dict[str, Preset] = {
             steps=1000, batch_size=64, learning_rate=2e-3, checkpoint_every=200
         ),
         text_pieces=130,
-        max_text_tokens=6,
+        max_text_tokens=5,
         sampling=SamplingConfig(temperature=0.9, top_k=0, top_p=0.9),
     ),
     # The single-node recipe of the released code.

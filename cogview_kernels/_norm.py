@@ -11,7 +11,7 @@ from cogview_kernels import _extension
 PB_RELAX_CODES = {None: 0, "row": 1, "tensor": 2}
 
 # Rows wider than this do not fit the registers of one GPU block, which is where the GPU kernels keep them.
-GPU_MAX_WIDTH = 8192
+GPU_MAX_WIDTH = 4096
 
 
 def supported(x: Tensor) -> tuple[str, ...]:

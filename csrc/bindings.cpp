@@ -11,6 +11,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "layer_norm/layer_norm.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
@@ -197,6 +198,25 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
     bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
+    m.def(
+        "linear_cross_entropy_reduce_cpu",
+        [](Address logits, int64_t stride, int64_t V, int64_t n, Address peak, Address total, int dtype,
+           int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu)
+            ({pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "linear_cross_entropy_gradient_cpu",
+        [](Address logits, int64_t stride, int64_t v, int64_t n, int64_t first, Address target,
+           Address coefficient, Address peak, Address total, int dtype, int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu)
+            ({pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
+              pointer<float>(coefficient), pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "three_region_attention_fwd_cpu",
         [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,

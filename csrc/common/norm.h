@@ -15,4 +15,12 @@ struct Parameter {
     DType dtype;
 };
 
+// An element is dropped where its word is below `threshold`, else multiplied by `scale`.
+struct Dropout {
+    uint32_t threshold;  // round(p * 2^32); 0 for no dropout
+    float scale;         // 1 / (1 - p)
+    uint64_t seed;
+    const uint64_t* seed_on_device;  // CUDA: read instead of `seed` unless nullptr
+};
+
 }  // namespace cogview

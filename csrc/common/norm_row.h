@@ -50,7 +50,8 @@ inline RowWords row_words(const Dropout& dropout, int64_t row) {
 inline VecF drop(VecF x, const Dropout& dropout, RowWords row, int64_t j) {
     VecU column;
     for (int i = 0; i < kLanes; ++i) column[i] = uint32_t(j) + uint32_t(i);
-    return dropout_word(row.r0, row.r1, column) >= dropout.threshold ? x * dropout.scale : VecF{};
+    const VecU r0 = row.r0 - VecU{}, r1 = row.r1 - VecU{};
+    return keep_mask(r0, r1, column, dropout.threshold) ? x * dropout.scale : VecF{};
 }
 
 // ---- statistics

@@ -7,7 +7,6 @@
 
 #include "common/isa.h"
 #include "common/norm.h"
-#include "common/random.h"
 
 namespace cogview {
 

@@ -294,7 +294,7 @@ void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run
         const auto kept = [&](VecF p, int64_t r) {
             if (!kDropout) return p;
             const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-            return dropout_word(r0, r1, key) >= plan.a.drop_below ? p : VecF{};
+            return keep_mask(r0, r1, key, plan.a.drop_below) ? p : VecF{};
         };
         VecF sum = load(lanes.sum + c), sum2 = VecF{};
         float* p = scores + c;
@@ -604,7 +604,7 @@ struct Backward {
                 VecF dropped = p;
                 if (kDropout) {
                     const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-                    const VecF by = dropout_word(r0, r1, key) >= plan.a.drop_below ? broadcast(grow) : VecF{};
+                    const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
                     dp *= by;
                     dropped *= by;
                 }

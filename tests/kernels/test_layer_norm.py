@@ -21,7 +21,7 @@ MODES = ["row", "tensor", None]
 # a row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows in 64 chunks.
 CASES = {
     "one": ((1, 1), "weight and bias", None),
-    "vector": ((40, 16), "weight and bias", None),
+    "vector": ((12, 16), "weight and bias", None),
     "past_a_vector": ((2, 3, 3, 17), "weight and bias", torch.float32),
     "four_vectors_and_a_bit": ((17, 4 * 16 + 5), "weight", None),
     "one_dimension": ((40,), "bias", None),
@@ -198,7 +198,7 @@ def test_extreme_rows(backend, dtype, mode, backend_device):
     """Finite and right, each row judged by itself."""
     x = extreme_rows(dtype)
     if backend == "triton" and dtype == torch.bfloat16:
-        x[6] *= 64  # the interpreter's bf16 has no subnormals
+        x[6] *= 2**20  # the interpreter's bf16 has no subnormals
     y = layer_norm(x.to(backend_device(backend)), pb_relax=mode, backend=backend).cpu()
     truth = layer_norm_reference(x.double(), pb_relax=mode)
     eager = layer_norm_reference(x.float(), pb_relax=mode).to(dtype)
