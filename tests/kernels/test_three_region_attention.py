@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels import ThreeRegionLayout, three_region_attention
+from cogview_kernels import ThreeRegionLayout, _extension, three_region_attention
 from cogview_kernels.three_region_attention import sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
 
-BACKENDS = ["sdpa", "cpu"]
+KERNELS = ["cpu"]
+BACKENDS = ["sdpa", *KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -171,6 +174,7 @@ LARGE = {
     "two_tiles_and_a_bit": {"B": 2, "T": 700, "w": 128, "W": 2, "P": 261, "D": 64},
     "odd_blocks": {"T": 613, "w": 100, "W": 3, "P": 131, "D": 80, "Hkv": 1},
     "small_blocks": {"T": 570, "w": 24, "W": 3, "P": 63, "D": 96},
+    "D32": {"T": 190, "w": 32, "W": 2, "P": 40, "D": 32, "H": 4, "Hkv": 2},
     "D128": {"T": 530, "w": 64, "W": 2, "P": 129, "D": 128},
     "D256": {"T": 530, "w": 128, "W": 1, "P": 127, "D": 256, "H": 1},
 }
@@ -184,11 +188,11 @@ def with_gradients(function, q, k, v, *arguments, dout, dlse=None, **options):
     return [x.detach() for x in (*results, *gradients)]
 
 
-def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=False):
+def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=False, scale=None):
     q, k, v, layout = make(**case, dtype=dtype, device=device)
     dout = torch.randn(q.shape).to(q)
     dlse = torch.randn(q.shape[:3]).to(device) if lse else None
-    scale = 1.3 / q.shape[-1] ** 0.5
+    scale = 1.3 / q.shape[-1] ** 0.5 if scale is None else scale
     options = {"dropout_p": dropout_p, "seed": 11 << 33 | 5} if dropout_p else {}
     ours = with_gradients(
         three_region_attention, q, k, v, layout, dout=dout, dlse=dlse, scale=scale, return_lse=lse,
@@ -225,6 +229,63 @@ def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch)
     if case in SMALL and backend == "sdpa":
         monkeypatch.setattr(sdpa, "DENSE_LENGTH", 0)
     check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
+
+
+@pytest.mark.parametrize("case", ["different_counts", "grouped_heads", "two_tiles_and_a_bit", "small_blocks"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_and_lse(backend, dtype, case, backend_device):
+    case = {**SMALL, **LARGE}[case]
+    check_against_reference(backend, case, dtype, backend_device(backend), dropout_p=0.2, lse=True)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_any_scale(backend, scale, backend_device):
+    case = {"T": 140, "w": 32, "W": 1, "P": 40}
+    check_against_reference(backend, case, torch.float32, backend_device(backend), lse=True, scale=scale)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gradient_of_lse_alone(backend, backend_device):
+    q, k, v, layout = make(T=140, w=32, W=1, P=40, device=backend_device(backend))
+    gradients = []
+    for chosen in (backend, "reference"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        _, lse = three_region_attention(*leaves, layout, return_lse=True, backend=chosen)
+        gradients.append(torch.autograd.grad(lse.square().sum(), leaves, materialize_grads=True))
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_two_runs_give_the_same_bits(backend, dtype, backend_device):
+    q, k, v, layout = make(B=2, T=700, w=64, W=2, P=150, D=64, dtype=dtype, device=backend_device(backend))
+    runs = [
+        with_gradients(
+            three_region_attention, q, k, v, layout, dout=q, dropout_p=0.1, seed=1, backend=backend
+        )
+        for _ in range(2)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_past_32_bits(backend, backend_device):
+    """Heads 2^31 + 64 elements apart: memory that is reserved, not used."""
+    device = backend_device(backend)
+    if device.type != "cpu":
+        pytest.skip("reserves memory as only the CPU can")
+    far = 2**31 + 64
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 4 * (far + 4096), flags=flags), dtype=torch.float32)
+    q, k, v, layout = make(T=40, w=8, W=2, P=9)
+    moved = memory.as_strided(q.shape, (0, far, 32, 1))
+    moved.copy_(q)
+    torch.testing.assert_close(
+        with_gradients(three_region_attention, moved, k, v, layout, dout=v, backend=backend),
+        with_gradients(three_region_attention, q, k, v, layout, dout=v, backend=backend),
+    )
 
 
 def test_sdpa_takes_one_call_for_short_sequences(monkeypatch):
@@ -276,7 +337,117 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
     torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
 
 
+# ---- the cpu backend
+
+
+@pytest.fixture
+def instruction_set():
+    """``instruction_set(name)`` switches to it, or skips where the processor lacks it."""
+    if _extension.native is None:
+        pytest.skip(_extension.missing_reason)
+    best = _extension.native.isa()
+
+    def switch(name):
+        try:
+            _extension.native.set_isa(name)
+        except ValueError as error:
+            pytest.skip(str(error))
+        assert _extension.native.isa() == name
+
+    yield switch
+    _extension.native.set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+def test_every_instruction_set(isa, dtype, instruction_set):
+    instruction_set(isa)
+    for case in ("different_counts", "past_an_edge", "odd_blocks", "D256"):
+        check_against_reference("cpu", {**SMALL, **LARGE}[case], dtype, "cpu", dropout_p=0.1, lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_thread_count_changes_no_bit(dtype, backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(B=2, H=2, Hkv=1, T=700, w=64, W=2, P=150, D=64, dtype=dtype)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(with_gradients(three_region_attention, q, k, v, layout, dout=q, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pivots", "message"),
+    [
+        ([[1], [8]], r"pivots must lie in \[0, 8\) \(-1 pads\), got 8"),
+        ([[2**33], [1]], "got 8589934592"),
+        ([[1], [-2]], r"got -2; draw them for this sequence length"),
+        ([[1, 2], [7, 7]], "unique within a sample, got 7 twice"),
+    ],
+    ids=str,
+)
+def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
+    """The op itself does, so that a compiled graph does too."""
+    backend_device("cpu")
+    x = torch.ones(2, 2, 8, 4)
+    layout = ThreeRegionLayout(torch.tensor(pivots), 2, 2)
+    with pytest.raises(ValueError, match=message):
+        three_region_attention(x, x, x, layout, backend="cpu")
+    out, lse = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8)
+    arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, out, lse, *arguments)
+
+
+def test_cpu_refuses_large_heads(backend_device):
+    backend_device("cpu")
+    x = torch.ones(1, 1, 8, 257)
+    with pytest.raises(NotImplementedError, match="head sizes up to 256, got 257; use backend='sdpa'"):
+        three_region_attention(x, x, x, ThreeRegionLayout(torch.tensor([[1]]), 2, 2), backend="cpu")
+
+
+def test_last_dimension_of_any_stride(backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(T=40, w=8, W=2, P=9)
+    swapped = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    torch.testing.assert_close(
+        with_gradients(three_region_attention, *swapped, layout, dout=v, backend="cpu"),
+        with_gradients(three_region_attention, q, k, v, layout, dout=v, backend="cpu"),
+    )
+
+
 # ---- PyTorch integration
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend, dropout_p, backend_device):
+    q, k, v, layout = make(T=20, w=4, W=2, P=5, D=32, device=backend_device(backend))
+    seed = torch.tensor(3) if dropout_p else None
+    options = (*regions(layout), 0.2, dropout_p, seed, backend)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    torch.library.opcheck(torch.ops.cogview_kernels.three_region_attention, (*leaves, *options))
+    out, lse = torch.ops.cogview_kernels.three_region_attention(q, k, v, *options)
+    backward = torch.ops.cogview_kernels.three_region_attention_backward
+    for dlse in (None, lse):
+        torch.library.opcheck(backward, (v, dlse, q, k, v, out, lse, *options))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_op_called_by_name_is_differentiable(backend, backend_device):
+    q, k, v, layout = make(T=40, w=8, W=2, P=9, device=backend_device(backend))
+    op = torch.ops.cogview_kernels.three_region_attention
+    options = (*regions(layout), 0.2, 0.0, None, backend)
+    call = lambda q, k, v: op(q, k, v, *options)[0]  # noqa: E731
+    expected = lambda q, k, v: three_region_attention(q, k, v, layout, scale=0.2, backend="reference")  # noqa: E731
+    torch.testing.assert_close(
+        with_gradients(call, q, k, v, dout=v), with_gradients(expected, q, k, v, dout=v), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ALL)
