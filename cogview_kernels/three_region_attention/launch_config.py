@@ -31,6 +31,7 @@ class Config:
     block_n: int
     num_warps: int
     stages: int
+    maxnreg: int | None = None  # registers a thread, where fewer let one more block run on a processor
 
 
 # By head size padded to a power of two (32 also serves what is smaller): fwd, dq, dkv, dkv_far.

@@ -466,12 +466,13 @@ def _run(kernel: str, q: Tensor, block_size: int, launch: Callable[[Config], Non
     launch(launch_config.choose(kernel, q.device, q.shape[3], q.dtype, block_size, launch))
 
 
-def _tiles(config: Config) -> dict[str, int]:
+def _tiles(config: Config) -> dict[str, int | None]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "STAGES": config.stages,
+        "maxnreg": config.maxnreg,
     }
 
 
