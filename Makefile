@@ -42,12 +42,20 @@ lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 format: $(VENV)/.ready  ## rewrite the sources in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh')
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+bench: build  ## time every op against its rivals on this machine, then write the tables and plots
+	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.report
+
+# Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
+gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)
+	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there

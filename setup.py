@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds ``cogview_kernels._C`` with ninja. No PyTorch and no GPU is needed.
 
-The CPU part is always built: ``csrc/bindings.cpp`` and ``csrc/common/*.cpp`` once, each
-``csrc/<op>/*_cpu.cpp`` once per instruction set, so that one binary serves every processor and picks
-at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when an nvcc is found.
+The CPU part is always built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set, the rest once, so that
+one binary serves every processor and picks at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when
+an nvcc is found.
 
 Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
@@ -41,13 +41,20 @@ if platform.machine() in ("x86_64", "AMD64"):
             "-mprefer-vector-width=512",
         ],
     }
+    BF16_ISA_FLAGS = {
+        "avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
+        "amx": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    }
 else:
     ISA_FLAGS = {"portable": []}
+    BF16_ISA_FLAGS = {}
+# Ops whose matrix products gain from bfloat16 instructions (declared with COGVIEW_DECLARE_PER_ISA_WITH_BF16).
+BF16_OPS = ("three_region_attention",)
 
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"),
     # GCC 12 warns of its own AVX-512 headers; Clang does not know the option and says so unless told not to.
-    *("-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
 ]
 
 
@@ -105,10 +112,12 @@ class NinjaBuildExt(build_ext):
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines + include)} $flags "
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
         )
-        for source in [CSRC / "bindings.cpp", *sorted((CSRC / "common").glob("*.cpp"))]:
+        per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
+        for source in [CSRC / "bindings.cpp", *(s for s in sorted(CSRC.glob("*/*.cpp")) if s not in per_isa)]:
             edge("cxx", source, "")
-        for source in sorted(CSRC.glob("*/*_cpu.cpp")):
-            for isa, flags in ISA_FLAGS.items():
+        for source in per_isa:
+            extra = BF16_ISA_FLAGS if source.parent.name in BF16_OPS else {}
+            for isa, flags in {**ISA_FLAGS, **extra}.items():
                 edge("cxx", source, f".{isa}", flags=" ".join([f"-DCOGVIEW_ISA={isa}", *flags]))
 
         if nvcc is None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -12,8 +13,7 @@ missing_reason = ""
 has_cuda = False
 
 try:
-    from cogview_kernels import _C as native  # type: ignore[attr-defined,no-redef]
-
+    native = importlib.import_module("cogview_kernels._C")
     has_cuda = native.has_cuda
 except ImportError as error:
     missing_reason = (

@@ -9,6 +9,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "stable_softmax/stable_softmax.h"
+#include "three_region_attention/three_region_attention.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -45,6 +46,25 @@ SoftmaxBackward softmax_backward(Address dprobs, Address probs, Address dscores,
             DType(dtype)};
 }
 
+// Tensors of attention come as (address, strides of the first three dimensions).
+using Strided = std::pair<Address, std::array<int64_t, 3>>;
+
+AttentionInput attention_input(const Strided& x) {
+    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+}
+
+AttentionOutput attention_output(const Strided& x) {
+    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+}
+
+// shape: B, H, Hkv, T, D, P, block size, window blocks.
+AttentionShape attention_shape(std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
+                               float dropout_p, uint32_t drop_below, uint64_t seed, int dtype) {
+    return {shape[0], shape[1], shape[2], shape[3],  shape[4],   shape[5],
+            shape[6], shape[7], bias,     scale,     dropout_p,  drop_below,
+            seed,     DType(dtype),       pointer<int64_t>(pivots)};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -71,6 +91,41 @@ PYBIND11_MODULE(_C, m) {
            int threads) {
             COGVIEW_PICK_ISA(stable_softmax_bwd_cpu)
             (softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "three_region_attention_fwd_cpu",
+        [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,
+           Address pivots, float bias, float scale, float dropout_p, uint32_t drop_below, uint64_t seed,
+           int dtype, int threads) {
+            const AttentionForward args = {
+                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
+                attention_input(q),
+                attention_input(k),
+                attention_input(v),
+                attention_output(out),
+                pointer<float>(lse)};
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "three_region_attention_bwd_cpu",
+        [](Strided q, Strided k, Strided v, Strided out, Strided dout, Address lse, Address dlse, Strided dq,
+           Strided dk, Strided dv, std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
+           float dropout_p, uint32_t drop_below, uint64_t seed, int dtype, int threads) {
+            const AttentionBackward args = {
+                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
+                attention_input(q),
+                attention_input(k),
+                attention_input(v),
+                attention_input(out),
+                attention_input(dout),
+                pointer<float>(lse),
+                pointer<float>(dlse),
+                attention_output(dq),
+                attention_output(dk),
+                attention_output(dv)};
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape), threads);
         },
         py::call_guard<py::gil_scoped_release>());
 #if COGVIEW_HAS_CUDA

@@ -2,15 +2,18 @@
 """Seeds, devices, backends, and fresh memory filled with NaN.
 
 Without an NVIDIA GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is
-imported. With one (``make gpu-check``) the same tests run on it: the ``device`` fixture is "cuda".
+imported, and the CUDA kernels in an emulation on the host (tests/emulation). With one (``make gpu-check``)
+the same tests run on it: the ``device`` fixture is "cuda".
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from cogview_kernels import _backends  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
+from cogview_kernels import _backends, _extension  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
+from tests import emulation as cuda_emulation  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,10 +68,26 @@ def _interpreter_is_broken() -> str:
 
 
 @pytest.fixture
+def emulation(monkeypatch: pytest.MonkeyPatch):
+    """Until the test ends ``backend="cuda"`` serves CPU tensors, by emulation; gives tests.emulation."""
+    monkeypatch.setattr(_extension, "native", cuda_emulation.emulated_cuda())
+    monkeypatch.setattr(_extension, "has_cuda", True)
+    why_not = _backends.why_not
+    monkeypatch.setattr(_backends, "why_not", lambda b, d: "" if b == "cuda" else why_not(b, d))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
+    cuda_emulation.configure()
+    return cuda_emulation
+
+
+@pytest.fixture
 def backend_device(request: pytest.FixtureRequest):
     """``backend_device(name)``: the device on which that backend runs here; skips with the reason if none."""
 
     def find(backend: str) -> torch.device:
+        if backend == "cuda" and not HAS_GPU:
+            request.getfixturevalue("emulation")
+            return torch.device("cpu")
         reasons = []
         if backend == "triton" and (broken := _interpreter_is_broken()):
             pytest.skip(broken)

@@ -25,7 +25,8 @@ ALLOWED = {
     "reference": set(),
     "sdpa": {"layout", "reference"},
     "layout": {"reference"},
-    "triton_kernels": set(),
+    "triton_kernels": {"launch_config"},
+    "launch_config": set(),
 }
 
 

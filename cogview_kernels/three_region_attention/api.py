@@ -13,7 +13,7 @@ from cogview_kernels.three_region_attention.reference import three_region_attent
 from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
 
 _OP = "three_region_attention"
-_SUPPORTED = ("triton", "sdpa", "reference")
+_SUPPORTED = ("triton", "cpu", "sdpa", "reference")
 
 
 def three_region_attention(
@@ -76,15 +76,15 @@ def three_region_attention(
             raise NotImplementedError(f"{_OP}: the sdpa backend has no {missing}; use backend='reference'")
         chosen = "reference"
     pivots = layout.pivots
-    if pivots.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_pivot_values(_OP, pivots, q.shape[2])
     regions = (pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias), float(scale))
-    if chosen == "sdpa":
-        return three_region_attention_sdpa(q, k, v, *regions)
     seed_tensor = _random.as_seed(seed) if dropout_p > 0 else None
-    if chosen != "reference":
+    if chosen not in ("sdpa", "reference"):
         out, lse = three_region_attention_op(q, k, v, *regions, float(dropout_p), seed_tensor, chosen)
         return (out, lse) if return_lse else out
+    if pivots.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_pivot_values(_OP, pivots, q.shape[2])
+    if chosen == "sdpa":
+        return three_region_attention_sdpa(q, k, v, *regions)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     out, lse = three_region_attention_reference(
         q.to(wide), k.to(wide), v.to(wide), *regions, float(dropout_p), seed_tensor

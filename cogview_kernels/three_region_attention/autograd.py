@@ -1,139 +1,158 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``torch.ops.cogview_kernels.three_region_attention``: registration, fake tensors, what is saved.
+"""``torch.ops.cogview_kernels.three_region_attention``: registration, fake tensors, and what is saved.
 
-Saved for the backward: the inputs, the output and the log-sum-exp. The order of the pivots is derived again
-there: that costs microseconds, keeping it for every layer costs memory.
+Saved are q, k, v, the output and the log of the softmax's denominator: probabilities are computed anew. So is
+the order of the pivots: that costs microseconds, keeping it for every layer costs memory.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cogview_kernels import _library
+from cogview_kernels import _extension, _library
 
+_OP = "three_region_attention"
+_LARGEST_HEAD = 256
+_LAYOUT = "Tensor pivots, int block_size, int window_blocks, float pivot_bias"
+_OPTIONS = "float scale, float dropout_p, Tensor? seed, str backend"
+_library.define(f"{_OP}(Tensor q, Tensor k, Tensor v, {_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(
-    "three_region_attention(Tensor q, Tensor k, Tensor v, Tensor pivots, int block_size, int window_blocks,"
-    " float pivot_bias, float scale, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor)"
+    f"{_OP}_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
-    "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor pivots,"
-    " Tensor out, Tensor lse, int block_size, int window_blocks, float pivot_bias, float scale,"
-    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)"
-)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous: kernels take any other strides."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), x.stride()[:3]
 
 
 def _empty_in_order_of(x: Tensor) -> Tensor:
-    """Uninitialised, dense, heads inside positions where ``x`` has them so: ``[B, T, H, D]`` or
-    ``[B, H, T, D]`` in memory, so that the transposes around the op stay views."""
+    """Uninitialised and dense, heads inside positions where ``x`` has them so: transposes around the op then
+    stay views."""
     B, H, T, D = x.shape
     if x.stride(1) < x.stride(2):
         return x.new_empty(B, T, H, D).transpose(1, 2)
     return x.new_empty(B, H, T, D)
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``."""
+    return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pivots: Tensor,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
+    B, H, T, D = q.shape
+    if D > _LARGEST_HEAD:
+        raise NotImplementedError(
+            f"{_OP}: the cpu backend takes head sizes up to {_LARGEST_HEAD}, got {D}; use backend='sdpa'"
+        )
+    if T >= 2**30:
+        raise NotImplementedError(f"{_OP}: the cpu backend takes T below 2^30, got {T}; use backend='sdpa'")
+    pivots = pivots.long().contiguous()
+    limits = (B, H, k.shape[1], T, D, pivots.shape[1], min(block_size, 2**30), min(window_blocks, 2**30))
+    dropout = (dropout_p, min(round(dropout_p * 2**32), 2**32 - 1), 0 if seed is None else int(seed) % 2**64)
+    numbers = (pivot_bias, scale, *dropout, _extension.DTYPE_CODES[q.dtype], torch.get_num_threads())
+    return pivots, (limits, pivots.data_ptr(), *numbers)
+
+
+def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
+    out, lse = _empty_outputs(q)
     if out.numel() == 0:
         return out, lse
-    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
-    from cogview_kernels.three_region_attention.triton_kernels import launch_three_region_attention_fwd
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    if backend == "triton":
+        from cogview_kernels.three_region_attention import triton_kernels
 
-    launch_three_region_attention_fwd(q, k, v, out, lse, *regions)
+        regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
+        triton_kernels.launch_three_region_attention_fwd(q, k, v, out, lse, *regions)
+        return out, lse
+    # The name keeps a converted copy of the pivots alive through the call.
+    kept, numbers = _cpu_arguments(
+        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+    )
+    _extension.native.three_region_attention_fwd_cpu(
+        _strided(q), _strided(k), _strided(v), _strided(out), lse.data_ptr(), *numbers
+    )
+    del kept
     return out, lse
 
 
 def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pivots: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
-    if out.numel() == 0:
-        return dq, dk, dv
-    dout, q, k, v = (_rows_contiguous(x) for x in (dout, q, k, v))
-    if dlse is not None:
-        dlse = dlse.contiguous()
-    regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
-    from cogview_kernels.three_region_attention.triton_kernels import launch_three_region_attention_bwd
+    dout, dlse, q, k, v, out, lse, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend
+):  # fmt: skip
+    gradients = _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
+    if q.numel() == 0:
+        dq, dk, dv = gradients
+        return dq, dk.zero_(), dv.zero_()
+    q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    if backend == "triton":
+        from cogview_kernels.three_region_attention import triton_kernels
 
-    launch_three_region_attention_bwd(dout, dlse, q, k, v, out, lse, dq, dk, dv, *regions)
-    return dq, dk, dv
+        regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
+        triton_kernels.launch_three_region_attention_bwd(dout, dlse, q, k, v, out, lse, *gradients, *regions)
+        return gradients
+    kept, numbers = _cpu_arguments(
+        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+    )
+    _extension.native.three_region_attention_bwd_cpu(
+        *(_strided(x) for x in (q, k, v, out, dout)),
+        lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
+        *(_strided(x) for x in gradients),
+        *numbers,
+    )
+    del kept
+    return gradients
 
 
 class ThreeRegionAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
-        regions = (block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend)
-        out, lse = _library.eager("three_region_attention", q, k, v, pivots, *regions)
-        ctx.save_for_backward(q, k, v, pivots, out, lse, seed)
-        ctx.regions = regions[:5]
-        ctx.backend = backend
+        options = (block_size, window_blocks, pivot_bias, scale, dropout_p)
+        out, lse = _library.eager(_OP, q, k, v, pivots, *options, seed, backend)
+        ctx.save_for_backward(q, k, v, out, lse, pivots, seed)
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        *tensors, seed = ctx.saved_tensors
+        q, k, v, out, lse, pivots, seed = ctx.saved_tensors
         if dout is None:
-            dout = torch.zeros_like(tensors[4])
+            dout = torch.zeros_like(out)
         gradients = _library.eager(
-            "three_region_attention_backward", dout, dlse, *tensors, *ctx.regions, seed, ctx.backend
+            f"{_OP}_backward", dout, dlse, q, k, v, out, lse, pivots, *ctx.options, seed, ctx.backend
         )
-        return *gradients, None, None, None, None, None, None, None, None
+        return *gradients, *(None,) * 8
 
 
-def three_region_attention_op(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def three_region_attention_op(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """By the shortest way to the kernel that differentiates where it must and can be traced."""
     if torch.compiler.is_compiling():
         return torch.ops.cogview_kernels.three_region_attention(q, k, v, *arguments)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled():
         return ThreeRegionAttention.apply(q, k, v, *arguments)
-    return _library.eager("three_region_attention", q, k, v, *arguments)
+    return _library.eager(_OP, q, k, v, *arguments)
 
 
-_library.implement("three_region_attention", _forward, ThreeRegionAttention)
-_library.implement("three_region_attention_backward", _backward)
+_library.implement(_OP, _forward, ThreeRegionAttention)
+_library.implement(f"{_OP}_backward", _backward)
 
 
-@torch.library.register_fake("cogview_kernels::three_region_attention")
-def _forward_fake(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
-    return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+@torch.library.register_fake(f"cogview_kernels::{_OP}")
+def _forward_fake(q, *arguments):
+    return _empty_outputs(q)
 
 
-@torch.library.register_fake("cogview_kernels::three_region_attention_backward")
-def _backward_fake(dout, dlse, q, k, v, *rest):
+@torch.library.register_fake(f"cogview_kernels::{_OP}_backward")
+def _backward_fake(dout, dlse, q, k, v, *arguments):
     return _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)

@@ -5,17 +5,36 @@
 #include <stdexcept>
 #include <string>
 
+#if COGVIEW_X86
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace cogview {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512bf16", "amx"};
+
+#if COGVIEW_X86
+// The processor multiplies bfloat16 tiles, and Linux lets this process use them (it must be asked).
+bool has_amx() {
+    unsigned a, b, c, d;
+    const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & wanted) != wanted) return false;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa best() {
 #if COGVIEW_X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return Isa::kAvx512;
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+        return has_amx() ? Isa::kAmx : Isa::kAvx512Bf16;
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
         return Isa::kAvx2;
 #endif
@@ -38,14 +57,15 @@ const char* isa_name() {
 }
 
 void set_isa(const char* name) {
-    for (int i = 0; i <= static_cast<int>(best()); ++i) {
+    static const Isa most = best();
+    for (int i = 0; i <= static_cast<int>(most); ++i) {
         if (std::strcmp(name, kNames[i]) == 0) {
             current() = static_cast<Isa>(i);
             return;
         }
     }
     throw std::invalid_argument(std::string("instruction set '") + name +
-                                "' is not to be had here; the best is " + kNames[static_cast<int>(best())]);
+                                "' is not to be had here; the best is " + kNames[static_cast<int>(most)]);
 }
 
 }  // namespace cogview

@@ -58,8 +58,8 @@ struct State {
 
 __device__ State merge(State a, State b, float factor) {
     const float max = fmaxf(a.max, b.max);
-    // Both empty: -inf minus -inf is NaN, and there is nothing to sum.
-    if (max == -INFINITY) return {max, a.sum + b.sum};
+    // One empty: -inf minus -inf is NaN, and so is 0 times -inf (the backward merges with a factor of 0).
+    if (a.max == -INFINITY || b.max == -INFINITY) return {max, a.sum + b.sum};
     return {max, a.sum * exp2f(factor * (a.max - max)) + b.sum * exp2f(factor * (b.max - max))};
 }
 

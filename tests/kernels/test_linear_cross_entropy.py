@@ -187,19 +187,37 @@ def test_nothing_to_count(backend):
         assert linear_cross_entropy(*inputs, target, backend=backend).isnan()  # as F.cross_entropy
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float16_under_a_loss_scale(backend, scale):
-    """Many tokens and a large vocabulary: gradients far below what float16 holds, unless scaled."""
+def test_float16_under_a_loss_scale(backend, scale, reduction):
+    """Many tokens and a large vocabulary: gradients of a logit below what float16 holds, unless scaled."""
     hidden, weight = torch.randn(64, 16).half(), (0.1 * torch.randn(3000, 16)).half()
     target = torch.randint(0, 3000, (64,))
-    call = lambda f, *xs, **k: torch.autograd.grad(f(*xs, target, **k) * scale, xs)  # noqa: E731
+    call = lambda f, *xs, **k: torch.autograd.grad(f(*xs, target, **k).mean() * scale, xs)  # noqa: E731
     leaves = [x.requires_grad_() for x in (hidden, weight)]
     wide = [x.detach().double().requires_grad_() for x in leaves]
     truth = call(linear_cross_entropy_reference, *wide)
     eager = call(lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t), *leaves)
-    for a, e, t in zip(call(linear_cross_entropy, *leaves, backend=backend), eager, truth, strict=True):
+    for a, e, t in zip(
+        call(linear_cross_entropy, *leaves, reduction=reduction, backend=backend), eager, truth, strict=True
+    ):
         assert_within_budget(a, e, t, factor=GRADIENT)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_small_factors_are_applied_last(backend, reduction):
+    """1e-4 times a probability of 1/3000 is below float16; times a hidden state of 1000 it no longer is."""
+    hidden, weight = (1000 * torch.randn(64, 16)).half(), (1e-4 * torch.randn(3000, 16)).half()
+    target = torch.randint(0, 3000, (64,))
+    gradients = []
+    for dtype in (torch.float16, torch.float64):
+        name = "reference" if dtype == torch.float64 else backend
+        w = weight.to(dtype).requires_grad_()
+        loss = linear_cross_entropy(hidden.to(dtype), w, target, reduction=reduction, backend=name)
+        gradients.append(torch.autograd.grad(loss.sum() * 1e-4, w)[0].double())
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

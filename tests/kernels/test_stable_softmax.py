@@ -230,14 +230,15 @@ def test_compile_without_graph_break(backend, backend_device):
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_op_called_by_name_is_differentiable():
-    scores = torch.randn(3, 8, requires_grad=True)
+def test_op_called_by_name_is_differentiable(backend_device):
+    scores = torch.randn(3, 8, requires_grad=True, device=backend_device("cpu"))
     torch.ops.cogview_kernels.stable_softmax(scores, 1.0, 1.0, None, False, "cpu").square().sum().backward()
     expected = torch.autograd.grad(torch.softmax(scores, -1).square().sum(), scores)[0]
     torch.testing.assert_close(scores.grad, expected)
 
 
-def test_selective_checkpointing_sees_the_op():
+def test_selective_checkpointing_sees_the_op(backend_device):
+    backend_device("cpu")
     from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
     seen = []

@@ -13,7 +13,7 @@ from cogview_kernels.three_region_attention.reference import three_region_attent
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
 
-BACKENDS = ["sdpa"]
+BACKENDS = ["sdpa", "cpu"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks of every op against what a user would otherwise run. See benchmarks/README.md."""
+
+# In order of importance: a run that is short of time leaves out the last ones.
+OPS = (
+    "three_region_attention",
+    "sandwich_layer_norm",
+    "linear_cross_entropy",
+    "stable_softmax",
+    "layer_norm",
+    "decode_attention",
+)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the causal triangle each method must compute: the reason why gathering wins.
+
+Counted, not timed: from ``ThreeRegionLayout.plan`` for one sample drawn with a fixed seed.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from benchmarks.shapes import ATTENTION, AttentionShape
+from cogview_kernels import ThreeRegionLayout
+
+# CogView's defaults on its short training sequence: here dense attention must win.
+SHORT = AttentionShape("cogview, 6 x 128", B=1, H=1, T=1088, D=64, w=128, W=6, P=256)
+
+
+def layout_of(shape: AttentionShape) -> ThreeRegionLayout:
+    text = torch.zeros(1, shape.T, dtype=torch.bool)
+    text[:, : shape.text] = True
+    generator = torch.Generator().manual_seed(0)
+    return ThreeRegionLayout.sample(
+        text, shape.P, block_size=shape.w, window_blocks=shape.W, generator=generator
+    )
+
+
+def touched_by_a_block_mask(layout: ThreeRegionLayout, T: int) -> int:
+    """Tiles of the causal triangle that hold at least one visible pair."""
+    w, W = layout.block_size, layout.window_blocks
+    blocks = -(-T // w)
+    has_pivot = torch.zeros(blocks, dtype=torch.bool)
+    has_pivot[layout.pivots[layout.pivots >= 0] // w] = True
+    row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
+    return int(((column <= row) & ((column > row - W) | has_pivot)).sum())
+
+
+@lru_cache
+def table() -> list[dict[str, float | str | int]]:
+    rows = []
+    for shape in (*ATTENTION, SHORT):
+        layout = layout_of(shape)
+        plan = layout.plan(shape.T)
+        rows.append(
+            {
+                "shape": shape.name,
+                "sizes": f"T={shape.T} w={shape.w} W={shape.W} P={shape.P}",
+                "visible_pairs": plan.keys_per_query / plan.causal_keys_per_query,
+                "causal_tiles": plan.causal_tiles,
+                "block_mask_tiles": touched_by_a_block_mask(layout, shape.T),
+                "gathered_tiles": plan.gathered_tiles,
+                "predicted_gain": plan.predicted_gain,
+            }
+        )
+    return rows
+
+
+def markdown() -> str:
+    lines = [
+        "Tiles of `w x w` that are computed, counted by `layout.plan()` for one drawn sample:",
+        "",
+        "| shape | visible / causal pairs | causal tiles | block mask | gathered | predicted gain |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in table():
+        lines.append(
+            f"| {row['shape']}: {row['sizes']} | {row['visible_pairs']:.2f} | {row['causal_tiles']} | "
+            f"{row['block_mask_tiles']} | {row['gathered_tiles']:.0f} | {row['predicted_gain']:.2f}x |"
+        )
+    return "\n".join(lines)

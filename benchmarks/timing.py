@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times callables and measures the machine's ceilings.
+
+GPU: CUDA events around each call. Before each repetition a buffer of twice the L2 is read, so the cache
+is cold and holds no dirty lines, and the device is kept busy for longer than the host needs to queue the
+call, so what is timed is the device alone; the host's own time is measured apart.
+
+CPU: ``perf_counter``. Absolute times drift on shared machines, ratios from one interleaved run hold.
+
+Both: variants take turns, round by round, in one process on the same tensors; each round begins with
+another variant. The median is reported, with the quartiles as the spread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Job:
+    """``run(setup())`` is one repetition; only ``run`` is timed."""
+
+    run: Callable[[Any], Any]
+    setup: Callable[[], Any] = lambda: None
+
+    def __call__(self) -> Any:
+        return self.run(self.setup())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A measurement ends after ``seconds``, but not before ``min_rounds`` nor after ``max_rounds``."""
+
+    seconds: float = 2.0
+    min_rounds: int = 5
+    max_rounds: int = 100
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Milliseconds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def spread(times_ms: list[float]) -> Spread:
+    """Median and quartiles."""
+    if len(times_ms) < 2:
+        return Spread(times_ms[0], times_ms[0], times_ms[0], 1)
+    low, _, high = statistics.quantiles(times_ms, n=4, method="inclusive")
+    return Spread(statistics.median(times_ms), low, high, len(times_ms))
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class CpuTimer:
+    def __init__(self, device: torch.device) -> None:
+        del device
+
+    def __call__(self, job: Job) -> float:
+        state = job.setup()
+        start = time.perf_counter()
+        job.run(state)
+        return (time.perf_counter() - start) * 1e3
+
+
+class CudaTimer:
+    """One call between two events, with a cold L2 and a full queue."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        l2 = torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush = torch.ones(max(2 * l2, 64 << 20) // 4, device=device)
+        self.flushed = torch.empty((), device=device)
+        self.host_us: dict[int, float] = {}
+        start, end = self._events()
+        start.record()
+        torch.cuda._sleep(10_000_000)
+        end.record()
+        end.synchronize()
+        self.cycles_per_us = 10_000_000 / (start.elapsed_time(end) * 1e3)
+
+    @staticmethod
+    def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, job: Job) -> float:
+        if id(job) not in self.host_us:
+            self.host_us[id(job)] = host_us(job, self.device, calls=3)
+        start, end = self._events()
+        state = job.setup()
+        torch.sum(self.flush, 0, out=self.flushed)
+        torch.cuda._sleep(int(self.cycles_per_us * min(1.5 * self.host_us[id(job)] + 20, 20_000)))
+        start.record()
+        job.run(state)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def timer_for(device: torch.device) -> CpuTimer | CudaTimer:
+    return CudaTimer(device) if device.type == "cuda" else CpuTimer(device)
+
+
+def interleave(jobs: dict[str, Job], device: torch.device, limits: Limits) -> dict[str, list[float]]:
+    """Milliseconds of every repetition of every job, taken in turns."""
+    timer = timer_for(device)
+    names = list(jobs)
+    for name in names:  # warm-up: caches, allocator, clocks
+        timer(jobs[name])
+    times: dict[str, list[float]] = {name: [] for name in names}
+    begin = time.perf_counter()
+    for turn in range(limits.max_rounds):
+        if turn >= limits.min_rounds and time.perf_counter() - begin > limits.seconds:
+            break
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(timer(jobs[name]))
+    return times
+
+
+def host_us(job: Job, device: torch.device, calls: int = 20) -> float:
+    """Microseconds until a call returns to Python, the device not waited for: the cost of launching."""
+    times = []
+    for _ in range(calls):
+        state = job.setup()
+        synchronize(device)
+        start = time.perf_counter()
+        job.run(state)
+        times.append((time.perf_counter() - start) * 1e6)
+        synchronize(device)
+    return statistics.median(times)
+
+
+def graph_ms(job: Job, calls: int = 20, replays: int = 10) -> float:
+    """Milliseconds a call inside a CUDA graph of ``calls`` of them: warm cache, no host, no launch gaps."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            job()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            job()
+    times = []
+    for _ in range(replays):
+        start, end = CudaTimer._events()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def _status_kb(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes(job: Job, device: torch.device) -> int | None:
+    """Most memory held at once beyond what was held before, results included; None where it cannot be had.
+
+    GPU: PyTorch's allocator. CPU: the kernel's record of the process's peak resident set, which counts
+    native buffers too and is right to about a megabyte (Linux only).
+    """
+    if device.type == "cuda":
+        state = job.setup()
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = job.run(state)
+        torch.cuda.synchronize(device)
+        del result
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        state = job.setup()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+        before = _status_kb("VmRSS")
+        result = job.run(state)
+        del result
+        return max(0, _status_kb("VmHWM") - before) * 1024
+    except (OSError, AttributeError):
+        return None
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch's CPU threads, restored afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ceilings(device: torch.device, dtypes: list[torch.dtype], *, tiny: bool = False) -> dict[str, Any]:
+    """What this machine reaches at best, now: GB/s of a large copy, TFLOP/s of a large matrix product."""
+    cuda = device.type == "cuda"
+    limits = Limits(seconds=0.3, min_rounds=5, max_rounds=30)
+    copy_bytes = (1 << 16) if tiny else (2 << 30) if cuda else (256 << 20)
+    N = 64 if tiny else 8192 if cuda else 2048
+    source = torch.randn(copy_bytes // 4, device=device)
+    target = torch.empty_like(source)
+    jobs = {"copy": Job(lambda _: target.copy_(source))}
+    for dtype in dtypes:
+        a, b = (torch.randn(N, N, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        jobs[str(dtype)] = Job(lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out))
+    medians = {name: spread(times).median for name, times in interleave(jobs, device, limits).items()}
+    return {
+        "copy_gb_s": 2 * copy_bytes / medians.pop("copy") / 1e6,
+        "copy_bytes": copy_bytes,
+        "matmul_tflop_s": {name.removeprefix("torch."): 2 * N**3 / ms / 1e9 for name, ms in medians.items()},
+        "matmul_size": N,
+    }

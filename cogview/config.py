@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of the package as a frozen dataclass, and the named presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+def _require(ok: bool, name: str, expected: str, got: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {got!r}")
+
+
+@dataclass(frozen=True)
+class ImageTokenizerConfig:
+    """Shape of the VQ-VAE. The defaults are the released tokenizer: 256 px to 32 x 32 codes."""
+
+    num_codes: int = 8192
+    code_dim: int = 256
+    channels: int = 512
+    stages: int = 3  # stride-2 convolutions, so an image shrinks by 2**stages
+    image_size: int = 256
+    pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
+    pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
+
+    def __post_init__(self) -> None:
+        _require(self.stages >= 1, "stages", "at least 1", self.stages)
+        fits = self.image_size >= 1 and self.image_size % 2**self.stages == 0
+        _require(fits, "image_size", f"a positive multiple of {2**self.stages}", self.image_size)
+
+    @property
+    def grid(self) -> int:
+        """Codes along one side."""
+        return self.image_size // 2**self.stages
+
+    @property
+    def codes_per_image(self) -> int:
+        """Codes of one image, in raster order."""
+        return self.grid**2
+
+
+@dataclass(frozen=True)
+class ImageTokenizerTrainConfig:
+    """How the VQ-VAE is trained: pixel MSE plus commitment, codebook by moving averages."""
+
+    steps: int = 50_000
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    commitment: float = 0.25
+    checkpoint_every: int = 1000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ThreeRegionConfig:
+    """Sizes of three-region attention: window of ``window_blocks`` blocks, ``num_pivots`` far keys."""
+
+    block_size: int = 128
+    window_blocks: int = 6
+    num_pivots: int = 768
+    density_correction: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the transformer. ``three_region`` None trains with dense causal attention.
+
+    ``pb_relax`` "tensor" reproduces the numerics under which the released weights were trained; "row"
+    does not depend on the other rows of the batch.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    vocab_size: int = 58240
+    max_positions: int = 1089
+    dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
+    pb_relax: Literal["row", "tensor"] | None = "row"
+    three_region: ThreeRegionConfig | None = None
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.num_layers >= 1, "num_layers", "at least 1", self.num_layers)
+        divides = self.num_heads >= 1 and self.hidden_size % self.num_heads == 0
+        _require(divides, "num_heads", f"a divisor of hidden_size {self.hidden_size}", self.num_heads)
+        _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+        _require(
+            self.pb_relax in ("row", "tensor", None), "pb_relax", '"row", "tensor" or None', self.pb_relax
+        )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the transformer is trained. The defaults are those of the paper where it states them."""
+
+    steps: int = 144_000
+    batch_size: int = 6144
+    learning_rate: float = 3e-4
+    warmup_fraction: float = 0.02
+    final_lr_fraction: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.04
+    clip_norm: float = 1.0
+    text_weight: float = 1.0  # loss weight where the input token is not an image code
+    caption_fraction: float = 0.5  # share of rows in image-to-text order
+    checkpoint_every: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", "at least 1", self.steps)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        in_range = 0 <= self.caption_fraction <= 1
+        _require(in_range, "caption_fraction", "in [0, 1]", self.caption_fraction)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off)."""
+
+    temperature: float = 1.0
+    top_k: int = 200
+    top_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that a run needs to know except its data and its folder."""
+
+    model: ModelConfig
+    train: TrainConfig
+    image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
+    image_tokenizer_train: ImageTokenizerTrainConfig = ImageTokenizerTrainConfig()
+    text_pieces: int = 50_000  # size of a newly trained text tokenizer
+    max_text_tokens: int = 60  # a longer caption loses its end, never the image its tail
+    sampling: SamplingConfig = SamplingConfig()
+    digit_copies: int = 8  # of the built-in digits only: each scan and 7 slightly altered ones
+
+
+PRESETS: dict[str, Preset] = {
+    # 8x8 scans of handwritten digits, doubled to 16x16 px, as 4x4 codes: minutes on two CPU cores.
+    "digits": Preset(
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=128,
+            num_heads=4,
+            vocab_size=384,
+            max_positions=29,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
+        ),
+        train=TrainConfig(
+            steps=1500, batch_size=64, learning_rate=1e-3, warmup_fraction=0.05, checkpoint_every=100
+        ),
+        image_tokenizer=ImageTokenizerConfig(
+            num_codes=128,
+            code_dim=32,
+            channels=64,
+            stages=2,
+            image_size=16,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            steps=1000, batch_size=64, learning_rate=2e-3, checkpoint_every=200
+        ),
+        text_pieces=172,
+        max_text_tokens=8,
+        sampling=SamplingConfig(temperature=0.9, top_k=0, top_p=0.9),
+    ),
+    # The single-node recipe of the released code.
+    "tutorial": Preset(
+        model=ModelConfig(num_layers=12, hidden_size=1024, num_heads=16),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=96,
+            learning_rate=4e-4,
+            warmup_fraction=0.1,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            text_weight=5.0,
+        ),
+    ),
+    # The 4-billion-parameter model of the paper, trained with dense attention.
+    "base": Preset(
+        model=ModelConfig(num_layers=48, hidden_size=2560, num_heads=40, activation_checkpointing=True),
+        train=TrainConfig(),
+    ),
+    # 800 px garments as 50x50 codes, trained with three-region attention. The paper gives the size
+    # (3 billion) but not the shape; these layers have that many parameters.
+    "fashion": Preset(
+        model=ModelConfig(
+            num_layers=36,
+            hidden_size=2560,
+            num_heads=40,
+            max_positions=2565,
+            three_region=ThreeRegionConfig(),
+            activation_checkpointing=True,
+        ),
+        train=TrainConfig(),
+        image_tokenizer=ImageTokenizerConfig(stages=4, image_size=800),
+    ),
+}
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``; an unknown name is a ValueError that lists the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    return PRESETS[name]

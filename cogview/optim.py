@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW with the parameter groups and the schedule of the released code."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from cogview.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups: everything decays, embeddings and positions included, but LayerNorms and biases."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_free = isinstance(module, nn.LayerNorm) or name == "bias"
+            (free if is_free else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over :func:`parameter_groups`, in PyTorch's fused form."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, then a cosine from the full rate to its final fraction.
+
+    The cosine's period is the whole run, so the last step lies just above the final fraction.
+    """
+    warmup = config.warmup_fraction * config.steps
+    if step < warmup:
+        return config.learning_rate * (step + 1) / math.ceil(warmup)
+    progress = (step - warmup) / config.steps
+    final = config.final_lr_fraction
+    return config.learning_rate * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of tokens: which token stands where, what each step's loss weighs, which keys are text.
+
+Templates of the released code (CogView, arXiv:2105.13290)::
+
+    text to image    ROI1 text SIZE BOI1 codes EOI1                 PAD ...
+    image to text    SIZE BOI1 codes EOI1 ROI1 text SEP             PAD ...
+
+The released captioner has no end token and always emits 20 text tokens; rows trained here end with SEP
+so that a caption can stop by itself. Positions are absolute and count from the start of the row.
+Letters: B rows, T inputs per row (one fewer than tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cogview.vocab import Vocab
+
+FRAME_TOKENS = 5  # ROI1, SIZE, BOI1, EOI1 and, in image-to-text order, SEP
+
+
+def _text_ids(vocab: Vocab, pieces: Sequence[int]) -> list[int]:
+    if pieces and not 0 <= min(pieces) <= max(pieces) < vocab.num_text_pieces:
+        raise ValueError(f"pieces must be in [0, {vocab.num_text_pieces}), got {min(pieces)}..{max(pieces)}")
+    return [vocab.text_start + piece for piece in pieces]
+
+
+def _image_ids(vocab: Vocab, codes: Sequence[int]) -> list[int]:
+    if codes and not 0 <= min(codes) <= max(codes) < vocab.num_image_codes:
+        raise ValueError(f"codes must be in [0, {vocab.num_image_codes}), got {min(codes)}..{max(codes)}")
+    return list(codes)
+
+
+def text_to_image_prompt(vocab: Vocab, pieces: Sequence[int], num_codes: int) -> list[int]:
+    """``ROI1 text SIZE BOI1``, after which ``num_codes`` image codes are to be generated."""
+    text = _text_ids(vocab, pieces)
+    return [vocab.command("ROI1"), *text, vocab.size_token(num_codes), vocab.command("BOI1")]
+
+
+def text_to_image_row(vocab: Vocab, pieces: Sequence[int], codes: Sequence[int]) -> list[int]:
+    """``ROI1 text SIZE BOI1 codes EOI1`` from piece ids and codebook indices."""
+    prompt = text_to_image_prompt(vocab, pieces, len(codes))
+    return [*prompt, *_image_ids(vocab, codes), vocab.command("EOI1")]
+
+
+def image_to_text_prompt(vocab: Vocab, codes: Sequence[int]) -> list[int]:
+    """``SIZE BOI1 codes EOI1 ROI1``, after which text is to be generated or scored."""
+    image = _image_ids(vocab, codes)
+    frame = [vocab.size_token(len(codes)), vocab.command("BOI1")]
+    return [*frame, *image, vocab.command("EOI1"), vocab.command("ROI1")]
+
+
+def image_to_text_row(vocab: Vocab, pieces: Sequence[int], codes: Sequence[int]) -> list[int]:
+    """``SIZE BOI1 codes EOI1 ROI1 text SEP`` from piece ids and codebook indices."""
+    return [*image_to_text_prompt(vocab, codes), *_text_ids(vocab, pieces), vocab.command("SEP")]
+
+
+def fit_text(pieces: Sequence[int], max_text_tokens: int, *, truncate: bool = False) -> list[int]:
+    """The pieces, at most ``max_text_tokens`` of them.
+
+    A longer text is a ValueError, or loses its end if ``truncate``. (The released loader cuts the end
+    of the row instead, which costs the image its last codes.)
+    """
+    if len(pieces) <= max_text_tokens:
+        return list(pieces)
+    if truncate:
+        return list(pieces[:max_text_tokens])
+    raise ValueError(
+        f"the text has {len(pieces)} tokens, at most {max_text_tokens} fit; shorten it or allow truncation"
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows ready for the model. All ``[B, T]``.
+
+    ``weight`` is the loss weight of each step and goes by its *input* token: 1 after an image code,
+    ``text_weight`` after any other token, 0 where the target is PAD. So BOI1 -> first code counts as
+    text, and last code -> EOI1 as image, as in the released code.
+    """
+
+    tokens: Tensor  # int64 inputs
+    targets: Tensor  # int64, the inputs shifted by one
+    weight: Tensor  # float32
+    text_mask: Tensor  # bool: input is neither image code nor PAD, hence always a pivot
+    valid_mask: Tensor  # bool: input is not PAD
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        tensors = (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask)
+        return Batch(*(tensor.to(device) for tensor in tensors))
+
+
+def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_weight: float = 1.0) -> Batch:
+    """Pad rows to ``length`` tokens and shift; T is ``length - 1``. A longer row is a ValueError."""
+    longest = max(len(row) for row in rows)
+    if longest > length:
+        raise ValueError(
+            f"rows must have at most length={length} tokens, got one of {longest}; shorten its text"
+        )
+    padded = torch.full((len(rows), length), vocab.pad, dtype=torch.int64)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    inputs, targets = padded[:, :-1].contiguous(), padded[:, 1:].contiguous()
+    image = inputs < vocab.num_image_codes
+    valid = inputs != vocab.pad
+    weight = torch.where(image, 1.0, text_weight) * (targets != vocab.pad)
+    return Batch(inputs, targets, weight, valid & ~image, valid)

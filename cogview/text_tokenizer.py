@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text to piece ids and back: a SentencePiece BPE model, as the released system uses."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import sentencepiece
+
+UNKNOWN = 0
+
+
+class TextTokenizer:
+    """Wraps a serialized SentencePiece model; ids start at 0 (``Vocab.text_start`` is added elsewhere)."""
+
+    def __init__(self, model: bytes) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._model = model
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
+        """Read a ``.model`` file. FileNotFoundError if absent, ValueError if it is something else."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"text tokenizer not found: {path}")
+        try:
+            return cls(path.read_bytes())
+        except RuntimeError:
+            raise ValueError(f"{path} is not a SentencePiece model (damaged or another format)") from None
+
+    @classmethod
+    def train(cls, captions: Iterable[str], num_pieces: int) -> TextTokenizer:
+        """Learn at most ``num_pieces`` BPE pieces from captions; fewer if the captions hold no more.
+
+        Same normalisation and reserved ids as the released tokenizer: NFKC, ``<unk>`` 0, ``<s>`` 1,
+        ``</s>`` 2, ``<n>`` 3. ValueError for no captions or for too few pieces to hold the characters.
+        """
+        lines = [line for caption in captions if (line := " ".join(caption.split()))]
+        if not lines:
+            raise ValueError("captions must hold at least one non-empty text to train a tokenizer on")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=num_pieces,
+                hard_vocab_limit=False,
+                character_coverage=0.9995 if len(lines) > 100_000 else 1.0,
+                normalization_rule_name="nmt_nfkc",
+                user_defined_symbols=["<n>"],
+                num_threads=1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"num_pieces={num_pieces} cannot be trained on these captions: {error}"
+            ) from None
+        return cls(model.getvalue())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model file, aside first and then renamed."""
+        path = Path(path)
+        aside = path.with_name(path.name + ".tmp")
+        aside.write_bytes(self._model)
+        os.replace(aside, path)
+
+    def __len__(self) -> int:
+        return self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Piece ids; characters outside the vocabulary become ``UNKNOWN``."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of piece ids."""
+        return self._processor.decode(ids)
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces that ``text`` is cut into."""
+        return self._processor.encode(text, out_type=str)
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        """Parts of ``text`` that no piece covers, so that a caller can warn about them."""
+        return [piece for piece in self.pieces(text) if self._processor.piece_to_id(piece) == UNKNOWN]

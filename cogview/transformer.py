@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CogView: the whole transformer on one page.
+
+A GPT over one row of text, command and image tokens, with Sandwich-LN: each branch is normalised before
+and after (CogView, arXiv:2105.13290). Per layer::
+
+    y = x + LN_third (Attention(LN_input(x)))
+    z = y + LN_fourth(MLP      (LN_post_attention(y)))
+
+    logits = LN_final(z_last) @ word_embeddings^T
+
+The end of one branch and the start of the next are one call, ``sandwich_layer_norm``, so the layers here
+hand on both the trunk ``x`` and its normalised form. Module names are those of the released checkpoint.
+
+Letters: B rows, T tokens per row, C width, H heads, D = C / H, V vocabulary, S cache length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cogview.cache import KVCache
+from cogview.config import ModelConfig
+from cogview_kernels import (
+    ThreeRegionLayout,
+    decode_attention,
+    layer_norm,
+    sandwich_layer_norm,
+    three_region_attention,
+)
+
+
+class Attention(nn.Module):
+    """Self-attention with one fused projection; Q, K and V are its three thirds."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.dropout
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self, x: Tensor, layout: ThreeRegionLayout | None, cache: KVCache | None = None, layer: int = 0
+    ) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.query_key_value(x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is not None:
+            cache.write(layer, k, v)
+        if cache is not None and not cache.is_empty:
+            out = decode_attention(
+                q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout
+            )
+        elif layout is not None:
+            out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        return self.dense(out.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Four times the width, tanh-approximated GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+
+
+class Layer(nn.Module):
+    """One transformer layer with its four LayerNorms."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pb_relax = config.pb_relax
+        self.dropout = config.dropout
+        self.input_layernorm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config)
+        self.third_layernorm = nn.LayerNorm(config.hidden_size)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config)
+        self.fourth_layernorm = nn.LayerNorm(config.hidden_size)
+
+    def _sandwich(
+        self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor]:
+        dropout_p = self.dropout if self.training else 0.0
+        parameters = (post.weight, post.bias, pre.weight, pre.bias)
+        return sandwich_layer_norm(
+            branch, x, *parameters, eps=post.eps, pb_relax=self.pb_relax, dropout_p=dropout_p
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        next_layernorm: nn.LayerNorm,
+        layout: ThreeRegionLayout | None,
+        cache: KVCache | None = None,
+        index: int = 0,
+    ) -> tuple[Tensor, Tensor]:
+        """Trunk and its input-normalised form in; the same two for the next layer out."""
+        branch = self.attention(normed, layout, cache, index)
+        x, normed = self._sandwich(branch, x, self.third_layernorm, self.post_attention_layernorm)
+        return self._sandwich(self.mlp(normed), x, self.fourth_layernorm, next_layernorm)
+
+
+class Trunk(nn.Module):
+    """Positions, layers and the final LayerNorm: what the checkpoint calls ``transformer``."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size)
+
+
+class CogView(nn.Module):
+    """Token ids to hidden states, and hidden states to logits by the tied embedding.
+
+    Args:
+        config: shape; ``PRESETS["base"].model`` has the 3,928,849,920 parameters of the released model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.transformer = Trunk(config)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """N(0, 0.02); the two projections that end a branch N(0, 0.02 / sqrt(2 L)); biases 0."""
+        for name, parameter in self.named_parameters():
+            if "layernorm" in name:
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                ends_branch = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.num_layers) if ends_branch else 0.02
+                nn.init.normal_(parameter, std=std)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        layout: ThreeRegionLayout | Sequence[ThreeRegionLayout] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Final hidden states ``[B, T, C]`` of tokens ``[B, T]`` (int64 ids below ``vocab_size``).
+
+        Args:
+            positions: ``[B, T]`` or ``[T]`` ids into the position table; by default they count from 0,
+                or from ``cache.lengths`` with a cache.
+            layout: None for dense causal attention, one layout for all layers, or one per layer.
+            cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
+                by attention among the tokens themselves. Not in training mode.
+
+        Raises:
+            ValueError: more tokens than positions, or a number of layouts that is not that of layers.
+        """
+        T = tokens.shape[1]
+        trunk = self.transformer
+        if self.config.max_positions < T:
+            raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
+        if layout is None or isinstance(layout, ThreeRegionLayout):
+            layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
+        else:
+            layouts = layout
+        if len(layouts) != len(trunk.layers):
+            raise ValueError(f"layout must hold one per layer ({len(trunk.layers)}), got {len(layouts)}")
+        if cache is not None and self.training:
+            raise ValueError("cache is for generation: call model.eval() first")
+        if positions is None:
+            positions = torch.arange(T, device=tokens.device)
+            if cache is not None:
+                positions = cache.lengths[:, None] + positions
+
+        x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
+        x = F.dropout(x, self.config.dropout, self.training)
+        layers = cast("list[Layer]", list(trunk.layers))
+        pre_norms = [layer.input_layernorm for layer in layers] + [trunk.final_layernorm]
+        first = pre_norms[0]
+        normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
+        for index, layer in enumerate(layers):
+            arguments = (x, normed, pre_norms[index + 1], layouts[index])
+            if self.config.activation_checkpointing and self.training:
+                x, normed = checkpoint(layer, *arguments, use_reentrant=False)
+            else:
+                x, normed = layer(*arguments, cache, index)
+        if cache is not None:
+            cache.advance(T)
+        return normed
+
+    def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+        """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
+        return hidden @ self.word_embeddings.weight[first:last].t()
+
+    def num_parameters(self) -> int:
+        """Number of parameters; the head is tied and counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The generator of cogview_kernels/_random.py: ten rounds of Philox give two words a row, two multiplications
+// a decision per element. Internal linkage: see common/vec.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/vec.h"
+
+namespace cogview {
+namespace {
+
+struct RowWords {
+    uint32_t r0, r1;
+};
+
+// The first two words of Philox4x32-10 at counter (c0, c1, c2, 0).
+inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
+    uint32_t x0 = c0, x1 = c1, x2 = c2, x3 = 0;
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        const uint64_t a = uint64_t(0xD2511F53u) * x0, b = uint64_t(0xCD9E8D57u) * x2;
+        x0 = uint32_t(b >> 32) ^ x1 ^ k0;
+        x1 = uint32_t(b);
+        x2 = uint32_t(a >> 32) ^ x3 ^ k1;
+        x3 = uint32_t(a);
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+    return {x0, x1};
+}
+
+// All ones where the element at `column` of rows (r0, r1) survives: where its word reaches `threshold`.
+inline VecI keep_mask(VecU r0, VecU r1, VecU column, uint32_t threshold) {
+    VecU x = column ^ r0;
+    x = (x ^ (x >> 16)) * 0x7FEB352Du;
+    x ^= r1;
+    x = (x ^ (x >> 15)) * 0x846CA68Bu;
+    x ^= x >> 16;
+    return x >= threshold;
+}
+
+}  // namespace
+}  // namespace cogview
