@@ -462,8 +462,9 @@ def _index(pivots: Tensor, T: int, w: int, W: int, with_inverse: bool) -> tuple[
     return ordered, prefix, inverse
 
 
-def _run(kernel: str, q: Tensor, block_size: int, launch: Callable[[Config], None]) -> None:
-    launch(launch_config.choose(kernel, q.device, q.shape[3], q.dtype, block_size, launch))
+def _run(kernel: str, q: Tensor, block_size: int, dropout_p: float, launch: Callable[[Config], None]) -> None:
+    D, dropout = q.shape[3], dropout_p > 0
+    launch(launch_config.choose(kernel, q.device, D, q.dtype, block_size, dropout, launch))
 
 
 def _tiles(config: Config) -> dict[str, int | None]:
@@ -515,7 +516,7 @@ def launch_three_region_attention_fwd(
     B, H, T, _ = q.shape
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
     P, blocks, G = pivots.shape[1], triton.cdiv(T, w), H // k.shape[1]
-    has_far = P > 0 and W < blocks
+    has_far = P > 0 and blocks > W
     ordered, prefix, _ = _index(pivots, T, w, W, False) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
 
@@ -527,7 +528,7 @@ def launch_three_region_attention_fwd(
             HAS_FAR=has_far, **_flags(q, dropout_p), **_tiles(config),
         )  # fmt: skip
 
-    _run("fwd", q, w, launch)
+    _run("fwd", q, w, dropout_p, launch)
 
 
 def launch_three_region_attention_bwd(
@@ -559,7 +560,7 @@ def launch_three_region_attention_bwd(
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
     P, blocks, heads = pivots.shape[1], triton.cdiv(T, w), k.shape[1]
     G = H // heads
-    has_far = P > 0 and W < blocks
+    has_far = P > 0 and blocks > W
     ordered, prefix, inverse = _index(pivots, T, w, W, True) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
     factor, bias, flags = _factor(scale), pivot_bias * LOG2E.value, _flags(q, dropout_p)
@@ -583,7 +584,7 @@ def launch_three_region_attention_bwd(
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dq", q, w, launch_dq)
+    _run("dq", q, w, dropout_p, launch_dq)
 
     dk_far = dv_far = lse
     if has_far:
@@ -597,7 +598,7 @@ def launch_three_region_attention_bwd(
                 **flags, **_tiles(config),
             )  # fmt: skip
 
-        _run("dkv_far", q, w, launch_dkv_far)
+        _run("dkv_far", q, w, dropout_p, launch_dkv_far)
 
     def launch_dkv(config: Config) -> None:
         _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
@@ -607,7 +608,7 @@ def launch_three_region_attention_bwd(
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dkv", q, w, launch_dkv)
+    _run("dkv", q, w, dropout_p, launch_dkv)
 
 
 def _factor(scale: float) -> float:
