@@ -39,7 +39,7 @@ class Config:
 
 
 def _row(text: str) -> tuple[Config, ...]:
-    """One Config a kernel, each ``block_m/block_n/num_warps/stages`` with ``/maxnreg`` where it is limited."""
+    """One Config a kernel, each ``block_m/block_n/num_warps/stages``, and ``/maxnreg`` where limited."""
     return tuple(Config(*map(int, numbers.split("/"))) for numbers in text.split())
 
 

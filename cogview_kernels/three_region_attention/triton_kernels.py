@@ -237,7 +237,7 @@ def _dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale sum_j ds_j k_j;  p = 2^(s - lse),  dp_j = keep_j dout.v_j / (1 - p),  ds = p (dp - delta)."""
+    """dq = scale sum_j ds_j k_j;  ds = 2^(s - lse) (dp - delta),  dp_j = keep_j dout.v_j / (1 - p)."""
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
@@ -510,7 +510,7 @@ def launch_three_region_attention_fwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """q, k, v and out have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
+    """All have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
     if scale < 0:
         q, scale = -q, -scale
     B, H, T, _ = q.shape
