@@ -66,7 +66,7 @@ __device__ __forceinline__ float2 probability_and_gradient(const CudaAttention& 
     // At most 0 but for rounding, which for scores of 1e10 is thousands.
     const float p = seen ? exp2_fast(fminf((score * a.scale + bias - lse) * kLog2e, 0.0f)) : 0.0f;
     if (DROPOUT) {
-        const bool keep = dropout_word(words, uint32_t(position)) >= a.drop_below;
+        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.drop_below);
         return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.keep_scale : 0.0f) - delta));
     }
     return make_float2(p, p * (dprob - delta));

@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         if (DROPOUT) {
 #pragma unroll
             for (int c = 0; c < 16 * M; ++c)
-                if (dropout_word(words, uint32_t(key_positions[column + c])) < a.drop_below) x[c] = 0.0f;
+                if (!keep_mask(words.r0, words.r1, uint32_t(key_positions[column + c]), a.drop_below))
+                    x[c] = 0.0f;
         }
         __syncwarp();  // the other half of a row (M = 1) has been read: its place is written now
 #pragma unroll

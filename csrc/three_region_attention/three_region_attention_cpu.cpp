@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries go in tiles of up to 64, keys in tiles of 32. Every score tile is kept transposed, S[key, query]: what
-// belongs to a query (maximum, sum, lse, delta) is then a vector along the row, nothing is ever summed across
-// lanes, and each product finds its operands as the one before left them.
+// Queries go in tiles of up to 64, keys in tiles of 32. Every score tile is kept transposed, S[key, query]:
+// what belongs to a query (maximum, sum, lse, delta) is then a vector along the row, nothing is ever summed
+// across lanes, and each product finds its operands as the one before left them.
 //
 // The keys of a head are packed once, in slots: [0, Pp) the sorted pivots, [Pp, Pp + Tp) all positions, both
 // padded to whole tiles. A query tile sees a prefix of the first and a stretch of the second.
@@ -10,8 +10,6 @@
 //   backward  S = K Q^T,  dP = V dO^T,  P = 2^(c S + bias - lse),  dS = P (dP - delta),
 //             dV += P dO,  dK += dS Q,  dQ^T += K^T dS                  10 D FLOPs a pair, one exponential
 // with c = |scale| log2(e); a negative scale is put into Q.
-#include "three_region_attention/three_region_attention.h"
-
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -19,6 +17,7 @@
 #include "common/vec.h"
 #include "three_region_attention/matmul.h"
 #include "three_region_attention/pack.h"
+#include "three_region_attention/three_region_attention.h"
 
 namespace cogview {
 namespace COGVIEW_ISA {
@@ -65,8 +64,8 @@ inline VecF weight(VecF x) {
 #endif
 }
 
-// Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice the
-// precision where it matters: an error of the last bit of a logit of 16 is one of 16 ulps in its weight.
+// Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice
+// the precision where it matters: an error of the last bit of a logit of 16 is one of 16 ulps in its weight.
 template <bool kBf16>
 struct Exponent {
     VecF factor, factor_low, shift, shift_low;
@@ -110,9 +109,7 @@ struct Plan {
         const VecF shift = add - subtract;
         return {broadcast(factor), broadcast(factor_low), shift, add - (shift + subtract) - subtract_low};
     }
-    int64_t window_start(int64_t query) const {
-        return std::max<int64_t>(0, (query / a.w - a.W + 1) * a.w);
-    }
+    int64_t window_start(int64_t query) const { return std::max<int64_t>(0, (query / a.w - a.W + 1) * a.w); }
 };
 
 // The packed keys or values of one key head, in slots.
@@ -127,7 +124,8 @@ void pack_tile(const Plan<kBf16>& plan, const AttentionInput& x, const SortedPiv
     using E = typename Compute<kBf16>::type;
     const AttentionShape& a = plan.a;
     const Scratch memory(kTile * plan.Dp * 2);
-    E* stage = rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
+    E* stage =
+        rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
     const T* base = static_cast<const T*>(x.data) + b * x.stride[0] + head * x.stride[1];
     for (int64_t r = 0; r < kTile; ++r) {
         const int64_t slot = tile * kTile + r;
@@ -261,8 +259,8 @@ void mask_scores(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run&
 
 // Raises the maxima to what a new score tile needs. The old ones do while no score passes them by more than
 // 2^8: sums and products stay far below overflow, and the rare change rescales what is summed.
-inline bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, Lanes& lanes,
-                      float* rescale) {
+inline bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias,
+                      Lanes& lanes, float* rescale) {
     bool changed = false;
     for (int64_t c = 0; c < columns; c += kLanes) {
         VecF top = load(scores + c), other = top;
@@ -287,8 +285,8 @@ inline bool raise_max(const float* scores, int64_t rows, int64_t columns, float 
 
 // Scores become weights 2^(factor score + bias - max), in the order of a B operand with keys contracted.
 template <bool kBf16, bool kDropout>
-void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run& run, int64_t b, Lanes& lanes,
-                  int64_t columns, float* scores) {
+void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run& run, int64_t b,
+                  Lanes& lanes, int64_t columns, float* scores) {
     for (int64_t c = 0; c < columns; c += kLanes) {
         const VecF max = load(lanes.max + c);
         const Exponent<kBf16> exponent = plan.exponent(run.far, max == -kInf ? VecF{} : max, VecF{});
@@ -318,8 +316,8 @@ void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run
 
 // Writes [columns, Dp] floats, given transposed, as rows of T.
 template <typename T>
-void store_rows(const float* transposed, int64_t queries, int64_t columns, int64_t D, int64_t Dp, float factor,
-                float* work, T* to, int64_t stride) {
+void store_rows(const float* transposed, int64_t queries, int64_t columns, int64_t D, int64_t Dp,
+                float factor, float* work, T* to, int64_t stride) {
     transpose(transposed, Dp, columns, columns, work, Dp);
     for (int64_t r = 0; r < queries; ++r) {
         int64_t d = 0;
@@ -386,8 +384,8 @@ struct Forward {
 
         bool first = true;
         for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0}, queries, N,
-                          scores, N, false);
+            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                          queries, N, scores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
             alignas(64) float rescale[kQueries];
             const float bias = run.far ? plan.bias : 0.0f;
@@ -403,8 +401,8 @@ struct Forward {
             else
                 exponentiate<kBf16, false>(plan, pivots, run, b, lanes, N, scores);
             matmul<kBf16>(Dp, N, run.rows / Compute<kBf16>::kPack,
-                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, scores,
-                          N, out, N, !first);
+                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                          scores, N, out, N, !first);
             first = false;
         });
 
@@ -416,15 +414,16 @@ struct Forward {
         T* to = static_cast<T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
         store_rows(out, s.queries, N, a.D, Dp, 1.0f, work, to, o.stride[2]);
         float* lse = args.lse + (b * a.H + h) * a.T + s.first;
-        for (int64_t c = 0; c < s.queries; ++c) lse[c] = float(lanes.max[c] * kLn2 + std::log(double(lanes.sum[c])));
+        for (int64_t c = 0; c < s.queries; ++c)
+            lse[c] = float(lanes.max[c] * kLn2 + std::log(double(lanes.sum[c])));
     }
 };
 
 // ---- backward
 
-// Query tiles of a head are dealt to `parts`, each of which sums dK and dV of the slots it sees by itself; then
-// every key adds up what the parts and its pivot slot hold, always in one order. So neither atomics nor a second
-// computation of the scores is needed, and the result does not depend on the threads.
+// Query tiles of a head are dealt to `parts`, each of which sums dK and dV of the slots it sees by itself;
+// then every key adds up what the parts and its pivot slot hold, always in one order. So neither atomics nor
+// a second computation of the scores is needed, and the result does not depend on the threads.
 template <bool kBf16, typename T>
 struct Backward {
     using E = typename Compute<kBf16>::type;
@@ -539,8 +538,10 @@ struct Backward {
         pack_b_transposed<kBf16>(staged, N, Dp, dout_columns);
         pack_b(staged, N, Dp, dout_rows);
         const AttentionInput &o = args.out, &g = args.dout;
-        const T* out = static_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
-        const T* dout = static_cast<const T*>(g.data) + b * g.stride[0] + h * g.stride[1] + s.first * g.stride[2];
+        const T* out =
+            static_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
+        const T* dout =
+            static_cast<const T*>(g.data) + b * g.stride[0] + h * g.stride[1] + s.first * g.stride[2];
         const int64_t row = (b * a.H + h) * a.T + s.first;
         for (int64_t c = 0; c < s.queries; ++c) {
             const double lse = args.lse[row + c] * kLog2e;
@@ -552,8 +553,8 @@ struct Backward {
 
         bool first = true;
         for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0}, q_columns, N,
-                          scores, N, false);
+            matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                          q_columns, N, scores, N, false);
             matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
                           dout_columns, N, dscores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
@@ -568,8 +569,8 @@ struct Backward {
             matmul<kBf16>(run.rows, Dp, Nu, {p_a, Nu, Nu, 0}, dout_rows, Dp, dv + slot * Dp, Dp, true);
             matmul<kBf16>(run.rows, Dp, Nu, {ds_a, Nu, Nu, 0}, q_rows, Dp, dk + slot * Dp, Dp, true);
             matmul<kBf16>(Dp, N, run.rows / kPack,
-                          {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, ds_b, N,
-                          dq, N, !first);
+                          {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                          ds_b, N, dq, N, !first);
             first = false;
         });
         const AttentionOutput& d = args.dq;
@@ -589,8 +590,8 @@ struct Backward {
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read:
     // pairs of queries (A operands) and pairs of keys (B operand).
     template <bool kDropout>
-    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, float* scores, float* dscores,
-                       float* p_pairs, float* ds_pairs, float* ds_rows) const {
+    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, float* scores,
+                       float* dscores, float* p_pairs, float* ds_pairs, float* ds_rows) const {
         const float grow = 1.0f / (1.0f - plan.a.dropout_p);
         for (int64_t c = 0; c < N; c += kLanes) {
             const VecF delta = load(lanes.delta + c);
@@ -632,7 +633,8 @@ struct Backward {
         }
     }
 
-    void write_key(int64_t b, int64_t hkv, int64_t t, int64_t n, const float* sums, int64_t part_floats) const {
+    void write_key(int64_t b, int64_t hkv, int64_t t, int64_t n, const float* sums,
+                   int64_t part_floats) const {
         const AttentionShape& a = plan.a;
         const int64_t pivot = pivots.slots[b * a.T + t], Dp = plan.Dp;
         const AttentionOutput& x = args.dk;
