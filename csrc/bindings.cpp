@@ -4,12 +4,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "decode_attention/decode_attention_cuda.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
@@ -208,6 +210,60 @@ CudaAttention cuda_attention(std::array<int, 8> shape, float bias, float scale,
     a.v = attention_input(v);
     return a;
 }
+
+CudaAttentionForward attention_forward_cuda(Strided q, Strided k, Strided v, Strided out, Address lse,
+                                            std::array<int, 8> shape, float bias, float scale,
+                                            AttentionDropout dropout, std::pair<Address, int> pivots,
+                                            Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_output(out),
+            pointer<float>(lse)};
+}
+
+CudaAttentionBackward attention_backward_cuda(Strided q, Strided k, Strided v, Strided out, Strided dout,
+                                              Address lse, Address dlse, Strided dq, Strided dk, Strided dv,
+                                              Address delta, Address dk_far, Address dv_far,
+                                              std::array<int, 8> shape, float bias, float scale,
+                                              AttentionDropout dropout, std::pair<Address, int> pivots,
+                                              Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
+            attention_input(out),
+            attention_input(dout),
+            pointer<float>(lse),
+            pointer<float>(dlse),
+            attention_output(dq),
+            attention_output(dk),
+            attention_output(dv),
+            pointer<float>(delta),
+            pointer<float>(dk_far),
+            pointer<float>(dv_far)};
+}
+
+// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
+DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
+                                           std::array<int, 11> shape, float bias, float scale,
+                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
+                                           Address partial, int dtype) {
+    DecodeAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
+    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
+    a.bias = bias;
+    a.scale = scale;
+    a.q = pointer<void>(q.first);
+    a.k = pointer<void>(k.first);
+    a.v = pointer<void>(v.first);
+    a.out = pointer<void>(out.first);
+    std::copy(q.second.begin(), q.second.end(), a.q_stride);
+    std::copy(k.second.begin(), k.second.end(), a.k_stride);
+    std::copy(v.second.begin(), v.second.end(), a.v_stride);
+    std::copy(out.second.begin(), out.second.end(), a.out_stride);
+    a.lengths = pointer<void>(lengths.first);
+    a.length_bytes = lengths.second;
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.partial = pointer<float>(partial);
+    a.dtype = DType(dtype);
+    return a;
+}
 #endif
 
 }  // namespace
@@ -294,25 +350,8 @@ PYBIND11_MODULE(_C, m) {
     bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, layer_norm_bwd_cuda);
     bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, sandwich_layer_norm_fwd_cuda);
     bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, sandwich_layer_norm_bwd_cuda);
-    m.def("three_region_attention_fwd_cuda", [](Strided q, Strided k, Strided v, Strided out, Address lse,
-                                                std::array<int, 8> shape, float bias, float scale,
-                                                AttentionDropout dropout, std::pair<Address, int> pivots,
-                                                Address sorted, Address stream) {
-        three_region_attention_fwd_cuda({cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
-                                         attention_output(out), pointer<float>(lse)},
-                                        pointer<void>(stream));
-    });
-    m.def("three_region_attention_bwd_cuda",
-          [](Strided q, Strided k, Strided v, Strided out, Strided dout, Address lse, Address dlse,
-             Strided dq, Strided dk, Strided dv, Address delta, Address dk_far, Address dv_far,
-             std::array<int, 8> shape, float bias, float scale, AttentionDropout dropout,
-             std::pair<Address, int> pivots, Address sorted, Address stream) {
-              three_region_attention_bwd_cuda(
-                  {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_input(out),
-                   attention_input(dout), pointer<float>(lse), pointer<float>(dlse), attention_output(dq),
-                   attention_output(dk), attention_output(dv), pointer<float>(delta), pointer<float>(dk_far),
-                   pointer<float>(dv_far)},
-                  pointer<void>(stream));
-          });
+    bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward_cuda, three_region_attention_fwd_cuda);
+    bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward_cuda, three_region_attention_bwd_cuda);
+    bind_cuda(m, "decode_attention_cuda", decode_attention_arguments, decode_attention_cuda);
 #endif
 }

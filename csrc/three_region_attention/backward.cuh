@@ -74,12 +74,16 @@ __device__ __forceinline__ float2 probability_and_gradient(const CudaAttention& 
 
 template <int D>
 struct QueryGradientShape {
+    // At 128 q and dq are 128 registers a lane, and what is fetched ahead must be little.
+    static constexpr int kTileKeys = D <= 96 ? 32 : 16;
     static constexpr int kRow = D + kPad;
-    static constexpr int kStripRow = kTileKeys + kPad;  // halves; 16 rows are 320 floats
+    static constexpr int kStripRow = kTileKeys + kPad;  // halves
     // dout of 16 rows is D / 2 registers a lane: past 64 it stays in shared memory.
     static constexpr bool kHoldsDout = D <= 64;
     static constexpr int kTileHalves = 2 * kTileKeys * kRow;
-    static constexpr int kStripHalves = kBackwardWarps * 16 * kStripRow;
+    static constexpr int kStrip = 640;  // halves: 16 rows, or the 320 floats of by_rows
+    static_assert(16 * kStripRow <= kStrip);
+    static constexpr int kStripHalves = kBackwardWarps * kStrip;
     static constexpr int kDoutHalves = kBackwardRows * kRow;
     static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsDout ? 0 : kDoutHalves)) * 2;
     static constexpr int kStaged = kDoutHalves * 2;
@@ -93,7 +97,7 @@ template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     three_region_attention_bwd_dq_kernel(CudaAttentionBackward args) {
     using Shape = QueryGradientShape<D>;
-    constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow;
+    constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileKeys = Shape::kTileKeys;
     extern __shared__ __align__(128) char raw[];
     __half* keys = reinterpret_cast<__half*>(raw);
     __half* values = keys + kTileKeys * kRow;
@@ -110,7 +114,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const int last = min(first + kBackwardRows, a.T) - 1;
     const int kv_head = h / (a.H / a.Hkv);
     const int warp = threadIdx.x / 32;
-    __half* strip = strips + warp * 16 * kStripRow;
+    __half* strip = strips + warp * Shape::kStrip;
     float* scratch = reinterpret_cast<float*>(strip);
 
     FragmentA q[D / 16], dout[Shape::kHoldsDout ? D / 16 : 1];
@@ -142,7 +146,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(dq[d], 0.0f);
 
-    const KeyWalk walk(a, b, first, last);
+    const KeyWalk<kTileKeys> walk(a, b, first, last);
     const __half* k = head(a.k, b, kv_head);
     const __half* v = head(a.v, b, kv_head);
     Carrier<kTileKeys, D, kBackwardThreads> next_keys, next_values;
@@ -158,27 +162,30 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         next_values.put(values);
         if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
         __syncthreads();
-        if (tile + 1 < walk.tiles) fetch(tile + 1);
 
         const bool far = walk.is_far(tile), full = walk.is_full(tile);
         const float bias = far ? a.bias : 0.0f;
-#pragma unroll
+#pragma unroll(Shape::kHoldsDout ? 2 : 1)
         for (int n = 0; n < kTileKeys / 16; ++n) {
             Accumulator scores, dprobs;
             wmma::fill_fragment(scores, 0.0f);
             wmma::fill_fragment(dprobs, 0.0f);
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {
-                FragmentBT operand;
-                wmma::load_matrix_sync(operand, keys + n * 16 * kRow + d * 16, kRow);
-                wmma::mma_sync(scores, q[d], operand, scores);
-                wmma::load_matrix_sync(operand, values + n * 16 * kRow + d * 16, kRow);
+                FragmentBT key;
+                wmma::load_matrix_sync(key, keys + n * 16 * kRow + d * 16, kRow);
+                wmma::mma_sync(scores, q[d], key, scores);
+            }
+#pragma unroll(Shape::kHoldsDout ? D / 16 : 2)
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentBT value;
+                wmma::load_matrix_sync(value, values + n * 16 * kRow + d * 16, kRow);
                 if (Shape::kHoldsDout) {
-                    wmma::mma_sync(dprobs, dout[Shape::kHoldsDout ? d : 0], operand, dprobs);
+                    wmma::mma_sync(dprobs, dout[Shape::kHoldsDout ? d : 0], value, dprobs);
                 } else {
                     FragmentA left;
                     wmma::load_matrix_sync(left, douts + warp * 16 * kRow + d * 16, kRow);
-                    wmma::mma_sync(dprobs, left, operand, dprobs);
+                    wmma::mma_sync(dprobs, left, value, dprobs);
                 }
             }
 #pragma unroll
@@ -194,7 +201,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
             }
         }
         __syncwarp();
-#pragma unroll
+        // Not before: beside the scores there is no room for it in the registers.
+        if (tile + 1 < walk.tiles) fetch(tile + 1);
+#pragma unroll(Shape::kHoldsDout ? 2 : 1)
         for (int n = 0; n < kTileKeys / 16; ++n) {
             FragmentA dscores;
             wmma::load_matrix_sync(dscores, strip + n * 16, kStripRow);

@@ -16,6 +16,8 @@
 namespace cogview {
 namespace {
 
+constexpr int kTileKeys = 32;
+
 template <int D>
 struct ForwardShape {
     static constexpr int kM = D <= 64 ? 2 : 1;  // out of 32 rows is D registers a lane: too many past 64
@@ -90,7 +92,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(out[m][d], 0.0f);
     float maximum = -INFINITY, sum = 0.0f;
 
-    const KeyWalk walk(a, b, first, last);
+    const KeyWalk<kTileKeys> walk(a, b, first, last);
     const __half* k = head(a.k, b, kv_head);
     const __half* v = head(a.v, b, kv_head);
     Carrier<kTileKeys, D, Shape::kThreads> next_keys, next_values;
@@ -106,7 +108,6 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         next_values.put(values);
         if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
         __syncthreads();
-        if (tile + 1 < walk.tiles) fetch(tile + 1);
 
 #pragma unroll
         for (int n = 0; n < kTileKeys / 16; ++n) {
@@ -166,6 +167,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
             *reinterpret_cast<uint4*>(halves + row * 2 * kStripRow + column + c) = pack(x + c);
         if (column == 0) factors[row] = factor;
         __syncwarp();
+        // Not before: beside a row of scores there is no room for it in the registers.
+        if (tile + 1 < walk.tiles) fetch(tile + 1);
 
         if (__any_sync(kAllLanes, factor != 1.0f)) {
 #pragma unroll

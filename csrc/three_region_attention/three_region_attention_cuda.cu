@@ -77,7 +77,7 @@ void dispatch_dropout(const Args& args, void* stream) {
 }
 
 template <typename Args>
-void dispatch(Args& args, void* stream) {
+void dispatch(Args args, void* stream) {
     const CudaAttention& a = args.common;
     if (a.B == 0 || a.H == 0 || a.T == 0) return;
     prepare(args.common, stream);
@@ -99,11 +99,11 @@ void dispatch(Args& args, void* stream) {
 
 }  // namespace
 
-void three_region_attention_fwd_cuda(CudaAttentionForward args, void* stream) {
+void three_region_attention_fwd_cuda(const CudaAttentionForward& args, void* stream) {
     dispatch(args, stream);
 }
 
-void three_region_attention_bwd_cuda(CudaAttentionBackward args, void* stream) {
+void three_region_attention_bwd_cuda(const CudaAttentionBackward& args, void* stream) {
     dispatch(args, stream);
 }
 

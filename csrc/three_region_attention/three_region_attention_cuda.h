@@ -41,7 +41,7 @@ struct CudaAttentionBackward {
 
 // D is 32, 64, 80, 96 or 128. `stream` is a cudaStream_t. Throws std::runtime_error with the kernel's name on
 // a CUDA error.
-void three_region_attention_fwd_cuda(CudaAttentionForward args, void* stream);
-void three_region_attention_bwd_cuda(CudaAttentionBackward args, void* stream);
+void three_region_attention_fwd_cuda(const CudaAttentionForward& args, void* stream);
+void three_region_attention_bwd_cuda(const CudaAttentionBackward& args, void* stream);
 
 }  // namespace cogview

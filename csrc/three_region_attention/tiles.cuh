@@ -28,7 +28,6 @@ static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
-constexpr int kTileKeys = 32;
 // Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
 constexpr int kPad = 8;
 
@@ -154,9 +153,10 @@ struct Carrier {
     }
 };
 
-// The keys that a tile of queries [first, last] walks over, kTileKeys at a time: the pivots left of the last
+// The keys that a tile of queries [first, last] walks over, TILE at a time: the pivots left of the last
 // query's window, then the first query's window up to the last query. Tiles need a mask only at the end of
 // the pivots, on the diagonal, and where the tile's queries have different windows.
+template <int TILE>
 struct KeyWalk {
     const int32_t* sorted;
     int first, far, far_for_all, far_tiles, start, start_of_last, last, tiles;
@@ -167,21 +167,21 @@ struct KeyWalk {
         start_of_last = window_start(a, last);
         far = pivots_before(sorted, a.P, start_of_last);
         far_for_all = start == start_of_last ? far : pivots_before(sorted, a.P, start);
-        far_tiles = (far + kTileKeys - 1) / kTileKeys;
-        tiles = far_tiles + (last - start) / kTileKeys + 1;
+        far_tiles = (far + TILE - 1) / TILE;
+        tiles = far_tiles + (last - start) / TILE + 1;
     }
     __device__ __forceinline__ bool is_far(int tile) const { return tile < far_tiles; }
     __device__ __forceinline__ bool is_full(int tile) const {
-        if (is_far(tile)) return (tile + 1) * kTileKeys <= far_for_all;
-        const int key = start + (tile - far_tiles) * kTileKeys;
-        return key >= start_of_last && key + kTileKeys - 1 <= first;
+        if (is_far(tile)) return (tile + 1) * TILE <= far_for_all;
+        const int key = start + (tile - far_tiles) * TILE;
+        return key >= start_of_last && key + TILE - 1 <= first;
     }
     __device__ __forceinline__ int position(int tile, int row) const {
         if (is_far(tile)) {
-            const int slot = tile * kTileKeys + row;
+            const int slot = tile * TILE + row;
             return slot < far ? sorted[slot] : kNowhere;
         }
-        const int key = start + (tile - far_tiles) * kTileKeys + row;
+        const int key = start + (tile - far_tiles) * TILE + row;
         return key <= last ? key : kNowhere;
     }
 };
