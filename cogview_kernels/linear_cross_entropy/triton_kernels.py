@@ -13,8 +13,8 @@ Both end in ``_merge_kernel``: the vocabulary is split so that all multiprocesso
 results are put together in one order, so two runs give the same bits.
 
 No kernel goes on from a tile of the gradient to ``dhidden`` and ``dweight``: a tile's share of them in
-float32 (128 x 2,560 for ``dhidden``) fits in no multiprocessor. Its owner would make the logits again for each slice
-of C that fits, C / 256 times over; sums in memory would need atomics, in no fixed order, or locks.
+float32 (128 x 2,560 for ``dhidden``) fits in no multiprocessor. Its owner would make the logits again for
+each slice of C that fits, C / 256 times over; sums in memory would need locks, or atomics in no fixed order.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def _fused_reduce_kernel(
     BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """As _reduce_kernel, of logits that exist here alone. FLOPs: 2 V n C, none for tokens that do not count."""
+    """As _reduce_kernel, of logits that exist here alone: 2 V n C FLOPs, 0 for tokens that do not count."""
     # Neighbouring programs share the split's rows of weight and differ in their tokens.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)

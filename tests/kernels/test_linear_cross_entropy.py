@@ -22,8 +22,8 @@ BACKENDS = ["cpu", "triton", "chunked"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "sum", "mean"]
 
-# name: (tokens, width, vocabulary, arguments). Chunks are of 16 tokens, or ids, in these tests; rounds through
-# the memory of dweight are of as many tokens as the width. A Triton tile has 32 ids and 128 tokens where it reads
+# name: (tokens, width, vocabulary, arguments). In these tests chunks are of 16 tokens, or ids, and rounds
+# through the memory of dweight of as many tokens as the width. A Triton tile has 32 ids and 128 tokens where it reads
 # logits and (interpreted) 32 ids, 16 tokens and 32 of the width where it makes them.
 CASES = {
     "one": (1, 1, 1, {}),
@@ -180,6 +180,22 @@ def test_triton_fused(dtype, case, reduction, monkeypatch):
 
     monkeypatch.setattr(triton_kernels, "FUSED", (True, True))
     check("triton", dtype, case, reduction)
+
+
+def test_triton_fused_skips_tiles_that_do_not_count():
+    """A tile of 16 tokens of weight 0 between two that count: were it computed, its NaN would be seen."""
+    from cogview_kernels.linear_cross_entropy import triton_kernels
+
+    hidden, weight = torch.randn(48, 32), torch.randn(70, 32)
+    target, coefficient = torch.randint(0, 70, (48,)), torch.ones(48)
+    hidden[16:32], coefficient[16:32] = torch.nan, 0
+    stats, dlogits = torch.empty(3, 48), torch.empty(70, 48)
+    triton_kernels.launch_fused_reduce(hidden, weight, target, coefficient, stats)
+    assert bool((stats[0, 16:32] == -torch.inf).all()) and bool((stats[1, 16:32] == 0).all())
+    triton_kernels.launch_fused_gradient(hidden, weight, 0, target, coefficient, stats, dlogits)
+    expected = (hidden @ weight.T).softmax(-1) - F.one_hot(target, 70)
+    expected[16:32] = 0
+    torch.testing.assert_close(dlogits, expected.T, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
