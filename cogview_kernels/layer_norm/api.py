@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _norm
+from cogview_kernels.layer_norm.autograd import layer_norm_op
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 
 _OP = "layer_norm"
-_SUPPORTED = ("reference",)
 
 
 def layer_norm(
@@ -60,6 +60,8 @@ def layer_norm(
     _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    _backends.choose(_OP, _SUPPORTED, backend, x.device)
-    wide = x.float() if x.dtype.itemsize == 2 else x
-    return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
+    chosen = _backends.choose(_OP, _norm.supported(x), backend, x.device)
+    if chosen == "reference":
+        wide = x.float() if x.dtype.itemsize == 2 else x
+        return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
+    return layer_norm_op(x, weight, bias, float(eps), pb_relax, chosen)
