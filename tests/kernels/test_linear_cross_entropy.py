@@ -23,7 +23,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "sum", "mean"]
 
 # name: (tokens, width, vocabulary, arguments). In these tests chunks are of 16 tokens, or ids, and rounds
-# through the memory of dweight of as many tokens as the width. A Triton tile has 32 ids and 128 tokens where it
+# through the memory of dweight of as many tokens as the width. A Triton tile has 32 ids, 128 tokens where it
 # reads logits and (interpreted) 32 ids, 16 tokens and 32 of the width where it makes them.
 CASES = {
     "one": (1, 1, 1, {}),
