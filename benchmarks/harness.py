@@ -106,14 +106,17 @@ class Benchmark:
     baseline: str
     part: Callable[[tuple[Tensor, ...], Case], tuple[Tensor, ...]] = lambda results, case: results
     limits: Callable[[Case, torch.device], Limits] = field(
-        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(3.0, 5, 40)
+        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(2.0, 5, 40)
     )
 
 
-def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tuple[Variant, ...]:
-    """A variant per backend that is written for ``op``; ``call(function, inputs)`` calls it."""
+def backends(
+    op: str, call: Callable[[Callable[..., Any], Inputs], Any], names: tuple[str, ...] | None = None
+) -> tuple[Variant, ...]:
+    """A variant per backend written for ``op``; ``call(function, inputs)`` calls it. ``names`` where the op
+    has no one list of them."""
     function = getattr(importlib.import_module("cogview_kernels"), op)
-    api = importlib.import_module(f"cogview_kernels.{op}.api")
+    names = names or importlib.import_module(f"cogview_kernels.{op}.api")._SUPPORTED
 
     def variant(name: str) -> Variant:
         chosen = functools.partial(function, backend=name)
@@ -124,11 +127,7 @@ def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tupl
             why_not=lambda case, device: _backends.why_not(name, device),
         )
 
-    return tuple(variant(name) for name in api._SUPPORTED if name != "reference")
-
-
-def not_on(device_type: str, reason: str) -> Callable[[Case, torch.device], str]:
-    return lambda case, device: reason if device.type == device_type else ""
+    return tuple(variant(name) for name in names if name != "reference")
 
 
 def _tuple(x: Any) -> tuple[Tensor, ...]:
@@ -189,12 +188,12 @@ def race(
     torch.compiler.reset()
     torch.manual_seed(0)
     inputs = bench.inputs(cases[0], device)
-    for tensor in inputs.gradients_of():
-        tensor.requires_grad_(any(case.direction != FORWARD for case in cases))
     forwards: dict[str, Forward] = {}
     outcomes: dict[Case, Outcome] = {}
     for case in cases:
         outcomes[case] = outcome = Outcome()
+        for tensor in inputs.gradients_of():
+            tensor.requires_grad_(case.direction != FORWARD)
         jobs = _checked_jobs(bench, case, device, inputs, variants, forwards, outcome)
         gc.collect()
         if not jobs:

@@ -25,12 +25,12 @@ TRAINING_PHRASINGS = (
     *("a handwritten {en}", "the digit {en}", "the number {en}", "{en} by hand", "this is {en}"),
     *("a picture of {en}", "a scan of {en}", "the handwritten digit {en}", "this is a {en}"),
     *("手写数字{zh}", "数字{zh}", "数字{zh}的图片", "这是数字{zh}", "这是{zh}的图片", "手写的数字{zh}"),
-    *("这是手写的{zh}", "手写的{zh}", "这是手写数字{zh}"),
+    *("这是手写的{zh}", "手写的{zh}", "这是手写的数字{zh}"),
 )
 # Never seen in training, whole; their words are.
 HELD_OUT_PHRASINGS = (
-    *("a handwritten digit {en}", "a picture of the number {en}", "the handwritten number {en}"),
-    *("手写的{zh}的图片", "手写数字{zh}的图片", "这是手写的数字{zh}"),
+    *("a handwritten digit {en}", "the handwritten number {en}", "this digit is {en}"),
+    *("手写的{zh}的图片", "手写数字{zh}的图片", "手写的数字{zh}的图片"),
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8

@@ -4,16 +4,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <tuple>
 #include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "decode_attention/decode_attention_cuda.h"
 #include "layer_norm/layer_norm.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
+#include "three_region_attention/three_region_attention_cuda.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -181,6 +185,87 @@ void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
           [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
 }
 
+#if COGVIEW_HAS_CUDA
+// What both directions take; the tuples keep the signatures short. dropout: drop_below, 1 / (1 - p), seed,
+// and the address of a seed on the device (0: none).
+using AttentionDropout = std::tuple<uint32_t, float, uint64_t, Address>;
+
+CudaAttention cuda_attention(std::array<int, 8> shape, float bias, float scale,
+                             const AttentionDropout& dropout, std::pair<Address, int> pivots, Address sorted,
+                             const Strided& q, const Strided& k, const Strided& v) {
+    CudaAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.T = shape[3];
+    a.D = shape[4], a.P = shape[5], a.w = shape[6], a.W = shape[7];
+    a.bias = bias;
+    a.scale = scale;
+    a.drop_below = std::get<0>(dropout);
+    a.keep_scale = std::get<1>(dropout);
+    a.seed = std::get<2>(dropout);
+    a.seed_data = pointer<int64_t>(std::get<3>(dropout));
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.sorted = pointer<int32_t>(sorted);
+    a.q = attention_input(q);
+    a.k = attention_input(k);
+    a.v = attention_input(v);
+    return a;
+}
+
+CudaAttentionForward attention_forward_cuda(Strided q, Strided k, Strided v, Strided out, Address lse,
+                                            std::array<int, 8> shape, float bias, float scale,
+                                            AttentionDropout dropout, std::pair<Address, int> pivots,
+                                            Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_output(out),
+            pointer<float>(lse)};
+}
+
+CudaAttentionBackward attention_backward_cuda(Strided q, Strided k, Strided v, Strided out, Strided dout,
+                                              Address lse, Address dlse, Strided dq, Strided dk, Strided dv,
+                                              Address delta, Address dk_far, Address dv_far,
+                                              std::array<int, 8> shape, float bias, float scale,
+                                              AttentionDropout dropout, std::pair<Address, int> pivots,
+                                              Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
+            attention_input(out),
+            attention_input(dout),
+            pointer<float>(lse),
+            pointer<float>(dlse),
+            attention_output(dq),
+            attention_output(dk),
+            attention_output(dv),
+            pointer<float>(delta),
+            pointer<float>(dk_far),
+            pointer<float>(dv_far)};
+}
+
+// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
+DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
+                                           std::array<int, 11> shape, float bias, float scale,
+                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
+                                           Address partial, int dtype) {
+    DecodeAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
+    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
+    a.bias = bias;
+    a.scale = scale;
+    a.q = pointer<void>(q.first);
+    a.k = pointer<void>(k.first);
+    a.v = pointer<void>(v.first);
+    a.out = pointer<void>(out.first);
+    std::copy(q.second.begin(), q.second.end(), a.q_stride);
+    std::copy(k.second.begin(), k.second.end(), a.k_stride);
+    std::copy(v.second.begin(), v.second.end(), a.v_stride);
+    std::copy(out.second.begin(), out.second.end(), a.out_stride);
+    a.lengths = pointer<void>(lengths.first);
+    a.length_bytes = lengths.second;
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.partial = pointer<float>(partial);
+    a.dtype = DType(dtype);
+    return a;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -202,6 +287,25 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
     bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
+    m.def(
+        "linear_cross_entropy_reduce_cpu",
+        [](Address logits, int64_t stride, int64_t V, int64_t n, Address peak, Address total, int dtype,
+           int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu)
+            ({pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "linear_cross_entropy_gradient_cpu",
+        [](Address logits, int64_t stride, int64_t v, int64_t n, int64_t first, Address target,
+           Address coefficient, Address peak, Address total, int dtype, int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu)
+            ({pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
+              pointer<float>(coefficient), pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
     m.def(
         "three_region_attention_fwd_cpu",
         [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,
@@ -246,5 +350,8 @@ PYBIND11_MODULE(_C, m) {
     bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, layer_norm_bwd_cuda);
     bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, sandwich_layer_norm_fwd_cuda);
     bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, sandwich_layer_norm_bwd_cuda);
+    bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward_cuda, three_region_attention_fwd_cuda);
+    bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward_cuda, three_region_attention_bwd_cuda);
+    bind_cuda(m, "decode_attention_cuda", decode_attention_arguments, decode_attention_cuda);
 #endif
 }

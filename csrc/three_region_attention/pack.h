@@ -84,8 +84,8 @@ inline void stage_row(const T* row, int64_t D, int64_t width, bool negate, float
 inline void stage_row(const BFloat16* row, int64_t D, int64_t width, bool negate, BFloat16* stage) {
     int64_t d = 0;
     if (row != nullptr) {
-        std::memcpy(stage, row, D * sizeof(BFloat16));
-        d = D;
+        for (; d + 16 <= D; d += 16) std::memcpy(stage + d, row + d, 16 * sizeof(BFloat16));
+        for (; d < D; ++d) stage[d] = row[d];
         if (negate)
             for (int64_t i = 0; i < D; ++i) stage[i].bits ^= 0x8000;
     }

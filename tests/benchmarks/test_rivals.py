@@ -59,6 +59,15 @@ def test_attention_rivals_over_many_blocks():
         assert {"loop of SDPA calls", "original, eager", "dense causal SDPA"} <= set(outcome.times_ms)
 
 
+def test_a_forced_kernel_is_the_one_that_runs():
+    bench = benchmark_of("three_region_attention")
+    case = bench.cases(CPU, True)[0]
+    forced = {v.name: v.prepare(bench.inputs(case, CPU), case) for v in bench.variants if "SDPA, " in v.name}
+    assert forced["dense causal SDPA, flash"]().shape == (2, 2, 96, 32)
+    with pytest.raises(RuntimeError, match=r"No (viable|available)"):
+        forced["dense causal SDPA, cuDNN"]()
+
+
 @pytest.mark.parametrize("P", [0, 100, 150])
 @pytest.mark.parametrize("T", [256, 400])
 def test_gathered_block_mask_is_the_one_of_its_rule(T, P):

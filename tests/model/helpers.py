@@ -46,6 +46,10 @@ def tiny_preset(steps: int = 6) -> Preset:
         train=dataclasses.replace(preset.train, steps=steps, batch_size=8, checkpoint_every=3),
         image_tokenizer=dataclasses.replace(preset.image_tokenizer, channels=16),
         image_tokenizer_train=dataclasses.replace(
-            preset.image_tokenizer_train, steps=steps, batch_size=8, checkpoint_every=3
+            # Enough that pictures do not all have the same codes.
+            preset.image_tokenizer_train,
+            steps=60,
+            batch_size=16,
+            checkpoint_every=20,
         ),
     )

@@ -132,7 +132,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
     )
     assert "the text is empty" in mistake(capsys, "generate", "--run", run_folder, " ")
-    assert "at most 6 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
+    assert "at most 5 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
     assert "temperature must be above 0" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "0"
     )

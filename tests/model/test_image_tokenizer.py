@@ -81,11 +81,12 @@ def test_moving_averages_by_hand():
 
 def test_a_code_that_is_never_used_restarts_at_an_encoder_output():
     quantizer = Quantizer(SMALL)
-    quantizer.cluster_size[3] = 0.01
+    quantizer.cluster_size.fill_(9.0)[3] = 0.01
     z = torch.randn(20, 4) + 50
     quantizer.update(z, torch.zeros(20, dtype=torch.int64))
-    distance = (quantizer.embed[:, 3] - z).abs().amax(1)
+    distance = (quantizer.embed[:, [3]] - z.t()).abs().amax(0)
     assert distance.min() < 0.1  # up to the smoothing of the counts
+    assert (quantizer.embed[:, 4] - z.mean(0)).abs().min() > 10
 
 
 def test_straight_through_gradient_and_commitment():
