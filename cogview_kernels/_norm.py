@@ -14,9 +14,12 @@ PB_RELAX_CODES = {None: 0, "row": 1, "tensor": 2}
 GPU_MAX_WIDTH = 4096
 
 
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
 def supported(x: Tensor) -> tuple[str, ...]:
     """The backends for rows as wide as those of ``x``."""
-    return ("triton", "cuda", "cpu", "reference") if x.shape[-1] <= GPU_MAX_WIDTH else ("cpu", "reference")
+    return BACKENDS if x.shape[-1] <= GPU_MAX_WIDTH else ("cpu", "reference")
 
 
 def address(x: Tensor | None) -> int:
