@@ -2,8 +2,8 @@
 """The CUDA C++ kernels of both attentions.
 
 Without a GPU: their arithmetic and indexing in the emulation of tests/emulation, and what NVRTC 12.9 makes of
-them for sm_70. With one (``make gpu-check``) the same cases run on it. COGVIEW_CUDA_ARCHS=75 at build time and
-CUDA_FORCE_PTX_JIT=1 at run time run them from the PTX of an old chip.
+them for sm_70. With one (``make gpu-check``) the same cases run on it; built with COGVIEW_CUDA_ARCHS=75 they
+run there from the PTX of compute capability 7.5.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def _small(device, requires_grad=False):
 
 
 def _all_results(q, k, v, layout):
-    out, lse = three_region_attention(
-        q, k, v, layout, dropout_p=0.1, seed=5, return_lse=True, backend="cuda"
-    )
+    out, lse = three_region_attention(q, k, v, layout, dropout_p=0.1, seed=5, return_lse=True, backend="cuda")
     torch.manual_seed(3)
     gradients = torch.autograd.grad((out, lse), (q, k, v), (torch.randn_like(out), torch.randn_like(lse)))
     return [out.detach(), lse.detach(), *gradients]
@@ -253,7 +251,7 @@ def test_compiles_for_sm_70(op):
         assert report.spills == 0, f"{kernel}: {report}"
         assert report.registers <= 255 and report.shared <= 48 * 1024, f"{kernel}: {report}"
     if op == "three_region_attention":
-        # What the comments beside the kernels say of occupancy: 65,536 registers, blocks of 128 (256) threads.
+        # As the kernel's comment says of occupancy: 65,536 registers, blocks of 128 (256) threads.
         for D, forward_blocks in ((64, 2), (128, 1)):
             name = f"cogview::three_region_attention_fwd_kernel<{D}, true>"
             threads = 128 if D <= 64 else 256
