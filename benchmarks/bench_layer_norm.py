@@ -44,7 +44,7 @@ BENCHMARK = Benchmark(
     inputs=make_inputs,
     truths={"op": truth},
     variants=(
-        *backends("layer_norm", lambda op, x: op(x.x, x.weight, x.bias, eps=norms.EPS)),
+        *backends("layer_norm", lambda op, x: op(x.x, x.weight, x.bias, eps=norms.EPS), norms.BACKENDS),
         *norms.SINGLE,
     ),
     work=work,

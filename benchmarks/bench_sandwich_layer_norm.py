@@ -48,7 +48,7 @@ BENCHMARK = Benchmark(
     inputs=make_inputs,
     truths={"op": truth},
     variants=(
-        *backends("sandwich_layer_norm", lambda op, x: op(*x.values.values(), eps=norms.EPS)),
+        *backends("sandwich_layer_norm", lambda op, x: op(*x.values.values(), eps=norms.EPS), norms.BACKENDS),
         *norms.SANDWICH,
     ),
     work=work,

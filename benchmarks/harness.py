@@ -110,10 +110,13 @@ class Benchmark:
     )
 
 
-def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tuple[Variant, ...]:
-    """A variant per backend that is written for ``op``; ``call(function, inputs)`` calls it."""
+def backends(
+    op: str, call: Callable[[Callable[..., Any], Inputs], Any], names: tuple[str, ...] | None = None
+) -> tuple[Variant, ...]:
+    """A variant per backend written for ``op``; ``call(function, inputs)`` calls it. ``names`` where the op
+    has no one list of them."""
     function = getattr(importlib.import_module("cogview_kernels"), op)
-    api = importlib.import_module(f"cogview_kernels.{op}.api")
+    names = names or importlib.import_module(f"cogview_kernels.{op}.api")._SUPPORTED
 
     def variant(name: str) -> Variant:
         chosen = functools.partial(function, backend=name)
@@ -124,11 +127,7 @@ def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tupl
             why_not=lambda case, device: _backends.why_not(name, device),
         )
 
-    return tuple(variant(name) for name in api._SUPPORTED if name != "reference")
-
-
-def not_on(device_type: str, reason: str) -> Callable[[Case, torch.device], str]:
-    return lambda case, device: reason if device.type == device_type else ""
+    return tuple(variant(name) for name in names if name != "reference")
 
 
 def _tuple(x: Any) -> tuple[Tensor, ...]:

@@ -46,6 +46,13 @@ def speed(row: Row, rows: list[Row], baseline: str) -> float | None:
     return None if base is None else base / row["ms"]
 
 
+def speed_text(row: Row, rows: list[Row], baseline: str) -> str:
+    """With "~" where the quartiles of either time lie more than a fifth of the median apart."""
+    pair = [r for r in rows if r is row or r["variant"] == baseline]
+    unsteady = any(r["ms_quartiles"][1] - r["ms_quartiles"][0] > 0.2 * r["ms"] for r in pair)
+    return ("~" if unsteady else "") + _number(speed(row, rows, baseline), "x")
+
+
 def extra_bytes(row: Row) -> int | None:
     """Peak memory beyond inputs and results."""
     return None if row["peak_bytes"] is None else max(0, row["peak_bytes"] - row["result_bytes"])
@@ -73,7 +80,7 @@ def columns(document: Document, rows: list[Row]) -> tuple[list[str], list[list[s
     table = []
     for row in rows:
         share = f"{100 * row['share_of_ceiling']:.0f} %"
-        line = [row["variant"], _number(speed(row, rows, document["baseline"]), "x"), share]
+        line = [row["variant"], speed_text(row, rows, document["baseline"]), share]
         line.append(_memory(extra_bytes(row)))
         if gpu:
             ms = _number(row["ms"]) + (f" (graph {_number(row['graph_ms'])})" if row.get("graph_ms") else "")
@@ -205,10 +212,9 @@ def _summary_rows(op: str, document: Document | None, gpu: bool) -> list[list[st
     rows = []
     for (shape, _, dtype, direction), ours, raced in headline(document):
         rival = next((row for row in raced if row["kind"] == "rival"), None)
-        base = speed(ours, raced, document["baseline"])
         line = [op, f"{shape}, {dtype}, {direction}", ours["variant"]]
-        line += [rival["variant"], _number(rival["ms"] / ours["ms"], "x")] if rival else ["", UNMEASURED]
-        line.append(f"{document['baseline']}: {_number(base, 'x')}")
+        line += [rival["variant"], speed_text(ours, raced, rival["variant"])] if rival else ["", UNMEASURED]
+        line.append(f"{document['baseline']}: {speed_text(ours, raced, document['baseline'])}")
         rows.append([*line, _number(ours["ms"])] if gpu else line)
     return rows
 

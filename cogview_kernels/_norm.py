@@ -43,7 +43,25 @@ def gradient_of(x: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+_blocks: dict[torch.device, int] = {}
+
+
 def blocks(x: Tensor) -> int:
-    """Blocks of a persistent GPU kernel over the rows of ``x``."""
-    rows = x.numel() // x.shape[-1]
-    return min(rows, 4 * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    """Persistent blocks of a CUDA kernel over the rows of ``x``: two for each multiprocessor."""
+    if x.device not in _blocks:
+        # Off the GPU (in the tests' emulation) fewer than rows, so that blocks take several.
+        on_gpu = x.device.type == "cuda"
+        _blocks[x.device] = (
+            2 * torch.cuda.get_device_properties(x.device).multi_processor_count if on_gpu else 3
+        )
+    return min(x.numel() // x.shape[-1], _blocks[x.device])
+
+
+def peaks(x: Tensor, pb_relax: str | None, norms: int) -> Tensor | None:
+    """Workspace for the maxima of each block, for each norm."""
+    return x.new_empty(norms * blocks(x), dtype=torch.float32) if pb_relax == "tensor" else None
+
+
+def partials(x: Tensor, slots: int) -> Tensor:
+    """Workspace for each block's sums over its rows, one for each gradient of a weight or bias."""
+    return x.new_empty((blocks(x), slots, x.shape[-1]), dtype=torch.float32)

@@ -45,14 +45,15 @@ Dropout dropout(DropoutArguments d) {
 }
 
 LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
-                                    Address stats, Address peaks, int64_t rows, int64_t C, float eps,
-                                    int pb_relax, int dtype) {
+                                    Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
+                                    float eps, int pb_relax, int dtype) {
     return {pointer<void>(x),
             pointer<void>(y),
             parameter(weight),
             parameter(bias),
             pointer<float>(stats),
             pointer<float>(peaks),
+            blocks,
             rows,
             C,
             eps,
@@ -62,7 +63,7 @@ LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weigh
 
 LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
                                       ParameterAddress dweight, ParameterAddress dbias, Address stats,
-                                      Address partials, int64_t rows, int64_t C, int dtype) {
+                                      Address partials, int64_t blocks, int64_t rows, int64_t C, int dtype) {
     return {pointer<void>(dy),
             pointer<void>(x),
             pointer<void>(dx),
@@ -71,14 +72,15 @@ LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, Paramet
             parameter(dbias),
             pointer<float>(stats),
             pointer<float>(partials),
+            blocks,
             rows,
             C,
             DType(dtype)};
 }
 
 SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<ParameterAddress, 4> parameters,
-                                 Address stats, Address peaks, int64_t rows, int64_t C, float eps,
-                                 int pb_relax, DropoutArguments drop, int dtype) {
+                                 Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
+                                 float eps, int pb_relax, DropoutArguments drop, int dtype) {
     return {pointer<void>(tensors[0]),
             pointer<void>(tensors[1]),
             pointer<void>(tensors[2]),
@@ -89,6 +91,7 @@ SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<Para
             parameter(parameters[3]),
             pointer<float>(stats),
             pointer<float>(peaks),
+            blocks,
             rows,
             C,
             eps,
@@ -99,7 +102,8 @@ SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<Para
 
 SandwichBackward sandwich_backward(std::array<Address, 6> tensors, std::array<ParameterAddress, 2> weights,
                                    std::array<ParameterAddress, 4> gradients, Address stats, Address partials,
-                                   int64_t rows, int64_t C, DropoutArguments drop, int dtype) {
+                                   int64_t blocks, int64_t rows, int64_t C, DropoutArguments drop,
+                                   int dtype) {
     return {pointer<void>(tensors[0]),
             pointer<void>(tensors[1]),
             pointer<void>(tensors[2]),
@@ -114,6 +118,7 @@ SandwichBackward sandwich_backward(std::array<Address, 6> tensors, std::array<Pa
             parameter(gradients[3]),
             pointer<float>(stats),
             pointer<float>(partials),
+            blocks,
             rows,
             C,
             dropout(drop),
@@ -341,6 +346,10 @@ PYBIND11_MODULE(_C, m) {
 #if COGVIEW_HAS_CUDA
     bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
     bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
+    bind_cuda(m, "layer_norm_fwd_cuda", layer_norm_forward, layer_norm_fwd_cuda);
+    bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, layer_norm_bwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, sandwich_layer_norm_fwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, sandwich_layer_norm_bwd_cuda);
     bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward_cuda, three_region_attention_fwd_cuda);
     bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward_cuda, three_region_attention_bwd_cuda);
     bind_cuda(m, "decode_attention_cuda", decode_attention_arguments, decode_attention_cuda);

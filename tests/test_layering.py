@@ -27,6 +27,7 @@ ALLOWED = {
     "layout": {"reference"},
     "triton_kernels": {"launch_config"},
     "launch_config": set(),
+    "tune": {"api", "launch_config", "layout"},
 }
 
 

@@ -48,14 +48,21 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
-    B, H, T, D = q.shape
+def _check_limits(q: Tensor, backend: str) -> None:
+    _, _, T, D = q.shape
     if D > _LARGEST_HEAD:
         raise NotImplementedError(
-            f"{_OP}: the cpu backend takes head sizes up to {_LARGEST_HEAD}, got {D}; use backend='sdpa'"
+            f"{_OP}: the {backend} backend takes head sizes up to {_LARGEST_HEAD}, got {D}; "
+            "use backend='sdpa'"
         )
     if T >= 2**30:
-        raise NotImplementedError(f"{_OP}: the cpu backend takes T below 2^30, got {T}; use backend='sdpa'")
+        raise NotImplementedError(
+            f"{_OP}: the {backend} backend takes T below 2^30, got {T}; use backend='sdpa'"
+        )
+
+
+def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
+    B, H, T, D = q.shape
     pivots = pivots.long().contiguous()
     limits = (B, H, k.shape[1], T, D, pivots.shape[1], min(block_size, 2**30), min(window_blocks, 2**30))
     dropout = (dropout_p, min(round(dropout_p * 2**32), 2**32 - 1), 0 if seed is None else int(seed) % 2**64)
@@ -104,6 +111,7 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
     out, lse = _empty_outputs(q)
     if out.numel() == 0:
         return out, lse
+    _check_limits(q, backend)
     q, k, v = _rows(q), _rows(k), _rows(v)
     if backend == "triton":
         from cogview_kernels.three_region_attention import triton_kernels

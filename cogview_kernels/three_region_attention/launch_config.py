@@ -25,32 +25,60 @@ AUTOTUNE = os.environ.get("COGVIEW_KERNELS_AUTOTUNE", "0") not in ("", "0")
 KERNELS = ("fwd", "dq", "dkv", "dkv_far")
 
 
+# What one block may use.
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+
+
 @dataclass(frozen=True)
 class Config:
     block_m: int
     block_n: int
     num_warps: int
     stages: int
+    maxnreg: int | None = None  # registers a thread, where fewer let one more block run on a processor
 
 
-# By head size padded to a power of two (32 also serves what is smaller): fwd, dq, dkv, dkv_far.
-_Row = tuple[Config, Config, Config, Config]
-_SM80_16_BIT: dict[int, _Row] = {
-    32: (Config(128, 64, 4, 3), Config(128, 64, 8, 3), Config(64, 128, 8, 3), Config(64, 128, 8, 3)),
-    64: (Config(128, 64, 4, 3), Config(128, 64, 8, 2), Config(64, 128, 8, 2), Config(64, 128, 8, 2)),
-    128: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2), Config(32, 128, 8, 2)),
-    256: (Config(64, 32, 4, 2), Config(64, 32, 8, 1), Config(32, 64, 8, 1), Config(32, 64, 8, 1)),
+def _row(text: str) -> tuple[Config, ...]:
+    """One Config a kernel, each ``block_m/block_n/num_warps/stages``, and ``/maxnreg`` where limited."""
+    return tuple(Config(*map(int, numbers.split("/"))) for numbers in text.split())
+
+
+# By (head size padded to a power of two, dropout): fwd, dq, dkv, dkv_far, for blocks that 128 divides. Chosen
+# among what compiles without spills, narrower blocks included; none of it was timed on a GPU yet.
+_SM80_16_BIT = {
+    (32, False): _row("128/64/4/3 128/64/8/3 32/128/8/2 32/128/8/2"),
+    (32, True): _row("64/64/4/3 128/64/8/3 32/128/8/2 32/128/8/2"),
+    (64, False): _row("128/64/4/3 64/64/8/3 32/128/8/2 32/128/8/2"),
+    (64, True): _row("128/64/8/3 128/32/8/3 32/128/8/2 32/128/8/2"),
+    (128, False): _row("128/32/8/3 64/32/4/2 32/64/8/2 32/64/8/2"),
+    (128, True): _row("128/32/8/3 64/32/4/2 32/64/8/2 32/64/8/2"),
+    (256, False): _row("64/32/8/1 64/32/8/1 16/64/8/1 16/64/8/1"),
+    (256, True): _row("64/32/8/1 64/32/8/1 16/64/8/1 16/64/8/1"),
 }
-_FP32: dict[int, _Row] = {
-    32: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 4, 2), Config(32, 64, 4, 2)),
-    64: (Config(64, 32, 8, 2), Config(64, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
-    128: (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-    256: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1), Config(16, 32, 8, 1)),
+_SM90_16_BIT = {
+    (32, False): _row("128/64/8/3/128 128/64/8/3/128 64/128/8/3 64/128/8/3"),
+    (32, True): _row("64/64/4/3/168 64/64/4/3/168 64/128/8/3 64/128/8/3"),
+    (64, False): _row("128/64/8/3/128 128/64/8/3/128 64/128/8/3 64/128/8/3"),
+    (64, True): _row("64/64/4/3/168 128/64/8/3 64/128/8/3 64/128/8/3"),
+    (128, False): _row("128/64/8/3 128/64/8/2 32/128/8/2 32/128/8/2"),
+    (128, True): _row("128/64/8/3 128/64/8/2 32/128/8/2 32/64/8/2"),
+    (256, False): _row("128/32/8/2 64/32/8/2 32/128/8/1 32/128/8/1"),
+    (256, True): _row("128/32/8/2 64/32/8/2 32/128/8/1 32/128/8/1"),
 }
-DEFAULTS: dict[tuple[int, int], dict[int, _Row]] = {
+_FP32 = {
+    (32, False): _row("64/32/8/2 64/32/8/2 32/64/8/2 32/64/8/2"),
+    (32, True): _row("64/32/8/2 64/32/8/2 32/64/8/2 32/64/8/2"),
+    (64, False): _row("64/32/8/2 64/32/8/2 32/64/8/2 32/32/8/2"),
+    (64, True): _row("64/32/8/2 64/32/8/2 32/64/8/2 32/64/8/2"),
+    (128, False): _row("32/32/8/2 32/16/8/1 32/32/8/1 32/32/8/1"),
+    (128, True): _row("32/32/8/2 32/32/8/1 32/32/8/1 32/32/8/1"),
+    (256, False): _row("32/16/8/1 16/16/8/1 16/32/8/1 16/32/8/1"),
+    (256, True): _row("32/16/8/1 16/16/8/1 16/32/8/1 16/32/8/1"),
+}
+DEFAULTS = {
     (80, 16): _SM80_16_BIT,
     (86, 16): _SM80_16_BIT,
-    (90, 16): _SM80_16_BIT,
+    (90, 16): _SM90_16_BIT,
     (80, 32): _FP32,
     (86, 32): _FP32,
     (90, 32): _FP32,
@@ -69,19 +97,21 @@ def padded(D: int) -> int:
     return max(32, 1 << (D - 1).bit_length())
 
 
-def shipped(kernel: str, arch: int, D: int, bits: int, block_size: int) -> Config:
-    """The default for a kernel, its tiles made to divide a window block where 64 does."""
-    config = DEFAULTS[arch, bits][padded(D)][KERNELS.index(kernel)]
+def shipped(kernel: str, arch: int, D: int, bits: int, block_size: int, dropout: bool) -> Config:
+    """The default for a kernel, its tiles halved where that lets them divide a window block."""
+    config = DEFAULTS[arch, bits][padded(D), dropout][KERNELS.index(kernel)]
     return fit(kernel, config, block_size)
 
 
 def fit(kernel: str, config: Config, block_size: int) -> Config:
     """A tile of queries inside one window block needs no mask at the window's start; nor one of keys."""
-    if kernel in ("fwd", "dq") and config.block_m > 64 and block_size % config.block_m:
-        return replace(config, block_m=64, num_warps=4)
-    if kernel == "dkv" and config.block_n > 64 and block_size % config.block_n:
-        return replace(config, block_n=64, num_warps=4)
-    return config
+    tile = config.block_n if kernel == "dkv" else config.block_m
+    if kernel == "dkv_far" or tile <= 64 or block_size % tile == 0:
+        return config
+    half = {"num_warps": max(4, config.num_warps // 2), "maxnreg": 168 if config.maxnreg else None}
+    if kernel == "dkv":
+        return replace(config, block_n=tile // 2, **half)
+    return replace(config, block_m=tile // 2, **half)
 
 
 def choose(
@@ -90,10 +120,97 @@ def choose(
     D: int,
     dtype: torch.dtype,
     block_size: int,
+    dropout: bool,
     launch: Callable[[Config], None],
 ) -> Config:
-    """The configuration to launch ``kernel`` with; ``launch`` is called only to tune."""
+    """The configuration to launch ``kernel`` with; ``launch`` runs only to be timed."""
     bits = 32 if dtype == torch.float32 else 16
     if AUTOTUNE and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        return _tuned(kernel, device, D, bits, block_size, launch)
-    return shipped(kernel, architecture(device), D, bits, block_size)
+        return _tuned(kernel, device, D, bits, block_size, dropout, launch)
+    return shipped(kernel, architecture(device), D, bits, block_size, dropout)
+
+
+# ---- tuning
+
+
+def cache_file() -> Path:
+    folder = os.environ.get("COGVIEW_KERNELS_CACHE") or Path.home() / ".cache" / "cogview_kernels"
+    return Path(folder) / "three_region_attention.json"
+
+
+def candidates(kernel: str, arch: int, D: int, bits: int, block_size: int, dropout: bool) -> list[Config]:
+    """What is worth timing: the default and its neighbours, at most 12; what does not fit is left out."""
+    default = shipped(kernel, arch, D, bits, block_size, dropout)
+    found = {default: None}
+    for tile in (64, 128) if bits == 16 else (32, 64):
+        for step in (32, 64) if bits == 16 else (16, 32):
+            for stages in (2, 3):
+                moves = (step, tile) if kernel.startswith("dkv") else (tile, step)
+                config = Config(*moves, 8 if tile == 128 or bits == 32 else 4, stages)
+                # Query side and a ring of key side tiles, two tensors each (one of queries in fwd).
+                rows = tile * (1 if kernel == "fwd" else 2) + 2 * stages * step
+                if rows * padded(D) * bits // 8 <= SHARED_MEMORY[arch]:
+                    found[fit(kernel, config, block_size)] = None
+    if default.maxnreg is None and bits == 16:
+        found[replace(default, maxnreg=128 if default.num_warps == 8 else 168)] = None
+    return list(found)[:12]
+
+
+_memory: dict[str, Config] = {}
+
+
+def _tuned(
+    kernel: str,
+    device: torch.device,
+    D: int,
+    bits: int,
+    block_size: int,
+    dropout: bool,
+    launch: Callable[[Config], None],
+) -> Config:
+    arch = architecture(device)
+    # Tiles depend on the window block by its factors alone.
+    block = next(b for b in (128, 64, 1) if block_size % b == 0)
+    key = f"{torch.cuda.get_device_name(device)}/{kernel}/D{padded(D)}/{bits}/w{block}/dropout{int(dropout)}"
+    if not _memory:
+        _memory.update(_read())
+    if key not in _memory:
+        times = {c: _time(launch, c) for c in candidates(kernel, arch, D, bits, block_size, dropout)}
+        _memory[key] = min(times, key=lambda c: times[c])
+        _write(key, _memory[key])
+    return _memory[key]
+
+
+def _time(launch: Callable[[Config], None], config: Config) -> float:
+    """Milliseconds, the median of 20 runs after 3; infinite for what the chip has no room for."""
+    try:
+        for _ in range(3):
+            launch(config)
+    except Exception as error:
+        if type(error).__name__ not in ("OutOfResources", "PTXASError"):
+            raise
+        return float("inf")
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
+    for start, stop in events:
+        start.record()
+        launch(config)
+        stop.record()
+    torch.cuda.synchronize()
+    return sorted(start.elapsed_time(stop) for start, stop in events)[10]
+
+
+def _read() -> dict[str, Config]:
+    try:
+        return {key: Config(**value) for key, value in json.loads(cache_file().read_text()).items()}
+    except (OSError, ValueError, TypeError):
+        return {}  # none yet, or of another version
+
+
+def _write(key: str, config: Config) -> None:
+    """Adds one result; a whole new file replaces the old one, so that no reader sees half of it."""
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    everything = {**_read(), key: config}
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({k: asdict(c) for k, c in sorted(everything.items())}, indent=1))
+    part.replace(path)

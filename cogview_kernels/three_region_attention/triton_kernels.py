@@ -237,7 +237,7 @@ def _dq_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale sum_j ds_j k_j;  p = 2^(s - lse),  dp_j = keep_j dout.v_j / (1 - p),  ds = p (dp - delta)."""
+    """dq = scale sum_j ds_j k_j;  ds = 2^(s - lse) (dp - delta),  dp_j = keep_j dout.v_j / (1 - p)."""
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     start_m = (tiles - 1 - pid % tiles) * BLOCK_M
@@ -462,16 +462,18 @@ def _index(pivots: Tensor, T: int, w: int, W: int, with_inverse: bool) -> tuple[
     return ordered, prefix, inverse
 
 
-def _run(kernel: str, q: Tensor, block_size: int, launch: Callable[[Config], None]) -> None:
-    launch(launch_config.choose(kernel, q.device, q.shape[3], q.dtype, block_size, launch))
+def _run(kernel: str, q: Tensor, block_size: int, dropout_p: float, launch: Callable[[Config], None]) -> None:
+    D, dropout = q.shape[3], dropout_p > 0
+    launch(launch_config.choose(kernel, q.device, D, q.dtype, block_size, dropout, launch))
 
 
-def _tiles(config: Config) -> dict[str, int]:
+def _tiles(config: Config) -> dict[str, int | None]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "num_warps": config.num_warps,
         "STAGES": config.stages,
+        "maxnreg": config.maxnreg,
     }
 
 
@@ -508,13 +510,13 @@ def launch_three_region_attention_fwd(
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """q, k, v and out have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
+    """All have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
     if scale < 0:
         q, scale = -q, -scale
     B, H, T, _ = q.shape
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
     P, blocks, G = pivots.shape[1], triton.cdiv(T, w), H // k.shape[1]
-    has_far = P > 0 and W < blocks
+    has_far = P > 0 and blocks > W
     ordered, prefix, _ = _index(pivots, T, w, W, False) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
 
@@ -526,7 +528,7 @@ def launch_three_region_attention_fwd(
             HAS_FAR=has_far, **_flags(q, dropout_p), **_tiles(config),
         )  # fmt: skip
 
-    _run("fwd", q, w, launch)
+    _run("fwd", q, w, dropout_p, launch)
 
 
 def launch_three_region_attention_bwd(
@@ -558,7 +560,7 @@ def launch_three_region_attention_bwd(
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
     P, blocks, heads = pivots.shape[1], triton.cdiv(T, w), k.shape[1]
     G = H // heads
-    has_far = P > 0 and W < blocks
+    has_far = P > 0 and blocks > W
     ordered, prefix, inverse = _index(pivots, T, w, W, True) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
     factor, bias, flags = _factor(scale), pivot_bias * LOG2E.value, _flags(q, dropout_p)
@@ -582,7 +584,7 @@ def launch_three_region_attention_bwd(
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dq", q, w, launch_dq)
+    _run("dq", q, w, dropout_p, launch_dq)
 
     dk_far = dv_far = lse
     if has_far:
@@ -596,7 +598,7 @@ def launch_three_region_attention_bwd(
                 **flags, **_tiles(config),
             )  # fmt: skip
 
-        _run("dkv_far", q, w, launch_dkv_far)
+        _run("dkv_far", q, w, dropout_p, launch_dkv_far)
 
     def launch_dkv(config: Config) -> None:
         _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
@@ -606,7 +608,7 @@ def launch_three_region_attention_bwd(
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dkv", q, w, launch_dkv)
+    _run("dkv", q, w, dropout_p, launch_dkv)
 
 
 def _factor(scale: float) -> float:

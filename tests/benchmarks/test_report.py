@@ -20,6 +20,7 @@ def row(variant, kind, ms, **more):
         "kind": kind,
         "note": "",
         "ms": ms,
+        "ms_quartiles": [0.95 * ms, 1.05 * ms],
         "rate": 300.0,
         "rate_unit": "TFLOP/s",
         "formula": "4 pairs D",
@@ -100,6 +101,12 @@ def test_summary_names_the_fastest_rival_and_what_is_unmeasured():
     assert "| cpu | loop | 2.00x | dense: 4.00x |" in text
     assert "| decode_attention | unmeasured |" in text
     assert "GPU: unmeasured" not in report.summary({"some-gpu": {"three_region_attention": GPU}})
+
+
+def test_unsteady_times_are_marked():
+    shaken = copy.deepcopy(DOCUMENT)
+    shaken["rows"][1]["ms_quartiles"] = [0.4, 0.6]
+    assert "~4.00x" in report.text_table(shaken) and "~" not in report.text_table(DOCUMENT)
 
 
 def test_a_readme_without_markers_is_an_error():

@@ -35,6 +35,7 @@ class Spec:
     num_stages: int = 3
     # Pointers and strides that the launcher always passes as multiples of 16.
     aligned: list[str] = field(default_factory=list)
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,8 @@ def _compile(spec: Spec) -> Report:
         constexprs={(names.index(name),): value for name, value in spec.constexprs.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
     )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", spec.arch, 32),
-        options={"num_warps": spec.num_warps, "num_stages": spec.num_stages},
-    )
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}
+    compiled = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
     ptx = compiled.asm["ptx"]
     used = _ptxas(ptx, spec.arch)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", used))

@@ -7,14 +7,22 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels import ThreeRegionLayout, three_region_attention
-from cogview_kernels.three_region_attention import sdpa
+from cogview_kernels import ThreeRegionLayout, _backends, _extension, three_region_attention
+from cogview_kernels.three_region_attention import launch_config, sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
 
-BACKENDS = ["sdpa", "cpu"]
+KERNELS = ["cpu", "triton"]
+BACKENDS = ["sdpa", *KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles_in_the_interpreter(monkeypatch):
+    """A tile of any size takes it about as long; a GPU runs the shipped sizes."""
+    if _backends.TRITON_INTERPRETED:
+        monkeypatch.setattr(launch_config, "choose", lambda *_: launch_config.Config(128, 128, 4, 1))
 
 
 def make(
@@ -41,7 +49,8 @@ SMALL = {
     "one_position": {"T": 1, "P": 1},
     "window_past_the_start": {"T": 12, "w": 8, "W": 6, "P": 5},
     "blocks_of_one": {"T": 11, "w": 1, "W": 3, "P": 4},
-    "all_are_pivots": {"T": 17, "w": 4, "W": 1, "P": 17},
+    "all_are_pivots": {"T": 33, "w": 4, "W": 1, "P": 33},
+    "odd_blocks_of_seven": {"T": 40, "w": 7, "W": 2, "P": 13},
     "grouped_heads": {"H": 6, "Hkv": 2, "P": 7},
     "one_key_head": {"H": 3, "Hkv": 1, "P": 7, "bias": 0.0},
 }
@@ -171,6 +180,7 @@ LARGE = {
     "two_tiles_and_a_bit": {"B": 2, "T": 700, "w": 128, "W": 2, "P": 261, "D": 64},
     "odd_blocks": {"T": 613, "w": 100, "W": 3, "P": 131, "D": 80, "Hkv": 1},
     "small_blocks": {"T": 570, "w": 24, "W": 3, "P": 63, "D": 96},
+    "D32": {"T": 190, "w": 32, "W": 2, "P": 40, "D": 32, "H": 4, "Hkv": 2},
     "D128": {"T": 530, "w": 64, "W": 2, "P": 129, "D": 128},
     "D256": {"T": 530, "w": 128, "W": 1, "P": 127, "D": 256, "H": 1},
 }
@@ -227,6 +237,117 @@ def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch)
     check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
 
 
+@pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)], ids=str)
+@pytest.mark.parametrize("case", ["remainder", "different_counts", "odd_blocks_of_seven", "grouped_heads"])
+def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
+    """Several tiles each way, inside, at and across the borders of window blocks."""
+    monkeypatch.setattr(launch_config, "choose", lambda *_: launch_config.Config(*tiles, 4, 1))
+    case = {**SMALL[case], "T": SMALL[case].get("T", 23) + 17, "H": SMALL[case].get("H", 1)}
+    check_against_reference("triton", case, torch.float32, backend_device("triton"), dropout_p=0.3, lse=True)
+
+
+@pytest.mark.parametrize(
+    "case", ["any_order_and_pads", "grouped_heads", "all_are_pivots", "no_pivots", "D128"]
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_and_lse(backend, dtype, case, backend_device):
+    if case == "D128" and dtype == torch.float16:
+        pytest.skip("the other dtypes have shown it")
+    case = {**SMALL, **LARGE}[case]
+    check_against_reference(backend, case, dtype, backend_device(backend), dropout_p=0.3, lse=True)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_draws_the_mask_of_the_reference(backend, backend_device):
+    """Equal logits and one-hot values: the output is the dropout mask itself, over pivots and window."""
+    T, p, seed, device = 96, 0.4, -(0x1234_5678_9ABC), backend_device(backend)
+    layout = ThreeRegionLayout(torch.tensor([[95, 3, 20, 40, 41, 0, -1]] * 2, device=device), 16, 2, 0.0)
+    q, k = torch.zeros(2, 3, T, T, device=device), torch.randn(2, 3, T, T, device=device)
+    v = torch.eye(T, device=device).expand(2, 3, T, T)
+    call = lambda name, seed: three_region_attention(  # noqa: E731
+        q, k, v, layout, dropout_p=p, seed=seed, backend=name
+    )
+    out = call(backend, seed)
+    assert torch.equal(out != 0, call("reference", seed) != 0)
+    kept = (out != 0).sum() / layout.dense_mask(T).sum() / 3
+    assert float(kept) == pytest.approx(1 - p, abs=0.02)
+    assert torch.equal(out, call(backend, torch.tensor(seed, device=device)))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_two_runs_give_the_same_bits(backend, backend_device):
+    q, k, v, layout = make(T=300, w=32, W=2, P=100, H=4, Hkv=2, device=backend_device(backend))
+    options = {"dropout_p": 0.1, "seed": 5, "backend": backend}
+    dout = torch.randn_like(q)
+    first, second = (
+        with_gradients(three_region_attention, q, k, v, layout, dout=dout, **options) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_scale_of_any_sign(backend, scale, backend_device):
+    q, k, v, layout = make(T=70, w=16, P=20, device=backend_device(backend))
+    dout = torch.randn_like(q)
+    ours, expected = (
+        with_gradients(three_region_attention, q, k, v, layout, dout=dout, scale=scale, backend=name)
+        for name in (backend, "reference")
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_gradient_of_lse_alone(backend, backend_device):
+    q, k, v, layout = make(T=70, w=16, P=20, Hkv=1, device=backend_device(backend))
+    weight = torch.randn(q.shape[:3], device=q.device)
+    results = []
+    for name in (backend, "reference"):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        lse = three_region_attention(*leaves, layout, return_lse=True, backend=name)[1]
+        results.append(torch.autograd.grad(lse, leaves, weight, allow_unused=True))
+    for ours, expected in zip(*results, strict=True):
+        expected = torch.zeros_like(ours) if expected is None else expected
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_strides_of_every_kind(backend, backend_device):
+    """A last dimension that is not contiguous costs a copy; an expanded gradient has strides of 0."""
+    q, k, v, layout = make(T=70, w=16, P=20, D=32, device=backend_device(backend))
+    odd = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
+    dout = torch.randn(1, device=q.device).expand(q.shape)
+    ours = with_gradients(three_region_attention, *odd, layout, dout=dout, backend=backend)
+    expected = with_gradients(three_region_attention, q, k, v, layout, dout=dout, backend="reference")
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    out = three_region_attention(
+        q.transpose(1, 2).contiguous().transpose(1, 2), k, v, layout, backend=backend
+    )
+    assert out.transpose(1, 2).is_contiguous(), "the output keeps the order of q in memory"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_past_32_bits(backend, backend_device):
+    """Rows 2^27 elements apart: the last ones lie past 2^31, in memory that is reserved and never touched."""
+    device = backend_device(backend)
+    if device.type != "cpu":
+        pytest.skip("would take 5 GB of the GPU's memory")
+    T, D, step = 20, 32, 2**27
+    q, k, v, layout = make(T=T, D=D, H=1, P=8, dtype=torch.float16)
+    try:
+        storage = torch.UntypedStorage(2 * (T * step + D))
+    except RuntimeError:
+        pytest.skip("the address space is limited here")
+    far = torch.empty(0, dtype=torch.float16).set_(storage, 0, k.shape, (T * step, T * step, step, 1))
+    far.copy_(k)
+    dout = torch.randn_like(q)
+    for spread, near in (((q, far, v), (q, k, v)), ((far, k, v), (k, k, v)), ((q, k, far), (q, k, k))):
+        ours = with_gradients(three_region_attention, *spread, layout, dout=dout, backend=backend)
+        expected = with_gradients(three_region_attention, *near, layout, dout=dout, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
 def test_sdpa_takes_one_call_for_short_sequences(monkeypatch):
     calls = []
     call = sdpa.scaled_dot_product_attention
@@ -276,7 +397,118 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
     torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
 
 
+# ---- the cpu backend
+
+
+@pytest.fixture
+def instruction_set():
+    """``instruction_set(name)`` switches to it, or skips where the processor lacks it."""
+    if _extension.native is None:
+        pytest.skip(_extension.missing_reason)
+    best = _extension.native.isa()
+
+    def switch(name):
+        try:
+            _extension.native.set_isa(name)
+        except ValueError as error:
+            pytest.skip(str(error))
+        assert _extension.native.isa() == name
+
+    yield switch
+    _extension.native.set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+def test_every_instruction_set(isa, dtype, instruction_set):
+    instruction_set(isa)
+    for case in ("different_counts", "past_an_edge", "odd_blocks", "D256"):
+        check_against_reference("cpu", {**SMALL, **LARGE}[case], dtype, "cpu", dropout_p=0.1, lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_thread_count_changes_no_bit(dtype, backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(B=2, H=2, Hkv=1, T=700, w=64, W=2, P=150, D=64, dtype=dtype)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(with_gradients(three_region_attention, q, k, v, layout, dout=q, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pivots", "message"),
+    [
+        ([[1], [8]], r"pivots must lie in \[0, 8\) \(-1 pads\), got 8"),
+        ([[2**33], [1]], "got 8589934592"),
+        ([[1], [-2]], r"got -2; draw them for this sequence length"),
+        ([[1, 2], [7, 7]], "unique within a sample, got 7 twice"),
+    ],
+    ids=str,
+)
+def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
+    """The op itself does, so that a compiled graph does too."""
+    backend_device("cpu")
+    x = torch.ones(2, 2, 8, 4)
+    layout = ThreeRegionLayout(torch.tensor(pivots), 2, 2)
+    with pytest.raises(ValueError, match=message):
+        three_region_attention(x, x, x, layout, backend="cpu")
+    out, lse = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8)
+    arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, out, lse, *arguments)
+
+
+def test_cpu_refuses_large_heads(backend_device):
+    backend_device("cpu")
+    x = torch.ones(1, 1, 8, 257)
+    with pytest.raises(NotImplementedError, match="head sizes up to 256, got 257; use backend='sdpa'"):
+        three_region_attention(x, x, x, ThreeRegionLayout(torch.tensor([[1]]), 2, 2), backend="cpu")
+
+
+def test_last_dimension_of_any_stride(backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(T=40, w=8, W=2, P=9)
+    swapped = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    torch.testing.assert_close(
+        with_gradients(three_region_attention, *swapped, layout, dout=v, backend="cpu"),
+        with_gradients(three_region_attention, q, k, v, layout, dout=v, backend="cpu"),
+    )
+
+
 # ---- PyTorch integration
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(backend, backend_device):
+    q, k, v, layout = make(T=30, w=8, P=9, Hkv=1, device=backend_device(backend))
+    arguments = (*regions(layout), 0.2, 0.25, torch.tensor(3), backend)
+    op, backward = (
+        torch.ops.cogview_kernels.three_region_attention,
+        torch.ops.cogview_kernels.three_region_attention_backward,
+    )
+    out, lse = op(q, k, v, *arguments)
+    torch.library.opcheck(
+        backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *arguments)
+    )
+    torch.library.opcheck(op, (*(x.requires_grad_() for x in (q, k, v)), *arguments))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_op_called_by_name_is_differentiable(backend, backend_device):
+    q, k, v, layout = make(T=40, w=8, W=2, P=9, device=backend_device(backend))
+    op = torch.ops.cogview_kernels.three_region_attention
+    options = (*regions(layout), 0.2, 0.0, None, backend)
+    call = lambda q, k, v: op(q, k, v, *options)[0]  # noqa: E731
+    expected = lambda q, k, v: three_region_attention(q, k, v, layout, scale=0.2, backend="reference")  # noqa: E731
+    torch.testing.assert_close(
+        with_gradients(call, q, k, v, dout=v), with_gradients(expected, q, k, v, dout=v), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ALL)

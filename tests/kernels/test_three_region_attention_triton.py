@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend of three_region_attention: its branches, its configurations, what it compiles to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from cogview_kernels import ThreeRegionLayout, three_region_attention
+from cogview_kernels.three_region_attention import launch_config
+from cogview_kernels.three_region_attention.launch_config import DEFAULTS, KERNELS, Config
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
+
+MODULE = "cogview_kernels.three_region_attention.triton_kernels"
+
+
+# ---- the pivots' index and the branches of the launcher
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
+@pytest.mark.parametrize(("T", "w", "W", "P"), [(300, 16, 2, 130), (300, 7, 3, 5), (64, 64, 1, 64)])
+def test_index(T, w, W, P, dtype, backend_device):
+    device = backend_device("triton")
+    from cogview_kernels.three_region_attention import triton_kernels
+
+    pivots = torch.stack([torch.randperm(T)[:P] for _ in range(3)])
+    pivots[1, ::3] = -1
+    ordered, prefix, inverse = triton_kernels._index(pivots.to(device, dtype), T, w, W, True)
+    expected = pivots.masked_fill(pivots < 0, T).sort(1).values
+    assert torch.equal(ordered.cpu().long(), expected)
+    starts = ((torch.arange(-(-T // w)) - W + 1).clamp(min=0) * w).expand(3, -1).contiguous()
+    assert torch.equal(prefix.cpu().long(), torch.searchsorted(expected, starts))
+    for sample in range(3):
+        rank = {p: r for r, p in enumerate(expected[sample].tolist()) if p < T}
+        assert inverse[sample].tolist() == [rank.get(j, -1) for j in range(T)]
+
+
+def test_index_takes_no_place_twice(backend_device):
+    """Values that a GPU is not asked to check stay inside the tensors."""
+    device = backend_device("triton")
+    from cogview_kernels.three_region_attention import triton_kernels
+
+    pivots = torch.tensor([[5, 5, 99, -7, 5, 2]], device=device)
+    ordered, _, _ = triton_kernels._index(pivots, 10, 2, 1, True)
+    assert ordered.tolist() == [[2, 5, 5, 5, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("T", "W", "P", "launched"),
+    [
+        (40, 2, 6, ["_index", "fwd", "_index", "dq", "dkv_far", "dkv"]),
+        (40, 2, 0, ["fwd", "dq", "dkv"]),  # no pivots
+        (40, 5, 6, ["fwd", "dq", "dkv"]),  # a window over everything
+    ],
+)
+def test_launches(T, W, P, launched, backend_device, monkeypatch):
+    device = backend_device("triton")
+    from cogview_kernels.three_region_attention import triton_kernels
+
+    calls = []
+
+    def choose(kernel, *_):
+        calls.append(kernel)
+        return Config(16, 16, 4, 1)
+
+    index = triton_kernels._index
+    monkeypatch.setattr(launch_config, "choose", choose)
+    monkeypatch.setattr(triton_kernels, "_index", lambda *a: calls.append("_index") or index(*a))
+    q = torch.randn(1, 1, T, 32, device=device, requires_grad=True)
+    layout = ThreeRegionLayout(torch.randperm(T, device=device)[None, :P], 8, W)
+    three_region_attention(q, q, q, layout, backend="triton").sum().backward()
+    assert calls == launched
+
+
+@pytest.mark.parametrize(("T", "D"), [(8, 288)])
+def test_limits(T, D, backend_device):
+    q = torch.ones(1, 1, T, D, device=backend_device("triton"))
+    layout = ThreeRegionLayout(torch.tensor([[1]], device=q.device), 2, 2)
+    with pytest.raises(NotImplementedError, match="the triton backend takes head sizes up to 256, got 288"):
+        three_region_attention(q, q, q, layout, backend="triton")
+
+
+# ---- configurations
+
+
+def test_every_chip_and_head_size_has_defaults():
+    for arch in (80, 86, 90):
+        for bits in (16, 32):
+            for D in (32, 64, 80, 96, 128, 256):
+                for dropout in (False, True):
+                    for kernel in KERNELS:
+                        for block_size in (7, 64, 128, 100, 192):
+                            config = launch_config.shipped(kernel, arch, D, bits, block_size, dropout)
+                            tile = config.block_n if kernel == "dkv" else config.block_m
+                            assert kernel == "dkv_far" or tile <= 64 or block_size % tile == 0
+                            assert config in launch_config.candidates(
+                                kernel, arch, D, bits, block_size, dropout
+                            )
+
+
+def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
+    """The kernel is launched to be timed once; a later process reads the file."""
+    device = torch.device("cuda")
+    monkeypatch.setenv("COGVIEW_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(launch_config, "AUTOTUNE", True)
+    monkeypatch.setattr(launch_config, "_memory", {})
+    monkeypatch.setattr(launch_config, "architecture", lambda device: 90)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    timed = []
+
+    def time(launch, config):
+        timed.append(config)
+        launch(config)
+        return abs(config.block_n - 32) + config.stages
+
+    monkeypatch.setattr(launch_config, "_time", time)
+    launched = []
+    arguments = ("fwd", device, 64, torch.float16, 128, False, launched.append)
+    best = launch_config.choose(*arguments)
+    assert (best.block_n, best.stages) == (32, 2) and launched == timed and len(timed) > 3
+    assert launch_config.choose(*arguments) == best and launched == timed
+    assert launch_config.choose("fwd", device, 64, torch.float16, 64, False, launched.append).block_m == 64
+    assert (
+        json.loads(launch_config.cache_file().read_text())["a GPU/fwd/D64/16/w128/dropout0"]["block_n"] == 32
+    )
+
+    count = len(timed)
+    monkeypatch.setattr(launch_config, "_memory", {})
+    assert launch_config.choose(*arguments) == best and len(timed) == count
+    launch_config.cache_file().write_text("{")
+    monkeypatch.setattr(launch_config, "_memory", {})
+    assert launch_config.choose(*arguments) == best and len(timed) > count
+
+
+def test_a_first_call_does_not_tune():
+    config = launch_config.choose("fwd", torch.device("cpu"), 64, torch.bfloat16, 128, False, pytest.fail)
+    assert config == DEFAULTS[90, 16][64, False][0]
+
+
+# ---- compiled for chips that are not here
+
+_INTEGERS = ("BH", "H", "G", "T", "P", "NB", "w", "W")
+_TYPES = dict.fromkeys(("ordered_ptr", "prefix_ptr", "inverse_ptr", "words_ptr"), "*i32")
+_TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "dlse_ptr"), "*fp32") | {"seed": "i64", "threshold": "i64"}
+_TYPES |= dict.fromkeys(("scale", "factor", "bias", "keep_scale"), "fp32") | dict.fromkeys(_INTEGERS, "i32")
+
+
+def spec(
+    names: list[str], kernel: str, arch: int, D: int, dtype: str, block_size: int, dropout: bool
+) -> Spec:
+    """As a launch with the shipped configuration would compile it, strides multiples of 16."""
+    bits = 32 if dtype == "fp32" else 16
+    config = launch_config.shipped(kernel, arch, D, bits, block_size, dropout)
+    constants = {
+        "HAS_FAR": True,
+        "HAS_DROPOUT": dropout,
+        "PRECISION": "ieee",
+        "D": D,
+        "BLOCK_D": launch_config.padded(D),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.stages,
+    }
+    signature = {}
+    for name in names:
+        kind = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride_") else "constexpr"
+        signature[name] = _TYPES.get(name, kind)
+    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride_")]
+    values = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
+    return Spec(
+        MODULE, f"_{kernel}_kernel", signature, values, arch, config.num_warps, aligned=aligned,
+        maxnreg=config.maxnreg,
+    )  # fmt: skip
+
+
+def compile_all(cases):
+    import importlib
+
+    kernels = importlib.import_module(MODULE)
+    specs = []
+    for kernel, *rest in cases:
+        names = list(getattr(kernels, f"_{kernel}_kernel").arg_names)
+        specs.append(spec(names, kernel, *rest))
+    return list(zip(specs, compile_kernels(specs), strict=True))
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_compiles_for_sm80_and_sm90(D):
+    """No spills, shared memory within the chip, the matrix unit of the chip in use."""
+    cases = [(kernel, arch, D, "bf16", 128, False) for kernel in KERNELS for arch in (80, 90)]
+    cases += [(kernel, 90, D, "fp16", 64, True) for kernel in KERNELS]
+    cases += [(kernel, 80, D, "fp32", 128, False) for kernel in KERNELS]
+    for spec, report in compile_all(cases):
+        message = (
+            f"{spec.kernel} sm_{spec.arch} {spec.signature['q_ptr']} {spec.constexprs}: {report.registers}"
+        )
+        assert report.spills == 0, message
+        # The table of sm_80 also serves sm_86, which has less.
+        assert report.shared <= SHARED_MEMORY_LIMIT[86 if spec.arch == 80 else spec.arch], message
+        if spec.signature["q_ptr"] != "*fp32":
+            assert report.matrix_instructions == (["wgmma"] if spec.arch == 90 else ["mma"]), message
+            # K and V arrive by asynchronous copies of 16 bytes, gathered ones too.
+            assert report.ptx.count("cp.async.cg.shared.global") >= 4, message
