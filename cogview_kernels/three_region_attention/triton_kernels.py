@@ -317,13 +317,13 @@ def _key_gradients(
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
-    Key j is seen by the queries from first(j) up to end(j); tiles within full_lo and full_hi need no mask.
+    Key j is seen by the queries from first(j) up to end(j), or to the last one without HAS_END; tiles within full_lo and full_hi need no mask.
     dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
     """
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -341,7 +341,9 @@ def _key_gradients(
             delta = tl.load(stats_ptr + row_base + TP + rows)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if (start < full_lo) | (start + BLOCK_M > full_hi):
-                seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < end[:, None])
+                seen = rows[None, :] >= first[:, None]
+                if HAS_END:
+                    seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
             p = tl.exp2(s * factor - (lse2 - bias)[None, :])
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -386,11 +388,11 @@ def _dkv_far_kernel(
     # Pads count nowhere and are not stored, so they need no mask.
     full_lo = tl.max(tl.where(columns < T, first, 0), axis=0)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, tl.full([BLOCK_N], T, tl.int32),
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, first,
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -433,7 +435,7 @@ def _dkv_kernel(
         start_m, stop_m, stop_n - 1, (start_n // w + W) * w, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
