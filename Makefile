@@ -7,7 +7,7 @@ OUT    ?= build/gpu-check
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo test lint format bench gpu-check wheel-check clean
+.PHONY: help setup build demo test sanitize lint format bench gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,16 @@ demo: build  ## train CogView on handwritten digits and draw them, about 6 minut
 
 test: build  ## every test that this machine can run
 	$(BIN)/python -m pytest
+
+# The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
+# The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
+SANITIZED := build/sanitize
+SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
+sanitize: $(VENV)/.ready  ## run the CPU attention tests under address and undefined-behaviour sanitizers
+	@COGVIEW_SANITIZE=1 COGVIEW_CUDA=0 $(BIN)/python setup.py -q build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
+	  -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
+	  -k "cpu or instruction_set or thread_count or stride" -p no:cacheprovider
 
 lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
     COGVIEW_CUDA_ARCHS       e.g. "70;90": compute capabilities without the dot. The default is every one
                              of DEFAULT_CUDA_ARCHS that the nvcc knows. PTX of the newest is added.
+    COGVIEW_SANITIZE         1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
     COGVIEW_SKIP_EXTENSION   1 installs the Python part alone (the Makefile builds the extension apart).
     CXX, NVCC                the compilers.
 """
@@ -29,7 +30,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-DEFAULT_CUDA_ARCHS = (70, 75, 80, 86, 90, 100, 120)
+# One per binary-compatible family: 8.6 and 8.9 run what is built for 8.0, newer ones the PTX of the last.
+DEFAULT_CUDA_ARCHS = (70, 75, 80, 90)
 
 # Instruction sets compiled per kernel file; the name is also the C++ namespace.
 if platform.machine() in ("x86_64", "AMD64"):
@@ -56,6 +58,11 @@ CXX_FLAGS = [
     # GCC 12 warns of its own AVX-512 headers; Clang does not know the option and says so unless told not to.
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
 ]
+
+
+SANITIZE = os.environ.get("COGVIEW_SANITIZE") == "1"
+if SANITIZE:
+    CXX_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 def find_nvcc() -> str | None:
@@ -122,7 +129,8 @@ class NinjaBuildExt(build_ext):
 
         if nvcc is None:
             print("cogview_kernels: no nvcc, building the CPU part only")
-            link = f"{cxx} -shared -pthread -o $out $in -ldl"
+            sanitize = "-fsanitize=address,undefined " if SANITIZE else ""
+            link = f"{cxx} -shared -pthread {sanitize}-o $out $in -ldl"
         else:
             archs = cuda_archs(nvcc)
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]

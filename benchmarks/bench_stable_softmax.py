@@ -18,7 +18,7 @@ CHECKED_ROWS = 256
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
     chosen = shapes.choose(shapes.SOFTMAX, shapes.SOFTMAX_CPU, shapes.SOFTMAX_TINY, device.type, tiny)
-    dtypes = (torch.bfloat16, torch.float32, torch.float16) if device.type == "cuda" else shapes.CPU_DTYPES
+    dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
 
 

@@ -195,18 +195,23 @@ def replay(request: pytest.FixtureRequest, benchmark: Any):
     return report
 
 
+def _case(item: pytest.Item | None) -> Any:
+    return None if item is None else item.callspec.params["case"]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     if session.config.getoption("--bar"):
-        session.config.stash[BAR] = tqdm(total=len(session.items), file=sys.__stderr__, leave=False)
+        cases = len({(item.path, _case(item)) for item in session.items})
+        session.config.stash[BAR] = tqdm(total=cases, file=sys.__stderr__, unit="case", leave=False)
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Any:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Any:
     bar = item.config.stash.get(BAR, None)
-    if bar is not None:
-        bar.set_description(item.nodeid.split("::")[-1])
+    if bar is not None and bar.desc != f"{_case(item)}: ":
+        bar.set_description(str(_case(item)))
     finished = yield
-    if bar is not None:
+    if bar is not None and _case(item) != _case(nextitem):
         bar.update()
     return finished
 

@@ -28,7 +28,7 @@ from benchmarks import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520
-BUILD_S, TESTS_S, SANITIZER_S = 150, 240, 60
+BUILD_S, TESTS_S, SANITIZER_S, SHORTEST_S = 150, 240, 60, 5
 SHARES = {"three_region_attention": 6, "linear_cross_entropy": 2}  # of the benchmarks' time; others 1
 LOG_BYTES = 8 << 20
 
@@ -40,8 +40,11 @@ print(json.dumps({"name": torch.cuda.get_device_name(0), "capability": torch.cud
 
 
 class Check:
-    def __init__(self, out: Path, budget: float, rehearse: bool, ops: list[str]) -> None:
+    def __init__(
+        self, out: Path, *, budget: float, rehearse: bool, ops: list[str], select: str | None
+    ) -> None:
         self.out, self.budget, self.rehearse, self.ops = out, budget, rehearse, ops
+        self.select = ["-k", select] if select else []
         self.started = time.monotonic()
         self.stages: list[dict[str, Any]] = []
         self.env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
@@ -65,7 +68,7 @@ class Check:
         """Runs ``command`` within ``limit`` seconds and the budget; its output is appended to ``log``."""
         limit = min(limit, self.left())
         begin = time.monotonic()
-        if limit < 5:
+        if limit < SHORTEST_S:
             self.note(name, "left out: out of time", good=may_be_late)
             return
         print(f"[gpu-check] {name} (at most {limit:.0f} s)", flush=True)
@@ -115,7 +118,7 @@ class Check:
     def test(self) -> None:
         every = self.ops == list(OPS)
         folder = ["tests/kernels"] if every else [f"tests/kernels/test_{op}.py" for op in self.ops]
-        options = ["-q", "-ra", "-p", "no:cacheprovider"]
+        options = ["-q", "-ra", "-p", "no:cacheprovider", *self.select]
         if importlib.util.find_spec("xdist"):
             workers = max(1, min(8, (os.cpu_count() or 1) // 2))
             options += ["-n", str(workers)]
@@ -139,7 +142,7 @@ class Check:
             self.note("benchmarks", "left out: the tests wrote no report", good=False)
             return collected
         options = ["--tested", str(report), "--device", "cpu" if self.rehearse else "cuda"]
-        options += ["--tiny"] if self.rehearse else []
+        options += [*(["--tiny"] if self.rehearse else []), *self.select]
         reserve = 0 if self.rehearse else SANITIZER_S
         for i, op in enumerate(self.ops):
             shares = [SHARES.get(name, 1) for name in self.ops[i:]]
@@ -202,7 +205,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description="make gpu-check")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds in all")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="only these")
+    parser.add_argument("--select", metavar="EXPRESSION", help="pytest's -k, for tests and benchmarks")
     arguments = parser.parse_args()
     rehearse = os.environ.get("GPU_CHECK_REHEARSE", "0") not in ("", "0")
     probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
@@ -217,7 +221,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("build.log", "tests.log", "bench.log", "sanitizer.log", "tests.xml", "results.json"):
         (out / name).unlink(missing_ok=True)
-    check = Check(out, arguments.budget, rehearse, arguments.ops)
+    check = Check(out, budget=arguments.budget, rehearse=rehearse, ops=arguments.ops, select=arguments.select)
     if rehearse:
         gpu = {"name": "no GPU", "capability": None}
     check.build(gpu["capability"])

@@ -61,6 +61,11 @@ class Inputs:
         except KeyError:
             raise AttributeError(name) from None
 
+    def float_copy(self) -> Inputs:
+        """Leaves and gradients in float32, for a reference."""
+        wide = {name: self.values[name].detach().float().requires_grad_() for name in self.leaves}
+        return Inputs({**self.values, **wide}, self.leaves, tuple(dout.float() for dout in self.douts))
+
     def gradients_of(self) -> tuple[Tensor, ...]:
         return tuple(self.values[name] for name in self.leaves)
 
@@ -74,6 +79,8 @@ class Variant:
 
     ``why_not(case, device)`` is the reason why it cannot run there, or "". ``truth`` names what it is checked
     against where that is not the op itself (dense attention computes something else); ``work`` likewise.
+    Kinds: "backend" is ours, "rival" is not, "bound" is work that no variant can do without: it is not
+    checked, and its forward is timed whatever the direction.
     """
 
     name: str
@@ -99,14 +106,17 @@ class Benchmark:
     baseline: str
     part: Callable[[tuple[Tensor, ...], Case], tuple[Tensor, ...]] = lambda results, case: results
     limits: Callable[[Case, torch.device], Limits] = field(
-        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(3.0, 5, 40)
+        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(2.0, 5, 40)
     )
 
 
-def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tuple[Variant, ...]:
-    """A variant per backend that is written for ``op``; ``call(function, inputs)`` calls it."""
+def backends(
+    op: str, call: Callable[[Callable[..., Any], Inputs], Any], names: tuple[str, ...] | None = None
+) -> tuple[Variant, ...]:
+    """A variant per backend written for ``op``; ``call(function, inputs)`` calls it. ``names`` where the op
+    has no one list of them."""
     function = getattr(importlib.import_module("cogview_kernels"), op)
-    api = importlib.import_module(f"cogview_kernels.{op}.api")
+    names = names or importlib.import_module(f"cogview_kernels.{op}.api")._SUPPORTED
 
     def variant(name: str) -> Variant:
         chosen = functools.partial(function, backend=name)
@@ -117,11 +127,7 @@ def backends(op: str, call: Callable[[Callable[..., Any], Inputs], Any]) -> tupl
             why_not=lambda case, device: _backends.why_not(name, device),
         )
 
-    return tuple(variant(name) for name in api._SUPPORTED if name != "reference")
-
-
-def not_on(device_type: str, reason: str) -> Callable[[Case, torch.device], str]:
-    return lambda case, device: reason if device.type == device_type else ""
+    return tuple(variant(name) for name in names if name != "reference")
 
 
 def _tuple(x: Any) -> tuple[Tensor, ...]:
@@ -182,12 +188,12 @@ def race(
     torch.compiler.reset()
     torch.manual_seed(0)
     inputs = bench.inputs(cases[0], device)
-    for tensor in inputs.gradients_of():
-        tensor.requires_grad_(any(case.direction != FORWARD for case in cases))
     forwards: dict[str, Forward] = {}
     outcomes: dict[Case, Outcome] = {}
     for case in cases:
         outcomes[case] = outcome = Outcome()
+        for tensor in inputs.gradients_of():
+            tensor.requires_grad_(case.direction != FORWARD)
         jobs = _checked_jobs(bench, case, device, inputs, variants, forwards, outcome)
         gc.collect()
         if not jobs:
@@ -197,7 +203,8 @@ def race(
             if variant.name in jobs:
                 spread = timing.spread(outcome.times_ms[variant.name])
                 row = _row(bench, variant, case, inputs, device, jobs[variant.name], spread, ceilings)
-                outcome.rows.append({**row, "relative_error": _digits(outcome.errors[variant.name])})
+                error = outcome.errors.get(variant.name)
+                outcome.rows.append({**row, "relative_error": None if error is None else _digits(error)})
     return outcomes
 
 
@@ -219,6 +226,10 @@ def _checked_jobs(
         refused = outcome.skipped if variant.kind == "rival" else outcome.wrong
         if reason := variant.why_not(case, device):
             outcome.skipped[variant.name] = reason
+            continue
+        if variant.kind == "bound":
+            forward = variant.prepare(inputs, case)
+            jobs[variant.name] = Job(lambda _, forward=forward: forward())
             continue
         if variant.truth not in truths:
             part, forward = bench.truths[variant.truth](inputs, case)

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.report` -->", "<!-- /benchmarks -->"
 UNMEASURED = "unmeasured"
 
+COLOURS = {"backend": "#c2410c", "rival": "#94a3b8", "bound": "#e2e8f0"}
+
 Document = dict[str, Any]
 Row = dict[str, Any]
 
@@ -42,6 +44,13 @@ def speed(row: Row, rows: list[Row], baseline: str) -> float | None:
     """How many times faster than the baseline of the same case, or None."""
     base = next((r["ms"] for r in rows if r["variant"] == baseline), None)
     return None if base is None else base / row["ms"]
+
+
+def speed_text(row: Row, rows: list[Row], baseline: str) -> str:
+    """With "~" where the quartiles of either time lie more than a fifth of the median apart."""
+    pair = [r for r in rows if r is row or r["variant"] == baseline]
+    unsteady = any(r["ms_quartiles"][1] - r["ms_quartiles"][0] > 0.2 * r["ms"] for r in pair)
+    return ("~" if unsteady else "") + _number(speed(row, rows, baseline), "x")
 
 
 def extra_bytes(row: Row) -> int | None:
@@ -71,7 +80,7 @@ def columns(document: Document, rows: list[Row]) -> tuple[list[str], list[list[s
     table = []
     for row in rows:
         share = f"{100 * row['share_of_ceiling']:.0f} %"
-        line = [row["variant"], _number(speed(row, rows, document["baseline"]), "x"), share]
+        line = [row["variant"], speed_text(row, rows, document["baseline"]), share]
         line.append(_memory(extra_bytes(row)))
         if gpu:
             ms = _number(row["ms"]) + (f" (graph {_number(row['graph_ms'])})" if row.get("graph_ms") else "")
@@ -108,8 +117,9 @@ def short_lines(document: Document) -> list[str]:
     return lines
 
 
-def _markdown_table(header: list[str], table: list[list[str]]) -> list[str]:
-    align = ["---", *["---:"] * (len(header) - 1)]
+def _markdown_table(header: list[str], table: list[list[str]], text: int = 1) -> list[str]:
+    """The first ``text`` columns to the left, the others to the right."""
+    align = ["---"] * text + ["---:"] * (len(header) - text)
     return ["| " + " | ".join(line) + " |" for line in (header, align, *table)]
 
 
@@ -183,46 +193,30 @@ def headline(document: Document) -> list[tuple[tuple[str, str, str, str], Row, l
 def summary(all_documents: dict[str, dict[str, Document]]) -> str:
     """The block between README.md's markers."""
     lines = []
-    gpus = [d for d in all_documents.values() if on_gpu(next(iter(d.values())))]
-    if not gpus:
-        lines += [
-            f"GPU: {UNMEASURED}. `make gpu-check OUT=folder` measures it where there is one.",
-            "",
-        ]
+    if not any(on_gpu(next(iter(documents.values()))) for documents in all_documents.values()):
+        lines += [f"GPU: {UNMEASURED}. `make gpu-check OUT=folder` measures it where there is one.", ""]
     for folder, documents in all_documents.items():
         first = next(iter(documents.values()))
-        gpu = on_gpu(first)
-        lines += [
-            f"**{first['environment']['device']}** ([all rows](benchmarks/results/{folder}/README.md))",
-            "",
-        ]
-        header = [
-            "op, shape, dtype, direction",
-            "backend",
-            *(["ms"] if gpu else []),
-            "against",
-            "times faster",
-        ]
-        table = []
-        for op in OPS:
-            if op not in documents:
-                table.append([op, UNMEASURED, *([""] if gpu else []), "", ""])
-                continue
-            for (shape, _, dtype, direction), ours, rows in headline(documents[op]):
-                rivals = [row for row in rows if row["kind"] == "rival"]
-                base = next((r for r in rivals if r["variant"] == documents[op]["baseline"]), None)
-                best = rivals[0] if rivals else None
-                chosen = [r for r in (base, best) if r is not None]
-                chosen = chosen[:1] if len(chosen) == 2 and chosen[0] is chosen[1] else chosen
-                against = "; ".join(
-                    r["variant"] + (", fastest rival" if r is best and r is not base else "") for r in chosen
-                )
-                times = "; ".join(_number(r["ms"] / ours["ms"], "x") for r in chosen)
-                name = f"{op}, {shape}, {dtype}, {direction}"
-                table.append([name, ours["variant"], *([_number(ours["ms"])] if gpu else []), against, times])
-        lines += [*_markdown_table(header, table), ""]
+        device = first["environment"]["device"]
+        lines += [f"**{device}** ([all rows](benchmarks/results/{folder}/README.md))", ""]
+        table = [row for op in OPS for row in _summary_rows(op, documents.get(op), on_gpu(first))]
+        header = ["op", "shape, dtype, direction", "backend", "fastest rival", "times faster", "against"]
+        lines += [*_markdown_table([*header, *(["ms"] if on_gpu(first) else [])], table, text=4), ""]
     lines += [tiles.markdown()]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary_rows(op: str, document: Document | None, gpu: bool) -> list[list[str]]:
+    if document is None:
+        return [[op, UNMEASURED, *[""] * (5 if gpu else 4)]]
+    rows = []
+    for (shape, _, dtype, direction), ours, raced in headline(document):
+        rival = next((row for row in raced if row["kind"] == "rival"), None)
+        line = [op, f"{shape}, {dtype}, {direction}", ours["variant"]]
+        line += [rival["variant"], speed_text(ours, raced, rival["variant"])] if rival else ["", UNMEASURED]
+        line.append(f"{document['baseline']}: {speed_text(ours, raced, document['baseline'])}")
+        rows.append([*line, _number(ours["ms"])] if gpu else line)
+    return rows
 
 
 def fingerprint(document: Document) -> str:
@@ -253,17 +247,18 @@ def plot(document: Document, path: Path) -> None:
     for (shape, _, _, direction), rows in cases.items():
         axis = axes[shapes.index(shape)][directions.index(direction)]
         speeds = [speed(row, rows, document["baseline"]) or 0.0 for row in rows]
-        colours = ["#c2410c" if row["kind"] == "backend" else "#94a3b8" for row in rows]
+        colours = [COLOURS[row["kind"]] for row in rows]
         axis.barh(range(len(rows)), speeds, color=colours, height=0.72)
         axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
         for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
             tick.set_fontweight("bold" if row["kind"] == "backend" else "normal")
         axis.invert_yaxis()
-        axis.axvline(1.0, color="#334155", linewidth=0.8, linestyle=":")
-        axis.set_xlim(0, max(speeds) * 1.28)
+        axis.axvline(1.0, color="#334155", linewidth=0.8, linestyle=":", zorder=0)
+        axis.set_xlim(0, max(speeds) * (1.45 if on_gpu(document) else 1.25))
         for i, (value, row) in enumerate(zip(speeds, rows, strict=True)):
             label = f" {value:.2f}x" + (f"  {_number(row['ms'])} ms" if on_gpu(document) else "")
-            axis.text(value, i, label, va="center", fontsize=8, color="#334155")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axis.text(value, i, label, va="center", fontsize=8, color="#334155", bbox=box)
         axis.set_title(f"{shape}, {direction}", fontsize=10, loc="left")
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right", "left"]].set_visible(False)
@@ -291,11 +286,12 @@ def plot_is_current(document: Document, path: Path) -> bool:
 
 
 def put_between_markers(text: str, block: str) -> str:
-    """``text`` with ``block`` between the markers, which are added at the end where they are missing."""
-    if BEGIN not in text:
-        text = text.rstrip() + f"\n\n## Speed\n\n{BEGIN}\n{END}\n"
+    """``text`` with ``block`` between the markers."""
     pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: f"{BEGIN}\n\n{block}\n{END}", text, flags=re.DOTALL)
+    replaced, count = re.subn(pattern, lambda _: f"{BEGIN}\n\n{block}\n{END}", text, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md must hold the markers {BEGIN} and {END} once, got {count}")
+    return replaced
 
 
 def generate(*, check: bool = False, root: Path = ROOT) -> list[str]:

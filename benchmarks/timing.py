@@ -16,8 +16,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,17 +200,6 @@ def peak_bytes(job: Job, device: torch.device) -> int | None:
         return max(0, _status_kb("VmHWM") - before) * 1024
     except (OSError, AttributeError):
         return None
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch's CPU threads, restored afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def ceilings(device: torch.device, dtypes: list[torch.dtype], *, tiny: bool = False) -> dict[str, Any]:

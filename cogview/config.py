@@ -75,6 +75,7 @@ class ModelConfig:
     num_heads: int
     vocab_size: int = 58240
     max_positions: int = 1089
+    init_std: float = 0.02  # of all weights; about 1 / sqrt(hidden_size) in the released model
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
     three_region: ThreeRegionConfig | None = None
@@ -110,6 +111,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        # Without text loss, pictures come out unrelated to the text (the paper's finding).
+        _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1
         _require(in_range, "caption_fraction", "in [0, 1]", self.caption_fraction)
 
@@ -146,31 +149,39 @@ PRESETS: dict[str, Preset] = {
     # 8x8 scans of handwritten digits, doubled to 16x16 px, as 4x4 codes: minutes on two CPU cores.
     "digits": Preset(
         model=ModelConfig(
-            num_layers=4,
+            num_layers=3,
             hidden_size=128,
             num_heads=4,
-            vocab_size=384,
-            max_positions=29,
-            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
+            init_std=0.04,
+            dropout=0.0,
+            vocab_size=256,
+            max_positions=26,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=13),
         ),
         train=TrainConfig(
-            steps=1500, batch_size=64, learning_rate=1e-3, warmup_fraction=0.05, checkpoint_every=100
+            steps=2400,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_fraction=0.03,
+            text_weight=2.0,
+            caption_fraction=0.4,
+            checkpoint_every=100,
         ),
         image_tokenizer=ImageTokenizerConfig(
-            num_codes=128,
+            num_codes=48,
             code_dim=32,
-            channels=64,
+            channels=48,
             stages=2,
             image_size=16,
             pixel_mean=(0.5, 0.5, 0.5),
             pixel_std=(0.5, 0.5, 0.5),
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=1000, batch_size=64, learning_rate=2e-3, checkpoint_every=200
+            steps=500, batch_size=64, learning_rate=2e-3, checkpoint_every=100
         ),
-        text_pieces=172,
-        max_text_tokens=8,
-        sampling=SamplingConfig(temperature=0.9, top_k=0, top_p=0.9),
+        text_pieces=130,
+        max_text_tokens=5,
+        sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
     # The single-node recipe of the released code.
     "tutorial": Preset(

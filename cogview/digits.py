@@ -22,23 +22,15 @@ ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 CHINESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 
 TRAINING_PHRASINGS = (
-    *(
-        "{en}",
-        "number {en}",
-        "the digit {en}",
-        "a handwritten {en}",
-        "{en} written by hand",
-        "this is a {en}",
-    ),
-    *("a picture of the number {en}", "an image of the digit {en}", "a scan of a {en}"),
-    *("the number {en} in pencil", "somebody wrote a {en}", "a drawing of a {en} by hand"),
-    *("{zh}", "数字{zh}", "手写数字{zh}", "手写的{zh}", "这是{zh}", "{zh}的图片", "数字{zh}的图片"),
-    *("这个数字是{zh}", "图片里的数字是{zh}", "这是手写的数字{zh}", "写着{zh}的图片", "这张图片是{zh}"),
+    *("a handwritten {en}", "the digit {en}", "the number {en}", "{en} by hand", "this is {en}"),
+    *("a picture of {en}", "a scan of {en}", "the handwritten digit {en}", "this is a {en}"),
+    *("手写数字{zh}", "数字{zh}", "数字{zh}的图片", "这是数字{zh}", "这是{zh}的图片", "手写的数字{zh}"),
+    *("这是手写的{zh}", "手写的{zh}", "这是手写的数字{zh}"),
 )
 # Never seen in training, whole; their words are.
 HELD_OUT_PHRASINGS = (
-    *("a picture of a handwritten {en}", "the digit {en} written by hand", "this is the number {en}"),
-    *("这是数字{zh}", "手写的{zh}的图片", "图片里是手写的{zh}"),
+    *("a handwritten digit {en}", "the handwritten number {en}", "this digit is {en}"),
+    *("手写的{zh}的图片", "手写数字{zh}的图片", "手写的数字{zh}的图片"),
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8

@@ -52,13 +52,14 @@ class Decoder(nn.Module):
 class Quantizer(nn.Module):
     """Nearest code by squared distance; the book follows the encoder by moving averages.
 
-    ``embed`` is stored transposed, ``[D, K]``. In training, a code whose average use falls below
-    ``revive_below`` restarts at a random encoder output: without it most of a small book is never used.
+    ``embed`` is stored transposed, ``[D, K]``. In training, a code that on average serves fewer than
+    ``revive_below`` vectors a step restarts at a random encoder output; in the first step that is nearly
+    all of them. Without it most of a small book is never used.
     """
 
     decay = 0.99
     eps = 1e-5
-    revive_below = 0.05
+    revive_below = 0.5
 
     embed: Tensor
     cluster_size: Tensor
@@ -69,7 +70,7 @@ class Quantizer(nn.Module):
         embed = torch.empty(config.code_dim, config.num_codes)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         self.register_buffer("embed", embed)
-        self.register_buffer("cluster_size", torch.ones(config.num_codes))
+        self.register_buffer("cluster_size", torch.zeros(config.num_codes))
         self.register_buffer("embed_avg", embed.clone())
 
     def nearest(self, z: Tensor) -> Tensor:

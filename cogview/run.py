@@ -84,7 +84,7 @@ def claim_settings(path: Path, settings: dict[str, Any]) -> None:
         write_json(path, settings)
         return
     then, now = _flat(read_json(path)), _flat(settings)
-    for key in sorted(then.keys() | now.keys()):
+    for key in [*now, *(key for key in then if key not in now)]:
         if then.get(key) != now.get(key):
             raise ValueError(
                 f"{path.parent} was started with {key} = {then.get(key)!r}, now {now.get(key)!r}; "

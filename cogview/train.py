@@ -124,18 +124,18 @@ def train(
             if torch.isfinite(loss) and torch.isfinite(norm):
                 optimizer.step()
             else:
-                bar.write(f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; step skipped")
+                bar.write(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; step skipped")
             optimizer.zero_grad(set_to_none=True)
 
             values = {
-                "image_loss": float(image_loss),
-                "text_loss": float(text_loss),
+                "image_loss": image_loss.item(),
+                "text_loss": text_loss.item(),
                 "learning_rate": rate,
             }
             for name, value in values.items():
                 history[name].append(value)
                 board.add_scalar(f"train/{name}", value, step)
-            board.add_scalar("train/gradient_norm", float(norm), step)
+            board.add_scalar("train/gradient_norm", norm.item(), step)
             bar.set_postfix(image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")
             bar.update()
 

@@ -75,7 +75,7 @@ def train_image_tokenizer(
                 # The forward pass has already moved the codebook: put it back.
                 for name, buffer in tokenizer.quantize_t.named_buffers():
                     buffer.copy_(book[name])
-                bar.write(f"step {step}: loss {float(loss)}; step skipped")
+                bar.write(f"step {step}: loss {loss.item()}; step skipped")
             optimizer.zero_grad(set_to_none=True)
 
             values = {

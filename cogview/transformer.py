@@ -142,7 +142,7 @@ class CogView(nn.Module):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """N(0, 0.02); the two projections that end a branch N(0, 0.02 / sqrt(2 L)); biases 0."""
+        """N(0, std); the two projections that end a branch N(0, std / sqrt(2 L)); biases 0."""
         for name, parameter in self.named_parameters():
             if "layernorm" in name:
                 continue
@@ -150,8 +150,8 @@ class CogView(nn.Module):
                 nn.init.zeros_(parameter)
             else:
                 ends_branch = name.endswith(("attention.dense.weight", "dense_4h_to_h.weight"))
-                std = 0.02 / math.sqrt(2 * self.config.num_layers) if ends_branch else 0.02
-                nn.init.normal_(parameter, std=std)
+                shrink = math.sqrt(2 * self.config.num_layers) if ends_branch else 1.0
+                nn.init.normal_(parameter, std=self.config.init_std / shrink)
 
     def forward(
         self,

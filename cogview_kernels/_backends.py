@@ -65,7 +65,7 @@ def _preference(device: torch.device) -> tuple[str, ...]:
 
 
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.
-_defaults: dict[tuple[str, torch.device], str] = {}
+_defaults: dict[tuple[str, tuple[str, ...], torch.device], str] = {}
 
 
 def _default(op: str, supported: tuple[str, ...], device: torch.device) -> str:
@@ -90,9 +90,9 @@ def choose(op: str, supported: tuple[str, ...], backend: str | None, device: tor
         RuntimeError: it cannot run here; the message says why and the way out.
     """
     if backend is None:
-        chosen = _defaults.get((op, device))
+        chosen = _defaults.get((op, supported, device))
         if chosen is None:
-            chosen = _defaults[op, device] = _default(op, supported, device)
+            chosen = _defaults[op, supported, device] = _default(op, supported, device)
         return chosen
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")

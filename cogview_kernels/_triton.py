@@ -20,7 +20,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 def offset(index, stride):
     """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
-    return index.to(tl.int64) * stride
+    return tl.cast(index, tl.int64) * stride
 
 
 @triton.jit
@@ -40,14 +40,22 @@ def load_rows(base_ptr, rows, stride, seen, D: tl.constexpr, BLOCK_D: tl.constex
 
 
 @triton.jit
-def store_rounded(pointer, value, mask, dtype: tl.constexpr):
-    """Store float32 as ``dtype``, to nearest even (the interpreter alone would truncate to bf16)."""
-    if dtype == tl.bfloat16:
+def round_to(value, dtype: tl.constexpr):
+    """Float32 rounded to the nearest value of ``dtype``, as float32 still.
+
+    The interpreter's own conversion would truncate to bf16."""
+    if dtype == tl.bfloat16 and _WIDEN:
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         bits = tl.where(value == value, rounded, bits | 0x400000)
         value = bits.to(tl.float32, bitcast=True)
-    tl.store(pointer, value.to(dtype), mask=mask)
+    return value.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def store_rounded(pointer, value, mask, dtype: tl.constexpr):
+    """Store float32 as ``dtype``, to nearest even."""
+    tl.store(pointer, round_to(value, dtype).to(dtype), mask=mask)
 
 
 @triton.jit

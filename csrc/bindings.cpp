@@ -4,12 +4,20 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <tuple>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "decode_attention/decode_attention_cuda.h"
+#include "layer_norm/layer_norm.h"
+#include "linear_cross_entropy/linear_cross_entropy.h"
+#include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
+#include "three_region_attention/three_region_attention_cuda.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -20,6 +28,101 @@ namespace {
 template <typename T>
 T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+// Where a weight, a bias or its gradient lies (0 for none) and its dtype.
+using ParameterAddress = std::pair<Address, int>;
+
+Parameter parameter(ParameterAddress p) {
+    return {pointer<void>(p.first), DType(p.second)};
+}
+
+// Threshold, scale, seed, and where the seed lies if on the device (else 0).
+using DropoutArguments = std::tuple<uint32_t, float, uint64_t, Address>;
+
+Dropout dropout(DropoutArguments d) {
+    return {std::get<0>(d), std::get<1>(d), std::get<2>(d), pointer<uint64_t>(std::get<3>(d))};
+}
+
+LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
+                                    Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
+                                    float eps, int pb_relax, int dtype) {
+    return {pointer<void>(x),
+            pointer<void>(y),
+            parameter(weight),
+            parameter(bias),
+            pointer<float>(stats),
+            pointer<float>(peaks),
+            blocks,
+            rows,
+            C,
+            eps,
+            PbRelax(pb_relax),
+            DType(dtype)};
+}
+
+LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
+                                      ParameterAddress dweight, ParameterAddress dbias, Address stats,
+                                      Address partials, int64_t blocks, int64_t rows, int64_t C, int dtype) {
+    return {pointer<void>(dy),
+            pointer<void>(x),
+            pointer<void>(dx),
+            parameter(weight),
+            parameter(dweight),
+            parameter(dbias),
+            pointer<float>(stats),
+            pointer<float>(partials),
+            blocks,
+            rows,
+            C,
+            DType(dtype)};
+}
+
+SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<ParameterAddress, 4> parameters,
+                                 Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
+                                 float eps, int pb_relax, DropoutArguments drop, int dtype) {
+    return {pointer<void>(tensors[0]),
+            pointer<void>(tensors[1]),
+            pointer<void>(tensors[2]),
+            pointer<void>(tensors[3]),
+            parameter(parameters[0]),
+            parameter(parameters[1]),
+            parameter(parameters[2]),
+            parameter(parameters[3]),
+            pointer<float>(stats),
+            pointer<float>(peaks),
+            blocks,
+            rows,
+            C,
+            eps,
+            PbRelax(pb_relax),
+            dropout(drop),
+            DType(dtype)};
+}
+
+SandwichBackward sandwich_backward(std::array<Address, 6> tensors, std::array<ParameterAddress, 2> weights,
+                                   std::array<ParameterAddress, 4> gradients, Address stats, Address partials,
+                                   int64_t blocks, int64_t rows, int64_t C, DropoutArguments drop,
+                                   int dtype) {
+    return {pointer<void>(tensors[0]),
+            pointer<void>(tensors[1]),
+            pointer<void>(tensors[2]),
+            pointer<void>(tensors[3]),
+            pointer<void>(tensors[4]),
+            pointer<void>(tensors[5]),
+            parameter(weights[0]),
+            parameter(weights[1]),
+            parameter(gradients[0]),
+            parameter(gradients[1]),
+            parameter(gradients[2]),
+            parameter(gradients[3]),
+            pointer<float>(stats),
+            pointer<float>(partials),
+            blocks,
+            rows,
+            C,
+            dropout(drop),
+            DType(dtype)};
 }
 
 SoftmaxForward softmax_forward(Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
@@ -60,10 +163,108 @@ AttentionOutput attention_output(const Strided& x) {
 // shape: B, H, Hkv, T, D, P, block size, window blocks.
 AttentionShape attention_shape(std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
                                float dropout_p, uint32_t drop_below, uint64_t seed, int dtype) {
-    return {shape[0], shape[1], shape[2], shape[3],  shape[4],   shape[5],
-            shape[6], shape[7], bias,     scale,     dropout_p,  drop_below,
-            seed,     DType(dtype),       pointer<int64_t>(pivots)};
+    return {shape[0],  shape[1],   shape[2], shape[3],     shape[4],
+            shape[5],  shape[6],   shape[7], bias,         scale,
+            dropout_p, drop_below, seed,     DType(dtype), pointer<int64_t>(pivots)};
 }
+
+// `name` of the arguments that `make` takes and a number of threads. `pick` names the function for the
+// instruction set at each call.
+template <typename Args, typename... Arguments, typename Pick>
+void bind_cpu(py::module_& m, const char* name, Args (*make)(Arguments...), Pick pick) {
+    m.def(
+        name, [=](Arguments... arguments, int threads) { pick()(make(arguments...), threads); },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+// `name` of the arguments that `make` takes and a cudaStream_t.
+template <typename Args, typename... Arguments>
+void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
+               void (*run)(const Args&, void*)) {
+    m.def(name,
+          [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
+}
+
+#if COGVIEW_HAS_CUDA
+// What both directions take; the tuples keep the signatures short. dropout: drop_below, 1 / (1 - p), seed,
+// and the address of a seed on the device (0: none).
+using AttentionDropout = std::tuple<uint32_t, float, uint64_t, Address>;
+
+CudaAttention cuda_attention(std::array<int, 8> shape, float bias, float scale,
+                             const AttentionDropout& dropout, std::pair<Address, int> pivots, Address sorted,
+                             const Strided& q, const Strided& k, const Strided& v) {
+    CudaAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.T = shape[3];
+    a.D = shape[4], a.P = shape[5], a.w = shape[6], a.W = shape[7];
+    a.bias = bias;
+    a.scale = scale;
+    a.drop_below = std::get<0>(dropout);
+    a.keep_scale = std::get<1>(dropout);
+    a.seed = std::get<2>(dropout);
+    a.seed_data = pointer<int64_t>(std::get<3>(dropout));
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.sorted = pointer<int32_t>(sorted);
+    a.q = attention_input(q);
+    a.k = attention_input(k);
+    a.v = attention_input(v);
+    return a;
+}
+
+CudaAttentionForward attention_forward_cuda(Strided q, Strided k, Strided v, Strided out, Address lse,
+                                            std::array<int, 8> shape, float bias, float scale,
+                                            AttentionDropout dropout, std::pair<Address, int> pivots,
+                                            Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_output(out),
+            pointer<float>(lse)};
+}
+
+CudaAttentionBackward attention_backward_cuda(Strided q, Strided k, Strided v, Strided out, Strided dout,
+                                              Address lse, Address dlse, Strided dq, Strided dk, Strided dv,
+                                              Address delta, Address dk_far, Address dv_far,
+                                              std::array<int, 8> shape, float bias, float scale,
+                                              AttentionDropout dropout, std::pair<Address, int> pivots,
+                                              Address sorted) {
+    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
+            attention_input(out),
+            attention_input(dout),
+            pointer<float>(lse),
+            pointer<float>(dlse),
+            attention_output(dq),
+            attention_output(dk),
+            attention_output(dv),
+            pointer<float>(delta),
+            pointer<float>(dk_far),
+            pointer<float>(dv_far)};
+}
+
+// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
+DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
+                                           std::array<int, 11> shape, float bias, float scale,
+                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
+                                           Address partial, int dtype) {
+    DecodeAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
+    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
+    a.bias = bias;
+    a.scale = scale;
+    a.q = pointer<void>(q.first);
+    a.k = pointer<void>(k.first);
+    a.v = pointer<void>(v.first);
+    a.out = pointer<void>(out.first);
+    std::copy(q.second.begin(), q.second.end(), a.q_stride);
+    std::copy(k.second.begin(), k.second.end(), a.k_stride);
+    std::copy(v.second.begin(), v.second.end(), a.v_stride);
+    std::copy(out.second.begin(), out.second.end(), a.out_stride);
+    a.lengths = pointer<void>(lengths.first);
+    a.length_bytes = lengths.second;
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.partial = pointer<float>(partial);
+    a.dtype = DType(dtype);
+    return a;
+}
+#endif
 
 }  // namespace
 
@@ -74,23 +275,35 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &set_isa);
     m.def("parallel_runtime", &parallel_runtime);
 
+    bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward,
+             [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });
+    bind_cpu(m, "stable_softmax_bwd_cpu", softmax_backward,
+             [] { return COGVIEW_PICK_ISA(stable_softmax_bwd_cpu); });
+    bind_cpu(m, "layer_norm_fwd_cpu", layer_norm_forward,
+             [] { return COGVIEW_PICK_ISA(layer_norm_fwd_cpu); });
+    bind_cpu(m, "layer_norm_bwd_cpu", layer_norm_backward,
+             [] { return COGVIEW_PICK_ISA(layer_norm_bwd_cpu); });
+    bind_cpu(m, "sandwich_layer_norm_fwd_cpu", sandwich_forward,
+             [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
+    bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
+             [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
     m.def(
-        "stable_softmax_fwd_cpu",
-        [](Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
-           std::array<int64_t, 4> scores_stride, std::array<int64_t, 4> mask_stride, float alpha, float scale,
-           bool causal, int dtype, int threads) {
-            COGVIEW_PICK_ISA(stable_softmax_fwd_cpu)
-            (softmax_forward(scores, mask, probs, shape, scores_stride, mask_stride, alpha, scale, causal,
-                             dtype),
+        "linear_cross_entropy_reduce_cpu",
+        [](Address logits, int64_t stride, int64_t V, int64_t n, Address peak, Address total, int dtype,
+           int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu)
+            ({pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)},
              threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
-        "stable_softmax_bwd_cpu",
-        [](Address dprobs, Address probs, Address dscores, int64_t rows, int64_t N, float factor, int dtype,
-           int threads) {
-            COGVIEW_PICK_ISA(stable_softmax_bwd_cpu)
-            (softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype), threads);
+        "linear_cross_entropy_gradient_cpu",
+        [](Address logits, int64_t stride, int64_t v, int64_t n, int64_t first, Address target,
+           Address coefficient, Address peak, Address total, int dtype, int threads) {
+            COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu)
+            ({pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
+              pointer<float>(coefficient), pointer<float>(peak), pointer<float>(total), DType(dtype)},
+             threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
@@ -105,7 +318,8 @@ PYBIND11_MODULE(_C, m) {
                 attention_input(v),
                 attention_output(out),
                 pointer<float>(lse)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape), threads);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
     m.def(
@@ -125,22 +339,19 @@ PYBIND11_MODULE(_C, m) {
                 attention_output(dq),
                 attention_output(dk),
                 attention_output(dv)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape), threads);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape),
+                                                                       threads);
         },
         py::call_guard<py::gil_scoped_release>());
 #if COGVIEW_HAS_CUDA
-    m.def("stable_softmax_fwd_cuda",
-          [](Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
-             std::array<int64_t, 4> scores_stride, std::array<int64_t, 4> mask_stride, float alpha,
-             float scale, bool causal, int dtype, Address stream) {
-              stable_softmax_fwd_cuda(softmax_forward(scores, mask, probs, shape, scores_stride, mask_stride,
-                                                      alpha, scale, causal, dtype),
-                                      pointer<void>(stream));
-          });
-    m.def("stable_softmax_bwd_cuda", [](Address dprobs, Address probs, Address dscores, int64_t rows,
-                                        int64_t N, float factor, int dtype, Address stream) {
-        stable_softmax_bwd_cuda(softmax_backward(dprobs, probs, dscores, rows, N, factor, dtype),
-                                pointer<void>(stream));
-    });
+    bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
+    bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
+    bind_cuda(m, "layer_norm_fwd_cuda", layer_norm_forward, layer_norm_fwd_cuda);
+    bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, layer_norm_bwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, sandwich_layer_norm_fwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, sandwich_layer_norm_bwd_cuda);
+    bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward_cuda, three_region_attention_fwd_cuda);
+    bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward_cuda, three_region_attention_bwd_cuda);
+    bind_cuda(m, "decode_attention_cuda", decode_attention_arguments, decode_attention_cuda);
 #endif
 }

@@ -234,7 +234,7 @@ def _chunks_why_not(case: Case, device: torch.device) -> str:
 
 
 def _gpu_only(case: Case, device: torch.device) -> str:
-    return "" if device.type == "cuda" else "a GPU kernel of PyTorch"
+    return "" if device.type == "cuda" else "on a CPU PyTorch has but one kernel, the default"
 
 
 DENSE = "dense causal SDPA"
@@ -243,7 +243,7 @@ LOOP = "loop of SDPA calls"
 
 DENSE_VARIANTS = (
     Variant(DENSE, _dense(), truth="dense"),
-    Variant("dense causal SDPA, flash", _dense(SDPBackend.FLASH_ATTENTION), truth="dense"),
+    Variant("dense causal SDPA, flash", _dense(SDPBackend.FLASH_ATTENTION), truth="dense", why_not=_gpu_only),
     Variant("dense causal SDPA, cuDNN", _dense(SDPBackend.CUDNN_ATTENTION), truth="dense", why_not=_gpu_only),
     Variant(
         "dense causal SDPA, memory-efficient",

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _norm
+from cogview_kernels.layer_norm.autograd import layer_norm_op
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 
 _OP = "layer_norm"
-_SUPPORTED = ("reference",)
+_SUPPORTED = _norm.BACKENDS
 
 
 def layer_norm(
@@ -49,6 +50,7 @@ def layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
@@ -60,6 +62,8 @@ def layer_norm(
     _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    _backends.choose(_OP, _SUPPORTED, backend, x.device)
-    wide = x.float() if x.dtype.itemsize == 2 else x
-    return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
+    chosen = _backends.choose(_OP, _norm.supported(x), backend, x.device)
+    if chosen == "reference":
+        wide = x.float() if x.dtype.itemsize == 2 else x
+        return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
+    return layer_norm_op(x, weight, bias, float(eps), pb_relax, chosen)

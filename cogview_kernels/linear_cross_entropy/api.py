@@ -11,7 +11,7 @@ from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_o
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 _OP = "linear_cross_entropy"
-_SUPPORTED = ("chunked", "reference")
+_SUPPORTED = ("triton", "cpu", "chunked", "reference")
 
 
 def linear_cross_entropy(
@@ -76,21 +76,26 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             vocab_range=vocab_range,
         )
-    start, stop = vocab_range or (0, weight.shape[0])
     coefficient = (target != ignore_index).float()
     if token_weight is not None:
         coefficient = torch.where(target != ignore_index, token_weight.detach().float(), 0)
+    total = coefficient.sum() if reduction == "mean" else None
+    if total is not None:
+        # Divided before the gradients are made, so that the usual backward pass need not multiply them.
+        coefficient = coefficient / torch.where(total == 0, 1, total)
     loss = linear_cross_entropy_op(
         hidden.flatten(0, -2) if hidden.dim() != 1 else hidden[None],
-        weight[start:stop],
-        target.flatten() - start,
+        weight,
+        target.flatten(),
         coefficient.flatten(),
+        vocab_range or (0, weight.shape[0]),
         reduction != "none",
         chosen,
     )
     if reduction == "none":
         return loss.view(target.shape)
-    return loss if reduction == "sum" else loss / coefficient.sum()
+    # NaN where nothing counts.
+    return loss if total is None else loss * (total / total)
 
 
 def _check(

@@ -6,11 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _norm, _random
+from cogview_kernels.sandwich_layer_norm.autograd import sandwich_layer_norm_op
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 
 _OP = "sandwich_layer_norm"
-_SUPPORTED = ("reference",)
+_SUPPORTED = _norm.BACKENDS
 
 
 def sandwich_layer_norm(
@@ -56,6 +57,7 @@ def sandwich_layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).
@@ -80,18 +82,21 @@ def sandwich_layer_norm(
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
     _checks.check_dropout(_OP, dropout_p, seed)
-    _backends.choose(_OP, _SUPPORTED, backend, branch.device)
-    wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
-    residual_out, normed = sandwich_layer_norm_reference(
-        branch.to(wide),
-        residual.to(wide),
-        post_weight,
-        post_bias,
-        pre_weight,
-        pre_bias,
-        eps=eps,
-        pb_relax=pb_relax,
-        dropout_p=dropout_p,
-        seed=seed,
+    chosen = _backends.choose(_OP, _norm.supported(branch), backend, branch.device)
+    parameters = (post_weight, post_bias, pre_weight, pre_bias)
+    if chosen == "reference":
+        wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
+        residual_out, normed = sandwich_layer_norm_reference(
+            branch.to(wide),
+            residual.to(wide),
+            *parameters,
+            eps=eps,
+            pb_relax=pb_relax,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+        return residual_out.to(branch.dtype), normed.to(branch.dtype)
+    key = _random.as_seed(seed) if dropout_p > 0 else None
+    return sandwich_layer_norm_op(
+        branch, residual, *parameters, float(eps), pb_relax, float(dropout_p), key, chosen
     )
-    return residual_out.to(branch.dtype), normed.to(branch.dtype)

@@ -15,6 +15,7 @@ from cogview_kernels import _extension, _library
 
 _OP = "three_region_attention"
 _LARGEST_HEAD = 256
+_CUDA_HEADS = (32, 64, 80, 96, 128)
 _LAYOUT = "Tensor pivots, int block_size, int window_blocks, float pivot_bias"
 _OPTIONS = "float scale, float dropout_p, Tensor? seed, str backend"
 _library.define(f"{_OP}(Tensor q, Tensor k, Tensor v, {_LAYOUT}, {_OPTIONS}) -> (Tensor, Tensor)")
@@ -69,6 +70,43 @@ def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, d
     return pivots, (limits, pivots.data_ptr(), *numbers)
 
 
+def cuda_limit(q: Tensor) -> str:
+    """Why the cuda backend cannot take ``q``, and the way out; empty when it can."""
+    if q.dtype != torch.float16:
+        return (
+            f"{_OP}: the cuda backend computes in float16, got {q.dtype}; "
+            "convert, use autocast, or backend='sdpa'"
+        )
+    if q.shape[-1] not in _CUDA_HEADS:
+        heads = ", ".join(map(str, _CUDA_HEADS))
+        return f"{_OP}: the cuda backend takes head sizes {heads}, got {q.shape[-1]}; use backend='sdpa'"
+    return "" if q.shape[2] < 2**30 else f"{_OP}: the cuda backend takes T below 2^30; use backend='sdpa'"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with every row at a multiple of 16 bytes, which is how the CUDA kernels read."""
+    fits = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(x.stride(), x.shape[:3]) if n > 1)  # noqa: B905
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _cuda_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
+    """``(kept, P, numbers)``: tensors to keep alive through the call, pivots that any query sees as far keys,
+    and what follows the tensors in both directions."""
+    if limit := cuda_limit(q):
+        raise NotImplementedError(limit)
+    B, H, T, D = q.shape
+    P = 0 if block_size * window_blocks >= T else pivots.shape[1]
+    pivots = pivots.contiguous()
+    ordered = pivots.new_empty(B, P, dtype=torch.int32)
+    dropout: tuple[int, float, int, int] = (0, 1.0, 0, 0)
+    if dropout_p > 0:
+        seed_value, seed_data = (0, seed.data_ptr()) if seed.device == q.device else (int(seed) % 2**64, 0)
+        dropout = (min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p), seed_value, seed_data)
+    shape = (B, H, k.shape[1], T, D, P, min(block_size, T), min(window_blocks, T))
+    listed = (pivots.data_ptr(), pivots.element_size())
+    return (pivots, ordered), P, (shape, pivot_bias, scale, dropout, listed, ordered.data_ptr())
+
+
 def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
     out, lse = _empty_outputs(q)
     if out.numel() == 0:
@@ -80,6 +118,20 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
 
         regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
         triton_kernels.launch_three_region_attention_fwd(q, k, v, out, lse, *regions)
+        return out, lse
+    if backend == "cuda":
+        q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        with torch.cuda.device(q.device):
+            kept, _, numbers = _cuda_arguments(
+                q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+            )
+            _extension.native.three_region_attention_fwd_cuda(
+                *(_strided(x) for x in (q, k, v, out)),
+                lse.data_ptr(),
+                *numbers,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        del kept
         return out, lse
     # The name keeps a converted copy of the pivots alive through the call.
     kept, numbers = _cpu_arguments(
@@ -106,6 +158,25 @@ def _backward(
 
         regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
         triton_kernels.launch_three_region_attention_bwd(dout, dlse, q, k, v, out, lse, *gradients, *regions)
+        return gradients
+    if backend == "cuda":
+        q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
+        with torch.cuda.device(q.device):
+            kept, P, numbers = _cuda_arguments(
+                q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+            )
+            delta = torch.empty_like(lse)
+            far = lse.new_empty(2, k.shape[0], k.shape[1], P, k.shape[3])
+            _extension.native.three_region_attention_bwd_cuda(
+                *(_strided(x) for x in (q, k, v, out, dout)),
+                lse.data_ptr(),
+                0 if dlse is None else dlse.data_ptr(),
+                *(_strided(x) for x in gradients),
+                *(x.data_ptr() for x in (delta, far[0], far[1])),
+                *numbers,
+                torch.cuda.current_stream().cuda_stream,
+            )
+        del kept
         return gradients
     kept, numbers = _cpu_arguments(
         q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed

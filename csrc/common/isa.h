@@ -28,7 +28,7 @@
     (::cogview::isa() >= ::cogview::Isa::kAvx512 ? avx512::function \
      : ::cogview::isa() == ::cogview::Isa::kAvx2 ? avx2::function   \
                                                  : portable::function)
-#define COGVIEW_PICK_ISA_WITH_BF16(function)                                \
+#define COGVIEW_PICK_ISA_WITH_BF16(function)                                  \
     (::cogview::isa() == ::cogview::Isa::kAmx          ? amx::function        \
      : ::cogview::isa() == ::cogview::Isa::kAvx512Bf16 ? avx512bf16::function \
                                                        : COGVIEW_PICK_ISA(function))

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The generator of cogview_kernels/_random.py: ten rounds of Philox give two words a row, two multiplications
-// a decision per element. Internal linkage: see common/vec.h.
+// a decision per element. For CPU and CUDA; internal linkage: see common/vec.h.
 #pragma once
 
 #include <cstdint>
 
-#include "common/vec.h"
+#if defined(__CUDACC__)
+#define COGVIEW_HOST_DEVICE __host__ __device__
+#else
+#define COGVIEW_HOST_DEVICE
+#endif
 
 namespace cogview {
 namespace {
@@ -15,7 +19,7 @@ struct RowWords {
 };
 
 // The first two words of Philox4x32-10 at counter (c0, c1, c2, 0).
-inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
+COGVIEW_HOST_DEVICE inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
     uint32_t x0 = c0, x1 = c1, x2 = c2, x3 = 0;
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -30,9 +34,11 @@ inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
     return {x0, x1};
 }
 
-// All ones where the element at `column` of rows (r0, r1) survives: where its word reaches `threshold`.
-inline VecI keep_mask(VecU r0, VecU r1, VecU column, uint32_t threshold) {
-    VecU x = column ^ r0;
+// True (all ones in a vector) where the element at `column` of rows (r0, r1) survives: where its word reaches
+// `threshold`. `Word` is uint32_t or a vector of them.
+template <typename Word>
+COGVIEW_HOST_DEVICE inline auto keep_mask(Word r0, Word r1, Word column, uint32_t threshold) {
+    Word x = column ^ r0;
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x ^= r1;
     x = (x ^ (x >> 15)) * 0x846CA68Bu;

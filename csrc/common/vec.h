@@ -161,6 +161,105 @@ inline VecF product_error(VecF a, VecF b, VecF product) {
 inline VecF maximum(VecF a, VecF b) {
     return a > b ? a : b;
 }
+inline VecF magnitude(VecF x) {
+    return maximum(x, -x);
+}
+
+// ---- a row as whole vectors and one part: loops are written once, over either tag
+
+struct Whole {};
+struct Part {
+    int n;  // lanes 0 to n - 1 count
+};
+
+template <typename T>
+inline VecF load(const T* p, Whole) {
+    return load(p);
+}
+template <typename T>
+inline VecF load(const T* p, Part part) {
+    T padded[kLanes] = {};
+    std::memcpy(padded, p, part.n * sizeof(T));
+    return load(padded);
+}
+template <typename T>
+inline void store(T* p, VecF v, Whole) {
+    store(p, v);
+}
+template <typename T>
+inline void store(T* p, VecF v, Part part) {
+    T padded[kLanes];
+    store(padded, v);
+    std::memcpy(p, padded, part.n * sizeof(T));
+}
+// Stores past the caches, for results larger than they are: else each line would first be read. `p` is
+// aligned to the vector's bytes; stream_fence() makes them visible to other threads.
+template <typename T>
+inline void stream(T* p, VecF v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        _mm512_stream_ps(reinterpret_cast<float*>(p), bitcast<__m512>(v));
+    } else {
+        alignas(32) T half[kLanes];
+        store(half, v);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                            _mm256_load_si256(reinterpret_cast<__m256i*>(half)));
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        _mm256_stream_ps(reinterpret_cast<float*>(p), bitcast<__m256>(v));
+    } else {
+        alignas(16) T half[kLanes];
+        store(half, v);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(half)));
+    }
+#else
+    store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if COGVIEW_X86
+    _mm_sfence();
+#endif
+}
+
+// Zeros in the lanes that do not count.
+inline VecF only(VecF v, Whole) {
+    return v;
+}
+inline VecF only(VecF v, Part part) {
+    for (int i = part.n; i < kLanes; ++i) v[i] = 0.0f;
+    return v;
+}
+
+// What a pass over a row adds up, and the largest value it sees (at least 0).
+template <int K>
+struct Totals {
+    VecF sum[K];
+    VecF peak;
+};
+
+// step(j, tag, totals) for every vector of a row of n. Four sets of totals take turns, as one addition would
+// have to wait for the last.
+template <int K, typename Step>
+inline Totals<K> accumulate(int64_t n, const Step& step) {
+    Totals<K> t[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
+        for (int i = 0; i < 4; ++i) step(j + i * kLanes, Whole{}, t[i]);
+    for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
+    if (j < n) step(j, Part{int(n - j)}, t[3]);
+    for (int k = 0; k < K; ++k) t[0].sum[k] = (t[0].sum[k] + t[1].sum[k]) + (t[2].sum[k] + t[3].sum[k]);
+    t[0].peak = maximum(maximum(t[0].peak, t[1].peak), maximum(t[2].peak, t[3].peak));
+    return t[0];
+}
+
+template <typename Step>
+inline void for_each_vector(int64_t n, const Step& step) {
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) step(j, Whole{});
+    if (j < n) step(j, Part{int(n - j)});
+}
 
 inline float reduce_max(VecF v) {
     float m = v[0];

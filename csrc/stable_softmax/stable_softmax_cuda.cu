@@ -3,54 +3,16 @@
 // cache: maximum and sum together (online softmax), then the probabilities.
 // Bytes: 2 N elements a row from memory (3 N past the cache). Row sums go through warp shuffles and 32 floats
 // of shared memory; no atomics, so two runs give the same bits.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "common/cuda_check.h"
+#include "common/cuda_types.cuh"
 #include "stable_softmax/stable_softmax.h"
 
 namespace cogview {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-template <typename T>
-struct CudaType;
-template <>
-struct CudaType<float> {
-    using type = float;
-};
-template <>
-struct CudaType<Half> {
-    using type = __half;
-};
-template <>
-struct CudaType<BFloat16> {
-    using type = __nv_bfloat16;
-};
-
-__device__ float widen(float x) {
-    return x;
-}
-__device__ float widen(__half x) {
-    return __half2float(x);
-}
-__device__ float widen(__nv_bfloat16 x) {
-    return __bfloat162float(x);
-}
-__device__ void narrow(float x, float* to) {
-    *to = x;
-}
-__device__ void narrow(float x, __half* to) {
-    *to = __float2half_rn(x);
-}
-__device__ void narrow(float x, __nv_bfloat16* to) {
-    *to = __float2bfloat16_rn(x);
-}
-
 // A mergeable softmax: sum of 2^(factor * (x - max)) over the keys seen so far.
 struct State {
     float max, sum;

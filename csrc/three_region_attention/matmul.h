@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small matrix products C (+)= A B held in registers, for operands that attention packs itself.
 //
-// Operands are arrays of 4-byte units: one float, or a pair of bfloat16 neighbouring in the contraction. So one
-// kernel serves both: a unit of A is broadcast against a vector of units of B. Sums are in float.
+// Operands are arrays of 4-byte units: one float, or a pair of bfloat16 neighbouring in the contraction. So
+// one kernel serves both: a unit of A is broadcast against a vector of units of B. Sums are in float.
 //   A  unit (m, k) at a[k / a_block * a_next + m * a_row + k % a_block]
 //   B  unit (k, n) at b[k * ldb + n]
 //   C  float (m, n) at c[m * ldc + n]
@@ -36,7 +36,8 @@ template <bool kBf16>
 inline VecF multiply_add(VecF a, VecF b, VecF c) {
 #if defined(__AVX512BF16__)
     if (kBf16)
-        return bitcast<VecF>(_mm512_dpbf16_ps(bitcast<__m512>(c), bitcast<__m512bh>(a), bitcast<__m512bh>(b)));
+        return bitcast<VecF>(
+            _mm512_dpbf16_ps(bitcast<__m512>(c), bitcast<__m512bh>(a), bitcast<__m512bh>(b)));
 #endif
 #if defined(__AVX512F__)
     return bitcast<VecF>(_mm512_fmadd_ps(bitcast<__m512>(a), bitcast<__m512>(b), bitcast<__m512>(c)));

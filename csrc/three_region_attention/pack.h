@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Puts rows of q, k, v and dout into the orders that matmul.h reads. A unit is 4 bytes: one float, or a pair of
-// bfloat16. A stage is `rows` rows of `width` elements in the compute type, zero beyond what exists.
+// Puts rows of q, k, v and dout into the orders that matmul.h reads. A unit is 4 bytes: one float, or a pair
+// of bfloat16. A stage is `rows` rows of `width` elements in the compute type, zero beyond what exists.
 #pragma once
 
 #include "common/vec.h"
@@ -56,6 +56,16 @@ inline VecF pair(VecF low, VecF high) {
     return bitcast<VecF>(((bitcast<VecU>(low) + half) >> 16) | ((bitcast<VecU>(high) + half) & 0xffff0000u));
 }
 
+// As store() of vec.h, where there is an instruction for it.
+inline void store_narrow(BFloat16* p, VecF v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh(bitcast<__m512>(v));
+    std::memcpy(p, &h, sizeof(h));
+#else
+    store(p, v);
+#endif
+}
+
 // Rows 2 r and 2 r + 1 of bfloat16 into row r of pairs; `width` is a multiple of 16.
 inline void interleave(const BFloat16* stage, int64_t rows, int64_t width, float* units) {
     for (int64_t r = 0; r < rows; r += 2) {
@@ -84,8 +94,8 @@ inline void stage_row(const T* row, int64_t D, int64_t width, bool negate, float
 inline void stage_row(const BFloat16* row, int64_t D, int64_t width, bool negate, BFloat16* stage) {
     int64_t d = 0;
     if (row != nullptr) {
-        std::memcpy(stage, row, D * sizeof(BFloat16));
-        d = D;
+        for (; d + 16 <= D; d += 16) std::memcpy(stage + d, row + d, 16 * sizeof(BFloat16));
+        for (; d < D; ++d) stage[d] = row[d];
         if (negate)
             for (int64_t i = 0; i < D; ++i) stage[i].bits ^= 0x8000;
     }
@@ -98,7 +108,7 @@ inline void stage_row(const BFloat16* row, int64_t D, int64_t width, bool negate
 template <bool kBf16>
 struct Compute {
     using type = float;
-    static constexpr int64_t kPack = 1;   // elements a unit
+    static constexpr int64_t kPack = 1;    // elements a unit
     static constexpr int64_t kAlign = 16;  // of head size and query rows
 };
 template <>
@@ -124,7 +134,8 @@ inline void pack_b(const float* stage, int64_t rows, int64_t width, float* units
     std::memcpy(units, stage, rows * width * sizeof(float));
 }
 
-// A with the stage's 32 rows for contraction: units [width, 32 / kPack]. `work` has room for 16 * width units.
+// A with the stage's 32 rows for contraction: units [width, 32 / kPack]. `work` has room for 16 * width
+// units.
 inline void pack_a_transposed(const float* stage, int64_t width, float* units, float*) {
     transpose(stage, 32, width, width, units, 32);
 }

@@ -12,9 +12,9 @@ SortedPivots::SortedPivots(const AttentionShape& a) {
         for (int64_t p = 0; p < a.P; ++p) {
             const int64_t position = a.pivots[b * a.P + p];
             if (position < -1 || position >= a.T)
-                throw std::invalid_argument("three_region_attention: layout.pivots must lie in [0, " +
-                                            std::to_string(a.T) + ") (-1 pads), got " +
-                                            std::to_string(position) + "; draw them for this sequence length");
+                throw std::invalid_argument(
+                    "three_region_attention: layout.pivots must lie in [0, " + std::to_string(a.T) +
+                    ") (-1 pads), got " + std::to_string(position) + "; draw them for this sequence length");
         }
     }
     positions = new int32_t[a.B * (a.P + a.T + 1) + 1];

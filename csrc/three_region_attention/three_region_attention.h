@@ -59,9 +59,11 @@ struct SortedPivots {
     SortedPivots& operator=(const SortedPivots&) = delete;
 };
 
-COGVIEW_DECLARE_PER_ISA_WITH_BF16(
-    void three_region_attention_fwd_cpu(const AttentionForward& args, const SortedPivots& pivots, int threads);
-    void three_region_attention_bwd_cpu(const AttentionBackward& args, const SortedPivots& pivots,
-                                        int threads);)
+COGVIEW_DECLARE_PER_ISA_WITH_BF16(void three_region_attention_fwd_cpu(const AttentionForward& args,
+                                                                      const SortedPivots& pivots,
+                                                                      int threads);
+                                  void three_region_attention_bwd_cpu(const AttentionBackward& args,
+                                                                      const SortedPivots& pivots,
+                                                                      int threads);)
 
 }  // namespace cogview

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Queries go in tiles of up to 64, keys in tiles of 32. Every score tile is kept transposed, S[key, query]: what
-// belongs to a query (maximum, sum, lse, delta) is then a vector along the row, nothing is ever summed across
-// lanes, and each product finds its operands as the one before left them.
+// Queries go in tiles of up to 64, keys in tiles of 32. Every score tile is kept transposed, S[key, query]:
+// what belongs to a query (maximum, sum, lse, delta) is then a vector along the row, nothing is ever summed
+// across lanes, and each product finds its operands as the one before left them.
 //
 // The keys of a head are packed once, in slots: [0, Pp) the sorted pivots, [Pp, Pp + Tp) all positions, both
 // padded to whole tiles. A query tile sees a prefix of the first and a stretch of the second.
@@ -10,15 +10,15 @@
 //   backward  S = K Q^T,  dP = V dO^T,  P = 2^(c S + bias - lse),  dS = P (dP - delta),
 //             dV += P dO,  dK += dS Q,  dQ^T += K^T dS                  10 D FLOPs a pair, one exponential
 // with c = |scale| log2(e); a negative scale is put into Q.
-#include "three_region_attention/three_region_attention.h"
-
 #include <algorithm>
 
 #include "common/parallel.h"
 #include "common/random.h"
 #include "common/vec.h"
+#include "common/workspace.h"
 #include "three_region_attention/matmul.h"
 #include "three_region_attention/pack.h"
+#include "three_region_attention/three_region_attention.h"
 
 namespace cogview {
 namespace COGVIEW_ISA {
@@ -36,14 +36,14 @@ inline int64_t round_up(int64_t n, int64_t to) {
     return (n + to - 1) / to * to;
 }
 
-// 2^x, to about 2^-18 for bfloat16 results, else as exp2 of vec.h.
+// 2^x for x < 128, 0 below -126, NaN for NaN; to 2^-18 where the result is rounded to bfloat16, else to 1
+// ulp. As exp2 of vec.h, less what attention does not need. (Not by vscalefps: it takes 100 times as long
+// where the result underflows, and every masked score does.)
 template <bool kBf16>
 inline VecF weight(VecF x) {
-#if defined(__AVX512F__)
-    // max(-200, NaN) is NaN by the order of the operands; -200 underflows to 0.
-    const __m512 y = _mm512_max_ps(_mm512_set1_ps(-200.0f), bitcast<__m512>(x));
-    const __m512 n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const VecF f = bitcast<VecF>(_mm512_sub_ps(y, n));
+    const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const VecF shifted = x + magic;
+    const VecF f = x - (shifted - magic);
     VecF p;
     if (kBf16) {
         p = broadcast(0.00966636836528778f);
@@ -59,14 +59,12 @@ inline VecF weight(VecF x) {
         p = p * f + 0.6931471824645996f;
     }
     p = p * f + 1.0f;
-    return bitcast<VecF>(_mm512_scalef_ps(bitcast<__m512>(p), n));
-#else
-    return exp2(x);
-#endif
+    const VecF scaled = bitcast<VecF>(bitcast<VecI>(p) + (bitcast<VecI>(shifted) << 23));
+    return x < -126.0f ? VecF{} : scaled;
 }
 
-// Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice the
-// precision where it matters: an error of the last bit of a logit of 16 is one of 16 ulps in its weight.
+// Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice
+// the precision where it matters: an error of the last bit of a logit of 16 is one of 16 ulps in its weight.
 template <bool kBf16>
 struct Exponent {
     VecF factor, factor_low, shift, shift_low;
@@ -110,9 +108,7 @@ struct Plan {
         const VecF shift = add - subtract;
         return {broadcast(factor), broadcast(factor_low), shift, add - (shift + subtract) - subtract_low};
     }
-    int64_t window_start(int64_t query) const {
-        return std::max<int64_t>(0, (query / a.w - a.W + 1) * a.w);
-    }
+    int64_t window_start(int64_t query) const { return std::max<int64_t>(0, (query / a.w - a.W + 1) * a.w); }
 };
 
 // The packed keys or values of one key head, in slots.
@@ -126,8 +122,9 @@ void pack_tile(const Plan<kBf16>& plan, const AttentionInput& x, const SortedPiv
                int64_t head, int64_t tile, const PackedHead& to, bool rows, bool transposed) {
     using E = typename Compute<kBf16>::type;
     const AttentionShape& a = plan.a;
-    const Scratch memory(kTile * plan.Dp * 2);
-    E* stage = rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
+    const Workspace memory(kTile * plan.Dp * 2);
+    E* stage =
+        rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
     const T* base = static_cast<const T*>(x.data) + b * x.stride[0] + head * x.stride[1];
     for (int64_t r = 0; r < kTile; ++r) {
         const int64_t slot = tile * kTile + r;
@@ -212,6 +209,11 @@ inline V lane_vector(const E* p) {
     return v;
 }
 
+template <int kN>
+struct Count {
+    static constexpr int value = kN;
+};
+
 // A run of slots that are all far or all of the window: the rows of one score tile.
 struct Run {
     int64_t slot, rows;
@@ -261,65 +263,79 @@ void mask_scores(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run&
 
 // Raises the maxima to what a new score tile needs. The old ones do while no score passes them by more than
 // 2^8: sums and products stay far below overflow, and the rare change rescales what is summed.
-inline bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, Lanes& lanes,
-                      float* rescale) {
-    bool changed = false;
-    for (int64_t c = 0; c < columns; c += kLanes) {
-        VecF top = load(scores + c), other = top;
-        int64_t r = 1;
-        for (; r + 2 <= rows; r += 2) {
-            top = maximum(load(scores + r * columns + c), top);
-            other = maximum(load(scores + (r + 1) * columns + c), other);
-        }
-        for (; r < rows; ++r) top = maximum(load(scores + r * columns + c), top);
-        top = maximum(top, other);
-        const VecF wanted = top * factor + bias;
-        const VecF old = load(lanes.max + c);
+template <int kVectors>
+bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, int64_t c,
+               Lanes& lanes, float* rescale) {
+    VecF top[kVectors];
+    for (int i = 0; i < kVectors; ++i) top[i] = broadcast(-kInf);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int i = 0; i < kVectors; ++i)
+            top[i] = maximum(load(scores + r * columns + c + i * kLanes), top[i]);
+    VecI changed = VecI{};
+    for (int i = 0; i < kVectors; ++i) {
+        const int64_t at = c + i * kLanes;
+        const VecF wanted = top[i] * factor + bias, old = load(lanes.max + at);
         const VecI raise = wanted > old + 8.0f;
-        const VecF max = raise ? wanted : old;
         // From -inf (nothing seen yet) the factor is 0, and there is nothing to rescale.
-        store(rescale + c, raise ? exp2(old - wanted) : broadcast(1.0f));
-        store(lanes.max + c, max);
-        for (int i = 0; i < kLanes; ++i) changed |= raise[i] != 0;
+        store(rescale + at, raise ? exp2(old - wanted) : broadcast(1.0f));
+        store(lanes.max + at, raise ? wanted : old);
+        changed |= raise;
     }
-    return changed;
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= changed[i];
+    return any != 0;
 }
 
-// Scores become weights 2^(factor score + bias - max), in the order of a B operand with keys contracted.
-template <bool kBf16, bool kDropout>
-void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run& run, int64_t b, Lanes& lanes,
-                  int64_t columns, float* scores) {
-    for (int64_t c = 0; c < columns; c += kLanes) {
-        const VecF max = load(lanes.max + c);
-        const Exponent<kBf16> exponent = plan.exponent(run.far, max == -kInf ? VecF{} : max, VecF{});
-        const VecU r0 = lane_vector<VecU>(lanes.r0 + c), r1 = lane_vector<VecU>(lanes.r1 + c);
-        const auto kept = [&](VecF p, int64_t r) {
-            if (!kDropout) return p;
-            const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-            return keep_mask(r0, r1, key, plan.a.drop_below) ? p : VecF{};
-        };
-        VecF sum = load(lanes.sum + c), sum2 = VecF{};
-        float* p = scores + c;
-        for (int64_t r = 0; r < run.rows; r += 2) {
-            const VecF p0 = weight<kBf16>(exponent(load(p + r * columns)));
-            const VecF p1 = weight<kBf16>(exponent(load(p + (r + 1) * columns)));
-            sum += p0;
-            sum2 += p1;
+// Scores become weights 2^(exponent - max), in the order of a B operand with keys contracted.
+template <bool kBf16, bool kDropout, int kVectors>
+void exponentiate(const Plan<kBf16>& plan, const SortedPivots& pivots, const Run& run, int64_t b,
+                  int64_t columns, int64_t c, Lanes& lanes, float* scores) {
+    Exponent<kBf16> exponent[kVectors];
+    VecF sum[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+        const VecF max = load(lanes.max + c + i * kLanes);
+        exponent[i] = plan.exponent(run.far, max == -kInf ? VecF{} : max, VecF{});
+        sum[i] = load(lanes.sum + c + i * kLanes);
+    }
+    const auto kept = [&](VecF p, int64_t r, int i) {
+        if (!kDropout) return p;
+        const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
+        const VecU r0 = lane_vector<VecU>(lanes.r0 + c + i * kLanes);
+        const VecU r1 = lane_vector<VecU>(lanes.r1 + c + i * kLanes);
+        return keep_mask(r0, r1, key, plan.a.drop_below) ? p : VecF{};
+    };
+    for (int64_t r = 0; r < run.rows; r += 2) {
+        float* first = scores + r * columns + c;
+        float* second = first + columns;
+        float* pairs = scores + r / 2 * columns + c;
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            const VecF p0 = weight<kBf16>(exponent[i](load(first + i * kLanes)));
+            const VecF p1 = weight<kBf16>(exponent[i](load(second + i * kLanes)));
+            sum[i] += p0 + p1;
             if constexpr (kBf16) {
-                store(p + r / 2 * columns, pair(kept(p0, r), kept(p1, r + 1)));
+                store(pairs + i * kLanes, pair(kept(p0, r, i), kept(p1, r + 1, i)));
             } else {
-                store(p + r * columns, kept(p0, r));
-                store(p + (r + 1) * columns, kept(p1, r + 1));
+                store(first + i * kLanes, kept(p0, r, i));
+                store(second + i * kLanes, kept(p1, r + 1, i));
             }
         }
-        store(lanes.sum + c, sum + sum2);
     }
+    for (int i = 0; i < kVectors; ++i) store(lanes.sum + c + i * kLanes, sum[i]);
+}
+
+// Calls body(column, vectors) over a tile's columns, kPanel vectors at a time while there are so many.
+template <typename Body>
+inline void for_each_column(int64_t columns, const Body& body) {
+    int64_t c = 0;
+    for (; c + kPanel * kLanes <= columns; c += kPanel * kLanes) body(c, Count<kPanel>{});
+    for (; c < columns; c += kLanes) body(c, Count<1>{});
 }
 
 // Writes [columns, Dp] floats, given transposed, as rows of T.
 template <typename T>
-void store_rows(const float* transposed, int64_t queries, int64_t columns, int64_t D, int64_t Dp, float factor,
-                float* work, T* to, int64_t stride) {
+void store_rows(const float* transposed, int64_t queries, int64_t columns, int64_t D, int64_t Dp,
+                float factor, float* work, T* to, int64_t stride) {
     transpose(transposed, Dp, columns, columns, work, Dp);
     for (int64_t r = 0; r < queries; ++r) {
         int64_t d = 0;
@@ -350,7 +366,7 @@ struct Forward {
     void run(int threads) {
         const AttentionShape& a = plan.a;
         const int64_t heads = a.B * a.Hkv, head_units = plan.S * plan.Du;
-        const Scratch keys(heads * head_units), values(heads * head_units);
+        const Workspace keys(heads * head_units), values(heads * head_units);
         const int64_t tiles = plan.S / kTile;
         const auto packed = [&](int64_t head) {
             return PackedHead{keys.data + head * head_units, values.data + head * head_units};
@@ -374,7 +390,7 @@ struct Forward {
         const AttentionShape& a = plan.a;
         const Sight s = sight(plan, pivots, b, index);
         const int64_t N = s.columns, Dp = plan.Dp;
-        const Scratch memory((kRun + 3 * Dp) * N);
+        const Workspace memory((kRun + 3 * Dp) * N);
         float* scores = memory.data;
         float* queries = scores + kRun * N;
         float* out = queries + Dp * N;
@@ -386,25 +402,31 @@ struct Forward {
 
         bool first = true;
         for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0}, queries, N,
-                          scores, N, false);
+            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                          queries, N, scores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
             alignas(64) float rescale[kQueries];
             const float bias = run.far ? plan.bias : 0.0f;
-            if (raise_max(scores, run.rows, N, plan.factor, bias, lanes, rescale) && !first) {
+            bool raised = false;
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                raised |= raise_max<vectors.value>(scores, run.rows, N, plan.factor, bias, c, lanes, rescale);
+            });
+            if (raised && !first) {
                 for (int64_t c = 0; c < N; c += kLanes) {
                     const VecF by = load(rescale + c);
                     store(lanes.sum + c, load(lanes.sum + c) * by);
                     for (int64_t d = 0; d < Dp; ++d) store(out + d * N + c, load(out + d * N + c) * by);
                 }
             }
-            if (a.drop_below != 0)
-                exponentiate<kBf16, true>(plan, pivots, run, b, lanes, N, scores);
-            else
-                exponentiate<kBf16, false>(plan, pivots, run, b, lanes, N, scores);
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                if (a.drop_below != 0)
+                    exponentiate<kBf16, true, vectors.value>(plan, pivots, run, b, N, c, lanes, scores);
+                else
+                    exponentiate<kBf16, false, vectors.value>(plan, pivots, run, b, N, c, lanes, scores);
+            });
             matmul<kBf16>(Dp, N, run.rows / Compute<kBf16>::kPack,
-                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, scores,
-                          N, out, N, !first);
+                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                          scores, N, out, N, !first);
             first = false;
         });
 
@@ -416,15 +438,16 @@ struct Forward {
         T* to = static_cast<T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
         store_rows(out, s.queries, N, a.D, Dp, 1.0f, work, to, o.stride[2]);
         float* lse = args.lse + (b * a.H + h) * a.T + s.first;
-        for (int64_t c = 0; c < s.queries; ++c) lse[c] = float(lanes.max[c] * kLn2 + std::log(double(lanes.sum[c])));
+        for (int64_t c = 0; c < s.queries; ++c)
+            lse[c] = float(lanes.max[c] * kLn2 + std::log(double(lanes.sum[c])));
     }
 };
 
 // ---- backward
 
-// Query tiles of a head are dealt to `parts`, each of which sums dK and dV of the slots it sees by itself; then
-// every key adds up what the parts and its pivot slot hold, always in one order. So neither atomics nor a second
-// computation of the scores is needed, and the result does not depend on the threads.
+// Query tiles of a head are dealt to `parts`, each of which sums dK and dV of the slots it sees by itself;
+// then every key adds up what the parts and its pivot slot hold, always in one order. So neither atomics nor
+// a second computation of the scores is needed, and the result does not depend on the threads.
 template <bool kBf16, typename T>
 struct Backward {
     using E = typename Compute<kBf16>::type;
@@ -468,7 +491,7 @@ struct Backward {
         const int64_t head_floats = 3 * head_units + n * part_floats;
         const int64_t wanted = std::max((int64_t(16) << 20) / head_floats, (4 * threads + n - 1) / n);
         const int64_t batch = std::max<int64_t>(1, std::min(heads, wanted));
-        const Scratch memory(batch * head_floats);
+        const Workspace memory(batch * head_floats);
         for (int64_t done = 0; done < heads; done += batch) {
             const int64_t now = std::min(batch, heads - done);
             const auto at = [&](int64_t i) { return memory.data + i * head_floats; };
@@ -501,7 +524,7 @@ struct Backward {
                       float* sums) {
         const int64_t Dp = plan.Dp;
         std::memset(sums, 0, 2 * p.slots * Dp * sizeof(float));
-        const Scratch memory((4 * kRun + 8 * Dp) * kQueries);
+        const Workspace memory((4 * kRun + 8 * Dp) * kQueries);
         for (int64_t h = hkv * plan.group; h < (hkv + 1) * plan.group; ++h)
             for (int64_t t = p.first_tile; t < p.last_tile; ++t)
                 tile(b, h, t, p, keys, values, sums, sums + p.slots * Dp, memory.data);
@@ -539,8 +562,10 @@ struct Backward {
         pack_b_transposed<kBf16>(staged, N, Dp, dout_columns);
         pack_b(staged, N, Dp, dout_rows);
         const AttentionInput &o = args.out, &g = args.dout;
-        const T* out = static_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
-        const T* dout = static_cast<const T*>(g.data) + b * g.stride[0] + h * g.stride[1] + s.first * g.stride[2];
+        const T* out =
+            static_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + s.first * o.stride[2];
+        const T* dout =
+            static_cast<const T*>(g.data) + b * g.stride[0] + h * g.stride[1] + s.first * g.stride[2];
         const int64_t row = (b * a.H + h) * a.T + s.first;
         for (int64_t c = 0; c < s.queries; ++c) {
             const double lse = args.lse[row + c] * kLog2e;
@@ -552,15 +577,18 @@ struct Backward {
 
         bool first = true;
         for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0}, q_columns, N,
-                          scores, N, false);
+            matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                          q_columns, N, scores, N, false);
             matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
                           dout_columns, N, dscores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
-            if (a.drop_below != 0)
-                differentiate<true>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
-            else
-                differentiate<false>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                constexpr int n = vectors.value;
+                if (a.drop_below != 0)
+                    differentiate<true, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+                else
+                    differentiate<false, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            });
             const int64_t slot = run.far ? run.slot : run.slot - part.begin;
             const float* p_a = kBf16 ? p_pairs : scores;
             const float* ds_a = kBf16 ? ds_pairs : dscores;
@@ -568,8 +596,8 @@ struct Backward {
             matmul<kBf16>(run.rows, Dp, Nu, {p_a, Nu, Nu, 0}, dout_rows, Dp, dv + slot * Dp, Dp, true);
             matmul<kBf16>(run.rows, Dp, Nu, {ds_a, Nu, Nu, 0}, q_rows, Dp, dk + slot * Dp, Dp, true);
             matmul<kBf16>(Dp, N, run.rows / kPack,
-                          {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, ds_b, N,
-                          dq, N, !first);
+                          {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                          ds_b, N, dq, N, !first);
             first = false;
         });
         const AttentionOutput& d = args.dq;
@@ -588,51 +616,59 @@ struct Backward {
 
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read:
     // pairs of queries (A operands) and pairs of keys (B operand).
-    template <bool kDropout>
-    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, float* scores, float* dscores,
-                       float* p_pairs, float* ds_pairs, float* ds_rows) const {
+    template <bool kDropout, int kVectors>
+    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, int64_t c, float* scores,
+                       float* dscores, float* p_pairs, float* ds_pairs, float* ds_rows) const {
         const float grow = 1.0f / (1.0f - plan.a.dropout_p);
-        for (int64_t c = 0; c < N; c += kLanes) {
-            const VecF delta = load(lanes.delta + c);
-            const Exponent<kBf16> exponent =
-                plan.exponent(run.far, load(lanes.lse + c), load(lanes.lse_low + c));
-            const VecU r0 = lane_vector<VecU>(lanes.r0 + c), r1 = lane_vector<VecU>(lanes.r1 + c);
-            const auto element = [&](int64_t r, VecF& p, VecF& ds) {
-                p = weight<kBf16>(exponent(load(scores + r * N + c)));
-                VecF dp = load(dscores + r * N + c);
-                VecF dropped = p;
-                if (kDropout) {
-                    const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-                    const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
-                    dp *= by;
-                    dropped *= by;
-                }
-                ds = p * (dp - delta);
-                p = dropped;
-            };
-            for (int64_t r = 0; r < run.rows; r += 2) {
+        Exponent<kBf16> exponent[kVectors];
+        VecF delta[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            const int64_t at = c + i * kLanes;
+            exponent[i] = plan.exponent(run.far, load(lanes.lse + at), load(lanes.lse_low + at));
+            delta[i] = load(lanes.delta + at);
+        }
+        const auto element = [&](int64_t r, int i, VecF& p, VecF& ds) {
+            const int64_t at = r * N + c + i * kLanes;
+            p = weight<kBf16>(exponent[i](load(scores + at)));
+            VecF dp = load(dscores + at), dropped = p;
+            if (kDropout) {
+                const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
+                const VecU r0 = lane_vector<VecU>(lanes.r0 + c + i * kLanes);
+                const VecU r1 = lane_vector<VecU>(lanes.r1 + c + i * kLanes);
+                const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
+                dp *= by;
+                dropped *= by;
+            }
+            ds = p * (dp - delta[i]);
+            p = dropped;
+        };
+        for (int64_t r = 0; r < run.rows; r += 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+                const int64_t at = r * N + c + i * kLanes;
                 VecF p0, p1, ds0, ds1;
-                element(r, p0, ds0);
-                element(r + 1, p1, ds1);
+                element(r, i, p0, ds0);
+                element(r + 1, i, p1, ds1);
                 if constexpr (kBf16) {
-                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + r * N + c;
-                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + r * N + c;
-                    store(p, p0);
-                    store(p + N, p1);
-                    store(ds, ds0);
-                    store(ds + N, ds1);
-                    store(ds_rows + r / 2 * N + c, pair(ds0, ds1));
+                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + at;
+                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + at;
+                    store_narrow(p, p0);
+                    store_narrow(p + N, p1);
+                    store_narrow(ds, ds0);
+                    store_narrow(ds + N, ds1);
+                    store(ds_rows + r / 2 * N + c + i * kLanes, pair(ds0, ds1));
                 } else {
-                    store(scores + r * N + c, p0);
-                    store(scores + (r + 1) * N + c, p1);
-                    store(dscores + r * N + c, ds0);
-                    store(dscores + (r + 1) * N + c, ds1);
+                    store(scores + at, p0);
+                    store(scores + at + N, p1);
+                    store(dscores + at, ds0);
+                    store(dscores + at + N, ds1);
                 }
             }
         }
     }
 
-    void write_key(int64_t b, int64_t hkv, int64_t t, int64_t n, const float* sums, int64_t part_floats) const {
+    void write_key(int64_t b, int64_t hkv, int64_t t, int64_t n, const float* sums,
+                   int64_t part_floats) const {
         const AttentionShape& a = plan.a;
         const int64_t pivot = pivots.slots[b * a.T + t], Dp = plan.Dp;
         const AttentionOutput& x = args.dk;

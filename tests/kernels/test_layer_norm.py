@@ -9,10 +9,62 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import layer_norm
+from cogview_kernels import _extension, _norm, layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
+from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
+BACKENDS = ["cpu", "triton", "cuda"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 MODES = ["row", "tensor", None]
+
+# name: (shape, which parameters there are, their dtype if not that of x). A CPU vector has 4, 8 or 16 lanes,
+# a row is summed in four sets of them; the CPU's backward deals rows by 16, from 1,024 rows in 64 chunks.
+CASES = {
+    "one": ((1, 1), "weight and bias", None),
+    "vector": ((12, 16), "weight and bias", None),
+    "past_a_vector": ((2, 3, 3, 17), "weight and bias", torch.float32),
+    "four_vectors_and_a_bit": ((17, 4 * 16 + 5), "weight", None),
+    "one_dimension": ((40,), "bias", None),
+    "no_parameters": ((5, 33), "", None),
+    "two_tiles_of_rows_and_a_bit": ((37, 2 * 128 + 9), "weight and bias", torch.float32),
+    "many_rows": ((1024 + 33, 8), "weight and bias", None),
+}
+
+
+def make_case(name: str, dtype: torch.dtype, device: torch.device):
+    """``(x, weight, bias), dy``: rows of several scales, with means of their own."""
+    shape, which, parameter_dtype = CASES[name]
+    x = torch.randn(shape) * torch.rand(*shape[:-1], 1).add(0.2) + torch.randn(*shape[:-1], 1)
+    parameters = [
+        torch.randn(shape[-1]).to(parameter_dtype or dtype).to(device) if part in which else None
+        for part in ("weight", "bias")
+    ]
+    return (x.to(dtype).to(device), *parameters), torch.randn(shape).to(dtype).to(device)
+
+
+def with_gradients(function, inputs, dy, **arguments):
+    """The output, and the gradient of each input (None where there is none)."""
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    y = function(*leaves, **arguments)
+    gradients = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], dy))
+    return [y.detach(), *(None if x is None else next(gradients) for x in leaves)]
+
+
+def double(inputs):
+    return [None if x is None else x.double() for x in inputs]
+
+
+def check(backend, inputs, dy, **arguments):
+    """Output and gradients of a backend are within the budget; returns its output."""
+    ours = with_gradients(layer_norm, inputs, dy, backend=backend, **arguments)
+    truth = with_gradients(layer_norm_reference, double(inputs), dy.double(), **arguments)
+    eager = with_gradients(layer_norm_reference, inputs, dy, **arguments)
+    assert_within_budget(ours[0], eager[0], truth[0])
+    for name, a, e, t in zip(("dx", "dweight", "dbias"), ours[1:], eager[1:], truth[1:], strict=True):
+        if a is not None:
+            assert_within_budget(a, e, t, factor=GRADIENT, name=name)
+    return ours[0]
 
 
 # ---- the reference
@@ -126,6 +178,171 @@ def test_half_types_are_widened():
     assert torch.equal(y, layer_norm_reference(x.float(), weight).bfloat16())
 
 
+# ---- every backend against the reference
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_backward(backend, dtype, case, mode, backend_device):
+    if case == "many_rows" and backend != "cpu":
+        pytest.skip("1,024 rows are a boundary of the CPU's backward alone, and slow in Triton's interpreter")
+    inputs, dy = make_case(case, dtype, backend_device(backend))
+    check(backend, inputs, dy, pb_relax=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_rows(backend, dtype, mode, backend_device):
+    """Finite and right, each row judged by itself."""
+    x = extreme_rows(dtype)
+    if backend == "triton" and dtype == torch.bfloat16:
+        x[6] *= 2**20  # the interpreter's bf16 has no subnormals
+    y = layer_norm(x.to(backend_device(backend)), pb_relax=mode, backend=backend).cpu()
+    truth = layer_norm_reference(x.double(), pb_relax=mode)
+    eager = layer_norm_reference(x.float(), pb_relax=mode).to(dtype)
+    if dtype == torch.float32:  # of 40 numbers eager's error is a matter of luck
+        torch.testing.assert_close(y.double(), truth, atol=1e-6, rtol=1e-6)
+        return
+    for r in range(len(x)):
+        assert_within_budget(y[r], eager[r], truth[r], name=f"row {r}")
+
+
+@pytest.mark.parametrize("mode", ["row", "tensor"])
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_to_the_ends_of_its_range(backend, magnitude, mode, backend_device):
+    """The squares of these numbers are zero or infinite in float32."""
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64).expand(2, 40) * magnitude
+    y = layer_norm(x.float().to(backend_device(backend)), pb_relax=mode, backend=backend).cpu()
+    truth = layer_norm_reference(x.float().double(), pb_relax=mode)
+    torch.testing.assert_close(y.double(), truth, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_extreme_float16_rows_are_finite(backend, mode, backend_device):
+    x = extreme_rows(torch.float16).to(backend_device(backend))
+    weight, bias = torch.ones(2, 40, device=x.device)
+    _, dx, dweight, dbias = with_gradients(
+        layer_norm,
+        (x.float(), weight, bias),
+        torch.randn(9, 40, device=x.device),
+        pb_relax=mode,
+        backend=backend,
+    )
+    assert all(bool(d.isfinite().all()) for d in (dx, dweight, dbias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_others(backend, backend_device):
+    x = torch.randn(33, 100, device=backend_device(backend))
+    for mode in ("row", None):
+        y = layer_norm(x, pb_relax=mode, backend=backend)
+        assert torch.equal(layer_norm(x[7:9], pb_relax=mode, backend=backend), y[7:9])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scaling_a_row_changes_nothing(backend, backend_device):
+    x = torch.randn(8, 200, device=backend_device(backend))
+    y = layer_norm(x, backend=backend)
+    for factor in (2.0**-60, 2.0**-20, 2.0**13, 2.0**60):
+        torch.testing.assert_close(layer_norm(x * factor, backend=backend), y, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend, backend_device):
+    wide = torch.randn(6, 5, 2, 24, device=backend_device(backend))
+    weight = torch.randn(48, device=wide.device)[::2]
+    for x in (
+        wide[:, :, 1],
+        wide.transpose(0, 1)[..., 0, :],
+        wide.transpose(-1, 2).contiguous().transpose(-1, 2),
+    ):
+        y = layer_norm(x, weight, pb_relax=None, backend=backend)
+        torch.testing.assert_close(y, F.layer_norm(x, (24,), weight))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0, 4)], ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_empty(backend, shape, mode, backend_device):
+    x = torch.randn(shape, device=backend_device(backend))
+    weight, bias = torch.randn(2, shape[-1], device=x.device)
+    y, dx, dweight, dbias = with_gradients(
+        layer_norm, (x, weight, bias), torch.randn_like(x), pb_relax=mode, backend=backend
+    )
+    assert y.shape == dx.shape == shape and not dweight.any() and not dbias.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_device):
+    case = "many_rows" if backend == "cpu" else "two_tiles_of_rows_and_a_bit"
+    inputs, dy = make_case(case, torch.float32, backend_device(backend))
+    first = with_gradients(layer_norm, inputs, dy, backend=backend)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        second = with_gradients(layer_norm, inputs, dy, backend=backend)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# ---- dispatch
+
+
+@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    best = _extension.native.isa()
+    try:
+        _extension.native.set_isa(isa)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        for dtype in DTYPES:
+            for case in ("past_a_vector", "four_vectors_and_a_bit"):
+                inputs, dy = make_case(case, dtype, torch.device("cpu"))
+                check("cpu", inputs, dy)
+    finally:
+        _extension.native.set_isa(best)
+
+
+def test_rows_too_wide_for_a_gpu_block_go_elsewhere():
+    fits, wide = (torch.empty(1, _norm.GPU_MAX_WIDTH + more, device="meta") for more in (0, 1))
+    assert "triton" in _norm.supported(fits) and "cuda" in _norm.supported(fits)
+    with pytest.raises(NotImplementedError, match="no triton backend; this op has cpu, reference"):
+        layer_norm(wide, backend="triton")
+    x = torch.randn(2, _norm.GPU_MAX_WIDTH + 1)
+    torch.testing.assert_close(layer_norm(x, pb_relax=None), F.layer_norm(x, x.shape[-1:]))
+
+
+# ---- PyTorch integration
+
+
+@pytest.mark.parametrize("which", ["weight and bias", ""])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, which, backend_device):
+    x = torch.randn(2, 5, 8, device=backend_device(backend), requires_grad=True)
+    weight, bias = (torch.randn(8, device=x.device, requires_grad=True) if which else None for _ in range(2))
+    ops = torch.ops.cogview_kernels
+    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, "row", backend))
+    tensors = [None if t is None else t.detach() for t in (torch.randn_like(x), x, weight, bias)]
+    stats = torch.rand(2, 10, device=x.device)
+    torch.library.opcheck(ops.layer_norm_backward.default, (*tensors, stats, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_without_graph_break(backend, backend_device):
+    inputs, dy = make_case("past_a_vector", torch.float32, backend_device(backend))
+    function = lambda *a: layer_norm(2 * a[0], *a[1:], backend=backend) + 1  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradients(compiled, inputs, dy), with_gradients(function, inputs, dy))
+
+
 # ---- errors
 
 
@@ -149,3 +366,49 @@ def test_half_types_are_widened():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         layer_norm(**{"x": torch.ones(2, 3), **arguments})
+
+
+# ---- large tensors, and chips that are not here
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_past_the_caches_are_streamed(dtype):
+    """From 4 MiB on the CPU backend stores around the caches; 2,056 columns do not divide into vectors."""
+    for C in (2048, 2056):
+        inputs = [torch.randn(n).to(dtype) for n in (C, C)]
+        x = torch.randn(1100, C).to(dtype)
+        check("cpu", (x, *inputs), torch.randn(1100, C).to(dtype))
+
+
+def test_triton_compiles_for_sm80_and_sm90():
+    module = "cogview_kernels.layer_norm.triton_kernels"
+    specs = []
+    for arch in (80, 90):
+        for dtype, parameter in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")):
+            for block in (64, 4096):
+                forward = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
+                forward |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
+                forward |= dict.fromkeys(("stats_ptr", "peaks_ptr"), "*fp32")
+                forward |= {"R": "i32", "C": "i32", "eps": "fp32"}
+                aligned = [name for name, kind in forward.items() if kind[0] == "*"] + ["C"]
+                backward = dict.fromkeys(("dy_ptr", "x_ptr", "dx_ptr"), f"*{dtype}")
+                backward |= {"weight_ptr": f"*{parameter}", "stats_ptr": "*fp32", "partials_ptr": "*fp32"}
+                backward |= {"R": "i32", "C": "i32"}
+                flags = {"PB_RELAX": 2, "PEAKS": 528, "BLOCK_PEAKS": 1024, "BLOCK_C": block}
+                signature = forward | dict.fromkeys(flags, "constexpr")
+                warps = max(1, block // 512)
+                specs.append(
+                    Spec(module, "_layer_norm_fwd_kernel", signature, flags, arch, warps, aligned=aligned)
+                )
+                signature = backward | {"BLOCK_C": "constexpr"}
+                aligned = [name for name, kind in backward.items() if kind[0] == "*"] + ["C"]
+                warps = max(1, block // 256)
+                specs.append(
+                    Spec(
+                        module, "_layer_norm_bwd_kernel", signature, {"BLOCK_C": block}, arch, warps,
+                        aligned=aligned,
+                    )
+                )  # fmt: skip
+    for spec, report in zip(specs, compile_kernels(specs), strict=True):
+        assert report.spills == 0, (spec, report.spills)
+        assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)

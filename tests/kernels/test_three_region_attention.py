@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels import ThreeRegionLayout, _backends, three_region_attention
+from cogview_kernels import ThreeRegionLayout, _backends, _extension, three_region_attention
 from cogview_kernels.three_region_attention import launch_config, sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
 
-BACKENDS = ["sdpa", "cpu", "triton"]
 KERNELS = ["cpu", "triton"]
+BACKENDS = ["sdpa", *KERNELS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -180,6 +180,7 @@ LARGE = {
     "two_tiles_and_a_bit": {"B": 2, "T": 700, "w": 128, "W": 2, "P": 261, "D": 64},
     "odd_blocks": {"T": 613, "w": 100, "W": 3, "P": 131, "D": 80, "Hkv": 1},
     "small_blocks": {"T": 570, "w": 24, "W": 3, "P": 63, "D": 96},
+    "D32": {"T": 190, "w": 32, "W": 2, "P": 40, "D": 32, "H": 4, "Hkv": 2},
     "D128": {"T": 530, "w": 64, "W": 2, "P": 129, "D": 128},
     "D256": {"T": 530, "w": 128, "W": 1, "P": 127, "D": 256, "H": 1},
 }
@@ -396,6 +397,90 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
     torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
 
 
+# ---- the cpu backend
+
+
+@pytest.fixture
+def instruction_set():
+    """``instruction_set(name)`` switches to it, or skips where the processor lacks it."""
+    if _extension.native is None:
+        pytest.skip(_extension.missing_reason)
+    best = _extension.native.isa()
+
+    def switch(name):
+        try:
+            _extension.native.set_isa(name)
+        except ValueError as error:
+            pytest.skip(str(error))
+        assert _extension.native.isa() == name
+
+    yield switch
+    _extension.native.set_isa(best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+def test_every_instruction_set(isa, dtype, instruction_set):
+    instruction_set(isa)
+    for case in ("different_counts", "past_an_edge", "odd_blocks", "D256"):
+        check_against_reference("cpu", {**SMALL, **LARGE}[case], dtype, "cpu", dropout_p=0.1, lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_thread_count_changes_no_bit(dtype, backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(B=2, H=2, Hkv=1, T=700, w=64, W=2, P=150, D=64, dtype=dtype)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(with_gradients(three_region_attention, q, k, v, layout, dout=q, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("pivots", "message"),
+    [
+        ([[1], [8]], r"pivots must lie in \[0, 8\) \(-1 pads\), got 8"),
+        ([[2**33], [1]], "got 8589934592"),
+        ([[1], [-2]], r"got -2; draw them for this sequence length"),
+        ([[1, 2], [7, 7]], "unique within a sample, got 7 twice"),
+    ],
+    ids=str,
+)
+def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
+    """The op itself does, so that a compiled graph does too."""
+    backend_device("cpu")
+    x = torch.ones(2, 2, 8, 4)
+    layout = ThreeRegionLayout(torch.tensor(pivots), 2, 2)
+    with pytest.raises(ValueError, match=message):
+        three_region_attention(x, x, x, layout, backend="cpu")
+    out, lse = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8)
+    arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
+    with pytest.raises(ValueError, match=message):
+        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, out, lse, *arguments)
+
+
+def test_cpu_refuses_large_heads(backend_device):
+    backend_device("cpu")
+    x = torch.ones(1, 1, 8, 257)
+    with pytest.raises(NotImplementedError, match="head sizes up to 256, got 257; use backend='sdpa'"):
+        three_region_attention(x, x, x, ThreeRegionLayout(torch.tensor([[1]]), 2, 2), backend="cpu")
+
+
+def test_last_dimension_of_any_stride(backend_device):
+    backend_device("cpu")
+    q, k, v, layout = make(T=40, w=8, W=2, P=9)
+    swapped = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, k, v)]
+    torch.testing.assert_close(
+        with_gradients(three_region_attention, *swapped, layout, dout=v, backend="cpu"),
+        with_gradients(three_region_attention, q, k, v, layout, dout=v, backend="cpu"),
+    )
+
+
 # ---- PyTorch integration
 
 
@@ -412,6 +497,18 @@ def test_opcheck(backend, backend_device):
         backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *arguments)
     )
     torch.library.opcheck(op, (*(x.requires_grad_() for x in (q, k, v)), *arguments))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_op_called_by_name_is_differentiable(backend, backend_device):
+    q, k, v, layout = make(T=40, w=8, W=2, P=9, device=backend_device(backend))
+    op = torch.ops.cogview_kernels.three_region_attention
+    options = (*regions(layout), 0.2, 0.0, None, backend)
+    call = lambda q, k, v: op(q, k, v, *options)[0]  # noqa: E731
+    expected = lambda q, k, v: three_region_attention(q, k, v, layout, scale=0.2, backend="reference")  # noqa: E731
+    torch.testing.assert_close(
+        with_gradients(call, q, k, v, dout=v), with_gradients(expected, q, k, v, dout=v), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""layer_norm over rows of the model's width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import shapes
+from benchmarks.conftest import CLOCK
+from benchmarks.harness import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.rivals import norms
+from cogview_kernels.layer_norm.reference import layer_norm_reference
+
+
+def cases(device: torch.device, tiny: bool) -> list[Case]:
+    chosen = shapes.choose(shapes.ROWS, shapes.ROWS_CPU, shapes.ROWS_TINY, device.type, tiny)
+    dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
+    return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
+
+
+def make_inputs(case: Case, device: torch.device) -> Inputs:
+    N, C = case.shape.N, case.shape.C
+    x, dout = (torch.randn(N, C, device=device).to(case.dtype) for _ in range(2))
+    weight, bias = (torch.randn(C, device=device).to(case.dtype) for _ in range(2))
+    return Inputs({"x": x, "weight": weight, "bias": bias}, ("x", "weight", "bias"), (dout,))
+
+
+def truth(inputs: Inputs, case: Case):
+    wide = inputs.float_copy()
+    return wide, lambda: layer_norm_reference(wide.x, wide.weight, wide.bias, eps=norms.EPS)
+
+
+def work(case: Case, inputs: Inputs) -> Work:
+    tensor = inputs.x.numel() * inputs.x.element_size()
+    if case.direction == BACKWARD:
+        return Work(3 * tensor, "copy", "bytes of x and dout read, dx written")
+    return Work(2 * tensor, "copy", "bytes of x read, out written")
+
+
+BENCHMARK = Benchmark(
+    op="layer_norm",
+    cases=cases,
+    inputs=make_inputs,
+    truths={"op": truth},
+    variants=(
+        *backends("layer_norm", lambda op, x: op(x.x, x.weight, x.bias, eps=norms.EPS), norms.BACKENDS),
+        *norms.SINGLE,
+    ),
+    work=work,
+    baseline="eager PB-relax",
+)
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_layer_norm(replay, case, variant):
+    replay(case, variant)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding step over a cache with scaled_dot_product_attention and with FlexAttention."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks.harness import Case, Forward, Inputs, Variant
+from benchmarks.rivals.attention import gather_keys
+
+CACHE = "SDPA over the cache"
+
+
+def _sdpa(x: Inputs, case: Case) -> Forward:
+    """No mask: right only because every position of the cache is written."""
+    return lambda: F.scaled_dot_product_attention(x.q, x.k_cache, x.v_cache)
+
+
+def _sdpa_masked(x: Inputs, case: Case) -> Forward:
+    key = torch.arange(case.shape.S, device=x.q.device)
+
+    def forward() -> Tensor:
+        mask = (key < x.lengths[:, None])[:, None, None]
+        return F.scaled_dot_product_attention(x.q, x.k_cache, x.v_cache, attn_mask=mask)
+
+    return forward
+
+
+def _flex(x: Inputs, case: Case) -> Forward:
+    lengths = x.lengths
+
+    def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return j < lengths[b]
+
+    block_mask = create_block_mask(mask_mod, case.shape.B, None, 1, case.shape.S, device=x.q.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(x.q, x.k_cache, x.v_cache, block_mask=block_mask)
+
+
+def _gathered(x: Inputs, case: Case) -> Forward:
+    """Pivots left of the window and the window, gathered at each step."""
+    s, pivots = case.shape, x.layout.pivots.long()
+    left = ((s.S - 1) // s.w - s.W + 1) * s.w
+    far = (pivots >= 0) & (pivots < left)
+    window = torch.arange(max(left, 0), s.S, device=pivots.device)
+    index = torch.cat([pivots.clamp(min=0), window.expand(s.B, -1)], 1)
+    bias = torch.where(far, x.layout.pivot_bias, float("-inf"))
+    bias = F.pad(bias, (0, window.numel())).to(case.dtype)[:, None, None]
+
+    def forward() -> Tensor:
+        keys, values = gather_keys(x.k_cache, index), gather_keys(x.v_cache, index)
+        return F.scaled_dot_product_attention(x.q, keys, values, attn_mask=bias)
+
+    return forward
+
+
+def _regions_only(case: Case, device: torch.device) -> str:
+    return "" if case.shape.regions else "all keys are read here"
+
+
+VARIANTS = (
+    Variant(CACHE, _sdpa, truth="dense", note="reads every key, without a mask"),
+    Variant("SDPA over the cache, masked", _sdpa_masked, truth="dense", note="reads every key"),
+    Variant("FlexAttention over the cache", _flex, truth="dense", note="reads every key"),
+    Variant("SDPA on gathered keys", _gathered, why_not=_regions_only),
+)

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.decode_attention``: registration and fake tensor. It has no gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _extension, _library
+
+_OP = "decode_attention"
+_library.define(
+    f"{_OP}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, float scale, Tensor? pivots, "
+    "int block_size, int window_blocks, float pivot_bias, str backend) -> Tensor"
+)
+
+# Keys of a thread block, and blocks that may share a query's keys. Both follow from shapes alone.
+_CHUNK, _MOST_SPLITS = 256, 64
+
+
+def cuda_limit(q: Tensor) -> str:
+    """Why the cuda backend cannot take ``q``, and the way out; empty when it can."""
+    if q.dtype not in _extension.DTYPE_CODES:
+        return f"{_OP}: the cuda backend takes float32, float16 and bfloat16, got {q.dtype}; use backend='sdpa'"
+    if q.shape[-1] % 8 or q.shape[-1] > 256:
+        return (
+            f"{_OP}: the cuda backend takes head sizes that are multiples of 8 up to 256, got {q.shape[-1]}; "
+            "use backend='sdpa'"
+        )
+    return ""
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """``x`` with every row at a multiple of eight elements, which is how the CUDA kernel reads."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    for size, stride in zip(x.shape[:3], x.stride(), strict=False):
+        fits = fits and (size == 1 or stride % 8 == 0)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_blocks, pivot_bias, backend):
+    if limit := cuda_limit(q):
+        raise NotImplementedError(limit)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() == 0:
+        return out
+    q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
+    B, H, Tq, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    lengths = lengths.contiguous()
+    P, w, W = 0, 0, 0
+    listed = (0, 0)
+    keys = S
+    if pivots is not None:
+        pivots = pivots.contiguous()
+        P, w, W = pivots.shape[1], min(block_size, S), min(window_blocks, S)
+        listed = (pivots.data_ptr(), pivots.element_size())
+        keys = P + min(S, w * W + Tq)
+    splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
+    chunk = -(-keys // splits)
+    with torch.cuda.device(q.device):
+        partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
+        _extension.native.decode_attention_cuda(
+            *((x.data_ptr(), x.stride()[:3]) for x in (q, k_cache, v_cache, out)),
+            (B, H, Hkv, Tq, S, D, P, w, W, chunk, splits),
+            pivot_bias,
+            scale,
+            (lengths.data_ptr(), lengths.element_size()),
+            listed,
+            partial.data_ptr(),
+            _extension.DTYPE_CODES[q.dtype],
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def decode_attention_op(*arguments) -> Tensor:
+    """By the shortest way to the kernel that can be traced."""
+    if torch.compiler.is_compiling():
+        return torch.ops.cogview_kernels.decode_attention(*arguments)
+    return _library.eager(_OP, *arguments)
+
+
+_library.implement(_OP, _decode)
+
+
+@torch.library.register_fake(f"cogview_kernels::{_OP}")
+def _decode_fake(q, *arguments):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: Apache-2.0
+// LayerNorm of one row by one block, for layer_norm and sandwich_layer_norm.
+//
+// A thread holds kColumns adjacent columns of its block's row in registers, from the load to the store.
+// Blocks are persistent: each takes every gridDim.x-th row, with the weights, and in the backward its partial
+// sums of the weights' gradients, in registers too. Those go to memory once a block; a second kernel adds
+// them up in order, so there are no atomics and two runs give the same bits.
+#pragma once
+
+#include "common/cuda_types.cuh"
+#include "common/norm.h"
+#include "common/random.h"
+
+namespace cogview {
+namespace {
+
+constexpr int kColumns = 8;
+constexpr int kMaxThreads = 512;  // so rows of up to 4,096; _norm.GPU_MAX_WIDTH
+
+struct Row {
+    float of[kColumns];
+};
+
+__device__ inline int first_column() {
+    return threadIdx.x * kColumns;
+}
+
+// ---- loads and stores; `vector` where every row is aligned to 16 bytes and ends with a thread's columns
+
+template <typename T>
+__device__ inline Row load_row(const T* row, int C, bool vector) {
+    const int first = first_column();
+    alignas(16) T values[kColumns] = {};
+    if (vector && first < C) {
+        constexpr int kLoads = kColumns * sizeof(T) / sizeof(uint4);
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i)
+            reinterpret_cast<uint4*>(values)[i] = reinterpret_cast<const uint4*>(row + first)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i)
+            if (first + i < C) values[i] = row[first + i];
+    }
+    Row x;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) x.of[i] = first + i < C ? widen(values[i]) : 0.0f;
+    return x;
+}
+
+template <typename T>
+__device__ inline void store_row(T* row, const Row& x, int C, bool vector) {
+    const int first = first_column();
+    alignas(16) T values[kColumns];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) narrow(x.of[i], values + i);
+    if (vector && first < C) {
+        constexpr int kStores = kColumns * sizeof(T) / sizeof(uint4);
+#pragma unroll
+        for (int i = 0; i < kStores; ++i)
+            reinterpret_cast<uint4*>(row + first)[i] = reinterpret_cast<const uint4*>(values)[i];
+    } else {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i)
+            if (first + i < C) row[first + i] = values[i];
+    }
+}
+
+// As stored and read again: what the next norm, and the backward, will see.
+template <typename T>
+__device__ inline Row rounded(const Row& x) {
+    Row y;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        T value;
+        narrow(x.of[i], &value);
+        y.of[i] = widen(value);
+    }
+    return y;
+}
+
+// A weight or bias, `fill` where there is none.
+__device__ inline Row load_parameter(Parameter p, int C, float fill) {
+    Row x;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        const int j = first_column() + i;
+        x.of[i] = fill;
+        if (p.data != nullptr && j < C)
+            COGVIEW_DISPATCH_DTYPE(
+                p.dtype, { x.of[i] = widen(static_cast<const CudaType<scalar_t>::type*>(p.data)[j]); });
+    }
+    return x;
+}
+
+// ---- reductions over the block
+
+// One pair of values at a time. Two sets of shared memory take turns: who writes one has passed the barrier
+// of the other, which all reach only after they have read this one.
+struct BlockReduction {
+    int turn = 0;
+
+    // (sum or maximum of first, sum of second), the same in every thread.
+    template <bool kMaximum>
+    __device__ float2 reduce(float first, float second) {
+        __shared__ float firsts[2][32], seconds[2][32];
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+        within_warp<kMaximum>(first, second);
+        if (lane == 0) {
+            firsts[turn][warp] = first;
+            seconds[turn][warp] = second;
+        }
+        __syncthreads();
+        // Both operands are of absolute values where a maximum is taken, so 0 is neutral in either case.
+        first = lane < warps ? firsts[turn][lane] : 0.0f;
+        second = lane < warps ? seconds[turn][lane] : 0.0f;
+        within_warp<kMaximum>(first, second);
+        turn ^= 1;
+        return {first, second};
+    }
+
+    __device__ float2 sums(float first, float second) { return reduce<false>(first, second); }
+    __device__ float2 peak_and_sum(float peak, float sum) { return reduce<true>(peak, sum); }
+
+  private:
+    template <bool kMaximum>
+    __device__ static void within_warp(float& first, float& second) {
+        for (int step = 16; step > 0; step /= 2) {
+            const float other = __shfl_xor_sync(kAllLanes, first, step);
+            first = kMaximum ? fmaxf(first, other) : first + other;
+            second += __shfl_xor_sync(kAllLanes, second, step);
+        }
+    }
+};
+
+__device__ inline float peak_of(const Row& x) {
+    float peak = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) peak = fmaxf(peak, fabsf(x.of[i]));
+    return peak;
+}
+
+// The maximum of what the blocks of a pass before left.
+__device__ inline float load_peak(const float* peaks, int64_t blocks, BlockReduction& reduction) {
+    float peak = 0.0f;
+    for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) peak = fmaxf(peak, peaks[i]);
+    return reduction.peak_and_sum(peak, 0.0f).x;
+}
+
+// ---- LayerNorm
+
+struct Statistics {
+    float mean, rstd;
+};
+
+// x becomes xhat = (x - mean) * rstd, rstd = 1 / sqrt(variance + eps * (peak / 8)^2). Squares are of the row
+// times a power of two that brings the peak near 1, so they do not overflow; the centred values' own mean
+// undoes the rounding of the first one, so constant rows come out right.
+__device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float tensor_peak, float eps,
+                                       BlockReduction& reduction) {
+    float scale = 1.0f, unscale = 1.0f, relaxed = 1.0f;
+    if (pb_relax != PbRelax::kNone) {
+        const float peak =
+            pb_relax == PbRelax::kRow ? reduction.peak_and_sum(peak_of(x), 0.0f).x : tensor_peak;
+        int exponent = __float_as_int(peak) >> 23;
+        exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+        scale = __int_as_float((254 - exponent) << 23);
+        unscale = __int_as_float(exponent << 23);
+        relaxed = peak * scale * 0.125f;
+    }
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        x.of[i] *= scale;
+        sum += x.of[i];
+    }
+    const float inverse = 1.0f / float(C);
+    const float first = reduction.sums(sum, 0.0f).x * inverse;
+    float rest = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        x.of[i] = first_column() + i < C ? x.of[i] - first : 0.0f;
+        rest += x.of[i];
+        squares += x.of[i] * x.of[i];
+    }
+    const float2 sums = reduction.sums(rest, squares);
+    const float correction = sums.x * inverse;
+    const float spread = sums.y * inverse - correction * correction;
+    const float variance = (spread < 0.0f ? 0.0f : spread) + eps * relaxed * relaxed;
+    const float rstd = variance == 0.0f ? 0.0f : 1.0f / sqrtf(variance);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+        x.of[i] = first_column() + i < C ? (x.of[i] - correction) * rstd : 0.0f;
+    return {(first + correction) * unscale, fminf(rstd * scale, 3.402823466e38f)};
+}
+
+__device__ inline Row affine(const Row& x, const Row& weight, const Row& bias) {
+    Row y;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) y.of[i] = x.of[i] * weight.of[i] + bias.of[i];
+    return y;
+}
+
+// dy becomes dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * weight; adds dy * xhat and dy.
+__device__ inline void gradient_through(Row& dy, const Row& x, Statistics s, const Row& weight, int C,
+                                        Row& dweight, Row& dbias, BlockReduction& reduction) {
+    float plain = 0.0f, hat = 0.0f;
+    Row xhat, g;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        xhat.of[i] = first_column() + i < C ? (x.of[i] - s.mean) * s.rstd : 0.0f;
+        g.of[i] = dy.of[i] * weight.of[i];
+        dweight.of[i] += dy.of[i] * xhat.of[i];
+        dbias.of[i] += dy.of[i];
+        plain += g.of[i];
+        hat += g.of[i] * xhat.of[i];
+    }
+    const float2 sums = reduction.sums(plain, hat);
+    const float inverse = 1.0f / float(C);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+        dy.of[i] = s.rstd * (g.of[i] - sums.x * inverse - xhat.of[i] * (sums.y * inverse));
+}
+
+// x * scale where the element of this row survives, else 0.
+__device__ inline void drop(Row& x, const Dropout& dropout, int64_t row) {
+    if (dropout.threshold == 0) return;
+    const uint64_t seed = dropout.seed_on_device != nullptr ? *dropout.seed_on_device : dropout.seed;
+    const RowWords words = philox(seed, uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+        const uint32_t column = first_column() + i;
+        x.of[i] = keep_mask(words.r0, words.r1, column, dropout.threshold) ? x.of[i] * dropout.scale : 0.0f;
+    }
+}
+
+// ---- kernels of both ops
+
+// peaks[block] = max |x after dropout| over the block's rows. Bytes: rows * C elements read.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    norm_peaks_kernel(const T* x, float* peaks, int64_t rows, int C, Dropout dropout, bool vector) {
+    float peak = 0.0f;
+    for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+        Row row = load_row(x + r * C, C, vector);
+        drop(row, dropout, r);
+        peak = fmaxf(peak, peak_of(row));
+    }
+    BlockReduction reduction;
+    peak = reduction.peak_and_sum(peak, 0.0f).x;
+    if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
+}
+
+__device__ inline void store_partial(float* partial, const Row& sum, int C) {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i)
+        if (first_column() + i < C) partial[first_column() + i] = sum.of[i];
+}
+
+struct ParameterGradients {
+    Parameter of[4];
+};
+
+// to[slot][j] = sum over blocks of partials[block][slot][j]; slot = blockIdx.y.
+__global__ void norm_reduce_partials_kernel(const float* partials, int64_t blocks, int slots, int C,
+                                            ParameterGradients to) {
+    const int j = blockIdx.x * blockDim.x + threadIdx.x, slot = blockIdx.y;
+    const Parameter p = to.of[slot];
+    if (j >= C || p.data == nullptr) return;
+    float sum = 0.0f;
+    for (int64_t b = 0; b < blocks; ++b) sum += partials[(b * slots + slot) * C + j];
+    COGVIEW_DISPATCH_DTYPE(p.dtype, { narrow(sum, static_cast<CudaType<scalar_t>::type*>(p.data) + j); });
+}
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,236 @@
+// SPDX-License-Identifier: Apache-2.0
+// LayerNorm of one row on the CPU, for layer_norm and sandwich_layer_norm. Only *_cpu.cpp files include this;
+// internal linkage as in common/vec.h.
+//
+// Statistics are taken from a row of floats that stays in the L1 cache: the mean, then centred squares, and
+// the centred values' own mean to undo the first one's rounding, so that constant rows come out right.
+#pragma once
+
+#include "common/norm.h"
+#include "common/parallel.h"
+#include "common/random.h"
+#include "common/vec.h"
+
+namespace cogview {
+namespace {
+
+// Forward passes deal rows in chunks of about this many elements.
+constexpr int64_t kChunk = 1 << 17;
+// Backward passes deal at most so many chunks, each with its own partial sums of the weights' gradients. It
+// does not depend on the number of threads, so their number does not change a bit of the result.
+constexpr int64_t kPartials = 64;
+
+inline int64_t at_least(int64_t low, int64_t x) {
+    return x < low ? low : x;
+}
+inline int64_t forward_chunk(int64_t C) {
+    return at_least(1, kChunk / at_least(1, C));
+}
+inline int64_t backward_chunk(int64_t rows) {
+    return at_least(16, (rows + kPartials - 1) / kPartials);
+}
+
+// A weight or bias as floats; `fill` where there is none.
+inline void widen_parameter(Parameter p, int64_t C, float fill, float* to) {
+    for (int64_t j = 0; j < C; ++j) to[j] = fill;
+    if (p.data == nullptr) return;
+    COGVIEW_DISPATCH_DTYPE(p.dtype, {
+        const scalar_t* from = static_cast<const scalar_t*>(p.data);
+        for_each_vector(C, [&](int64_t j, auto tag) { store(to + j, load(from + j, tag), tag); });
+    });
+}
+
+// ---- results past the caches
+
+// From this many bytes a tensor does not stay in a core's caches until its reader comes.
+constexpr int64_t kLarge = 4 << 20;
+
+// Whether [rows, C] at `to` is to be streamed: it is large, and its vectors are aligned.
+template <typename T>
+inline bool streams(const T* to, int64_t rows, int64_t C) {
+    const int64_t vector = kLanes * sizeof(T);
+    return rows * C * int64_t(sizeof(T)) >= kLarge && C % kLanes == 0 &&
+           reinterpret_cast<uintptr_t>(to) % vector == 0;
+}
+
+template <typename T>
+inline void put(T* to, VecF v, Whole, bool streaming) {
+    if (streaming)
+        stream(to, v);
+    else
+        store(to, v);
+}
+template <typename T>
+inline void put(T* to, VecF v, Part part, bool) {
+    store(to, v, part);
+}
+
+// v as T holds it.
+template <typename T>
+inline VecF rounded(VecF v) {
+    T values[kLanes];
+    store(values, v);
+    return load(values);
+}
+
+// Asks for what a later pass reads, while this one computes. Past a tensor's end it asks for nothing.
+template <typename T>
+inline void prefetch(const T* p) {
+    __builtin_prefetch(p);
+    if (kLanes * sizeof(T) > 64) __builtin_prefetch(p + kLanes / 2);
+}
+
+// ---- dropout
+
+inline RowWords row_words(const Dropout& dropout, int64_t row) {
+    return philox(dropout.seed, uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
+}
+
+// x * scale where the element of column j + lane survives, else 0.
+inline VecF drop(VecF x, const Dropout& dropout, RowWords row, int64_t j) {
+    VecU column;
+    for (int i = 0; i < kLanes; ++i) column[i] = uint32_t(j) + uint32_t(i);
+    const VecU r0 = row.r0 - VecU{}, r1 = row.r1 - VecU{};
+    return keep_mask(r0, r1, column, dropout.threshold) ? x * dropout.scale : VecF{};
+}
+
+// ---- statistics
+
+struct Moments {
+    float sum, peak;
+};
+
+// row[0, C) = x after dropout, with its sum and absolute maximum.
+template <bool kDropout, typename T>
+inline Moments widen_row(const T* x, int64_t C, const Dropout& dropout, RowWords words, float* row) {
+    const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
+        VecF v = load(x + j, tag);
+        if (kDropout) v = drop(v, dropout, words, j);
+        store(row + j, v, tag);
+        t.sum[0] += v;
+        t.peak = maximum(magnitude(v), t.peak);
+    });
+    return {reduce_sum(total.sum[0]), reduce_max(total.peak)};
+}
+
+// The absolute maximum of [rows, C] after dropout, for pb_relax="tensor".
+template <bool kDropout, typename T>
+inline float tensor_peak(const T* x, int64_t rows, int64_t C, const Dropout& dropout, int threads) {
+    const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
+    const Scratch peaks(chunks);
+    parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
+        float peak = 0.0f;
+        for (int64_t r = begin; r < end; ++r) {
+            const RowWords words = kDropout ? row_words(dropout, r) : RowWords{};
+            const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
+                VecF v = load(x + r * C + j, tag);
+                if (kDropout) v = drop(v, dropout, words, j);
+                t.peak = maximum(magnitude(v), t.peak);
+            });
+            const float own = reduce_max(total.peak);
+            peak = own > peak ? own : peak;
+        }
+        peaks.data[begin / grain] = peak;
+    });
+    float peak = 0.0f;
+    for (int64_t i = 0; i < chunks; ++i) peak = peaks.data[i] > peak ? peaks.data[i] : peak;
+    return peak;
+}
+
+struct Statistics {
+    float mean, rstd;
+};
+
+// Mean and 1 / sqrt(variance + eps * (peak / 8)^2) of row[0, C); `peak` is 8 for plain LayerNorm. Rows whose
+// squares float cannot hold are first scaled in place by a power of two (LayerNorm does not change): the
+// returned statistics are those of the scaled row, `saved` those of the row as it was. Meanwhile the row at
+// `next` is fetched.
+template <typename T>
+inline Statistics statistics(float* row, int64_t C, Moments moments, float peak, float eps, const T* next,
+                             Statistics* saved) {
+    float scale = 1.0f;
+    if (peak > 0.0f && !(peak > 1e-15f && peak < 1e15f)) {
+        int32_t exponent = bitcast<int32_t>(peak) >> 23;
+        exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+        scale = bitcast<float>((254 - exponent) << 23);
+        const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
+            const VecF v = load(row + j, tag) * scale;
+            store(row + j, v, tag);
+            t.sum[0] += v;
+        });
+        moments.sum = reduce_sum(total.sum[0]);
+    }
+    const float inverse = 1.0f / float(C);
+    const float first = moments.sum * inverse;
+    const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
+        const VecF d = only(load(row + j, tag) - first, tag);
+        t.sum[0] += d;
+        t.sum[1] += d * d;
+        prefetch(next + j);
+    });
+    const float correction = reduce_sum(total.sum[0]) * inverse;
+    const float mean = first + correction;
+    const float spread = reduce_sum(total.sum[1]) * inverse - correction * correction;
+    const float relaxed = peak * scale * 0.125f;
+    const float variance = (spread > 0.0f || spread != spread ? spread : 0.0f) + eps * relaxed * relaxed;
+    const float rstd = variance > 0.0f || variance != variance ? 1.0f / __builtin_sqrtf(variance) : 0.0f;
+    const float limit = std::numeric_limits<float>::max();
+    saved->mean = mean / scale;
+    saved->rstd = rstd * scale < limit ? rstd * scale : limit;
+    return {mean, rstd};
+}
+
+// out[0, C) = (row - mean) * rstd * weight + bias
+template <typename T>
+inline void normalise_row(const float* row, Statistics s, const float* weight, const float* bias, int64_t C,
+                          T* out, bool streaming) {
+    for_each_vector(C, [&](int64_t j, auto tag) {
+        const VecF y = (load(row + j, tag) - s.mean) * s.rstd;
+        put(out + j, y * load(weight + j, tag) + load(bias + j, tag), tag, streaming);
+    });
+}
+
+// ---- gradients
+
+// Adds a row's dy * xhat and dy to partial sums (where there are any), and returns, in `hat` and `scaled`,
+// xhat = (x - mean) * rstd and dy * weight, with the means that dx = rstd * (scaled - mean0 - xhat * mean1)
+// needs.
+struct GradientMeans {
+    float plain, hat;
+};
+
+template <typename LoadX, typename LoadDy>
+inline GradientMeans gradient_means(int64_t C, const LoadX& load_x, const LoadDy& load_dy, Statistics s,
+                                    const float* weight, float* dweight, float* dbias, float* hat,
+                                    float* scaled) {
+    const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
+        const VecF dy = load_dy(j, tag);
+        const VecF xhat = only((load_x(j, tag) - s.mean) * s.rstd, tag);
+        const VecF g = dy * load(weight + j, tag);
+        store(dweight + j, load(dweight + j, tag) + dy * xhat, tag);
+        store(dbias + j, load(dbias + j, tag) + dy, tag);
+        store(hat + j, xhat, tag);
+        store(scaled + j, g, tag);
+        t.sum[0] += g;
+        t.sum[1] += g * xhat;
+    });
+    const float inverse = 1.0f / float(C);
+    return {reduce_sum(total.sum[0]) * inverse, reduce_sum(total.sum[1]) * inverse};
+}
+
+// The gradient of a weight or bias: the sum over chunks of partial[chunk][slot][0, C), in their order.
+inline void reduce_partials(const float* partial, int64_t chunks, int64_t slots, int64_t slot, int64_t C,
+                            Parameter to) {
+    if (to.data == nullptr) return;
+    COGVIEW_DISPATCH_DTYPE(to.dtype, {
+        scalar_t* out = static_cast<scalar_t*>(to.data);
+        for_each_vector(C, [&](int64_t j, auto tag) {
+            VecF sum = VecF{};
+            for (int64_t i = 0; i < chunks; ++i) sum += load(partial + (i * slots + slot) * C + j, tag);
+            store(out + j, sum, tag);
+        });
+    });
+}
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block per row, the row in registers: see common/norm_block.cuh. Bytes: forward reads and writes a row
+// (reads it twice under pb_relax="tensor"), backward reads two and writes one.
+#include "common/norm_launch.h"
+#include "layer_norm/layer_norm.h"
+
+namespace cogview {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) layer_norm_fwd_kernel(LayerNormForward a, bool vector) {
+    const int C = int(a.C);
+    const T* x = static_cast<const T*>(a.x);
+    T* y = static_cast<T*>(a.y);
+    BlockReduction reduction;
+    const Row weight = load_parameter(a.weight, C, 1.0f), bias = load_parameter(a.bias, C, 0.0f);
+    const float peak = a.pb_relax == PbRelax::kTensor ? load_peak(a.peaks, gridDim.x, reduction) : 8.0f;
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        Row row = load_row(x + r * C, C, vector);
+        const Statistics s = normalise(row, C, a.pb_relax, peak, a.eps, reduction);
+        store_row(y + r * C, affine(row, weight, bias), C, vector);
+        if (threadIdx.x == 0) {
+            a.stats[r] = s.mean;
+            a.stats[a.rows + r] = s.rstd;
+        }
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_kernel(LayerNormBackward a, bool vector) {
+    const int C = int(a.C);
+    const T* x = static_cast<const T*>(a.x);
+    const T* dy = static_cast<const T*>(a.dy);
+    T* dx = static_cast<T*>(a.dx);
+    BlockReduction reduction;
+    const Row weight = load_parameter(a.weight, C, 1.0f);
+    Row dweight = {}, dbias = {};
+    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+        Row d = load_row(dy + r * C, C, vector);
+        const Row row = load_row(x + r * C, C, vector);
+        gradient_through(d, row, {a.stats[r], a.stats[a.rows + r]}, weight, C, dweight, dbias, reduction);
+        store_row(dx + r * C, d, C, vector);
+    }
+    store_partial(a.partials + int64_t(blockIdx.x) * 2 * C, dweight, C);
+    store_partial(a.partials + (int64_t(blockIdx.x) * 2 + 1) * C, dbias, C);
+}
+
+}  // namespace
+
+void layer_norm_fwd_cuda(const LayerNormForward& a, void* stream) {
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const bool vector = norm_vector(a.C, {a.x, a.y});
+    const int threads = norm_threads(a.C);
+    COGVIEW_DISPATCH_DTYPE(a.dtype, {
+        using T = CudaType<scalar_t>::type;
+        if (a.pb_relax == PbRelax::kTensor) {
+            norm_peaks_kernel<T><<<unsigned(a.blocks), threads, 0, s>>>(static_cast<const T*>(a.x), a.peaks,
+                                                                        a.rows, int(a.C), Dropout{}, vector);
+            check_launch("norm_peaks_kernel");
+        }
+        layer_norm_fwd_kernel<T><<<unsigned(a.blocks), threads, 0, s>>>(a, vector);
+    });
+    check_launch("layer_norm_fwd_kernel");
+}
+
+void layer_norm_bwd_cuda(const LayerNormBackward& a, void* stream) {
+    const cudaStream_t s = static_cast<cudaStream_t>(stream);
+    const bool vector = norm_vector(a.C, {a.x, a.dy, a.dx});
+    COGVIEW_DISPATCH_DTYPE(a.dtype, {
+        using T = CudaType<scalar_t>::type;
+        layer_norm_bwd_kernel<T><<<unsigned(a.blocks), norm_threads(a.C), 0, s>>>(a, vector);
+    });
+    check_launch("layer_norm_bwd_kernel");
+    launch_reduce_partials(a.partials, a.blocks, 2, a.C, {{a.dweight, a.dbias}}, s);
+}
+
+}  // namespace cogview

@@ -1,0 +1,456 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backward of three-region attention. With P_ij = e^(x_ij - lse_i), the dropout mask m_ij in {0, 1/(1-p)} and
+// delta_i = sum_d dout_i out_i - dlse_i:
+//     dv_j = sum_i m_ij P_ij dout_i          dS_ij = P_ij (m_ij dout_i v_j - delta_i)
+//     dq_i = scale sum_j dS_ij k_j           dk_j = scale sum_i dS_ij q_i
+// Scores are computed again in both kernels, and as q k^T in both: huge scores then round alike everywhere.
+// No atomics: dq has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots
+// as far keys (packed, fp32), then for all positions as window keys, which add the pivots' part.
+//
+// FLOPs: 14 D a visible pair (7 products instead of 5). Bytes: q, k, v, dout, out, dq, dk, dv once, tiles
+// again by each block, mostly from L2; 16 D bytes a pivot and key head for dk_far, dv_far.
+#pragma once
+
+#include "three_region_attention/tiles.cuh"
+
+namespace cogview {
+namespace {
+
+constexpr int kBackwardWarps = 4;
+constexpr int kBackwardThreads = 32 * kBackwardWarps;
+constexpr int kBackwardRows = 16 * kBackwardWarps;  // queries of a dq block, keys of a dk, dv block
+
+// delta; a warp per row.
+template <int D>
+__global__ void __launch_bounds__(kBackwardThreads)
+    three_region_attention_bwd_delta_kernel(CudaAttentionBackward args) {
+    const CudaAttention& a = args.common;
+    const int64_t at = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;
+    if (at >= int64_t(a.B) * a.H * a.T) return;
+    const int i = at % a.T, h = at / a.T % a.H, b = at / a.T / a.H;
+    const __half* out = head(args.out, b, h) + i * args.out.stride[2];
+    const __half* dout = head(args.dout, b, h) + i * args.dout.stride[2];
+    float dot = 0.0f;
+    for (int d = threadIdx.x % 32; d < D; d += 32) dot += __half2float(out[d]) * __half2float(dout[d]);
+    for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
+    if (threadIdx.x % 32 == 0) args.delta[at] = args.dlse == nullptr ? dot : dot - args.dlse[at];
+}
+
+// What the elements of a row of scores need.
+template <int ROWS>
+struct RowData {
+    float lse[ROWS], delta[ROWS];
+    int start[ROWS];  // of the window
+    RowWords words[ROWS];
+
+    template <bool DROPOUT>
+    __device__ __forceinline__ void fill(const CudaAttentionBackward& args, int b, int h, int first,
+                                         int last) {
+        const CudaAttention& a = args.common;
+        for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
+            const int i = min(first + r, last);
+            const int64_t at = (int64_t(b) * a.H + h) * a.T + i;
+            lse[r] = args.lse[at];
+            delta[r] = args.delta[at];
+            start[r] = window_start(a, i);
+            if (DROPOUT) words[r] = philox(dropout_seed(a), i, h, b);
+        }
+    }
+};
+
+// From a score and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
+template <bool DROPOUT>
+__device__ __forceinline__ float2 probability_and_gradient(const CudaAttention& a, float score, float dprob,
+                                                           float bias, bool seen, float lse, float delta,
+                                                           RowWords words, int position) {
+    // At most 0 but for rounding, which for scores of 1e10 is thousands.
+    const float p = seen ? exp2_fast(fminf((score * a.scale + bias - lse) * kLog2e, 0.0f)) : 0.0f;
+    if (DROPOUT) {
+        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.drop_below);
+        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.keep_scale : 0.0f) - delta));
+    }
+    return make_float2(p, p * (dprob - delta));
+}
+
+template <int D>
+struct QueryGradientShape {
+    // At 128 q and dq are 128 registers a lane, and what is fetched ahead must be little.
+    static constexpr int kTileKeys = D <= 96 ? 32 : 16;
+    static constexpr int kRow = D + kPad;
+    static constexpr int kStripRow = kTileKeys + kPad;  // halves
+    // dout of 16 rows is D / 2 registers a lane: past 64 it stays in shared memory.
+    static constexpr bool kHoldsDout = D <= 64;
+    static constexpr int kTileHalves = 2 * kTileKeys * kRow;
+    static constexpr int kStrip = 640;  // halves: 16 rows, or the 320 floats of by_rows
+    static_assert(16 * kStripRow <= kStrip);
+    static constexpr int kStripHalves = kBackwardWarps * kStrip;
+    static constexpr int kDoutHalves = kBackwardRows * kRow;
+    static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsDout ? 0 : kDoutHalves)) * 2;
+    static constexpr int kStaged = kDoutHalves * 2;
+    static constexpr int kShared =
+        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows>)) + kTileKeys * 4;
+};
+
+// Occupancy on sm_70: 128 threads; D = 32 and 64 take 11 to 16 KB (three blocks by registers: 12 warps),
+// D = 80, 96, 128 take 30 to 42 KB (two blocks: 8 warps).
+template <int D, bool DROPOUT>
+__global__ void __launch_bounds__(kBackwardThreads, 2)
+    three_region_attention_bwd_dq_kernel(CudaAttentionBackward args) {
+    using Shape = QueryGradientShape<D>;
+    constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileKeys = Shape::kTileKeys;
+    extern __shared__ __align__(128) char raw[];
+    __half* keys = reinterpret_cast<__half*>(raw);
+    __half* values = keys + kTileKeys * kRow;
+    __half* strips = values + kTileKeys * kRow;
+    __half* douts = strips + Shape::kStripHalves;
+    auto* rows = reinterpret_cast<RowData<kBackwardRows>*>(raw + Shape::kShared - kTileKeys * 4 -
+                                                           sizeof(RowData<kBackwardRows>));
+    int* key_positions = reinterpret_cast<int*>(rows + 1);
+
+    const CudaAttention& a = args.common;
+    const int tiles = (a.T + kBackwardRows - 1) / kBackwardRows;
+    const int first = (tiles - 1 - int(blockIdx.x % tiles)) * kBackwardRows;  // the longest first
+    const int h = blockIdx.x / tiles % a.H, b = blockIdx.x / tiles / a.H;
+    const int last = min(first + kBackwardRows, a.T) - 1;
+    const int kv_head = h / (a.H / a.Hkv);
+    const int warp = threadIdx.x / 32;
+    __half* strip = strips + warp * Shape::kStrip;
+    float* scratch = reinterpret_cast<float*>(strip);
+
+    FragmentA q[D / 16], dout[Shape::kHoldsDout ? D / 16 : 1];
+    {
+        __half* staged = keys;
+        Carrier<kBackwardRows, D, kBackwardThreads> carrier;
+        const auto position = [=](int row) { return first + row <= last ? first + row : kNowhere; };
+        carrier.fetch(head(a.q, b, h), a.q.stride[2], position);
+        carrier.put(staged);
+        __syncthreads();
+#pragma unroll
+        for (int d = 0; d < D / 16; ++d)
+            wmma::load_matrix_sync(q[d], staged + warp * 16 * kRow + d * 16, kRow);
+        carrier.fetch(head(args.dout, b, h), args.dout.stride[2], position);
+        __syncthreads();
+        carrier.put(Shape::kHoldsDout ? staged : douts);
+        rows->template fill<DROPOUT>(args, b, h, first, last);
+        __syncthreads();
+        if (Shape::kHoldsDout) {
+#pragma unroll
+            for (int d = 0; d < (Shape::kHoldsDout ? D / 16 : 1); ++d)
+                wmma::load_matrix_sync(dout[d], staged + warp * 16 * kRow + d * 16, kRow);
+            __syncthreads();
+        }
+    }
+    const Places places = find_places(scratch);
+
+    Accumulator dq[D / 16];
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(dq[d], 0.0f);
+
+    const KeyWalk<kTileKeys> walk(a, b, first, last);
+    const __half* k = head(a.k, b, kv_head);
+    const __half* v = head(a.v, b, kv_head);
+    Carrier<kTileKeys, D, kBackwardThreads> next_keys, next_values;
+    const auto fetch = [&](int tile) {
+        const auto position = [&](int key) { return walk.position(tile, key); };
+        next_keys.fetch(k, a.k.stride[2], position);
+        next_values.fetch(v, a.v.stride[2], position);
+    };
+    fetch(0);
+    for (int tile = 0; tile < walk.tiles; ++tile) {
+        __syncthreads();  // no warp reads the tile before any more
+        next_keys.put(keys);
+        next_values.put(values);
+        if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
+        __syncthreads();
+
+        const bool far = walk.is_far(tile), full = walk.is_full(tile);
+        const float bias = far ? a.bias : 0.0f;
+#pragma unroll(Shape::kHoldsDout ? 2 : 1)
+        for (int n = 0; n < kTileKeys / 16; ++n) {
+            Accumulator scores, dprobs;
+            wmma::fill_fragment(scores, 0.0f);
+            wmma::fill_fragment(dprobs, 0.0f);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentBT key;
+                wmma::load_matrix_sync(key, keys + n * 16 * kRow + d * 16, kRow);
+                wmma::mma_sync(scores, q[d], key, scores);
+            }
+#pragma unroll(Shape::kHoldsDout ? D / 16 : 2)
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentBT value;
+                wmma::load_matrix_sync(value, values + n * 16 * kRow + d * 16, kRow);
+                if (Shape::kHoldsDout) {
+                    wmma::mma_sync(dprobs, dout[Shape::kHoldsDout ? d : 0], value, dprobs);
+                } else {
+                    FragmentA left;
+                    wmma::load_matrix_sync(left, douts + warp * 16 * kRow + d * 16, kRow);
+                    wmma::mma_sync(dprobs, left, value, dprobs);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int row = warp * 16 + places.row(i), column = n * 16 + places.column(i);
+                const int position = full && !DROPOUT ? 0 : key_positions[column];
+                const bool seen = full || sees(far, first + row, rows->start[row], position);
+                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
+                const float2 both =
+                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row],
+                                                      rows->delta[row], words, position);
+                strip[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+            }
+        }
+        __syncwarp();
+        // Not before: beside the scores there is no room for it in the registers.
+        if (tile + 1 < walk.tiles) fetch(tile + 1);
+#pragma unroll(Shape::kHoldsDout ? 2 : 1)
+        for (int n = 0; n < kTileKeys / 16; ++n) {
+            FragmentA dscores;
+            wmma::load_matrix_sync(dscores, strip + n * 16, kStripRow);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentB key;
+                wmma::load_matrix_sync(key, keys + n * 16 * kRow + d * 16, kRow);
+                wmma::mma_sync(dq[d], dscores, key, dq[d]);
+            }
+        }
+        __syncwarp();  // the strip is free for the next tile
+    }
+
+    __half* to = head(args.dq, b, h);
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d)
+        by_rows(dq[d], scratch, [&](int r, int c, float* eight) {
+            const int at = first + warp * 16 + r;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) eight[i] *= a.scale;
+            if (at <= last) *reinterpret_cast<uint4*>(to + at * args.dq.stride[2] + d * 16 + c) = pack(eight);
+        });
+}
+
+template <int D>
+struct KeyGradientShape {
+    // At 128 dk and dv are 128 registers a lane, and what is fetched ahead must be little.
+    static constexpr int kTileQueries = D <= 96 ? 32 : 16;
+    static constexpr int kRow = D + kPad;
+    static constexpr int kStripRow = 16 + kPad;  // halves; P and dS of 16 x 16: 384 floats
+    // k and v of 16 keys are D registers a lane: past 64 they stay in shared memory.
+    static constexpr bool kHoldsKeys = D <= 64;
+    static constexpr int kTileHalves = 2 * kTileQueries * kRow;
+    static constexpr int kStripHalves = kBackwardWarps * 2 * 16 * kStripRow;
+    static constexpr int kKeyHalves = kBackwardRows * kRow;
+    static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsKeys ? 0 : 2 * kKeyHalves)) * 2;
+    static constexpr int kStaged = kKeyHalves * 2;
+    static constexpr int kShared =
+        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kTileQueries>)) + kBackwardRows * 4;
+};
+
+// FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them; else 64
+// positions, seen by the queries in whose window they lie.
+// Occupancy on sm_70: 128 threads; D = 32 and 64 take 13 to 17 KB (two blocks by registers: 8 warps), D = 80,
+// 96, 128 take 41 to 60 KB (two blocks, at 128 one: 8 and 4 warps).
+template <int D, bool DROPOUT, bool FAR>
+__global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
+    three_region_attention_bwd_dkv_kernel(CudaAttentionBackward args) {
+    using Shape = KeyGradientShape<D>;
+    constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileQueries = Shape::kTileQueries;
+    extern __shared__ __align__(128) char raw[];
+    __half* queries = reinterpret_cast<__half*>(raw);
+    __half* douts = queries + kTileQueries * kRow;
+    __half* strips = douts + kTileQueries * kRow;
+    __half* held_keys = strips + Shape::kStripHalves;
+    __half* held_values = held_keys + Shape::kKeyHalves;
+    auto* rows = reinterpret_cast<RowData<kTileQueries>*>(raw + Shape::kShared - kBackwardRows * 4 -
+                                                          sizeof(RowData<kTileQueries>));
+    int* key_positions = reinterpret_cast<int*>(rows + 1);
+
+    const CudaAttention& a = args.common;
+    const int keys = FAR ? a.P : a.T;
+    const int tiles = (keys + kBackwardRows - 1) / kBackwardRows;
+    const int first_key = int(blockIdx.x % tiles) * kBackwardRows;
+    const int kv_head = blockIdx.x / tiles % a.Hkv, b = blockIdx.x / tiles / a.Hkv;
+    const int group = a.H / a.Hkv;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int32_t* sorted = a.sorted + int64_t(b) * a.P;
+    __half* probs = strips + warp * 2 * 16 * kStripRow;
+    __half* dscores = probs + 16 * kStripRow;
+    float* scratch = reinterpret_cast<float*>(probs);
+    const float bias = FAR ? a.bias : 0.0f;
+
+    const auto position_of = [=](int key) {
+        const int at = first_key + key;
+        if (at >= keys) return kNowhere;
+        if (!FAR) return at;
+        return sorted[at] < a.T ? sorted[at] : kNowhere;
+    };
+    FragmentBT k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
+    {
+        __half* staged = reinterpret_cast<__half*>(raw);
+        Carrier<kBackwardRows, D, kBackwardThreads> carrier;
+        carrier.fetch(head(a.k, b, kv_head), a.k.stride[2], position_of);
+        carrier.put(Shape::kHoldsKeys ? staged : held_keys);
+        if (threadIdx.x < kBackwardRows) key_positions[threadIdx.x] = position_of(threadIdx.x);
+        carrier.fetch(head(a.v, b, kv_head), a.v.stride[2], position_of);
+        __syncthreads();
+        if (Shape::kHoldsKeys) {
+#pragma unroll
+            for (int d = 0; d < (Shape::kHoldsKeys ? D / 16 : 1); ++d)
+                wmma::load_matrix_sync(k[d], staged + warp * 16 * kRow + d * 16, kRow);
+            __syncthreads();
+        }
+        carrier.put(Shape::kHoldsKeys ? staged : held_values);
+        __syncthreads();
+        if (Shape::kHoldsKeys) {
+#pragma unroll
+            for (int d = 0; d < (Shape::kHoldsKeys ? D / 16 : 1); ++d)
+                wmma::load_matrix_sync(v[d], staged + warp * 16 * kRow + d * 16, kRow);
+            __syncthreads();
+        }
+    }
+    const Places places = find_places(scratch);
+
+    Accumulator dk[D / 16], dv[D / 16];
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+        wmma::fill_fragment(dk[d], 0.0f);
+        wmma::fill_fragment(dv[d], 0.0f);
+    }
+
+    // The queries that see the block's keys, [begin, end); those in [full_begin, full_end) see all of them.
+    const int first_position = key_positions[0];
+    const int last_position = key_positions[kBackwardRows - 1];
+    int begin, end, full_begin, full_end;
+    if (FAR) {
+        // In 64 bits: past the last window block this exceeds T, and may exceed 32 bits.
+        const auto seen_from = [&](int position) {
+            return int(min(int64_t(a.T), (int64_t(position) / a.w + a.W) * a.w));
+        };
+        begin = first_position == kNowhere ? a.T : seen_from(first_position);
+        full_begin = last_position == kNowhere ? a.T : seen_from(last_position);
+        end = full_end = a.T;
+    } else {
+        const auto seen_until = [&](int position) {
+            return int(min(int64_t(a.T), (int64_t(position) / a.w + a.W) * a.w));
+        };
+        begin = first_position;
+        end = seen_until(min(first_key + kBackwardRows, a.T) - 1);
+        full_begin = last_position == kNowhere ? a.T : last_position;
+        full_end = seen_until(first_position);
+    }
+    const int query_tiles = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
+    const int steps = query_tiles * group;
+
+    Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
+    const auto fetch = [&](int step) {
+        const int h = kv_head * group + step / query_tiles;
+        const int first = begin + step % query_tiles * kTileQueries;
+        const auto position = [&](int row) { return first + row < end ? first + row : kNowhere; };
+        next_queries.fetch(head(a.q, b, h), a.q.stride[2], position);
+        next_douts.fetch(head(args.dout, b, h), args.dout.stride[2], position);
+    };
+    if (steps > 0) fetch(0);
+    for (int step = 0; step < steps; ++step) {
+        const int h = kv_head * group + step / query_tiles;
+        const int first = begin + step % query_tiles * kTileQueries;
+        __syncthreads();  // no warp reads the tile before any more
+        next_queries.put(queries);
+        next_douts.put(douts);
+        rows->template fill<DROPOUT>(args, b, h, first, end - 1);
+        __syncthreads();
+        if (step + 1 < steps) fetch(step + 1);
+
+        const bool full = first >= full_begin && first + kTileQueries <= full_end;
+#pragma unroll 1
+        for (int m = 0; m < kTileQueries; m += 16) {
+            Accumulator scores, dprob;
+            wmma::fill_fragment(scores, 0.0f);
+            wmma::fill_fragment(dprob, 0.0f);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentA left;
+                if (Shape::kHoldsKeys) {
+                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(scores, left, k[Shape::kHoldsKeys ? d : 0], scores);
+                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(dprob, left, v[Shape::kHoldsKeys ? d : 0], dprob);
+                } else {
+                    FragmentBT right;
+                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, held_keys + warp * 16 * kRow + d * 16, kRow);
+                    wmma::mma_sync(scores, left, right, scores);
+                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, held_values + warp * 16 * kRow + d * 16, kRow);
+                    wmma::mma_sync(dprob, left, right, dprob);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int row = m + places.row(i), column = places.column(i);
+                const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + column];
+                const bool seen =
+                    full || (first + row < end && sees(FAR, first + row, rows->start[row], position));
+                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
+                const float2 both =
+                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row],
+                                                      rows->delta[row], words, position);
+                probs[places.row(i) * kStripRow + column] = __float2half_rn(both.x);
+                dscores[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+            }
+            __syncwarp();
+            FragmentAT left;
+            wmma::load_matrix_sync(left, probs, kStripRow);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentB right;
+                wmma::load_matrix_sync(right, douts + m * kRow + d * 16, kRow);
+                wmma::mma_sync(dv[d], left, right, dv[d]);
+            }
+            wmma::load_matrix_sync(left, dscores, kStripRow);
+#pragma unroll
+            for (int d = 0; d < D / 16; ++d) {
+                FragmentB right;
+                wmma::load_matrix_sync(right, queries + m * kRow + d * 16, kRow);
+                wmma::mma_sync(dk[d], left, right, dk[d]);
+            }
+            __syncwarp();  // the strip is free for the next rows
+        }
+    }
+
+    // This lane's row in by_rows, and in the window kernel the pivot that it may be.
+    const int key = first_key + warp * 16 + lane / 2;
+    int slot = -1;
+    if (!FAR && key < keys) {
+        const int before = pivots_before(sorted, a.P, key);
+        if (before < a.P && sorted[before] == key) slot = before;
+    }
+    const int64_t packed = (int64_t(b) * a.Hkv + kv_head) * a.P;
+    const auto write = [&](const Accumulator& from, float factor, const AttentionOutput& to, float* far,
+                           int d) {
+        by_rows(from, scratch, [&](int, int c, float* eight) {
+            if (key >= keys) return;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) eight[i] *= factor;
+            if (FAR) {
+                float* at = far + (packed + key) * D + d * 16 + c;
+                *reinterpret_cast<float4*>(at) = make_float4(eight[0], eight[1], eight[2], eight[3]);
+                *reinterpret_cast<float4*>(at + 4) = make_float4(eight[4], eight[5], eight[6], eight[7]);
+                return;
+            }
+            if (slot >= 0) {
+                const float* at = far + (packed + slot) * D + d * 16 + c;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) eight[i] += at[i];
+            }
+            __half* row = head(to, b, kv_head) + key * to.stride[2];
+            *reinterpret_cast<uint4*>(row + d * 16 + c) = pack(eight);
+        });
+    };
+#pragma unroll
+    for (int d = 0; d < D / 16; ++d) {
+        write(dk[d], a.scale, args.dk, args.dk_far, d);
+        write(dv[d], DROPOUT ? a.keep_scale : 1.0f, args.dv, args.dv_far, d);
+    }
+}
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches; the kernels are in sort.cuh, forward.cuh and backward.cuh.
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "common/cuda_check.h"
+#include "three_region_attention/backward.cuh"
+#include "three_region_attention/forward.cuh"
+#include "three_region_attention/sort.cuh"
+#include "three_region_attention/three_region_attention_cuda.h"
+
+namespace cogview {
+namespace {
+
+// Sizes as the kernels take them: a block no longer than T, a window of no more blocks than there are, and no
+// pivots where the window reaches everything.
+void prepare(CudaAttention& a, void* stream) {
+    a.w = std::min(a.w, a.T);
+    a.W = std::min(a.W, (a.T - 1) / a.w + 1);
+    if (int64_t(a.w) * a.W >= a.T) a.P = 0;
+    if (a.P == 0) return;
+    const dim3 grid((a.P + kSortThreads - 1) / kSortThreads, a.B);
+    three_region_attention_sort_kernel<<<grid, kSortThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+    check_launch("three_region_attention_sort_kernel");
+}
+
+template <typename Args>
+void launch(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared, const Args& args,
+            void* stream) {
+    if (blocks > 0x7fffffff)
+        throw std::runtime_error(std::string(name) + ": more than 2^31 tiles; split the batch");
+    // Past 48 KB shared memory is had on request alone.
+    if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    check_launch(name);
+    kernel<<<dim3(unsigned(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(args);
+    check_launch(name);
+}
+
+int64_t tiles(int64_t length, int64_t tile) {
+    return (length + tile - 1) / tile;
+}
+
+template <int D, bool DROPOUT>
+void forward(const CudaAttentionForward& args, void* stream) {
+    using Shape = ForwardShape<D>;
+    const CudaAttention& a = args.common;
+    launch("three_region_attention_fwd_kernel", three_region_attention_fwd_kernel<D, DROPOUT>,
+           tiles(a.T, Shape::kQueries) * a.H * a.B, Shape::kThreads, Shape::kShared, args, stream);
+}
+
+template <int D, bool DROPOUT>
+void backward(const CudaAttentionBackward& args, void* stream) {
+    const CudaAttention& a = args.common;
+    launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
+           tiles(int64_t(a.B) * a.H * a.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
+    launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
+           tiles(a.T, kBackwardRows) * a.H * a.B, kBackwardThreads, QueryGradientShape<D>::kShared, args,
+           stream);
+    if (a.P > 0)
+        launch("three_region_attention_bwd_dkv_kernel (pivots)",
+               three_region_attention_bwd_dkv_kernel<D, DROPOUT, true>,
+               tiles(a.P, kBackwardRows) * a.Hkv * a.B, kBackwardThreads, KeyGradientShape<D>::kShared, args,
+               stream);
+    launch("three_region_attention_bwd_dkv_kernel (window)",
+           three_region_attention_bwd_dkv_kernel<D, DROPOUT, false>, tiles(a.T, kBackwardRows) * a.Hkv * a.B,
+           kBackwardThreads, KeyGradientShape<D>::kShared, args, stream);
+}
+
+template <int D, typename Args>
+void dispatch_dropout(const Args& args, void* stream) {
+    const bool dropout = args.common.drop_below > 0;
+    if constexpr (std::is_same_v<Args, CudaAttentionForward>)
+        dropout ? forward<D, true>(args, stream) : forward<D, false>(args, stream);
+    else
+        dropout ? backward<D, true>(args, stream) : backward<D, false>(args, stream);
+}
+
+template <typename Args>
+void dispatch(Args args, void* stream) {
+    const CudaAttention& a = args.common;
+    if (a.B == 0 || a.H == 0 || a.T == 0) return;
+    prepare(args.common, stream);
+    switch (a.D) {
+        case 32:
+            return dispatch_dropout<32>(args, stream);
+        case 64:
+            return dispatch_dropout<64>(args, stream);
+        case 80:
+            return dispatch_dropout<80>(args, stream);
+        case 96:
+            return dispatch_dropout<96>(args, stream);
+        case 128:
+            return dispatch_dropout<128>(args, stream);
+    }
+    throw std::invalid_argument("three_region_attention: no CUDA kernel for a head size of " +
+                                std::to_string(a.D));
+}
+
+}  // namespace
+
+void three_region_attention_fwd_cuda(const CudaAttentionForward& args, void* stream) {
+    dispatch(args, stream);
+}
+
+void three_region_attention_bwd_cuda(const CudaAttentionBackward& args, void* stream) {
+    dispatch(args, stream);
+}
+
+}  // namespace cogview

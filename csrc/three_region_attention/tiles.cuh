@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the attention kernels share: matrix fragments, tiles of rows in shared memory, visible ranges,
+// dropout.
+//
+// A warp owns 16 (or 32) rows of scores and works on a strip of shared memory of its own, so that barriers of
+// the block are needed only where tiles change. wmma does not say where a fragment keeps an element; `Places`
+// asks, by loading a matrix of its own numbers, and so the same source serves every chip.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <mma.h>
+
+#include "common/random.h"
+#include "three_region_attention/three_region_attention_cuda.h"
+
+namespace cogview {
+namespace {
+
+namespace wmma = nvcuda::wmma;
+
+using FragmentA = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major>;
+using FragmentAT = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::col_major>;
+using FragmentB = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major>;
+using FragmentBT = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major>;
+using Accumulator = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
+static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
+// Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
+constexpr int kPad = 8;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+#if defined(__CUDA_ARCH__)
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#else
+    return exp2f(x);
+#endif
+}
+
+// Row and column, in its 16 x 16 matrix, of each element that a lane of an Accumulator holds: 4 bits each.
+struct Places {
+    uint32_t rows, columns;
+    __device__ __forceinline__ int row(int i) const { return rows >> (4 * i) & 15; }
+    __device__ __forceinline__ int column(int i) const { return columns >> (4 * i) & 15; }
+};
+
+// `scratch`: 256 floats of this warp's own.
+__device__ __forceinline__ Places find_places(float* scratch) {
+    for (int i = threadIdx.x % 32; i < 256; i += 32) scratch[i] = float(i);
+    __syncwarp();
+    Accumulator numbers;
+    wmma::load_matrix_sync(numbers, scratch, 16, wmma::mem_row_major);
+    Places places = {0, 0};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint32_t number = uint32_t(numbers.x[i]);
+        places.rows |= number / 16 << (4 * i);
+        places.columns |= number % 16 << (4 * i);
+    }
+    __syncwarp();
+    return places;
+}
+
+// Hands the 16 x 16 matrix of `from` to `use(row, column, values)`, eight values of a row a lane.
+// `scratch`: 320 floats of this warp's own.
+template <typename F>
+__device__ __forceinline__ void by_rows(const Accumulator& from, float* scratch, F use) {
+    wmma::store_matrix_sync(scratch, from, 20, wmma::mem_row_major);
+    __syncwarp();
+    const int row = threadIdx.x % 32 / 2, column = threadIdx.x % 2 * 8;
+    float values[8];
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(scratch + row * 20 + column + i);
+        values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
+    }
+    use(row, column, values);
+    __syncwarp();
+}
+
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 two = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+__device__ __forceinline__ uint4 pack(const float* eight) {
+    return make_uint4(pack(eight[0], eight[1]), pack(eight[2], eight[3]), pack(eight[4], eight[5]),
+                      pack(eight[6], eight[7]));
+}
+
+__device__ __forceinline__ const __half* head(const AttentionInput& x, int b, int h) {
+    return static_cast<const __half*>(x.data) + b * x.stride[0] + h * x.stride[1];
+}
+__device__ __forceinline__ __half* head(const AttentionOutput& x, int b, int h) {
+    return static_cast<__half*>(x.data) + b * x.stride[0] + h * x.stride[1];
+}
+
+// The first key of the window of query i.
+__device__ __forceinline__ int window_start(const CudaAttention& a, int i) {
+    return max(0, (i / a.w - a.W + 1) * a.w);
+}
+
+// How many of the sorted pivots lie left of `limit`.
+__device__ __forceinline__ int pivots_before(const int32_t* sorted, int P, int limit) {
+    int low = 0, high = P;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (sorted[middle] < limit)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+__device__ __forceinline__ uint64_t dropout_seed(const CudaAttention& a) {
+    return a.seed_data == nullptr ? a.seed : uint64_t(*a.seed_data);
+}
+
+// ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS
+// threads: fetched while the tile before is worked on.
+template <int ROWS, int D, int THREADS>
+struct Carrier {
+    static constexpr int kChunks = ROWS * D / 8;
+    static constexpr int kPerThread = (kChunks + THREADS - 1) / THREADS;
+    uint4 chunks[kPerThread];
+
+    // `position(row)`: where the row lies in `from`, kNowhere for a row of zeros.
+    template <typename F>
+    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, F position) {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) {
+            const int chunk = threadIdx.x + i * THREADS;
+            const int at = chunk < kChunks ? position(chunk / (D / 8)) : kNowhere;
+            chunks[i] = make_uint4(0, 0, 0, 0);
+            if (at != kNowhere)
+                chunks[i] = *reinterpret_cast<const uint4*>(from + at * stride + chunk % (D / 8) * 8);
+        }
+    }
+
+    __device__ __forceinline__ void put(__half* to) const {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) {
+            const int chunk = threadIdx.x + i * THREADS;
+            if (chunk < kChunks)
+                *reinterpret_cast<uint4*>(to + chunk / (D / 8) * (D + kPad) + chunk % (D / 8) * 8) =
+                    chunks[i];
+        }
+    }
+};
+
+// The keys that a tile of queries [first, last] walks over, TILE at a time: the pivots left of the last
+// query's window, then the first query's window up to the last query. Tiles need a mask only at the end of
+// the pivots, on the diagonal, and where the tile's queries have different windows.
+template <int TILE>
+struct KeyWalk {
+    const int32_t* sorted;
+    int first, far, far_for_all, far_tiles, start, start_of_last, last, tiles;
+
+    __device__ __forceinline__ KeyWalk(const CudaAttention& a, int b, int first, int last)
+        : sorted(a.sorted + int64_t(b) * a.P), first(first), last(last) {
+        start = window_start(a, first);
+        start_of_last = window_start(a, last);
+        far = pivots_before(sorted, a.P, start_of_last);
+        far_for_all = start == start_of_last ? far : pivots_before(sorted, a.P, start);
+        far_tiles = (far + TILE - 1) / TILE;
+        tiles = far_tiles + (last - start) / TILE + 1;
+    }
+    __device__ __forceinline__ bool is_far(int tile) const { return tile < far_tiles; }
+    __device__ __forceinline__ bool is_full(int tile) const {
+        if (is_far(tile)) return (tile + 1) * TILE <= far_for_all;
+        const int key = start + (tile - far_tiles) * TILE;
+        return key >= start_of_last && key + TILE - 1 <= first;
+    }
+    __device__ __forceinline__ int position(int tile, int row) const {
+        if (is_far(tile)) {
+            const int slot = tile * TILE + row;
+            return slot < far ? sorted[slot] : kNowhere;
+        }
+        const int key = start + (tile - far_tiles) * TILE + row;
+        return key <= last ? key : kNowhere;
+    }
+};
+
+// Does query i, whose window starts at `start`, see the key at `position` as a far key, or in its window?
+__device__ __forceinline__ bool sees(bool far, int i, int start, int position) {
+    return far ? position < start : position >= start && position <= i;
+}
+
+}  // namespace
+}  // namespace cogview

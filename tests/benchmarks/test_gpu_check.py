@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make gpu-check without a GPU: one clear line, and a rehearsal that goes through every stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import Check
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+
+
+def gpu_check(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu_check", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_no_gpu_is_one_clear_line():
+    done = gpu_check(GPU_CHECK_REHEARSE="0")
+    assert done.returncode == 1
+    assert len(done.stdout.strip().splitlines()) == 1
+    assert "no NVIDIA GPU answers" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_rehearsal_goes_through_every_stage(tmp_path):
+    select = ["--ops", "stable_softmax", "--select", "(test_empty or float32 and fwd) and (triton or eager)"]
+    done = gpu_check("--out", str(tmp_path), *select, GPU_CHECK_REHEARSE="1")
+    assert done.returncode == 0, done.stdout
+    report = json.loads((tmp_path / "gpu-check.json").read_text())
+    assert report["passed"]
+    assert [s["stage"] for s in report["stages"]] == [
+        "build",
+        "tests of the kernels",
+        "benchmark of stable_softmax",
+        "memcheck",
+    ]
+    rows = json.loads((tmp_path / "results.json").read_text())["stable_softmax"]["rows"]
+    assert {"triton", "eager PB-relax"} <= {row["variant"] for row in rows}
+    names = [path.name for path in tmp_path.iterdir()]
+    assert len(names) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+
+
+@pytest.fixture
+def check(tmp_path):
+    return Check(tmp_path, budget=60, rehearse=True, ops=[], select=None)
+
+
+def test_a_failed_stage_is_a_failed_check(check, capsys):
+    check.stage("good", [sys.executable, "-c", "print('fine')"], "tests.log", 30)
+    check.stage("bad", [sys.executable, "-c", "import sys; sys.exit('the reason')"], "tests.log", 30)
+    assert check.finish({}, "no machine") == 1
+    assert "the reason" in capsys.readouterr().out  # the log's end is shown
+    assert (check.out / "tests.log").read_text().splitlines().count("fine") == 1
+
+
+@pytest.mark.parametrize("may_be_late", [False, True])
+def test_a_stage_is_stopped_at_its_limit(check, may_be_late, monkeypatch):
+    monkeypatch.setattr("benchmarks.gpu_check.SHORTEST_S", 0)
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    check.stage("slow", command, "bench.log", 0.3, may_be_late=may_be_late)
+    assert check.stages[-1]["outcome"] == "out of time" and check.stages[-1]["seconds"] < 20
+    assert check.finish({}, "no machine") == (0 if may_be_late else 1)
+
+
+def test_a_stage_without_time_is_left_out(check):
+    check.stage("late", ["never run"], "bench.log", 1)
+    assert check.stages[-1]["outcome"] == "left out: out of time"

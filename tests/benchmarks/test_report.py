@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots: a function of the results files, and up to date with them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from benchmarks import report, results, tiles
+
+
+def row(variant, kind, ms, **more):
+    return {
+        "shape": "paper",
+        "sizes": "B=4",
+        "dtype": "bfloat16",
+        "direction": "fwd",
+        "variant": variant,
+        "kind": kind,
+        "note": "",
+        "ms": ms,
+        "ms_quartiles": [0.95 * ms, 1.05 * ms],
+        "rate": 300.0,
+        "rate_unit": "TFLOP/s",
+        "formula": "4 pairs D",
+        "share_of_ceiling": 0.4,
+        "peak_bytes": 64 << 20,
+        "result_bytes": 32 << 20,
+        **more,
+    }
+
+
+ENVIRONMENT = {
+    "device": "Some CPU",
+    "date": "2026-01-02 03:04 UTC",
+    "commit": "0123456789ab",
+    "modified": False,
+    "python": "3.12.3",
+    "torch": "2.11.0",
+    "triton": None,
+    "cuda": None,
+    "cpu_threads": 2,
+    "allocator": "system malloc",
+}
+DOCUMENT = {
+    "op": "three_region_attention",
+    "baseline": "dense",
+    "environment": ENVIRONMENT,
+    "ceilings": {"copy_gb_s": 20.0, "matmul_tflop_s": {"bfloat16": 700.0}},
+    "rows": [row("dense", "rival", 2.0), row("cpu", "backend", 0.5), row("loop", "rival", 1.0)],
+    "skipped": [{"case": "paper-bfloat16-fwd", "variant": "Liger", "reason": "not installed"}],
+}
+GPU = copy.deepcopy(DOCUMENT)
+GPU["environment"] |= {"device": "Some GPU", "capability": "9.0", "driver": "580", "clocks": "1980 MHz"}
+GPU["rows"][1]["host_us"] = 5.0
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    (tmp_path / "README.md").write_text(f"# Title\n\n{report.BEGIN}\nstale\n{report.END}\n\nafter\n")
+    folder = tmp_path / "benchmarks" / "results"
+    results.write_json(folder / "some-cpu" / "three_region_attention.json", DOCUMENT)
+    results.write_json(folder / "some-gpu" / "three_region_attention.json", GPU)
+    return tmp_path
+
+
+def test_written_once_and_then_up_to_date(checkout):
+    written = report.generate(root=checkout)
+    assert "README.md" in written
+    assert "benchmarks/results/some-cpu/three_region_attention.png" in written
+    assert report.generate(root=checkout, check=True) == []
+    text = (checkout / "README.md").read_text()
+    assert "stale" not in text and text.endswith("\n\nafter\n")
+    assert not list(checkout.rglob("*.part"))
+
+
+def test_changed_results_are_noticed(checkout):
+    report.generate(root=checkout)
+    changed = copy.deepcopy(DOCUMENT)
+    changed["rows"][1]["ms"] = 0.25
+    results.write_json(checkout / "benchmarks/results/some-cpu/three_region_attention.json", changed)
+    assert set(report.generate(root=checkout, check=True)) == {
+        "README.md",
+        "benchmarks/results/some-cpu/README.md",
+        "benchmarks/results/some-cpu/three_region_attention.png",
+    }
+
+
+def test_ratios_everywhere_milliseconds_for_a_gpu_alone():
+    cpu, gpu = report.device_page("some-cpu", {"three_region_attention": DOCUMENT}), report.text_table(GPU)
+    assert "4.00x" in cpu and "| ms |" not in cpu and "0.50" not in cpu
+    assert " ms " in gpu and "0.50" in gpu and "4.00x" in gpu
+    assert "32 MiB" in cpu and "Liger, 1 cases: not installed" in cpu
+    assert "Unmeasured on this device." in cpu  # the other ops
+
+
+def test_summary_names_the_fastest_rival_and_what_is_unmeasured():
+    text = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
+    assert "GPU: unmeasured" in text
+    assert "| cpu | loop | 2.00x | dense: 4.00x |" in text
+    assert "| decode_attention | unmeasured |" in text
+    assert "GPU: unmeasured" not in report.summary({"some-gpu": {"three_region_attention": GPU}})
+
+
+def test_unsteady_times_are_marked():
+    shaken = copy.deepcopy(DOCUMENT)
+    shaken["rows"][1]["ms_quartiles"] = [0.4, 0.6]
+    assert "~4.00x" in report.text_table(shaken) and "~" not in report.text_table(DOCUMENT)
+
+
+def test_a_readme_without_markers_is_an_error():
+    with pytest.raises(ValueError, match="markers"):
+        report.put_between_markers("# Title\n", "block")
+
+
+def test_tiles():
+    by_shape = {row["shape"]: row for row in tiles.table()}
+    paper = by_shape["paper"]
+    assert paper["causal_tiles"] == 33 * 34 // 2
+    assert paper["block_mask_tiles"] == paper["causal_tiles"]  # nothing to skip: the reason for gathering
+    assert 0.45 < paper["gathered_tiles"] / paper["causal_tiles"] < 0.52
+
+
+def test_this_repository_is_up_to_date():
+    assert report.generate(check=True) == [], "run `python -m benchmarks.report`"

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models and runs shared by the tests of the model package."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from cogview.config import PRESETS, ModelConfig, Preset, ThreeRegionConfig
+from cogview.transformer import CogView
+from cogview.vocab import Vocab
+
+VOCAB = Vocab(num_image_codes=16, num_text_pieces=20)
+SMALL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    num_heads=2,
+    vocab_size=VOCAB.padded_size,
+    max_positions=40,
+    dropout=0.0,
+    three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=12),
+)
+
+
+def small_model(seed: int = 0, scale: float = 1.0, **changes: object) -> CogView:
+    """A model of two layers. ``scale`` enlarges its weights, so that every part of it matters."""
+    torch.manual_seed(seed)
+    model = CogView(dataclasses.replace(SMALL, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(scale)
+    return model
+
+
+def tiny_preset(steps: int = 6) -> Preset:
+    """The digits preset with next to no training."""
+    preset = PRESETS["digits"]
+    return dataclasses.replace(
+        preset,
+        digit_copies=1,
+        model=dataclasses.replace(preset.model, num_layers=2, hidden_size=64, num_heads=2),
+        train=dataclasses.replace(preset.train, steps=steps, batch_size=8, checkpoint_every=3),
+        image_tokenizer=dataclasses.replace(preset.image_tokenizer, channels=16),
+        image_tokenizer_train=dataclasses.replace(
+            # Enough that pictures do not all have the same codes.
+            preset.image_tokenizer_train,
+            steps=60,
+            batch_size=16,
+            checkpoint_every=20,
+        ),
+    )

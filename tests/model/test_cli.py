@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.cli import main
+from cogview.commands import TrainModel, TrainTokenizers, train_model, train_tokenizers
+from tests.model.helpers import tiny_preset
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    options = {"data": "digits", "out": out, "preset": tiny_preset(), "device": "cpu", "progress": False}
+    train_tokenizers(TrainTokenizers(**options))
+    train_model(TrainModel(**options))
+    return out
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    lines = [f"{index}.png\ta photo of thing number {index}" for index in range(6)]
+    (folder / "captions.tsv").write_text("\n".join(lines))
+    return folder
+
+
+def mistake(capsys, *arguments):
+    """Exit code 2 and one line on stderr, which is returned."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_generate_caption_and_rerank(run_folder, tmp_path, capsys):
+    for index in range(2):
+        out = tmp_path / f"{index}.png"
+        arguments = [
+            "generate",
+            "--run",
+            str(run_folder),
+            "a handwritten seven",
+            "--num",
+            "1",
+            "--out",
+            str(out),
+        ]
+        assert main([*arguments, "--seed", str(index)]) == 0
+        with Image.open(out) as picture:
+            assert picture.size == (64, 64)
+    grid = tmp_path / "deep" / "grid.png"
+    texts = ["a handwritten seven", "手写数字七"]
+    assert main(["generate", "--run", str(run_folder), *texts, "--num", "3", "--out", str(grid)]) == 0
+    with Image.open(grid) as picture:
+        assert picture.size == (3 * 68 + 4, 2 * 68 + 4)
+    images = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    capsys.readouterr()
+    assert main(["caption", "--run", str(run_folder), *images]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert main(["rerank", "--run", str(run_folder), "a seven", *images]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == ["1", "2"]
+    assert float(lines[0][2].split()[1]) <= float(lines[1][2].split()[1])
+
+
+def test_generation_options_take_effect(run_folder, tmp_path):
+    def picture(*options):
+        out = tmp_path / "x.png"
+        text = "a handwritten seven"
+        assert (
+            main(["generate", "--run", str(run_folder), text, "--num", "2", "--out", str(out), *options]) == 0
+        )
+        return out.read_bytes()
+
+    assert picture() == picture()
+    assert picture() != picture("--seed", "1")
+    assert picture("--top-k", "1") == picture("--top-k", "1", "--seed", "1")
+
+
+def test_parts_of_a_text_that_were_never_learned_are_named(run_folder, tmp_path, capsys):
+    out = str(tmp_path / "x.png")
+    assert main(["generate", "--run", str(run_folder), "a Ω", "--num", "1", "--out", out]) == 0
+    assert "never learned: Ω" in capsys.readouterr().err
+
+
+def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    common = ["--data", str(photos), "--out", out, "--steps", "2", "--batch-size", "4"]
+    assert main(["train-tokenizer", *common]) == 0
+    assert main(["train", *common]) == 0
+    assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert "cogview generate --run" in capsys.readouterr().out
+    # Other settings would describe neither the old nor the new run.
+    line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
+    assert "was started with train.steps = 2, now 3" in line
+
+
+def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
+    text = "a handwritten seven"
+    assert "run folder not found" in mistake(capsys, "generate", "--run", tmp_path / "absent", text)
+    assert "cogview train --out" in mistake(
+        capsys, "generate", "--run", _only_tokenizers(run_folder, tmp_path), text
+    )
+    assert "data folder not found" in mistake(
+        capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
+    )
+    assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
+    assert "unknown preset 'huge'; known presets: digits, tutorial, base, fashion" in mistake(
+        capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
+    )
+    assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
+    (tmp_path / "bad.png").write_text("not an image")
+    assert "cannot be read as an image" in mistake(
+        capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
+    )
+    assert "the text is empty" in mistake(capsys, "generate", "--run", run_folder, " ")
+    assert "at most 5 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
+    assert "temperature must be above 0" in mistake(
+        capsys, "generate", "--run", run_folder, text, "--temperature", "0"
+    )
+    assert "--device nonsense cannot be used here" in mistake(
+        capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
+    )
+
+
+def _only_tokenizers(run_folder, tmp_path):
+    folder = tmp_path / "only-tokenizers"
+    folder.mkdir()
+    for name in ("tokenizers.json", "text_tokenizer.model", "image_tokenizer.safetensors"):
+        shutil.copy(run_folder / name, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "image_tokenizer.safetensors",
+        "text_tokenizer.model",
+        "tokenizers.json",
+        "model.json",
+        "checkpoints/step-00000006/model.safetensors",
+    ],
+)
+def test_a_corrupt_file_gives_one_clear_line(run_folder, tmp_path, capsys, file):
+    broken = tmp_path / "broken"
+    shutil.copytree(run_folder, broken)
+    (broken / file).write_bytes(b"{ nonsense")
+    assert Path(file).name in mistake(capsys, "generate", "--run", broken, "a handwritten seven")
+
+
+def test_wrong_usage_is_explained_without_loading_pytorch(tmp_path):
+    code = (
+        "import sys\nfrom cogview.cli import main\n"
+        "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+    assert run("--help").returncode == 0
+    assert "examples:" in run("--help").stdout
+    for command in ("train-tokenizer", "train", "generate", "caption", "rerank", "demo"):
+        shown = run(command, "--help")
+        assert shown.returncode == 0
+        assert "example:" in shown.stdout
+    missing = run("generate", "a seven")
+    assert missing.returncode == 2
+    assert "--run" in missing.stderr
+    assert run("generate", "--run", "x", "a", "--num", "0").returncode == 2
+
+
+def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "cogview", "train-tokenizer", "--data", str(photos), "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("tensorboard/*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert f"saved in {out}" in errors
+    assert "Run the same command again" in errors
+    assert len(list(out.glob("tokenizer-checkpoints/step-*"))) == 1

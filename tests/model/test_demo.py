@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo with next to no training: that it runs, resumes and reports, not how well it draws."""
+
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+import cogview.demo
+from cogview.demo import Demo, all_prompts, run_demo, summary
+from cogview.digits import TRAINING_PHRASINGS
+from tests.model.helpers import tiny_preset
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    options = Demo(
+        out=tmp_path_factory.mktemp("demo"),
+        preset=tiny_preset(),
+        num_candidates=3,
+        draws=2,
+        device="cpu",
+        progress=False,
+    )
+    return options, run_demo(options)
+
+
+def test_two_hundred_prompts_by_default_and_none_in_a_training_phrasing():
+    prompts = all_prompts(Demo().draws)
+    assert len(prompts) >= 200
+    assert Demo().num_candidates == 16
+    assert not {prompt.phrasing for prompt in prompts} & set(TRAINING_PHRASINGS)
+    assert len({(prompt.text, prompt.draw) for prompt in prompts}) == len(prompts)
+
+
+def test_report_and_pictures(demo):
+    options, report = demo
+    assert json.loads((options.out / "report.json").read_text(encoding="utf-8")) == cogview.demo._jsonable(
+        report
+    )
+    assert report["results"]["prompts"] == 120
+    assert len(report["prompts"]) == 120
+    single = sum(prompt["right_candidates"] for prompt in report["prompts"]) / 360
+    best = sum(prompt["best_shows"] == prompt["digit"] for prompt in report["prompts"]) / 120
+    assert report["results"]["single_draw"] == pytest.approx(single)
+    assert report["results"]["best_of_all"] == pytest.approx(best)
+    assert report["judge"]["accuracy_on_real_test_scans"] > 0.98
+    assert report["timings"]["starts"] == 1
+    for name in ("contact_sheet.png", "loss_curves.png"):
+        with Image.open(options.out / name) as picture:
+            assert min(picture.size) > 300
+    assert "best of 3 by CapLoss" in summary(report, options.out)
+
+
+def test_a_finished_demo_is_not_done_again(demo, monkeypatch):
+    options, report = demo
+
+    def never(*arguments, **named):
+        raise AssertionError("done again")
+
+    for name in ("generate_codes", "rerank"):
+        monkeypatch.setattr(cogview.demo, name, never)
+    monkeypatch.setattr("cogview.commands.train_image_tokenizer", never)
+    monkeypatch.setattr("cogview.train.losses_of", never)
+    again = run_demo(options)
+    assert again["results"] == report["results"]
+    assert again["prompts"] == report["prompts"]
+    assert again["timings"]["starts"] == 2
+
+
+@pytest.mark.parametrize(
+    "phase", ["cogview.train.losses_of", "cogview.demo.generate_codes", "cogview.demo.rerank"]
+)
+def test_interrupted_in_any_phase_it_goes_on_to_the_same_result(demo, tmp_path, monkeypatch, phase):
+    finished, report = demo
+    options = dataclasses.replace(finished, out=tmp_path)
+
+    def interrupt(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phase, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(options)
+    monkeypatch.undo()
+    resumed = run_demo(options)
+    assert resumed["prompts"] == report["prompts"]
+    assert resumed["timings"]["starts"] == 2
+
+
+def test_another_seed_in_the_same_folder_is_an_error(demo):
+    options, _ = demo
+    with pytest.raises(ValueError, match=r"was started with seed = 0, now 1"):
+        run_demo(dataclasses.replace(options, seed=1))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogview.config import ImageTokenizerConfig
+from cogview.image_tokenizer import ImageTokenizer, Quantizer
+
+SMALL = ImageTokenizerConfig(num_codes=8, code_dim=4, channels=6, stages=2, image_size=16)
+
+
+def test_names_and_shapes_of_the_released_state_dict():
+    with torch.device("meta"):
+        tokenizer = ImageTokenizer(ImageTokenizerConfig())
+    shapes = {name: list(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+    expected = {
+        "quantize_t.embed": [256, 8192],
+        "quantize_t.cluster_size": [8192],
+        "quantize_t.embed_avg": [256, 8192],
+    }
+    for index, shape in [
+        (0, [512, 3, 4, 4]),
+        (2, [512, 512, 4, 4]),
+        (4, [512, 512, 4, 4]),
+        (6, [256, 512, 1, 1]),
+    ]:
+        expected |= {f"enc_b.blocks.{index}.weight": shape, f"enc_b.blocks.{index}.bias": [shape[0]]}
+    for index, shape in [
+        (0, [256, 512, 4, 4]),
+        (2, [512, 512, 4, 4]),
+        (4, [512, 512, 4, 4]),
+        (6, [3, 512, 1, 1]),
+    ]:
+        outputs = shape[0] if index == 6 else shape[1]
+        expected |= {f"dec.blocks.{index}.weight": shape, f"dec.blocks.{index}.bias": [outputs]}
+    assert shapes == expected
+    encoder = sum(p.numel() for p in tokenizer.enc_b.parameters())
+    decoder = sum(p.numel() for p in tokenizer.dec.parameters())
+    assert (encoder, decoder) == (8_546_048, 10_488_835)
+
+
+def test_shapes_ranges_and_any_multiple_of_the_factor():
+    tokenizer = ImageTokenizer(SMALL).eval()
+    codes = tokenizer.encode(torch.rand(3, 3, 16, 24))
+    assert codes.shape == (3, 4, 6)
+    assert codes.dtype == torch.int64
+    images = tokenizer.decode(codes)
+    assert images.shape == (3, 3, 16, 24)
+    assert 0 <= images.min() <= images.max() <= 1
+    with pytest.raises(ValueError, match="divisible by 4"):
+        tokenizer.encode(torch.rand(1, 3, 16, 18))
+    with pytest.raises(ValueError, match=r"\[B, 3, H, W\]"):
+        tokenizer.encode(torch.rand(1, 1, 16, 16))
+
+
+def test_nearest_code_is_the_nearest():
+    quantizer = Quantizer(SMALL)
+    z = torch.randn(5, 7, 4)
+    distance = torch.cdist(z.reshape(-1, 4), quantizer.embed.t())
+    assert torch.equal(quantizer.nearest(z).reshape(-1), distance.argmin(1))
+
+
+def test_moving_averages_by_hand():
+    quantizer = Quantizer(SMALL)
+    quantizer.revive_below = 0.0
+    embed, size, average = (
+        quantizer.embed.clone(),
+        quantizer.cluster_size.clone(),
+        quantizer.embed_avg.clone(),
+    )
+    z, codes = torch.randn(6, 4), torch.tensor([0, 0, 0, 5, 5, 7])
+    quantizer.update(z, codes)
+    for code in range(8):
+        chosen = z[codes == code]
+        size[code] = 0.99 * size[code] + 0.01 * len(chosen)
+        average[:, code] = 0.99 * average[:, code] + 0.01 * chosen.sum(0)
+    smoothed = (size + 1e-5) / (size.sum() + 8e-5) * size.sum()
+    torch.testing.assert_close(quantizer.embed, average / smoothed)
+    assert not torch.allclose(quantizer.embed, embed)
+
+
+def test_a_code_that_is_never_used_restarts_at_an_encoder_output():
+    quantizer = Quantizer(SMALL)
+    quantizer.cluster_size.fill_(9.0)[3] = 0.01
+    z = torch.randn(20, 4) + 50
+    quantizer.update(z, torch.zeros(20, dtype=torch.int64))
+    distance = (quantizer.embed[:, [3]] - z.t()).abs().amax(0)
+    assert distance.min() < 0.1  # up to the smoothing of the counts
+    assert (quantizer.embed[:, 4] - z.mean(0)).abs().min() > 10
+
+
+def test_straight_through_gradient_and_commitment():
+    torch.manual_seed(0)
+    tokenizer = ImageTokenizer(SMALL)
+    images = torch.rand(2, 3, 16, 16)
+    result = tokenizer(images)
+    F.mse_loss(result.images, images).backward()
+    assert tokenizer.enc_b.blocks[0].weight.grad.abs().sum() > 0
+    tokenizer.zero_grad()
+    result = tokenizer(images)
+    result.commitment.backward()
+    assert tokenizer.enc_b.blocks[0].weight.grad.abs().sum() > 0
+    assert tokenizer.dec.blocks[0].weight.grad is None
+
+
+def test_evaluation_leaves_the_codebook_alone():
+    tokenizer = ImageTokenizer(SMALL).eval()
+    before = tokenizer.quantize_t.embed.clone()
+    tokenizer(torch.rand(2, 3, 16, 16))
+    assert torch.equal(tokenizer.quantize_t.embed, before)

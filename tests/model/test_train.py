@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cogview.train
+from cogview.config import TrainConfig
+from cogview.data import TokenDataset
+from cogview.train import losses_of, sample_layouts, train
+from tests.model.helpers import VOCAB, small_model
+
+CONFIG = TrainConfig(
+    steps=12, batch_size=8, learning_rate=2e-3, text_weight=3.0, checkpoint_every=4, warmup_fraction=0.2
+)
+
+
+def dataset():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (20, 16), generator=generator)
+    captions = [[[1 + index % 4, 7], [9, 1 + index % 4, 8]] for index in range(20)]
+    return TokenDataset(VOCAB, codes, captions, length=40)
+
+
+def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
+    model = small_model(scale=5.0)
+    batch = dataset().batch(0, 8, text_weight=3.0, caption_fraction=0.5, seed=0)
+    layouts = sample_layouts(model.config, batch, torch.Generator().manual_seed(0))
+    loss, image_loss, text_loss = losses_of(model, batch, layouts)
+
+    logits = model.logits(model(batch.tokens, layout=layouts))
+    each = F.cross_entropy(logits.transpose(1, 2), batch.targets, reduction="none")
+    real = batch.targets != VOCAB.pad
+    image = real & (batch.tokens < VOCAB.num_image_codes)
+    text = real & ~image
+    expected = (each[image].sum() + 3 * each[text].sum()) / (image.sum() + 3 * text.sum())
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(image_loss, each[image].mean().detach())
+    torch.testing.assert_close(text_loss, each[text].mean().detach())
+    gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)]
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_every_layer_draws_its_own_pivots_and_all_text_is_among_them():
+    batch = dataset().batch(0, 8, text_weight=1.0, caption_fraction=0.5, seed=0)
+    first, second = sample_layouts(small_model().config, batch, torch.Generator().manual_seed(0))
+    assert not torch.equal(first.pivots.sort().values, second.pivots.sort().values)
+    for row in range(8):
+        text = set(batch.text_mask[row].nonzero().flatten().tolist())
+        assert text <= set(first.pivots[row].tolist())
+
+
+def test_training_learns(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=60)
+    history = train(small_model(), dataset(), config, tmp_path, progress=False)
+    assert sum(history["image_loss"][-5:]) < 0.8 * sum(history["image_loss"][:5])
+    assert sum(history["text_loss"][-5:]) < 0.5 * sum(history["text_loss"][:5])
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from tests.model.test_train import CONFIG, dataset, small_model, train
+train(small_model(dropout=0.1), dataset(), CONFIG, sys.argv[1], progress=False)
+"""
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, dropout):
+    whole = train(small_model(dropout=dropout), dataset(), CONFIG, tmp_path / "whole", progress=False)
+    real = cogview.train.losses_of
+    calls = []
+
+    def dies_in_step_six(*arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            raise Killed
+        return real(*arguments)
+
+    monkeypatch.setattr(cogview.train, "losses_of", dies_in_step_six)
+    with pytest.raises(Killed):
+        train(small_model(dropout=dropout), dataset(), CONFIG, tmp_path / "killed", progress=False)
+    monkeypatch.undo()
+    model = small_model(seed=99, dropout=dropout)  # other weights: they must come from the checkpoint
+    torch.rand(17)
+    resumed = train(model, dataset(), CONFIG, tmp_path / "killed", progress=False)
+    assert resumed == whole
+
+
+def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
+    whole = train(small_model(dropout=0.1), dataset(), CONFIG, tmp_path / "whole", progress=False)
+    root = Path(__file__).parents[2]
+    code = RUN.replace("CONFIG, sys.argv[1]", "SLOW, sys.argv[1]").replace(
+        "train(small",
+        "import dataclasses, time, cogview.train\n"
+        "SLOW = dataclasses.replace(CONFIG, checkpoint_every=1_000_000)\n"
+        "real = cogview.train.losses_of\n"
+        "def slow(*arguments):\n"
+        "    print('step', flush=True); time.sleep(0.2)\n"
+        "    return real(*arguments)\n"
+        "cogview.train.losses_of = slow\n"
+        "train(small",
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "cut")],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for _ in range(3):
+        assert process.stdout.readline() == "step\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in errors
+    saved = [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()]
+    assert saved == ["step-00000003"]
+    resumed = train(small_model(seed=5, dropout=0.1), dataset(), CONFIG, tmp_path / "cut", progress=False)
+    for name in whole:
+        assert resumed[name] == pytest.approx(whole[name], rel=1e-5)
+
+
+def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
+    real = cogview.train.losses_of
+    model = small_model()
+    config = dataclasses.replace(CONFIG, steps=3, checkpoint_every=100)
+    seen = []
+
+    def nan_in_step_one(*arguments):
+        seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        loss, image, text = real(*arguments)
+        return (loss * float("nan") if len(seen) == 2 else loss), image, text
+
+    monkeypatch.setattr(cogview.train, "losses_of", nan_in_step_one)
+    train(model, dataset(), config, tmp_path, progress=False)
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+    assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
+    assert all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values())

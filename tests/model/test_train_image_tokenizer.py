@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import pytest
+import torch
+
+import cogview.train_image_tokenizer
+from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
+from cogview.digits import DigitPairs
+from cogview.image_tokenizer import ImageTokenizer
+from cogview.train_image_tokenizer import train_image_tokenizer
+
+SHAPE = ImageTokenizerConfig(
+    num_codes=16,
+    code_dim=8,
+    channels=16,
+    stages=2,
+    image_size=16,
+    pixel_mean=(0.5, 0.5, 0.5),
+    pixel_std=(0.5, 0.5, 0.5),
+)
+CONFIG = ImageTokenizerTrainConfig(steps=9, batch_size=8, learning_rate=3e-3, checkpoint_every=3)
+
+
+def tokenizer(seed=0):
+    torch.manual_seed(seed)
+    return ImageTokenizer(SHAPE)
+
+
+def test_training_learns(tmp_path):
+    config = dataclasses.replace(CONFIG, steps=100, batch_size=16)
+    history = train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path, progress=False)
+    assert sum(history["reconstruction"][-5:]) < 0.7 * sum(history["reconstruction"][:5])
+    assert history["codes_used"][-1] > 8
+
+
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):
+    whole = train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "whole", progress=False)
+    real = cogview.train_image_tokenizer.batch_indices
+
+    def dies_in_step_seven(seed, step, *arguments):
+        if step == 7:
+            raise RuntimeError("killed")
+        return real(seed, step, *arguments)
+
+    monkeypatch.setattr(cogview.train_image_tokenizer, "batch_indices", dies_in_step_seven)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "cut", progress=False)
+    monkeypatch.undo()
+    other = tokenizer(seed=9)
+    assert train_image_tokenizer(other, DigitPairs(), CONFIG, tmp_path / "cut", progress=False) == whole
+
+
+def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=1)
+    model = tokenizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(cogview.train_image_tokenizer.F, "mse_loss", lambda a, b: a.sum() * float("nan"))
+    train_image_tokenizer(model, DigitPairs(), config, tmp_path, progress=False)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
