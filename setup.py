@@ -62,7 +62,7 @@ CXX_FLAGS = [
 
 SANITIZE = os.environ.get("COGVIEW_SANITIZE") == "1"
 if SANITIZE:
-    CXX_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    CXX_FLAGS += ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 def find_nvcc() -> str | None:
