@@ -238,7 +238,7 @@ def test_every_instruction_set(isa, backend):
         _extension.native.set_isa(best)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_over_many_parts(backend):
     """More ids than one part of the vocabulary, in every part a target."""
     steps = autograd._steps(backend)
@@ -248,10 +248,12 @@ def test_steps_over_many_parts(backend):
     view.copy_(logits)
     steps.reduce(view, target, stats)
     peak, total, picked = stats.double()
-    torch.testing.assert_close(peak + total.log(), logits.double().logsumexp(0))
+    torch.testing.assert_close(peak + total.log(), logits.double().logsumexp(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(picked.float(), logits[target, torch.arange(21)])
     coefficient = torch.randn(21)
+    # A token that does not count may have logits of any kind.
     coefficient[4] = 0
+    view[100:, 4] = torch.nan
     # Rows 100 and on of the vocabulary alone.
     steps.gradient(view[100:], 100, target, coefficient, stats)
     onehot = F.one_hot(target, 2100).T
