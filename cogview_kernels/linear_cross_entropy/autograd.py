@@ -76,7 +76,7 @@ def _forward(
     gradients: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    losses, *rest = chunked.linear_cross_entropy_chunked(
+    losses, dhidden, dweight, scales = chunked.linear_cross_entropy_chunked(
         hidden,
         weight,
         target.contiguous(),
@@ -85,7 +85,7 @@ def _forward(
         summed and gradients,
         _steps(backend),
     )
-    return losses.sum() if summed else losses, *rest
+    return losses.sum() if summed else losses, dhidden, dweight, scales
 
 
 def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:

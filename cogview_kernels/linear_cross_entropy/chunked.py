@@ -4,8 +4,9 @@
 Letters: N tokens, C width, V ids in the softmax. Logits and their gradients are held with a row per id and a
 column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dweight``, ``[V, C]``.
 
-FLOPs: 2 N C V for the losses; with gradients 6 N C V, and 2 (N - C) C V more where :func:`_in_place_of_dweight`
-makes logits twice. Memory beyond the gradients: one piece of CHUNK_ELEMENTS and 28 bytes a token.
+FLOPs: 2 N C V for the losses; with gradients 6 N C V, and 2 (N - C) C V more where
+:func:`_in_place_of_dweight` makes logits twice. Memory beyond the gradients: one piece of CHUNK_ELEMENTS and
+some 30 bytes a token.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ CHUNK_ELEMENTS = 14 * 2**20
 
 
 class Steps(NamedTuple):
-    """What a backend does to logits ``[v, n]`` (rows of any stride), each element read and written once or twice.
+    """What a backend does to logits ``[v, n]`` (rows of any stride).
 
     ``reduce(logits, target, stats)`` fills ``stats`` ``[3, n]``: a token's largest logit, its sum of
     ``exp(logit - largest)``, and its target's logit, -inf where that is no id.
 
-    ``gradient(logits, first, target, coefficient, stats)`` turns them, rows ``first`` and on of the vocabulary,
-    into ``coefficient * (softmax - onehot(target))``, and into exact zeros where ``coefficient`` is zero.
+    ``gradient(logits, first, target, coefficient, stats)`` turns them, the ids from ``first`` on, into
+    ``coefficient * (softmax - onehot(target))``, and into exact zeros where ``coefficient`` is zero.
 
     The other two make the logits themselves, tile by tile, and hold none: ``fused_reduce(hidden, weight,
     target, coefficient, stats)`` and ``fused_gradient(hidden, weight, first, target, coefficient, stats,
@@ -85,7 +86,7 @@ class _Problem:
 
 
 class _Scales(NamedTuple):
-    """Factors that keep float16 gradients in its range, below 2^15 whatever the data, and far above its bottom.
+    """Factors that keep float16 gradients in its range: below 2^15 whatever the data, and large.
 
     ``dlogits`` are multiplied by ``dlogits`` for ``dhidden``, by ``for_dweight`` for ``dweight``, which is
     multiplied once more, by ``alpha``. The first two are powers of two on the device, for nobody to wait for.
@@ -133,8 +134,9 @@ def linear_cross_entropy_chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(losses, dhidden, dweight, scales)`` of the softmax over the ids of ``vocab_range``.
 
-    ``losses`` are multiplied by ``coefficient``, in float32. With ``gradients`` the next two are those of ``losses.sum()``, multiplied by the two ``scales`` (ones but
-    for float16, whose coefficients must be at most 1); else they are empty.
+    ``losses`` are multiplied by ``coefficient``, in float32. With ``gradients`` the next two are those of
+    ``losses.sum()``, multiplied by the two ``scales`` (ones but for float16, whose coefficients must be at
+    most 1); else they are empty.
     """
     (N, C), (start, stop) = hidden.shape, vocab_range
     V = stop - start
@@ -186,7 +188,7 @@ def _losses_only(problem: _Problem) -> None:
 
 
 def _accumulated(problem: _Problem, dhidden: Tensor, dweight: Tensor) -> None:
-    """Chunk by chunk of tokens, ``dweight`` summed over the chunks: exact in float32 or for a single chunk."""
+    """Chunk by chunk of tokens, ``dweight`` summed over them: exact in float32 or for a single chunk."""
     hidden, V = problem.hidden, problem.weight.shape[0]
     n = min(_chunk(V, 32), len(hidden))
     chunk = hidden.new_empty(V * n)
@@ -221,7 +223,7 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
     chunk = hidden.new_empty(v * N)
     for ids in _pieces(0, V, v):
         dlogits = chunk[: (ids.stop - ids.start) * N].view(-1, N)
-        if N > kept:
+        if kept < N:
             problem.gradient(slice(0, N - kept), ids, dlogits[:, : N - kept], held=False)
         dlogits[:, N - kept :] = dweight[ids, :kept]
         if problem.scales is not None:

@@ -3,8 +3,8 @@
 
 Letters: N tokens, C width, V ids in the softmax (v in a piece of it). Logits lie ``[v, n]``, a row per id.
 
-- **products**: PyTorch multiplies (cuBLAS), ``_reduce_kernel`` and ``_gradient_kernel`` read the logits that lie
-  in memory. Bytes: 1 read of the logits to reduce them, 1 read and 1 write for their gradient.
+- **products**: PyTorch multiplies (cuBLAS), ``_reduce_kernel`` and ``_gradient_kernel`` read the logits that
+  lie in memory. Bytes: 1 read of the logits to reduce them, 1 read and 1 write for their gradient.
 - **fused**: ``_fused_reduce_kernel`` and ``_fused_gradient_kernel`` multiply too, 2 C FLOPs a logit, and keep
   logits in registers, in float32. Nothing is stored to be reduced; the gradient is written once.
   Tiles of tokens that do not count are skipped.
@@ -12,9 +12,9 @@ Letters: N tokens, C width, V ids in the softmax (v in a piece of it). Logits li
 Both end in ``_merge_kernel``: the vocabulary is split so that all multiprocessors have work, and the partial
 results are put together in one order, so two runs give the same bits.
 
-No kernel goes on from a tile of the gradient to ``dhidden`` and ``dweight``: a tile's share of them, in float32
-(128 x 2,560 for ``dhidden``), fits in no multiprocessor. Its owner would make the logits again for each slice of
-C that fits, C / 256 times over; sums in memory would need atomics, in no fixed order, or locks.
+No kernel goes on from a tile of the gradient to ``dhidden`` and ``dweight``: a tile's share of them in
+float32 (128 x 2,560 for ``dhidden``) fits in no multiprocessor. Its owner would make the logits again for
+each slice of C that fits, C / 256 times over; sums in memory would need locks, or atomics in no fixed order.
 """
 
 from __future__ import annotations
@@ -28,21 +28,28 @@ from torch import Tensor
 
 from cogview_kernels._triton import INTERPRETED, LOG2E, offset, store_rounded
 
-# Which steps make their own logits: (reduce, gradient). Predicted, not yet measured: cuBLAS multiplies at about
-# 790 TFLOP/s on an H200 and a Triton kernel at 600 to 650, and passing the logits through memory costs less
-# than that difference (see benchmarks/NOTES.md). Fused, the losses alone take no memory at all.
+# Which steps make their own logits: the losses alone, and the logits of a gradient that are not held.
+# Predicted, not yet measured: cuBLAS multiplies at about 790 TFLOP/s on an H200 and a Triton kernel at 600 to
+# 650; passing logits through memory costs less than that difference (see benchmarks/NOTES.md).
 FUSED = (False, False)
 
 
 @triton.jit
-def _online(x, peak, total):
-    """Running ``max(x)`` and ``sum(exp(x - max))`` over rows."""
-    new_peak = tl.maximum(peak, tl.max(x, axis=0))
+def _online(x, peak, total, AXIS: tl.constexpr):
+    """Running ``max(x)`` and ``sum(exp(x - max))`` along AXIS."""
+    new_peak = tl.maximum(peak, tl.max(x, axis=AXIS))
     # No id yet: -inf minus -inf would be NaN.
     safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    e = tl.exp2((x - safe[None, :]) * LOG2E)
-    total = total * tl.exp2((peak - safe) * LOG2E) + tl.sum(e, axis=0)
+    e = tl.exp2((x - tl.expand_dims(safe, AXIS)) * LOG2E)
+    total = total * tl.exp2((peak - safe) * LOG2E) + tl.sum(e, axis=AXIS)
     return new_peak, total
+
+
+@triton.jit
+def _load_target(target_ptr, cols, n):
+    """In 32 bits, which a vocabulary fits in and halves the registers; -1 for what does not."""
+    target = tl.load(target_ptr + cols, mask=cols < n, other=-1)
+    return tl.where((target >= 0) & (target < 2147483647), target, -1).to(tl.int32)
 
 
 @triton.jit
@@ -60,7 +67,7 @@ def _reduce_kernel(
     """partial[:, split] = max, sum of exp(logit - max), and the target's logit, over the split's ids."""
     split = tl.program_id(0)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    target = tl.load(target_ptr + cols, mask=cols < n, other=-1)
+    target = _load_target(target_ptr, cols, n)
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     picked = tl.zeros([BLOCK_N], tl.float32)
@@ -70,8 +77,8 @@ def _reduce_kernel(
         inside = (ids < stop)[:, None] & (cols < n)[None, :]
         x = tl.load(logits_ptr + offset(ids, stride_v)[:, None] + cols[None, :], mask=inside, other=0.0)
         x = tl.where(inside, x.to(tl.float32), float("-inf"))
-        peak, total = _online(x, peak, total)
         picked += tl.sum(tl.where(ids[:, None] == target[None, :], x, 0.0), axis=0)
+        peak, total = _online(x, peak, total, 0)
     _store_partial(partial_ptr, split, tl.num_programs(0), cols, n, peak, total, picked)
 
 
@@ -91,7 +98,7 @@ def _merge_kernel(
     peak = tl.max(peaks, axis=0)
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(totals * tl.exp2((peaks - safe[None, :]) * LOG2E), axis=0)
-    target = tl.load(target_ptr + cols, mask=cols < n, other=-1)
+    target = _load_target(target_ptr, cols, n)
     picked = tl.where((target >= 0) & (target < V), picked, float("-inf"))
     out_ptr = stats_ptr + cols
     tl.store(out_ptr, peak, mask=cols < n)
@@ -104,7 +111,7 @@ def _merge_kernel(
 def _dlogits(x, ids, cols, n, first, target_ptr, coefficient_ptr, stats_ptr, stride_stats):
     """coefficient * (exp(x - peak) / total - (id == target)), exactly 0 where coefficient is."""
     seen = cols < n
-    target = tl.load(target_ptr + cols, mask=seen, other=-1)
+    target = _load_target(target_ptr, cols, n)
     coefficient = tl.load(coefficient_ptr + cols, mask=seen, other=0.0)
     peak = tl.load(stats_ptr + cols, mask=seen, other=0.0)
     total = tl.load(stats_ptr + stride_stats + cols, mask=seen, other=1.0)
@@ -131,22 +138,26 @@ def _gradient_kernel(
 
 @triton.jit
 def _tile_of_logits(
-    weight_ptr, hidden_ptr, ids, cols, v, n, C, stride_w, stride_h,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
+    a_ptr, b_ptr, a_rows, b_rows, M, N, C, stride_a, stride_b,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """weight[ids] @ hidden[cols].T in float32: 2 BLOCK_V BLOCK_N C FLOPs."""
+    """a[a_rows] @ b[b_rows].T in float32, of weight and hidden in either order: 2 BLOCK_A BLOCK_B C FLOPs."""
     # Rows past the end read row 0 instead of a mask on every load; what they give is never used.
-    w_ptr = weight_ptr + offset(tl.where(ids < v, ids, 0), stride_w)[:, None]
-    h_ptr = hidden_ptr + offset(tl.where(cols < n, cols, 0), stride_h)[:, None]
-    x = tl.zeros([BLOCK_V, BLOCK_N], tl.float32)
+    a_ptr += offset(tl.where(a_rows < M, a_rows, 0), stride_a)[:, None]
+    b_ptr += offset(tl.where(b_rows < N, b_rows, 0), stride_b)[:, None]
+    x = tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        w = tl.load(w_ptr + c[None, :], mask=(c < C)[None, :], other=0.0)
-        h = tl.load(h_ptr + c[None, :], mask=(c < C)[None, :], other=0.0)
+        if EVEN_C:
+            a, b = tl.load(a_ptr + c[None, :]), tl.load(b_ptr + c[None, :])
+        else:
+            a = tl.load(a_ptr + c[None, :], mask=(c < C)[None, :], other=0.0)
+            b = tl.load(b_ptr + c[None, :], mask=(c < C)[None, :], other=0.0)
         if WIDEN:
-            w, h = w.to(tl.float32), h.to(tl.float32)
+            a, b = a.to(tl.float32), b.to(tl.float32)
         # Matters to float32 alone, which TF32 would cut to 10 bits.
-        x = tl.dot(w, tl.trans(h), x, input_precision="ieee")
+        x = tl.dot(a, tl.trans(b), x, input_precision="ieee")
     return x
 
 
@@ -154,13 +165,14 @@ def _tile_of_logits(
 def _fused_reduce_kernel(
     weight_ptr, hidden_ptr, target_ptr, coefficient_ptr, partial_ptr,
     V, n, C, stride_w, stride_h, rows_per_split,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """As _reduce_kernel, of logits that exist here alone. Bytes: 2 (V + n) C per pass over tiles, mostly L2."""
+    """As _reduce_kernel, of logits that exist here alone: 2 V n C FLOPs, 0 for tokens that do not count."""
     # Neighbouring programs share the split's rows of weight and differ in their tokens.
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    target = tl.load(target_ptr + cols, mask=cols < n, other=-1)
+    target = _load_target(target_ptr, cols, n)
     coefficient = tl.load(coefficient_ptr + cols, mask=cols < n, other=0.0)
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -171,13 +183,14 @@ def _fused_reduce_kernel(
         stop = begin
     for start in range(begin, stop, BLOCK_V):
         ids = start + tl.arange(0, BLOCK_V)
+        # Tokens along the rows: a thread holds few of them, so what is kept for each costs few registers.
         x = _tile_of_logits(
-            weight_ptr, hidden_ptr, ids, cols, stop, n, C, stride_w, stride_h,
-            BLOCK_V, BLOCK_N, BLOCK_C, WIDEN,
+            hidden_ptr, weight_ptr, cols, ids, n, stop, C, stride_h, stride_w,
+            BLOCK_N, BLOCK_V, BLOCK_C, EVEN_C, WIDEN,
         )  # fmt: skip
-        x = tl.where((ids < stop)[:, None], x, float("-inf"))
-        peak, total = _online(x, peak, total)
-        picked += tl.sum(tl.where(ids[:, None] == target[None, :], x, 0.0), axis=0)
+        x = tl.where((ids < stop)[None, :], x, float("-inf"))
+        peak, total = _online(x, peak, total, 1)
+        picked += tl.sum(tl.where(ids[None, :] == target[:, None], x, 0.0), axis=1)
     _store_partial(partial_ptr, split, tl.num_programs(1), cols, n, peak, total, picked)
 
 
@@ -185,8 +198,8 @@ def _fused_reduce_kernel(
 def _fused_gradient_kernel(
     weight_ptr, hidden_ptr, target_ptr, coefficient_ptr, stats_ptr, dlogits_ptr,
     first, v, n, C, stride_w, stride_h, stride_v, stride_stats,
-    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, GROUP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, EVEN_C: tl.constexpr,
+    GROUP: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dlogits = coefficient * (softmax(weight @ hidden.T) - onehot(target)), the logits made here."""
     # GROUP tiles of ids go through all tokens before the next ones: their rows of weight stay in L2.
@@ -203,7 +216,7 @@ def _fused_gradient_kernel(
     width = tl.where(tl.max(tl.where(coefficient != 0.0, 1, 0), axis=0) == 0, 0, C)
     x = _tile_of_logits(
         weight_ptr, hidden_ptr, ids, cols, v, n, width, stride_w, stride_h,
-        BLOCK_V, BLOCK_N, BLOCK_C, WIDEN,
+        BLOCK_V, BLOCK_N, BLOCK_C, EVEN_C, WIDEN,
     )  # fmt: skip
     g = _dlogits(x, ids, cols, n, first, target_ptr, coefficient_ptr, stats_ptr, stride_stats)
     store_rounded(at, g, inside, dtype)
@@ -230,7 +243,7 @@ def _matrix_tiling(dtype: torch.dtype) -> dict[str, int]:
     if INTERPRETED:
         return {"BLOCK_V": 32, "BLOCK_N": 16, "BLOCK_C": 32, "num_warps": 4}
     if dtype == torch.float32:
-        return {"BLOCK_V": 64, "BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_V": 64, "BLOCK_N": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_V": 128, "BLOCK_N": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}
 
 
@@ -288,7 +301,7 @@ def launch_fused_reduce(
     partial = stats.new_empty(3, splits, n)
     _fused_reduce_kernel[(blocks, splits)](
         weight, hidden, target, coefficient, partial, V, n, C, weight.stride(0), hidden.stride(0), rows,
-        WIDEN=INTERPRETED, **tiling,
+        EVEN_C=C % tiling["BLOCK_C"] == 0, WIDEN=INTERPRETED, **tiling,
     )  # fmt: skip
     _merge(partial, target, stats, V)
 
@@ -309,7 +322,7 @@ def launch_fused_gradient(
     _fused_gradient_kernel[grid](
         weight, hidden, target, coefficient, stats, dlogits, first, v, n, C,
         weight.stride(0), hidden.stride(0), dlogits.stride(0), stats.stride(0),
-        GROUP=8, WIDEN=INTERPRETED, **tiling,
+        EVEN_C=C % tiling["BLOCK_C"] == 0, GROUP=8, WIDEN=INTERPRETED, **tiling,
     )  # fmt: skip
 
 
@@ -319,7 +332,10 @@ def launch_scale(x: Tensor, factor: Tensor) -> None:
         _scale_kernel[(triton.cdiv(x.numel(), 4096),)](x, factor, x.numel(), BLOCK=4096)
 
 
-def steps() -> tuple[Callable[..., None] | None, ...]:
+Step = Callable[..., None]
+
+
+def steps() -> tuple[Step, Step, Step | None, Step | None]:
     """In the order of ``chunked.Steps``."""
     fused_reduce, fused_gradient = FUSED
     return (

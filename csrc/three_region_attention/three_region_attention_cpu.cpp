@@ -582,10 +582,13 @@ struct Backward {
             matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
                           dout_columns, N, dscores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
-            if (a.drop_below != 0)
-                differentiate<true>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
-            else
-                differentiate<false>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                constexpr int n = vectors.value;
+                if (a.drop_below != 0)
+                    differentiate<true, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+                else
+                    differentiate<false, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            });
             const int64_t slot = run.far ? run.slot : run.slot - part.begin;
             const float* p_a = kBf16 ? p_pairs : scores;
             const float* ds_a = kBf16 ? ds_pairs : dscores;
@@ -613,45 +616,52 @@ struct Backward {
 
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read:
     // pairs of queries (A operands) and pairs of keys (B operand).
-    template <bool kDropout>
-    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, float* scores,
+    template <bool kDropout, int kVectors>
+    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, int64_t c, float* scores,
                        float* dscores, float* p_pairs, float* ds_pairs, float* ds_rows) const {
         const float grow = 1.0f / (1.0f - plan.a.dropout_p);
-        for (int64_t c = 0; c < N; c += kLanes) {
-            const VecF delta = load(lanes.delta + c);
-            const Exponent<kBf16> exponent =
-                plan.exponent(run.far, load(lanes.lse + c), load(lanes.lse_low + c));
-            const VecU r0 = lane_vector<VecU>(lanes.r0 + c), r1 = lane_vector<VecU>(lanes.r1 + c);
-            const auto element = [&](int64_t r, VecF& p, VecF& ds) {
-                p = weight<kBf16>(exponent(load(scores + r * N + c)));
-                VecF dp = load(dscores + r * N + c);
-                VecF dropped = p;
-                if (kDropout) {
-                    const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-                    const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
-                    dp *= by;
-                    dropped *= by;
-                }
-                ds = p * (dp - delta);
-                p = dropped;
-            };
-            for (int64_t r = 0; r < run.rows; r += 2) {
+        Exponent<kBf16> exponent[kVectors];
+        VecF delta[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            const int64_t at = c + i * kLanes;
+            exponent[i] = plan.exponent(run.far, load(lanes.lse + at), load(lanes.lse_low + at));
+            delta[i] = load(lanes.delta + at);
+        }
+        const auto element = [&](int64_t r, int i, VecF& p, VecF& ds) {
+            const int64_t at = r * N + c + i * kLanes;
+            p = weight<kBf16>(exponent[i](load(scores + at)));
+            VecF dp = load(dscores + at), dropped = p;
+            if (kDropout) {
+                const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
+                const VecU r0 = lane_vector<VecU>(lanes.r0 + c + i * kLanes);
+                const VecU r1 = lane_vector<VecU>(lanes.r1 + c + i * kLanes);
+                const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
+                dp *= by;
+                dropped *= by;
+            }
+            ds = p * (dp - delta[i]);
+            p = dropped;
+        };
+        for (int64_t r = 0; r < run.rows; r += 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+                const int64_t at = r * N + c + i * kLanes;
                 VecF p0, p1, ds0, ds1;
-                element(r, p0, ds0);
-                element(r + 1, p1, ds1);
+                element(r, i, p0, ds0);
+                element(r + 1, i, p1, ds1);
                 if constexpr (kBf16) {
-                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + r * N + c;
-                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + r * N + c;
-                    store(p, p0);
-                    store(p + N, p1);
-                    store(ds, ds0);
-                    store(ds + N, ds1);
-                    store(ds_rows + r / 2 * N + c, pair(ds0, ds1));
+                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + at;
+                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + at;
+                    store_narrow(p, p0);
+                    store_narrow(p + N, p1);
+                    store_narrow(ds, ds0);
+                    store_narrow(ds + N, ds1);
+                    store(ds_rows + r / 2 * N + c + i * kLanes, pair(ds0, ds1));
                 } else {
-                    store(scores + r * N + c, p0);
-                    store(scores + (r + 1) * N + c, p1);
-                    store(dscores + r * N + c, ds0);
-                    store(dscores + (r + 1) * N + c, ds1);
+                    store(scores + at, p0);
+                    store(scores + at + N, p1);
+                    store(dscores + at, ds0);
+                    store(dscores + at + N, ds1);
                 }
             }
         }

@@ -22,9 +22,9 @@ BACKENDS = ["cpu", "triton", "chunked"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 REDUCTIONS = ["none", "sum", "mean"]
 
-# name: (tokens, width, vocabulary, arguments). Chunks are of 16 tokens, or ids, in these tests; rounds through
-# the memory of dweight are of as many tokens as the width. A Triton tile has 32 ids and 128 tokens where it reads
-# logits and (interpreted) 32 ids, 16 tokens and 32 of the width where it makes them.
+# name: (tokens, width, vocabulary, arguments). In these tests chunks are of 16 tokens, or ids, and rounds
+# through the memory of dweight of as many tokens as the width. A Triton tile has 32 ids, 128 tokens where it
+# reads logits and (interpreted) 32 ids, 16 tokens and 32 of the width where it makes them.
 CASES = {
     "one": (1, 1, 1, {}),
     "two_rounds": (15, 8, 32, {}),
@@ -182,6 +182,22 @@ def test_triton_fused(dtype, case, reduction, monkeypatch):
     check("triton", dtype, case, reduction)
 
 
+def test_triton_fused_skips_tiles_that_do_not_count():
+    """A tile of 16 tokens of weight 0 between two that count: were it computed, its NaN would be seen."""
+    from cogview_kernels.linear_cross_entropy import triton_kernels
+
+    hidden, weight = torch.randn(48, 32), torch.randn(70, 32)
+    target, coefficient = torch.randint(0, 70, (48,)), torch.ones(48)
+    hidden[16:32], coefficient[16:32] = torch.nan, 0
+    stats, dlogits = torch.empty(3, 48), torch.empty(70, 48)
+    triton_kernels.launch_fused_reduce(hidden, weight, target, coefficient, stats)
+    assert bool((stats[0, 16:32] == -torch.inf).all()) and bool((stats[1, 16:32] == 0).all())
+    triton_kernels.launch_fused_gradient(hidden, weight, 0, target, coefficient, stats, dlogits)
+    expected = (hidden @ weight.T).softmax(-1) - F.one_hot(target, 70)
+    expected[16:32] = 0
+    torch.testing.assert_close(dlogits, expected.T, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("dtype", "N", "chunk", "way"),
     [
@@ -291,7 +307,7 @@ def test_memory_beyond_the_gradients(dtype, monkeypatch):
     gradients = lambda: torch.autograd.grad(  # noqa: E731
         2 * linear_cross_entropy(*leaves, target.clamp(max=V - 22), vocab_range=(0, V - 21)), leaves
     )
-    # Not counted: a few numbers a token, next to nothing at the real size, and what oneDNN packs operands into.
+    # Not counted: a few numbers a token, next to nothing at the real size, and what oneDNN packs operands in.
     products = (weight, hidden[:C].T), (torch.randn(V, C).to(dtype).T, weight)
     packed = max(
         peak_bytes(lambda a=a, b=b: torch.mm(a, b)) - len(a) * C * a.element_size() for a, b in products
@@ -519,43 +535,50 @@ def test_a_target_out_of_range_has_an_infinite_loss_where_it_is_not_checked(back
 
 
 def specs() -> list[Spec]:
-    module, found = "cogview_kernels.linear_cross_entropy.triton_kernels", []
-    vectors = {"target_ptr": "*i64", "coefficient_ptr": "*fp32", "stats_ptr": "*fp32"}
-
-    def add(kernel, arguments, constants, arch, warps, stages=3):
-        # PyTorch's allocations and the strides of the model's sizes.
-        aligned = [
-            x for x in arguments if x.endswith("_ptr") or x in ("stride_w", "stride_h", "stride_v", "C")
-        ]
-        signature = arguments | dict.fromkeys(constants, "constexpr")
-        found.append(Spec(module, kernel, signature, constants, arch, warps, stages, aligned))
-
-    for arch in (80, 90):
-        integers = lambda *names: dict.fromkeys(names, "i32")  # noqa: E731
-        partial = {"partial_ptr": "*fp32", "target_ptr": "*i64", "stats_ptr": "*fp32"}
-        sizes = integers("V", "n", "splits", "stride_stats")
-        add("_merge_kernel", partial | sizes, {"BLOCK_S": 32, "BLOCK_N": 64}, arch, 4)
-        for dtype in ("fp32", "fp16", "bf16"):
-            data, read = f"*{dtype}", {"BLOCK_V": 32, "BLOCK_N": 128}
-            reduce = {"logits_ptr": data, "target_ptr": "*i64", "partial_ptr": "*fp32"}
-            add("_reduce_kernel", reduce | integers("V", "n", "stride_v", "rows_per_split"), read, arch, 4)
-            sizes = integers("first", "v", "n", "stride_v", "stride_stats")
-            add("_gradient_kernel", {"logits_ptr": data} | vectors | sizes, read, arch, 4)
-            scale = {"x_ptr": data, "factor_ptr": "*fp32", "size": "i32"}
-            add("_scale_kernel", scale, {"BLOCK": 4096}, arch, 4)
-            wide = dtype != "fp32"
-            tile = {
-                "BLOCK_V": 128 if wide else 64,
-                "BLOCK_N": 128 if wide else 64,
-                "BLOCK_C": 64 if wide else 32,
-            }
-            operands, warps = {"weight_ptr": data, "hidden_ptr": data}, 8 if wide else 4
-            reduce = operands | {"target_ptr": "*i64", "coefficient_ptr": "*fp32", "partial_ptr": "*fp32"}
-            reduce |= integers("V", "n", "C", "stride_w", "stride_h", "rows_per_split")
-            add("_fused_reduce_kernel", reduce, tile | {"WIDEN": False}, arch, warps)
-            sizes = integers("first", "v", "n", "C", "stride_w", "stride_h", "stride_v", "stride_stats")
-            gradient = operands | vectors | {"dlogits_ptr": data} | sizes
-            add("_fused_gradient_kernel", gradient, tile | {"GROUP": 8, "WIDEN": False}, arch, warps)
+    module = "cogview_kernels.linear_cross_entropy.triton_kernels"
+    types = {"target_ptr": "*i64", "coefficient_ptr": "*fp32", "stats_ptr": "*fp32", "partial_ptr": "*fp32"}
+    types |= {"factor_ptr": "*fp32"}
+    kernels = {
+        "_merge_kernel": "partial_ptr target_ptr stats_ptr V n splits stride_stats",
+        "_scale_kernel": "x_ptr factor_ptr size",
+        "_reduce_kernel": "logits_ptr target_ptr partial_ptr V n stride_v rows_per_split",
+        "_gradient_kernel": "logits_ptr target_ptr coefficient_ptr stats_ptr first v n stride_v stride_stats",
+        "_fused_reduce_kernel": "weight_ptr hidden_ptr target_ptr coefficient_ptr partial_ptr "
+        "V n C stride_w stride_h rows_per_split",
+        "_fused_gradient_kernel": "weight_ptr hidden_ptr target_ptr coefficient_ptr stats_ptr dlogits_ptr "
+        "first v n C stride_w stride_h stride_v stride_stats",
+    }
+    read = {"BLOCK_V": 32, "BLOCK_N": 128}
+    constants = {
+        "_merge_kernel": {"BLOCK_S": 32, "BLOCK_N": 64},
+        "_scale_kernel": {"BLOCK": 4096},
+        "_reduce_kernel": read,
+        "_gradient_kernel": read,
+    }
+    found = []
+    for arch, dtype, even in (
+        (80, "bf16", True),
+        (90, "bf16", True),
+        (90, "fp16", False),
+        (80, "fp32", True),
+    ):
+        wide = dtype != "fp32"
+        tile = dict(
+            zip(("BLOCK_V", "BLOCK_N", "BLOCK_C"), (128, 128, 64) if wide else (64, 64, 32), strict=True)
+        )
+        tile |= {"EVEN_C": even}
+        last = {"WIDEN": False}
+        fused = {"_fused_reduce_kernel": tile | last, "_fused_gradient_kernel": tile | {"GROUP": 8} | last}
+        for kernel, constexprs in {**(constants if dtype != "fp16" else {}), **fused}.items():
+            names = kernels[kernel].split()
+            signature = {x: types.get(x, f"*{dtype}") if x.endswith("_ptr") else "i32" for x in names}
+            # PyTorch's allocations, and the strides of the model's sizes.
+            aligned = [
+                x for x in names if x.endswith("_ptr") or x in ("stride_w", "stride_h", "stride_v", "C")
+            ]
+            signature |= dict.fromkeys(constexprs, "constexpr")
+            warps = 8 if kernel in fused else 4
+            found.append(Spec(module, kernel, signature, constexprs, arch, warps, aligned=aligned))
     return found
 
 
