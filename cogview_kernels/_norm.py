@@ -37,7 +37,7 @@ def dropout(p: float, seed: Tensor | None) -> tuple[int, float, int, int]:
         return 0, 1.0, 0, 0
     threshold = min(round(p * 2**32), 2**32 - 1)
     if seed.device.type == "cpu":
-        return threshold, 1 / (1 - p), seed.item() & (2**64 - 1), 0
+        return threshold, 1 / (1 - p), int(seed.item()) & (2**64 - 1), 0
     return threshold, 1 / (1 - p), 0, seed.data_ptr()
 
 

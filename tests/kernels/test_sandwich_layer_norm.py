@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cogview_kernels import _extension, _random, sandwich_layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
+from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
@@ -436,3 +437,27 @@ def test_triton_compiles_for_sm80_and_sm90():
     for spec, report in zip(specs, compile_kernels(specs), strict=True):
         assert report.spills == 0, (spec, report.spills)
         assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)
+
+
+@pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
+@pytest.mark.parametrize("arch", [70, 90])
+def test_cuda_compiles_without_spills(arch):
+    types = ("float", "__half", "__nv_bfloat16")
+    kernels = [f"cogview::sandwich_layer_norm_bwd_kernel<{t}>" for t in types]
+    for passes in ("true, true", "true, false", "false, true"):
+        kernels += [f"cogview::sandwich_layer_norm_fwd_kernel<{t}, {passes}>" for t in types]
+    source = '#include "sandwich_layer_norm/sandwich_layer_norm_kernels.cuh"'
+    for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
+        assert report.spills == 0, (kernel, report)
+
+
+def test_cuda_in_any_order_of_threads(emulation):
+    """A missing barrier would show."""
+    inputs, *rest = make_case("two_tiles_of_rows_and_a_bit", torch.float32, torch.device("cpu"))
+    function, given = sandwich_layer_norm, rest[-1] if isinstance(rest[-1], dict) else {}
+    results = []
+    for order in (0, 7, 8):
+        emulation.configure(order=order)
+        results.append(with_gradients(function, inputs, rest[0], backend="cuda", pb_relax="tensor", **given))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
