@@ -237,6 +237,15 @@ def test_gradients_of_extreme_float16_rows_are_finite(backend, mode, backend_dev
     assert all(bool(d.isfinite().all()) for d in (dx, dweight, dbias))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_constant_rows_give_the_bias(backend, mode, backend_device):
+    """The mean is rounded; without a correction plain LayerNorm would blow the rest up to 1."""
+    x = torch.full((2, 1500), 54321.123, device=backend_device(backend))
+    y = layer_norm(x, pb_relax=mode, backend=backend)
+    torch.testing.assert_close(y, torch.zeros_like(x), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_does_not_depend_on_others(backend, backend_device):
     x = torch.randn(33, 100, device=backend_device(backend))
