@@ -9,7 +9,7 @@ Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
     COGVIEW_CUDA_ARCHS       e.g. "70;90": compute capabilities without the dot. The default is every one
                              of DEFAULT_CUDA_ARCHS that the nvcc knows. PTX of the newest is added.
-    COGVIEW_SANITIZE         1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (see `make sanitize`).
+    COGVIEW_SANITIZE         1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     COGVIEW_SKIP_EXTENSION   1 installs the Python part alone (the Makefile builds the extension apart).
     CXX, NVCC                the compilers.
 """
@@ -62,7 +62,8 @@ CXX_FLAGS = [
 
 SANITIZE = os.environ.get("COGVIEW_SANITIZE") == "1"
 if SANITIZE:
-    CXX_FLAGS += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    CXX_FLAGS += ["-O1", "-g1", "-fsanitize=address,undefined"]
+    CXX_FLAGS += ["-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 
 def find_nvcc() -> str | None:

@@ -14,9 +14,12 @@ PB_RELAX_CODES = {None: 0, "row": 1, "tensor": 2}
 GPU_MAX_WIDTH = 4096
 
 
+BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
 def supported(x: Tensor) -> tuple[str, ...]:
     """The backends for rows as wide as those of ``x``."""
-    return ("triton", "cuda", "cpu", "reference") if x.shape[-1] <= GPU_MAX_WIDTH else ("cpu", "reference")
+    return BACKENDS if x.shape[-1] <= GPU_MAX_WIDTH else ("cpu", "reference")
 
 
 def address(x: Tensor | None) -> int:
@@ -34,7 +37,7 @@ def dropout(p: float, seed: Tensor | None) -> tuple[int, float, int, int]:
         return 0, 1.0, 0, 0
     threshold = min(round(p * 2**32), 2**32 - 1)
     if seed.device.type == "cpu":
-        return threshold, 1 / (1 - p), seed.item() & (2**64 - 1), 0
+        return threshold, 1 / (1 - p), int(seed.item()) & (2**64 - 1), 0
     return threshold, 1 / (1 - p), 0, seed.data_ptr()
 
 

@@ -44,7 +44,7 @@ def seed_argument(seed: Tensor | None) -> int | Tensor:
     """A number where the seed lies on the CPU, else the tensor: reading that would synchronise."""
     if seed is None:
         return 0
-    return seed.item() if seed.device.type == "cpu" else seed
+    return int(seed.item()) if seed.device.type == "cpu" else seed
 
 
 @triton.jit

@@ -11,6 +11,12 @@ import torch
 import cogview_kernels
 from cogview_kernels import _backends, _extension
 
+# docs/v100.md tells why.
+_VOLTA = (
+    "  Volta needs PyTorch 2.10 (CUDA 12.8), or 2.11 to 2.14 built with CUDA 12.6; a driver of the R570 to\n"
+    "  R580 branches; an nvcc of CUDA 12.6 to 12.9 with COGVIEW_CUDA_ARCHS=70. Attention takes float16 alone."
+)
+
 
 def _version(package: str) -> str:
     try:
@@ -46,6 +52,8 @@ def describe() -> str:
         for backend in _backends.BACKENDS:
             reason = _backends.why_not(backend, device)
             lines.append(f"  {backend:<10} {'no: ' + reason if reason else 'yes'}")
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
+            lines.append(_VOLTA)
     return "\n".join(lines)
 
 

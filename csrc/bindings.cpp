@@ -292,7 +292,8 @@ PYBIND11_MODULE(_C, m) {
         [](Address logits, int64_t stride, int64_t V, int64_t n, Address peak, Address total, int dtype,
            int threads) {
             COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu)
-            ({pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)},
+            (LinearCrossEntropyReduce{pointer<void>(logits), stride, V, n, pointer<float>(peak),
+                                      pointer<float>(total), DType(dtype)},
              threads);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -301,8 +302,9 @@ PYBIND11_MODULE(_C, m) {
         [](Address logits, int64_t stride, int64_t v, int64_t n, int64_t first, Address target,
            Address coefficient, Address peak, Address total, int dtype, int threads) {
             COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu)
-            ({pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
-              pointer<float>(coefficient), pointer<float>(peak), pointer<float>(total), DType(dtype)},
+            (LinearCrossEntropyGradient{pointer<void>(logits), stride, v, n, first, pointer<int64_t>(target),
+                                        pointer<float>(coefficient), pointer<float>(peak),
+                                        pointer<float>(total), DType(dtype)},
              threads);
         },
         py::call_guard<py::gil_scoped_release>());

@@ -70,8 +70,8 @@ def decode_attention(
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
-        NotImplementedError: a limit of the backend asked for ("cuda": no gradient, no float64, D a multiple of
-            8 up to 256).
+        NotImplementedError: a limit of the backend asked for ("cuda": no gradient, no float64, D a multiple
+            of 8 up to 256).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.

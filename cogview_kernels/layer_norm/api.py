@@ -10,6 +10,7 @@ from cogview_kernels.layer_norm.autograd import layer_norm_op
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 
 _OP = "layer_norm"
+_SUPPORTED = _norm.BACKENDS
 
 
 def layer_norm(
@@ -49,6 +50,7 @@ def layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).

@@ -11,6 +11,7 @@ from cogview_kernels.sandwich_layer_norm.autograd import sandwich_layer_norm_op
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 
 _OP = "sandwich_layer_norm"
+_SUPPORTED = _norm.BACKENDS
 
 
 def sandwich_layer_norm(
@@ -56,6 +57,7 @@ def sandwich_layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).

@@ -48,15 +48,14 @@ def _forward(
     if rows == 0:
         return residual_out, normed, stats
     branch, residual = branch.contiguous(), residual.contiguous()
-    parameters = [
+    parameters = tuple(
         None if p is None else p.contiguous() for p in (post_weight, post_bias, pre_weight, pre_bias)
-    ]
+    )
     if backend == "triton":
         from cogview_kernels.sandwich_layer_norm.triton_kernels import launch_sandwich_layer_norm_fwd
 
-        launch_sandwich_layer_norm_fwd(
-            branch, residual, residual_out, normed, *parameters, stats, eps, pb_relax, dropout_p, seed
-        )
+        tensors = (branch, residual, residual_out, normed, *parameters, stats)
+        launch_sandwich_layer_norm_fwd(tensors, eps, pb_relax, dropout_p, seed)
         return residual_out, normed, stats
     peaks = _norm.peaks(branch, pb_relax, 2) if backend == "cuda" else None
     arguments = (
@@ -116,10 +115,8 @@ def _backward(
     if backend == "triton":
         from cogview_kernels.sandwich_layer_norm.triton_kernels import launch_sandwich_layer_norm_bwd
 
-        launch_sandwich_layer_norm_bwd(
-            dresidual_out, dnormed, branch, residual_out, dbranch, dresidual, post_weight, pre_weight,
-            *wanted, stats, dropout_p, seed,
-        )  # fmt: skip
+        outer = (dresidual_out, dnormed, branch, residual_out, dbranch, dresidual)
+        launch_sandwich_layer_norm_bwd(outer, post_weight, pre_weight, wanted, stats, dropout_p, seed)
         return dbranch, dresidual, dpost_weight, dpost_bias, dpre_weight, dpre_bias
     partials = _norm.partials(branch, 4) if backend == "cuda" else None
     arguments = (

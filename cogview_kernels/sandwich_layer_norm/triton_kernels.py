@@ -131,21 +131,17 @@ def _sandwich_layer_norm_bwd_kernel(
 
 
 def launch_sandwich_layer_norm_fwd(
-    branch: Tensor,
-    residual: Tensor,
-    residual_out: Tensor,
-    normed: Tensor,
-    post_weight: Tensor | None,
-    post_bias: Tensor | None,
-    pre_weight: Tensor | None,
-    pre_bias: Tensor | None,
-    stats: Tensor,
+    tensors: tuple[Tensor | None, ...],
     eps: float,
     pb_relax: str | None,
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """All contiguous; ``stats`` is [4, R]."""
+    """``tensors``: branch, residual, residual_out, normed, four parameters (or None), stats of [4, R]; all
+    contiguous."""
+    *rows, post_weight, post_bias, pre_weight, pre_bias, stats = tensors
+    branch, residual, residual_out, normed = rows
+    assert branch is not None
     C = branch.shape[-1]
     R = branch.numel() // C
     threshold, scale, _, _ = dropout(dropout_p, seed)
@@ -166,23 +162,18 @@ def launch_sandwich_layer_norm_fwd(
 
 
 def launch_sandwich_layer_norm_bwd(
-    dresidual_out: Tensor | None,
-    dnormed: Tensor | None,
-    branch: Tensor,
-    residual_out: Tensor,
-    dbranch: Tensor,
-    dresidual: Tensor,
+    tensors: tuple[Tensor | None, ...],
     post_weight: Tensor | None,
     pre_weight: Tensor | None,
-    dpost_weight: Tensor | None,
-    dpost_bias: Tensor | None,
-    dpre_weight: Tensor | None,
-    dpre_bias: Tensor | None,
+    gradients: list[Tensor | None],
     stats: Tensor,
     dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """All contiguous; gradients that are None are not given, or not wanted."""
+    """``tensors``: dresidual_out and dnormed (either may be None), branch, residual_out, dbranch, dresidual;
+    ``gradients``: of the four parameters, None where not wanted. All contiguous."""
+    dresidual_out, dnormed, branch, residual_out, dbranch, dresidual = tensors
+    assert branch is not None
     C = branch.shape[-1]
     R = branch.numel() // C
     threshold, scale, _, _ = dropout(dropout_p, seed)
@@ -193,6 +184,5 @@ def launch_sandwich_layer_norm_bwd(
         stats, partials, R, C, seed_argument(seed), threshold, scale,
         HAS_DROPOUT=threshold > 0, **tiling(C, "backward"),
     )  # fmt: skip
-    gradients = (dpost_weight, dpost_bias, dpre_weight, dpre_bias)
     if any(g is not None for g in gradients):
         launch_reduce_partials(partials, *gradients)

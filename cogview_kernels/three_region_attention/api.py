@@ -60,7 +60,7 @@ def three_region_attention(
         ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
             the CPU alone: reading them on a GPU would wait for it.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cuda": float16 and
-            D of 32, 64, 80, 96 or 128).
+            D of 32, 64, 80, 96 or 128; "cpu": D up to 256).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.

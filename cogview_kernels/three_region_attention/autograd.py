@@ -145,7 +145,8 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
 
 
 def _backward(
-    dout, dlse, q, k, v, out, lse, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend
+    dout, dlse, q, k, v, out, lse,
+    pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend,
 ):  # fmt: skip
     gradients = _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
     if q.numel() == 0:

@@ -50,6 +50,9 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _NO_SPECIALIZATION = ["seed", "threshold"]
 
+# Queries of a tile, at most; what is kept for each row is padded to a multiple of it.
+_LARGEST_TILE = 128
+
 
 @triton.jit
 def _index_kernel(
@@ -177,38 +180,43 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _bwd_rows_kernel(
-    out_ptr, dout_ptr, dlse_ptr, delta_ptr, words_ptr,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, seed,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, words_ptr,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, TP, seed,
     HAS_DLSE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta = sum_d out dout - dlse, and the dropout's two words of each row: ``[2, B, H, T]``."""
-    tiles = tl.cdiv(T, BLOCK_M)
+    """Of each row lse in log2 and delta = sum_d out dout - dlse, and the dropout's words: ``[B, H, 2, TP]``.
+
+    Rows from T to TP, the next multiple of a tile, have lse = inf, hence p = 0, so that later loads need no
+    mask. With one, and at 4 bytes a row, each thread would copy many single numbers into shared memory."""
+    tiles = TP // BLOCK_M
     pid = tl.program_id(0)
     bh = pid // tiles
     b = bh // H
     h = bh % H
     rows = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < T
     out_ptr += offset(b, stride_ob) + offset(h, stride_oh)
     dout_ptr += offset(b, stride_gb) + offset(h, stride_gh)
-    out = load_rows(out_ptr, rows, stride_ot, rows < T, D, BLOCK_D).to(tl.float32)
-    dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D).to(tl.float32)
+    out = load_rows(out_ptr, rows, stride_ot, inside, D, BLOCK_D).to(tl.float32)
+    dout = load_rows(dout_ptr, rows, stride_gt, inside, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
     at = offset(bh, T) + rows
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + at, mask=rows < T, other=0.0)
-    tl.store(delta_ptr + at, delta, mask=rows < T)
+        delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
+    at_padded = offset(bh, TP) * 2 + rows
+    tl.store(stats_ptr + at_padded, tl.load(lse_ptr + at, mask=inside, other=float("inf")) * LOG2E)
+    tl.store(stats_ptr + TP + at_padded, delta)
     if HAS_DROPOUT:
         r0, r1 = dropout_rows(seed, rows, h, b)
-        second = offset(tl.num_programs(0) // tiles, T)
-        tl.store(words_ptr + at, r0.to(tl.int32, bitcast=True), mask=rows < T)
-        tl.store(words_ptr + second + at, r1.to(tl.int32, bitcast=True), mask=rows < T)
+        tl.store(words_ptr + at_padded, r0.to(tl.int32, bitcast=True))
+        tl.store(words_ptr + TP + at_padded, r1.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _load_words(words_ptr, at, count, inside):
-    r0 = tl.load(words_ptr + at, mask=inside, other=0).to(tl.uint32, bitcast=True)
-    r1 = tl.load(words_ptr + count + at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+def _load_words(words_ptr, TP):
+    r0 = tl.load(words_ptr).to(tl.uint32, bitcast=True)
+    r1 = tl.load(words_ptr + TP).to(tl.uint32, bitcast=True)
     return r0, r1
 
 
@@ -229,10 +237,10 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, prefix_ptr, lse_ptr, delta_ptr, words_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, prefix_ptr, stats_ptr, words_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
-    BH, H, G, T, P, NB, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, P, NB, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -252,12 +260,12 @@ def _dq_kernel(
     stop_m = tl.minimum(start_m + BLOCK_M, T)
     q = load_rows(q_ptr, rows, stride_qt, rows < T, D, BLOCK_D)
     dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D)
-    at = offset(bh, T) + rows
-    lse2 = tl.load(lse_ptr + at, mask=rows < T, other=float("inf")) * LOG2E
-    delta = tl.load(delta_ptr + at, mask=rows < T, other=0.0)
+    at = offset(bh, TP) * 2 + rows
+    lse2 = tl.load(stats_ptr + at)
+    delta = tl.load(stats_ptr + TP + at)
     r0, r1 = rows, rows
     if HAS_DROPOUT:
-        r0, r1 = _load_words(words_ptr, at, offset(BH, T), rows < T)
+        r0, r1 = _load_words(words_ptr + at, TP)
 
     near_lo = tl.maximum(start_m // w - W + 1, 0) * w
     near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
@@ -305,17 +313,17 @@ def _dq_kernel(
 
 @triton.jit
 def _key_gradients(
-    q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, first, end,
+    q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, end,
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-    BH, H, G, T, factor, bias, threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H, G, T, TP, factor, bias, threshold, keep_scale,
+    HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
-    Key j is seen by the queries from first(j) up to end(j); tiles within full_lo and full_hi need no mask.
+    Key j is seen by the queries from first(j) up to end(j), or to the last one without HAS_END; tiles within full_lo and full_hi need no mask.
     dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
     """
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -324,23 +332,24 @@ def _key_gradients(
         h = kv_head * G + g
         q_head = q_ptr + offset(b, stride_qb) + offset(h, stride_qh)
         dout_head = dout_ptr + offset(b, stride_gb) + offset(h, stride_gh)
-        row_base = offset(b * H + h, T)
+        row_base = offset(b * H + h, TP) * 2
         for start in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
-            # A row past T has lse = inf, hence p = 0, and counts nowhere.
-            lse2 = tl.load(lse_ptr + row_base + rows, mask=rows < T, other=float("inf")) * LOG2E
-            delta = tl.load(delta_ptr + row_base + rows, mask=rows < T, other=0.0)
+            lse2 = tl.load(stats_ptr + row_base + rows)
+            delta = tl.load(stats_ptr + row_base + TP + rows)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if (start < full_lo) | (start + BLOCK_M > full_hi):
-                seen = (rows[None, :] >= first[:, None]) & (rows[None, :] < end[:, None])
+                seen = rows[None, :] >= first[:, None]
+                if HAS_END:
+                    seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
             p = tl.exp2(s * factor - (lse2 - bias)[None, :])
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
-                r0, r1 = _load_words(words_ptr, row_base + rows, offset(BH, T), rows < T)
+                r0, r1 = _load_words(words_ptr + row_base + rows, TP)
                 keeps = dropout_keeps(r0[None, :], r1[None, :], columns[:, None], threshold)
                 kept = tl.where(keeps, p, 0.0)
                 dp = tl.where(keeps, dp * keep_scale, 0.0)
@@ -352,10 +361,10 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_far_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, lse_ptr, delta_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
-    BH, H, G, T, P, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, P, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -379,11 +388,11 @@ def _dkv_far_kernel(
     # Pads count nowhere and are not stored, so they need no mask.
     full_lo = tl.max(tl.where(columns < T, first, 0), axis=0)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, first, tl.full([BLOCK_N], T, tl.int32),
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, first,
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-        BH, H, G, T, factor, bias, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        H, G, T, TP, factor, bias, threshold, keep_scale,
+        False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -396,11 +405,11 @@ def _dkv_far_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, inverse_ptr, lse_ptr, delta_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, inverse_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    BH, H, G, T, P, w, W, scale, factor, threshold, keep_scale,
+    H, G, T, TP, P, w, W, scale, factor, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -422,11 +431,11 @@ def _dkv_kernel(
     start_m = start_n // BLOCK_M * BLOCK_M
     stop_m = tl.minimum(((stop_n - 1) // w + W) * w, T)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, lse_ptr, delta_ptr, words_ptr, k, v, columns, columns, (columns // w + W) * w,
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, columns, (columns // w + W) * w,
         start_m, stop_m, stop_n - 1, (start_n // w + W) * w, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-        BH, H, G, T, factor, 0.0, threshold, keep_scale,
-        HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        H, G, T, TP, factor, 0.0, threshold, keep_scale,
+        True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
@@ -567,20 +576,22 @@ def launch_three_region_attention_bwd(
     q_strides, k_strides, v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
     dout_strides = dout.stride()[:3]
 
-    delta = torch.empty_like(lse)
-    words = lse.new_empty((2, *lse.shape), dtype=torch.int32) if dropout_p > 0 else lse
     block = 64
-    _bwd_rows_kernel[(triton.cdiv(T, block) * B * H,)](
-        out, dout, lse if dlse is None else dlse, delta, words, *out.stride()[:3], *dout_strides, H, T, seed_,
+    TP = triton.cdiv(T, _LARGEST_TILE) * _LARGEST_TILE
+    stats = lse.new_empty(B, H, 2, TP)
+    words = stats.new_empty(stats.shape, dtype=torch.int32) if dropout_p > 0 else stats
+    _bwd_rows_kernel[(TP // block * B * H,)](
+        out, dout, lse, lse if dlse is None else dlse, stats, words,
+        *out.stride()[:3], *dout_strides, H, T, TP, seed_,
         HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout_p > 0,
         D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
     )  # fmt: skip
 
     def launch_dq(config: Config) -> None:
         _dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            q, k, v, dout, ordered, prefix, lse, delta, words, dq,
+            q, k, v, dout, ordered, prefix, stats, words, dq,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dq.stride()[:3],
-            B * H, H, G, T, P, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
+            H, G, T, TP, P, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
@@ -592,9 +603,9 @@ def launch_three_region_attention_bwd(
 
         def launch_dkv_far(config: Config) -> None:
             _dkv_far_kernel[(triton.cdiv(P, config.block_n) * B * heads,)](
-                q, k, v, dout, ordered, lse, delta, words, dk_far, dv_far,
+                q, k, v, dout, ordered, stats, words, dk_far, dv_far,
                 *q_strides, *k_strides, *v_strides, *dout_strides,
-                B * H, H, G, T, P, w, W, scale, factor, bias, threshold, keep_scale,
+                H, G, T, TP, P, w, W, scale, factor, bias, threshold, keep_scale,
                 **flags, **_tiles(config),
             )  # fmt: skip
 
@@ -602,9 +613,9 @@ def launch_three_region_attention_bwd(
 
     def launch_dkv(config: Config) -> None:
         _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
-            q, k, v, dout, inverse, lse, delta, words, dk_far, dv_far, dk, dv,
+            q, k, v, dout, inverse, stats, words, dk_far, dv_far, dk, dv,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dk.stride()[:3], *dv.stride()[:3],
-            B * H, H, G, T, P, w, W, scale, factor, threshold, keep_scale,
+            H, G, T, TP, P, w, W, scale, factor, threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 

@@ -40,6 +40,46 @@ inline void widen_parameter(Parameter p, int64_t C, float fill, float* to) {
     });
 }
 
+// ---- results past the caches
+
+// From this many bytes a tensor does not stay in a core's caches until its reader comes.
+constexpr int64_t kLarge = 4 << 20;
+
+// Whether [rows, C] at `to` is to be streamed: it is large, and its vectors are aligned.
+template <typename T>
+inline bool streams(const T* to, int64_t rows, int64_t C) {
+    const int64_t vector = kLanes * sizeof(T);
+    return rows * C * int64_t(sizeof(T)) >= kLarge && C % kLanes == 0 &&
+           reinterpret_cast<uintptr_t>(to) % vector == 0;
+}
+
+template <typename T>
+inline void put(T* to, VecF v, Whole, bool streaming) {
+    if (streaming)
+        stream(to, v);
+    else
+        store(to, v);
+}
+template <typename T>
+inline void put(T* to, VecF v, Part part, bool) {
+    store(to, v, part);
+}
+
+// v as T holds it.
+template <typename T>
+inline VecF rounded(VecF v) {
+    T values[kLanes];
+    store(values, v);
+    return load(values);
+}
+
+// Asks for what a later pass reads, while this one computes. Past a tensor's end it asks for nothing.
+template <typename T>
+inline void prefetch(const T* p) {
+    __builtin_prefetch(p);
+    if (kLanes * sizeof(T) > 64) __builtin_prefetch(p + kLanes / 2);
+}
+
 // ---- dropout
 
 inline RowWords row_words(const Dropout& dropout, int64_t row) {
@@ -103,8 +143,10 @@ struct Statistics {
 
 // Mean and 1 / sqrt(variance + eps * (peak / 8)^2) of row[0, C); `peak` is 8 for plain LayerNorm. Rows whose
 // squares float cannot hold are first scaled in place by a power of two (LayerNorm does not change): the
-// returned statistics are those of the scaled row, `saved` those of the row as it was.
-inline Statistics statistics(float* row, int64_t C, Moments moments, float peak, float eps,
+// returned statistics are those of the scaled row, `saved` those of the row as it was. Meanwhile the row at
+// `next` is fetched.
+template <typename T>
+inline Statistics statistics(float* row, int64_t C, Moments moments, float peak, float eps, const T* next,
                              Statistics* saved) {
     float scale = 1.0f;
     if (peak > 0.0f && !(peak > 1e-15f && peak < 1e15f)) {
@@ -124,6 +166,7 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float peak,
         const VecF d = only(load(row + j, tag) - first, tag);
         t.sum[0] += d;
         t.sum[1] += d * d;
+        prefetch(next + j);
     });
     const float correction = reduce_sum(total.sum[0]) * inverse;
     const float mean = first + correction;
@@ -140,10 +183,10 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float peak,
 // out[0, C) = (row - mean) * rstd * weight + bias
 template <typename T>
 inline void normalise_row(const float* row, Statistics s, const float* weight, const float* bias, int64_t C,
-                          T* out) {
+                          T* out, bool streaming) {
     for_each_vector(C, [&](int64_t j, auto tag) {
         const VecF y = (load(row + j, tag) - s.mean) * s.rstd;
-        store(out + j, y * load(weight + j, tag) + load(bias + j, tag), tag);
+        put(out + j, y * load(weight + j, tag) + load(bias + j, tag), tag, streaming);
     });
 }
 

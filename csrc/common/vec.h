@@ -192,6 +192,37 @@ inline void store(T* p, VecF v, Part part) {
     store(padded, v);
     std::memcpy(p, padded, part.n * sizeof(T));
 }
+// Stores past the caches, for results larger than they are: else each line would first be read. `p` is
+// aligned to the vector's bytes; stream_fence() makes them visible to other threads.
+template <typename T>
+inline void stream(T* p, VecF v) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+        _mm512_stream_ps(reinterpret_cast<float*>(p), bitcast<__m512>(v));
+    } else {
+        alignas(32) T half[kLanes];
+        store(half, v);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                            _mm256_load_si256(reinterpret_cast<__m256i*>(half)));
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) {
+        _mm256_stream_ps(reinterpret_cast<float*>(p), bitcast<__m256>(v));
+    } else {
+        alignas(16) T half[kLanes];
+        store(half, v);
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(half)));
+    }
+#else
+    store(p, v);
+#endif
+}
+inline void stream_fence() {
+#if COGVIEW_X86
+    _mm_sfence();
+#endif
+}
+
 // Zeros in the lanes that do not count.
 inline VecF only(VecF v, Whole) {
     return v;

@@ -15,6 +15,7 @@ void forward(const LayerNormForward& a, int threads) {
     const Dropout none = {};
     const float fixed =
         a.pb_relax == PbRelax::kTensor ? tensor_peak<false>(x, a.rows, a.C, none, threads) : 8.0f;
+    const bool streaming = streams(y, a.rows, a.C);
     const Scratch weight(a.C), bias(a.C);
     widen_parameter(a.weight, a.C, 1.0f, weight.data);
     widen_parameter(a.bias, a.C, 0.0f, bias.data);
@@ -23,12 +24,14 @@ void forward(const LayerNormForward& a, int threads) {
         for (int64_t r = begin; r < end; ++r) {
             const Moments moments = widen_row<false>(x + r * a.C, a.C, none, {}, row.data);
             Statistics saved;
-            const Statistics s = statistics(
-                row.data, a.C, moments, a.pb_relax == PbRelax::kRow ? moments.peak : fixed, a.eps, &saved);
-            normalise_row(row.data, s, weight.data, bias.data, a.C, y + r * a.C);
+            const Statistics s =
+                statistics(row.data, a.C, moments, a.pb_relax == PbRelax::kRow ? moments.peak : fixed, a.eps,
+                           x + (r + 1) * a.C, &saved);
+            normalise_row(row.data, s, weight.data, bias.data, a.C, y + r * a.C, streaming);
             a.stats[r] = saved.mean;
             a.stats[a.rows + r] = saved.rstd;
         }
+        stream_fence();
     });
 }
 
@@ -37,6 +40,7 @@ void backward(const LayerNormBackward& a, int threads) {
     const T* dy = static_cast<const T*>(a.dy);
     const T* x = static_cast<const T*>(a.x);
     T* dx = static_cast<T*>(a.dx);
+    const bool streaming = streams(dx, a.rows, a.C);
     const Scratch weight(a.C);
     widen_parameter(a.weight, a.C, 1.0f, weight.data);
     const int64_t grain = backward_chunk(a.rows), chunks = (a.rows + grain - 1) / grain;
@@ -54,9 +58,12 @@ void backward(const LayerNormBackward& a, int threads) {
                 dbias, hat.data, scaled.data);
             for_each_vector(a.C, [&](int64_t j, auto tag) {
                 const VecF g = load(scaled.data + j, tag) - means.plain - load(hat.data + j, tag) * means.hat;
-                store(dx + r * a.C + j, s.rstd * g, tag);
+                put(dx + r * a.C + j, s.rstd * g, tag, streaming);
+                prefetch(x + (r + 1) * a.C + j);
+                prefetch(dy + (r + 1) * a.C + j);
             });
         }
+        stream_fence();
     });
     reduce_partials(partials.data, chunks, 2, 0, a.C, a.dweight);
     reduce_partials(partials.data, chunks, 2, 1, a.C, a.dbias);

@@ -12,11 +12,12 @@ namespace {
 // row = residual + (row - mean) * rstd * weight + bias, rounded to T as it is stored in `out`.
 template <typename T>
 Moments add_post_norm(float* row, Statistics s, const float* weight, const float* bias, const T* residual,
-                      int64_t C, T* out) {
+                      int64_t C, T* out, bool streaming) {
     const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
         const VecF y = (load(row + j, tag) - s.mean) * s.rstd;
-        store(out + j, load(residual + j, tag) + (y * load(weight + j, tag) + load(bias + j, tag)), tag);
-        const VecF v = load(out + j, tag);
+        const VecF sum = load(residual + j, tag) + (y * load(weight + j, tag) + load(bias + j, tag));
+        const VecF v = rounded<T>(only(sum, tag));
+        put(out + j, v, tag, streaming);
         store(row + j, v, tag);
         t.sum[0] += v;
         t.peak = maximum(magnitude(v), t.peak);
@@ -43,10 +44,11 @@ void forward(const SandwichForward& a, int threads) {
     const float post_peak = by_tensor ? tensor_peak<kDropout>(branch, rows, C, a.dropout, threads) : 8.0f;
     const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
     const Scratch peaks(chunks);
-    const auto pre_norm = [&](int64_t r, float* row, Moments moments, float peak) {
+    const bool streaming = streams(residual_out, rows, C) && streams(normed, rows, C);
+    const auto pre_norm = [&](int64_t r, float* row, Moments moments, float peak, const T* source) {
         Statistics saved;
-        const Statistics s = statistics(row, C, moments, peak, a.eps, &saved);
-        normalise_row(row, s, pre_weight, pre_bias, C, normed + r * C);
+        const Statistics s = statistics(row, C, moments, peak, a.eps, source + (r + 1) * C, &saved);
+        normalise_row(row, s, pre_weight, pre_bias, C, normed + r * C, streaming);
         a.stats[2 * rows + r] = saved.mean;
         a.stats[3 * rows + r] = saved.rstd;
     };
@@ -57,13 +59,16 @@ void forward(const SandwichForward& a, int threads) {
             const RowWords words = kDropout ? row_words(a.dropout, r) : RowWords{};
             Moments m = widen_row<kDropout>(branch + r * C, C, a.dropout, words, row.data);
             Statistics saved;
-            const Statistics s = statistics(row.data, C, m, by_row ? m.peak : post_peak, a.eps, &saved);
+            const Statistics s =
+                statistics(row.data, C, m, by_row ? m.peak : post_peak, a.eps, residual + r * C, &saved);
             a.stats[r] = saved.mean;
             a.stats[rows + r] = saved.rstd;
-            m = add_post_norm(row.data, s, post_weight, post_bias, residual + r * C, C, residual_out + r * C);
+            m = add_post_norm(row.data, s, post_weight, post_bias, residual + r * C, C, residual_out + r * C,
+                              streaming);
             largest = m.peak > largest ? m.peak : largest;
-            if (!by_tensor) pre_norm(r, row.data, m, by_row ? m.peak : 8.0f);
+            if (!by_tensor) pre_norm(r, row.data, m, by_row ? m.peak : 8.0f, branch);
         }
+        stream_fence();
         peaks.data[begin / grain] = largest;
     });
     if (!by_tensor) return;
@@ -72,7 +77,9 @@ void forward(const SandwichForward& a, int threads) {
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch row(C);
         for (int64_t r = begin; r < end; ++r)
-            pre_norm(r, row.data, widen_row<false>(residual_out + r * C, C, a.dropout, {}, row.data), peak);
+            pre_norm(r, row.data, widen_row<false>(residual_out + r * C, C, a.dropout, {}, row.data), peak,
+                     residual_out);
+        stream_fence();
     });
 }
 
@@ -90,6 +97,7 @@ void backward(const SandwichBackward& a, int threads) {
     widen_parameter(a.pre_weight, C, 1.0f, pre_weight.data);
     const int64_t grain = backward_chunk(rows), chunks = (rows + grain - 1) / grain;
     const Scratch partials(chunks * 4 * C);
+    const bool streaming = streams(dbranch, rows, C) && streams(dresidual, rows, C);
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch hat(C), scaled(C), trunk(C);
         float* partial = partials.data + begin / grain * 4 * C;
@@ -110,8 +118,9 @@ void backward(const SandwichBackward& a, int threads) {
                     d = pre.rstd *
                         (load(scaled.data + j, tag) - means.plain - load(hat.data + j, tag) * means.hat);
                 if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);
-                store(dresidual + at + j, d, tag);
+                put(dresidual + at + j, d, tag, streaming);
                 store(trunk.data + j, d, tag);
+                prefetch(branch + at + j);
             });
             // Through LN_post and dropout.
             const Statistics post = {a.stats[r], a.stats[rows + r]};
@@ -127,9 +136,12 @@ void backward(const SandwichBackward& a, int threads) {
             for_each_vector(C, [&](int64_t j, auto tag) {
                 const VecF g = load(scaled.data + j, tag) - means.plain - load(hat.data + j, tag) * means.hat;
                 const VecF d = post.rstd * g;
-                store(dbranch + at + j, kDropout ? drop(d, a.dropout, words, j) : d, tag);
+                put(dbranch + at + j, kDropout ? drop(d, a.dropout, words, j) : d, tag, streaming);
+                if (dnormed != nullptr) prefetch(dnormed + at + C + j);
+                prefetch(residual_out + at + C + j);
             });
         }
+        stream_fence();
     });
     reduce_partials(partials.data, chunks, 4, 0, C, a.dpost_weight);
     reduce_partials(partials.data, chunks, 4, 1, C, a.dpost_bias);

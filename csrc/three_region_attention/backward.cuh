@@ -74,7 +74,7 @@ __device__ __forceinline__ float2 probability_and_gradient(const CudaAttention& 
 
 template <int D>
 struct QueryGradientShape {
-    // At 128 q and dq are 128 registers a lane, and what is fetched ahead must be little.
+    // At 128 q and dq are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileKeys = D <= 96 ? 32 : 16;
     static constexpr int kRow = D + kPad;
     static constexpr int kStripRow = kTileKeys + kPad;  // halves
@@ -91,8 +91,8 @@ struct QueryGradientShape {
         (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows>)) + kTileKeys * 4;
 };
 
-// Occupancy on sm_70: 128 threads; D = 32 and 64 take 11 to 16 KB (three blocks by registers: 12 warps),
-// D = 80, 96, 128 take 30 to 42 KB (two blocks: 8 warps).
+// Occupancy on sm_70: 2 blocks of 4 warps, by registers (175 at D = 32, 241 at 64, 228 to 255 past it), with
+// 12 to 33 KB of shared memory.
 template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     three_region_attention_bwd_dq_kernel(CudaAttentionBackward args) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 
 template <int D>
 struct KeyGradientShape {
-    // At 128 dk and dv are 128 registers a lane, and what is fetched ahead must be little.
+    // At 128 dk and dv are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileQueries = D <= 96 ? 32 : 16;
     static constexpr int kRow = D + kPad;
     static constexpr int kStripRow = 16 + kPad;  // halves; P and dS of 16 x 16: 384 floats
@@ -247,8 +247,8 @@ struct KeyGradientShape {
 
 // FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them; else 64
 // positions, seen by the queries in whose window they lie.
-// Occupancy on sm_70: 128 threads; D = 32 and 64 take 13 to 17 KB (two blocks by registers: 8 warps), D = 80,
-// 96, 128 take 41 to 60 KB (two blocks, at 128 one: 8 and 4 warps).
+// Occupancy on sm_70. D = 32: 168 registers, 12 KB, 3 blocks of 4 warps. D = 64, 80, 96: 234 to 247
+// registers, 16 to 46 KB, 2 blocks. D = 128: 255 registers, 49 KB, 1 block, by shared memory.
 template <int D, bool DROPOUT, bool FAR>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     three_region_attention_bwd_dkv_kernel(CudaAttentionBackward args) {

@@ -56,6 +56,16 @@ inline VecF pair(VecF low, VecF high) {
     return bitcast<VecF>(((bitcast<VecU>(low) + half) >> 16) | ((bitcast<VecU>(high) + half) & 0xffff0000u));
 }
 
+// As store() of vec.h, where there is an instruction for it.
+inline void store_narrow(BFloat16* p, VecF v) {
+#if defined(__AVX512BF16__)
+    const __m256bh h = _mm512_cvtneps_pbh(bitcast<__m512>(v));
+    std::memcpy(p, &h, sizeof(h));
+#else
+    store(p, v);
+#endif
+}
+
 // Rows 2 r and 2 r + 1 of bfloat16 into row r of pairs; `width` is a multiple of 16.
 inline void interleave(const BFloat16* stage, int64_t rows, int64_t width, float* units) {
     for (int64_t r = 0; r < rows; r += 2) {

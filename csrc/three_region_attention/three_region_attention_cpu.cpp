@@ -36,20 +36,21 @@ inline int64_t round_up(int64_t n, int64_t to) {
     return (n + to - 1) / to * to;
 }
 
-// 2^x for x < 128, 0 below -126, NaN for NaN; to 2^-18 where the result is rounded to bfloat16, else to 1
-// ulp. As exp2 of vec.h, less what attention does not need. (Not by vscalefps: it takes 100 times as long
-// where the result underflows, and every masked score does.)
+// 2^x for x < 128, 0 from -127 down, NaN for NaN; to 2^-13 where the result is rounded to bfloat16, else to 1
+// ulp. As exp2 of vec.h, less what attention does not need: -127 itself gives exactly 0, for its exponent
+// field is 0. (Not by vscalefps: it takes 100 times as long where the result underflows, and every masked
+// score does.)
 template <bool kBf16>
 inline VecF weight(VecF x) {
+    x = maximum(broadcast(-127.0f), x);         // of a NaN maximum() gives its second operand
     const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const VecF shifted = x + magic;
     const VecF f = x - (shifted - magic);
     VecF p;
     if (kBf16) {
-        p = broadcast(0.00966636836528778f);
-        p = p * f + 0.055921975523233414f;
-        p = p * f + 0.2402234971523285f;
-        p = p * f + 0.6931210160255432f;
+        p = broadcast(0.05500892922282219f);
+        p = p * f + 0.2422109693288803f;
+        p = p * f + 0.6932829022407532f;
     } else {
         p = broadcast(0.00015461444854736328f);
         p = p * f + 0.0013400427997112274f;
@@ -59,8 +60,7 @@ inline VecF weight(VecF x) {
         p = p * f + 0.6931471824645996f;
     }
     p = p * f + 1.0f;
-    const VecF scaled = bitcast<VecF>(bitcast<VecI>(p) + (bitcast<VecI>(shifted) << 23));
-    return x < -126.0f ? VecF{} : scaled;
+    return bitcast<VecF>(bitcast<VecI>(p) + (bitcast<VecI>(shifted) << 23));
 }
 
 // Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice
@@ -117,14 +117,15 @@ struct PackedHead {
     float* transposed;  // [S / 32, Dp, 32 / kPack]: A operand, keys contracted
 };
 
+// What pack_tile() works in, times Dp.
+constexpr int64_t kPackFloats = 2 * kTile;
+
 template <bool kBf16, typename T>
 void pack_tile(const Plan<kBf16>& plan, const AttentionInput& x, const SortedPivots& pivots, int64_t b,
-               int64_t head, int64_t tile, const PackedHead& to, bool rows, bool transposed) {
+               int64_t head, int64_t tile, const PackedHead& to, bool rows, bool transposed, float* work) {
     using E = typename Compute<kBf16>::type;
     const AttentionShape& a = plan.a;
-    const Workspace memory(kTile * plan.Dp * 2);
-    E* stage =
-        rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(memory.data);
+    E* stage = rows ? reinterpret_cast<E*>(to.rows + tile * kTile * plan.Du) : reinterpret_cast<E*>(work);
     const T* base = static_cast<const T*>(x.data) + b * x.stride[0] + head * x.stride[1];
     for (int64_t r = 0; r < kTile; ++r) {
         const int64_t slot = tile * kTile + r;
@@ -134,8 +135,7 @@ void pack_tile(const Plan<kBf16>& plan, const AttentionInput& x, const SortedPiv
                   stage + r * plan.Dp);
     }
     if (transposed)
-        pack_a_transposed(stage, plan.Dp, to.transposed + tile * kTile * plan.Du,
-                          memory.data + kTile * plan.Dp);
+        pack_a_transposed(stage, plan.Dp, to.transposed + tile * kTile * plan.Du, work + kTile * plan.Dp);
 }
 
 // Which slots a query tile sees, and from where on they must be masked.
@@ -371,11 +371,14 @@ struct Forward {
         const auto packed = [&](int64_t head) {
             return PackedHead{keys.data + head * head_units, values.data + head * head_units};
         };
-        parallel_for(heads * tiles, 8, threads, [&](int64_t begin, int64_t end) {
+        parallel_for(heads * tiles, 16, threads, [&](int64_t begin, int64_t end) {
+            const Workspace work(kPackFloats * plan.Dp);
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t head = i / tiles, b = head / a.Hkv, h = head % a.Hkv;
-                pack_tile<kBf16, T>(plan, args.k, pivots, b, h, i % tiles, packed(head), true, false);
-                pack_tile<kBf16, T>(plan, args.v, pivots, b, h, i % tiles, packed(head), false, true);
+                pack_tile<kBf16, T>(plan, args.k, pivots, b, h, i % tiles, packed(head), true, false,
+                                    work.data);
+                pack_tile<kBf16, T>(plan, args.v, pivots, b, h, i % tiles, packed(head), false, true,
+                                    work.data);
             }
         });
         parallel_for(a.B * a.H * plan.tiles, 1, threads, [&](int64_t i, int64_t) {
@@ -498,11 +501,14 @@ struct Backward {
             const auto keys = [&](int64_t i) { return PackedHead{at(i), at(i) + head_units}; };
             const auto values = [&](int64_t i) { return PackedHead{at(i) + 2 * head_units, nullptr}; };
             const auto sums = [&](int64_t i, int64_t p) { return at(i) + 3 * head_units + p * part_floats; };
-            parallel_for(now * tiles, 8, threads, [&](int64_t begin, int64_t end) {
+            parallel_for(now * tiles, 16, threads, [&](int64_t begin, int64_t end) {
+                const Workspace work(kPackFloats * plan.Dp);
                 for (int64_t j = begin; j < end; ++j) {
                     const int64_t i = j / tiles, b = (done + i) / a.Hkv, h = (done + i) % a.Hkv;
-                    pack_tile<kBf16, T>(plan, args.k, pivots, b, h, j % tiles, keys(i), true, true);
-                    pack_tile<kBf16, T>(plan, args.v, pivots, b, h, j % tiles, values(i), true, false);
+                    pack_tile<kBf16, T>(plan, args.k, pivots, b, h, j % tiles, keys(i), true, true,
+                                        work.data);
+                    pack_tile<kBf16, T>(plan, args.v, pivots, b, h, j % tiles, values(i), true, false,
+                                        work.data);
                 }
             });
             parallel_for(now * n, 1, threads, [&](int64_t j, int64_t) {
@@ -582,10 +588,13 @@ struct Backward {
             matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
                           dout_columns, N, dscores, N, false);
             mask_scores(plan, pivots, run, b, lanes, N, scores);
-            if (a.drop_below != 0)
-                differentiate<true>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
-            else
-                differentiate<false>(run, b, lanes, N, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                constexpr int n = vectors.value;
+                if (a.drop_below != 0)
+                    differentiate<true, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+                else
+                    differentiate<false, n>(run, b, lanes, N, c, scores, dscores, p_pairs, ds_pairs, ds_rows);
+            });
             const int64_t slot = run.far ? run.slot : run.slot - part.begin;
             const float* p_a = kBf16 ? p_pairs : scores;
             const float* ds_a = kBf16 ? ds_pairs : dscores;
@@ -613,45 +622,52 @@ struct Backward {
 
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read:
     // pairs of queries (A operands) and pairs of keys (B operand).
-    template <bool kDropout>
-    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, float* scores,
+    template <bool kDropout, int kVectors>
+    void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, int64_t c, float* scores,
                        float* dscores, float* p_pairs, float* ds_pairs, float* ds_rows) const {
         const float grow = 1.0f / (1.0f - plan.a.dropout_p);
-        for (int64_t c = 0; c < N; c += kLanes) {
-            const VecF delta = load(lanes.delta + c);
-            const Exponent<kBf16> exponent =
-                plan.exponent(run.far, load(lanes.lse + c), load(lanes.lse_low + c));
-            const VecU r0 = lane_vector<VecU>(lanes.r0 + c), r1 = lane_vector<VecU>(lanes.r1 + c);
-            const auto element = [&](int64_t r, VecF& p, VecF& ds) {
-                p = weight<kBf16>(exponent(load(scores + r * N + c)));
-                VecF dp = load(dscores + r * N + c);
-                VecF dropped = p;
-                if (kDropout) {
-                    const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
-                    const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
-                    dp *= by;
-                    dropped *= by;
-                }
-                ds = p * (dp - delta);
-                p = dropped;
-            };
-            for (int64_t r = 0; r < run.rows; r += 2) {
+        Exponent<kBf16> exponent[kVectors];
+        VecF delta[kVectors];
+        for (int i = 0; i < kVectors; ++i) {
+            const int64_t at = c + i * kLanes;
+            exponent[i] = plan.exponent(run.far, load(lanes.lse + at), load(lanes.lse_low + at));
+            delta[i] = load(lanes.delta + at);
+        }
+        const auto element = [&](int64_t r, int i, VecF& p, VecF& ds) {
+            const int64_t at = r * N + c + i * kLanes;
+            p = weight<kBf16>(exponent[i](load(scores + at)));
+            VecF dp = load(dscores + at), dropped = p;
+            if (kDropout) {
+                const VecU key = VecU{} + uint32_t(slot_position(plan, pivots, b, run.slot + r));
+                const VecU r0 = lane_vector<VecU>(lanes.r0 + c + i * kLanes);
+                const VecU r1 = lane_vector<VecU>(lanes.r1 + c + i * kLanes);
+                const VecF by = keep_mask(r0, r1, key, plan.a.drop_below) ? broadcast(grow) : VecF{};
+                dp *= by;
+                dropped *= by;
+            }
+            ds = p * (dp - delta[i]);
+            p = dropped;
+        };
+        for (int64_t r = 0; r < run.rows; r += 2) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kVectors; ++i) {
+                const int64_t at = r * N + c + i * kLanes;
                 VecF p0, p1, ds0, ds1;
-                element(r, p0, ds0);
-                element(r + 1, p1, ds1);
+                element(r, i, p0, ds0);
+                element(r + 1, i, p1, ds1);
                 if constexpr (kBf16) {
-                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + r * N + c;
-                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + r * N + c;
-                    store(p, p0);
-                    store(p + N, p1);
-                    store(ds, ds0);
-                    store(ds + N, ds1);
-                    store(ds_rows + r / 2 * N + c, pair(ds0, ds1));
+                    BFloat16* p = reinterpret_cast<BFloat16*>(p_pairs) + at;
+                    BFloat16* ds = reinterpret_cast<BFloat16*>(ds_pairs) + at;
+                    store_narrow(p, p0);
+                    store_narrow(p + N, p1);
+                    store_narrow(ds, ds0);
+                    store_narrow(ds + N, ds1);
+                    store(ds_rows + r / 2 * N + c + i * kLanes, pair(ds0, ds1));
                 } else {
-                    store(scores + r * N + c, p0);
-                    store(scores + (r + 1) * N + c, p1);
-                    store(dscores + r * N + c, ds0);
-                    store(dscores + (r + 1) * N + c, ds1);
+                    store(scores + at, p0);
+                    store(scores + at + N, p1);
+                    store(dscores + at, ds0);
+                    store(dscores + at + N, ds1);
                 }
             }
         }

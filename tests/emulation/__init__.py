@@ -49,6 +49,8 @@ FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-w"),
     # longjmp between stacks is how coroutines switch; the checked one would call it an error.
     *("-U_FORTIFY_SOURCE", "-fno-stack-protector", "-DCOGVIEW_HAS_CUDA=1", "-DCOGVIEW_X86=0"),
+    # Kernels read vectors through pointers of other types, as CUDA allows.
+    "-fno-strict-aliasing",
 ]
 
 _LAUNCH = re.compile(r"(\b\w+(?:<[^<>;(){}]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)

@@ -11,9 +11,14 @@
 
 namespace cogview {
 
-struct NoCpuPart {
+// Made from any arguments, braced lists of them included.
+struct Anything {
     template <typename... A>
-    void operator()(A&&...) const {
+    Anything(A&&...) {}
+};
+
+struct NoCpuPart {
+    void operator()(const Anything&, const Anything& = {}, const Anything& = {}) const {
         throw std::runtime_error("the emulated extension has no CPU part");
     }
 };

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from cogview_kernels import _extension, _norm, layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
+from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -365,3 +367,72 @@ def test_compile_without_graph_break(backend, backend_device):
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         layer_norm(**{"x": torch.ones(2, 3), **arguments})
+
+
+# ---- large tensors, and chips that are not here
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_past_the_caches_are_streamed(dtype):
+    """From 4 MiB on the CPU backend stores around the caches; 2,056 columns do not divide into vectors."""
+    for C in (2048, 2056):
+        inputs = [torch.randn(n).to(dtype) for n in (C, C)]
+        x = torch.randn(1100, C).to(dtype)
+        check("cpu", (x, *inputs), torch.randn(1100, C).to(dtype))
+
+
+def test_triton_compiles_for_sm80_and_sm90():
+    module = "cogview_kernels.layer_norm.triton_kernels"
+    specs = []
+    for arch in (80, 90):
+        for dtype, parameter in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")):
+            for block in (64, 4096):
+                forward = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
+                forward |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
+                forward |= dict.fromkeys(("stats_ptr", "peaks_ptr"), "*fp32")
+                forward |= {"R": "i32", "C": "i32", "eps": "fp32"}
+                aligned = [name for name, kind in forward.items() if kind[0] == "*"] + ["C"]
+                backward = dict.fromkeys(("dy_ptr", "x_ptr", "dx_ptr"), f"*{dtype}")
+                backward |= {"weight_ptr": f"*{parameter}", "stats_ptr": "*fp32", "partials_ptr": "*fp32"}
+                backward |= {"R": "i32", "C": "i32"}
+                flags = {"PB_RELAX": 2, "PEAKS": 528, "BLOCK_PEAKS": 1024, "BLOCK_C": block}
+                signature = forward | dict.fromkeys(flags, "constexpr")
+                warps = max(1, block // 512)
+                specs.append(
+                    Spec(module, "_layer_norm_fwd_kernel", signature, flags, arch, warps, aligned=aligned)
+                )
+                signature = backward | {"BLOCK_C": "constexpr"}
+                aligned = [name for name, kind in backward.items() if kind[0] == "*"] + ["C"]
+                warps = max(1, block // 256)
+                specs.append(
+                    Spec(
+                        module, "_layer_norm_bwd_kernel", signature, {"BLOCK_C": block}, arch, warps,
+                        aligned=aligned,
+                    )
+                )  # fmt: skip
+    for spec, report in zip(specs, compile_kernels(specs), strict=True):
+        assert report.spills == 0, (spec, report.spills)
+        assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)
+
+
+@pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
+@pytest.mark.parametrize("arch", [70, 90])
+def test_cuda_compiles_without_spills(arch):
+    types = ("float", "__half", "__nv_bfloat16")
+    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_peaks_kernel")
+    kernels = [f"cogview::{kernel}<{t}>" for t in types for kernel in names]
+    source = '#include "layer_norm/layer_norm_kernels.cuh"'
+    for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
+        assert report.spills == 0, (kernel, report)
+
+
+def test_cuda_in_any_order_of_threads(emulation):
+    """A missing barrier would show."""
+    inputs, *rest = make_case("two_tiles_of_rows_and_a_bit", torch.float32, torch.device("cpu"))
+    function, given = layer_norm, rest[-1] if isinstance(rest[-1], dict) else {}
+    results = []
+    for order in (0, 7, 8):
+        emulation.configure(order=order)
+        results.append(with_gradients(function, inputs, rest[0], backend="cuda", pb_relax="tensor", **given))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

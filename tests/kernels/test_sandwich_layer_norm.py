@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from cogview_kernels import _extension, _random, sandwich_layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
+from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -385,3 +387,77 @@ def test_errors(arguments, error, message):
     defaults |= dict.fromkeys(("post_weight", "post_bias", "pre_weight", "pre_bias"))
     with pytest.raises(error, match=message):
         sandwich_layer_norm(**{**defaults, **arguments})
+
+
+# ---- large tensors, and chips that are not here
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_past_the_caches_are_streamed(dtype):
+    """From 4 MiB on the CPU backend stores around the caches; 2,056 columns do not divide into vectors."""
+    for C in (2048, 2056):
+        inputs = [*torch.randn(2, 1100, C).to(dtype), *torch.randn(4, C).to(dtype)]
+        check("cpu", inputs, torch.randn(2, 1100, C).to(dtype).unbind(), dropout_p=0.1, seed=3)
+
+
+def test_triton_compiles_for_sm80_and_sm90():
+    module = "cogview_kernels.sandwich_layer_norm.triton_kernels"
+    scalars = {"R": "i32", "C": "i32", "eps": "fp32", "seed": "i64", "threshold": "i64", "scale": "fp32"}
+    specs = []
+    for arch in (80, 90):
+        for dtype, parameter in (("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "fp32")):
+            forward = dict.fromkeys(
+                ("branch_ptr", "residual_ptr", "residual_out_ptr", "normed_ptr"), f"*{dtype}"
+            )
+            forward |= dict.fromkeys((f"{p}_ptr" for p in PARAMETERS), f"*{parameter}")
+            forward |= dict.fromkeys(("stats_ptr", "peaks_ptr", "out_peaks_ptr"), "*fp32") | scalars
+            names = ("dresidual_out", "dnormed", "branch", "residual_out", "dbranch", "dresidual")
+            backward = dict.fromkeys((f"{name}_ptr" for name in names), f"*{dtype}")
+            backward |= dict.fromkeys(("post_weight_ptr", "pre_weight_ptr"), f"*{parameter}")
+            backward |= dict.fromkeys(("stats_ptr", "partials_ptr"), "*fp32")
+            backward |= {k: v for k, v in scalars.items() if k != "eps"}
+            row = {
+                "POST": True,
+                "PRE": True,
+                "PB_RELAX": 1,
+                "HAS_DROPOUT": True,
+                "PEAKS": 0,
+                "BLOCK_PEAKS": 1,
+            }
+            tensor = {**row, "PRE": False, "PB_RELAX": 2, "PEAKS": 528, "BLOCK_PEAKS": 1024}
+            for name, signature, flags, warps in (
+                ("_sandwich_layer_norm_fwd_kernel", forward, row, 8),
+                ("_sandwich_layer_norm_fwd_kernel", forward, tensor, 8),
+                ("_sandwich_layer_norm_bwd_kernel", backward, {"HAS_DROPOUT": True}, 16),
+            ):
+                flags = {**flags, "BLOCK_C": 4096}
+                aligned = [k for k, kind in signature.items() if kind[0] == "*"] + ["C"]
+                signature = signature | dict.fromkeys(flags, "constexpr")
+                specs.append(Spec(module, name, signature, flags, arch, warps, aligned=aligned))
+    for spec, report in zip(specs, compile_kernels(specs), strict=True):
+        assert report.spills == 0, (spec, report.spills)
+        assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)
+
+
+@pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
+@pytest.mark.parametrize("arch", [70, 90])
+def test_cuda_compiles_without_spills(arch):
+    types = ("float", "__half", "__nv_bfloat16")
+    kernels = [f"cogview::sandwich_layer_norm_bwd_kernel<{t}>" for t in types]
+    for passes in ("true, true", "true, false", "false, true"):
+        kernels += [f"cogview::sandwich_layer_norm_fwd_kernel<{t}, {passes}>" for t in types]
+    source = '#include "sandwich_layer_norm/sandwich_layer_norm_kernels.cuh"'
+    for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
+        assert report.spills == 0, (kernel, report)
+
+
+def test_cuda_in_any_order_of_threads(emulation):
+    """A missing barrier would show."""
+    inputs, *rest = make_case("two_tiles_of_rows_and_a_bit", torch.float32, torch.device("cpu"))
+    function, given = sandwich_layer_norm, rest[-1] if isinstance(rest[-1], dict) else {}
+    results = []
+    for order in (0, 7, 8):
+        emulation.configure(order=order)
+        results.append(with_gradients(function, inputs, rest[0], backend="cuda", pb_relax="tensor", **given))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -8,6 +8,7 @@ import torch
 
 from cogview_kernels import _extension, _library, stable_softmax
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
+from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
@@ -168,6 +169,31 @@ def test_two_runs_give_the_same_bits(backend, backend_device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("N", [58_240, 100_000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_rows(backend, N, backend_device):
+    """The vocabulary, and past every on-chip size; the last elements matter."""
+    scores = torch.randn(2, N, device=backend_device(backend))
+    scores[:, -3:] += 12
+    dprobs = torch.randn_like(scores)
+    ours = with_gradient(stable_softmax, scores, dprobs, backend=backend)
+    truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double())
+    eager = with_gradient(stable_softmax_reference, scores, dprobs)
+    assert_within_budget(ours[0], eager[0], truth[0])
+    assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_subnormal_scores_and_a_huge_outlier(backend, backend_device):
+    tiny = torch.finfo(torch.float16).smallest_normal
+    scores = torch.stack([torch.randn(40) * tiny / 4, torch.randn(40)]).half()
+    scores[1, 7] = torch.finfo(torch.float16).max
+    probs = stable_softmax(scores.to(backend_device(backend)), backend=backend).cpu().float()
+    expected = torch.zeros(2, 40)
+    expected[0], expected[1, 7] = 1 / 40, 1
+    torch.testing.assert_close(probs, expected, atol=0, rtol=1e-3)
+
+
 # ---- dispatch
 
 
@@ -326,3 +352,15 @@ def test_triton_compiles_for_sm80_and_sm90():
     for spec, report in zip(specs, compile_kernels(specs), strict=True):
         assert report.spills == 0, (spec, report.spills)
         assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)
+
+
+@pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
+@pytest.mark.parametrize("arch", [70, 90])
+def test_cuda_compiles_without_spills(arch):
+    ways = ("fwd", "bwd")
+    kernels = [
+        f"cogview::stable_softmax_{w}_kernel<{t}>" for w in ways for t in ("float", "__half", "__nv_bfloat16")
+    ]
+    source = '#include "stable_softmax/stable_softmax_kernels.cuh"'
+    for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
+        assert report.spills == 0, (kernel, report)

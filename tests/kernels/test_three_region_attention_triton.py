@@ -142,9 +142,9 @@ def test_a_first_call_does_not_tune():
 
 # ---- compiled for chips that are not here
 
-_INTEGERS = ("BH", "H", "G", "T", "P", "NB", "w", "W")
+_INTEGERS = ("H", "G", "T", "TP", "P", "NB", "w", "W")
 _TYPES = dict.fromkeys(("ordered_ptr", "prefix_ptr", "inverse_ptr", "words_ptr"), "*i32")
-_TYPES |= dict.fromkeys(("lse_ptr", "delta_ptr", "dlse_ptr"), "*fp32") | {"seed": "i64", "threshold": "i64"}
+_TYPES |= dict.fromkeys(("lse_ptr", "dlse_ptr", "stats_ptr"), "*fp32") | {"seed": "i64", "threshold": "i64"}
 _TYPES |= dict.fromkeys(("scale", "factor", "bias", "keep_scale"), "fp32") | dict.fromkeys(_INTEGERS, "i32")
 
 
@@ -168,7 +168,7 @@ def spec(
     for name in names:
         kind = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride_") else "constexpr"
         signature[name] = _TYPES.get(name, kind)
-    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride_")]
+    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride_") or name == "TP"]
     values = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     return Spec(
         MODULE, f"_{kernel}_kernel", signature, values, arch, config.num_warps, aligned=aligned,
