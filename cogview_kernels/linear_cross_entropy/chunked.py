@@ -219,7 +219,8 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
         problem.reduce(tokens, dlogits)
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
         problem.dhidden(dlogits, dhidden[tokens])
-    v = min(_chunk(N, 128), V)
+    # No more than 3 % of the logits, however few the tokens.
+    v = min(_chunk(N, 128), max(V // 32 // 128 * 128, 128), V)
     chunk = hidden.new_empty(v * N)
     for ids in _pieces(0, V, v):
         dlogits = chunk[: (ids.stop - ids.start) * N].view(-1, N)

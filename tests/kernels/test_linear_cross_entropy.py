@@ -262,6 +262,22 @@ def test_steps_over_many_parts(backend):
     torch.testing.assert_close(view[:100], logits[:100], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_offsets_of_64_bits(backend, monkeypatch):
+    """Rows 2^30 elements apart, in memory that is never touched between them."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    steps, results = autograd._steps(backend), []
+    near, target, coefficient = torch.randn(3, 20).bfloat16(), torch.arange(20) % 3, torch.randn(20)
+    far = torch.empty(2**31 + 20, dtype=torch.bfloat16).as_strided((3, 20), (2**30, 1))
+    far.copy_(near)
+    for logits in (near, far):
+        stats = torch.empty(3, 20)
+        steps.reduce(logits, target, stats)
+        steps.gradient(logits, 0, target, coefficient, stats)
+        results.append((stats, logits.clone()))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_runs_give_the_same_bits(backend, dtype):
