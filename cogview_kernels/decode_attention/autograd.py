@@ -21,7 +21,9 @@ _CHUNK, _MOST_SPLITS = 256, 64
 def cuda_limit(q: Tensor) -> str:
     """Why the cuda backend cannot take ``q``, and the way out; empty when it can."""
     if q.dtype not in _extension.DTYPE_CODES:
-        return f"{_OP}: the cuda backend takes float32, float16 and bfloat16, got {q.dtype}; use backend='sdpa'"
+        return (
+            f"{_OP}: the cuda backend takes float32, float16 and bfloat16, got {q.dtype}; use backend='sdpa'"
+        )
     if q.shape[-1] % 8 or q.shape[-1] > 256:
         return (
             f"{_OP}: the cuda backend takes head sizes that are multiples of 8 up to 256, got {q.shape[-1]}; "
