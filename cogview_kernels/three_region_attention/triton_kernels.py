@@ -323,7 +323,7 @@ def _key_gradients(
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
-    Key j is seen by the queries from first(j) up to end(j), or to the last one without HAS_END; tiles within
+    Key j is seen by the queries from first(j) up to end(j) (all later ones without HAS_END); tiles within
     full_lo and full_hi need no mask.
     dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
     """

@@ -186,6 +186,11 @@ LARGE = {
 }
 
 
+def _skip_what_widens_alike(backend, dtype):
+    if backend == "triton" and dtype == torch.float16 and _backends.TRITON_INTERPRETED:
+        pytest.skip("the interpreter computes both 16-bit dtypes in float32: bfloat16 shows it")
+
+
 def with_gradients(function, q, k, v, *arguments, dout, dlse=None, **options):
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     result = function(*leaves, *arguments, **options)
@@ -232,6 +237,8 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch):
+    if case in LARGE:
+        _skip_what_widens_alike(backend, dtype)
     if case in SMALL and backend == "sdpa":
         monkeypatch.setattr(sdpa, "DENSE_LENGTH", 0)
     check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
@@ -252,8 +259,7 @@ def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_dropout_and_lse(backend, dtype, case, backend_device):
-    if case == "D128" and dtype == torch.float16:
-        pytest.skip("the other dtypes have shown it")
+    _skip_what_widens_alike(backend, dtype)
     case = {**SMALL, **LARGE}[case]
     check_against_reference(backend, case, dtype, backend_device(backend), dropout_p=0.3, lse=True)
 
