@@ -34,7 +34,8 @@ def tune(D: int, dtype: torch.dtype, dropout_p: float) -> dict[str, launch_confi
     launch_config.choose, launch_config.AUTOTUNE = watch, True
     try:
         out = three_region_attention(q, k, v, layout, dropout_p=dropout_p, seed=0, backend="triton")
-        out.backward(torch.randn_like(out))  # type: ignore[union-attr]
+        assert isinstance(out, torch.Tensor)
+        out.backward(torch.randn_like(out))
     finally:
         launch_config.choose = choose
     return chosen
