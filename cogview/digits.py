@@ -22,15 +22,18 @@ ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 CHINESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 
 TRAINING_PHRASINGS = (
-    *("a handwritten {en}", "the digit {en}", "the number {en}", "{en} by hand", "this is {en}"),
-    *("a picture of {en}", "a scan of {en}", "the handwritten digit {en}", "this is a {en}"),
-    *("手写数字{zh}", "数字{zh}", "数字{zh}的图片", "这是数字{zh}", "这是{zh}的图片", "手写的数字{zh}"),
-    *("这是手写的{zh}", "手写的{zh}", "这是手写的数字{zh}"),
+    *("a handwritten {en}", "the handwritten {en}", "the handwritten digit {en}", "a handwritten number {en}"),
+    *("a digit {en}", "the digit {en}", "a number {en}", "the number {en}", "{en} by hand", "this is a {en}"),
+    *("this is the digit {en}", "a picture of {en}", "a scan of {en}"),
+    *("手写数字{zh}", "手写数字{zh}的图片", "数字{zh}", "数字{zh}的图片", "手写的{zh}", "手写的{zh}的图片"),
+    *("手写的数字{zh}", "这是{zh}", "这是{zh}的图片", "这是数字{zh}", "这是数字{zh}的图片", "这是手写的{zh}"),
+    "这是手写数字{zh}",
 )
-# Never seen in training, whole; their words are.
+# Never seen in training, but each step from word to word was. A step that never was costs CapLoss several
+# nats, different ones for every picture, and drowns what the digit's name says.
 HELD_OUT_PHRASINGS = (
-    *("a handwritten digit {en}", "the handwritten number {en}", "this digit is {en}"),
-    *("手写的{zh}的图片", "手写数字{zh}的图片", "手写的数字{zh}的图片"),
+    *("a handwritten digit {en}", "the handwritten number {en}", "this is the number {en}"),
+    *("手写的数字{zh}的图片", "这是手写的数字{zh}", "这是手写的{zh}的图片"),
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8
