@@ -155,8 +155,8 @@ PRESETS: dict[str, Preset] = {
             init_std=0.04,
             dropout=0.0,
             vocab_size=256,
-            max_positions=26,
-            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=13),
+            max_positions=27,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=14),
         ),
         train=TrainConfig(
             steps=2400,
@@ -179,8 +179,8 @@ PRESETS: dict[str, Preset] = {
         image_tokenizer_train=ImageTokenizerTrainConfig(
             steps=500, batch_size=64, learning_rate=2e-3, checkpoint_every=100
         ),
-        text_pieces=130,
-        max_text_tokens=5,
+        text_pieces=150,
+        max_text_tokens=6,
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
     # The single-node recipe of the released code.

@@ -108,9 +108,7 @@ def fit(kernel: str, config: Config, block_size: int) -> Config:
     tile = config.block_n if kernel == "dkv" else config.block_m
     if kernel == "dkv_far" or tile <= 64 or block_size % tile == 0:
         return config
-    half = replace(
-        config, num_warps=max(4, config.num_warps // 2), maxnreg=168 if config.maxnreg else None
-    )
+    half = replace(config, num_warps=max(4, config.num_warps // 2), maxnreg=168 if config.maxnreg else None)
     if kernel == "dkv":
         return replace(half, block_n=tile // 2, stages=min(2, config.stages))
     return replace(half, block_m=tile // 2)
