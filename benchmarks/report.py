@@ -20,6 +20,7 @@ from benchmarks import OPS, results, tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.report` -->", "<!-- /benchmarks -->"
+DEMO_BEGIN, DEMO_END = "<!-- demo: written by `python -m benchmarks.report` -->", "<!-- /demo -->"
 UNMEASURED = "unmeasured"
 
 COLOURS = {"backend": "#c2410c", "rival": "#94a3b8", "bound": "#e2e8f0"}
@@ -285,12 +286,34 @@ def plot_is_current(document: Document, path: Path) -> bool:
         return image.info.get("Source") == fingerprint(document)
 
 
-def put_between_markers(text: str, block: str) -> str:
+def demo_section(folder: Path) -> str:
+    """What ``make demo`` reached, one line per ``<device>/demo/seed<n>.json`` (its ``report.json``)."""
+    rows = []
+    for path in sorted(folder.glob("*/demo/seed*.json")):
+        report = results.load(path)
+        of, rebuilt = report["results"], report["reconstruction_of_held_out_scans"]
+        rows.append(
+            [
+                str(report["seed"]),
+                f"{100 * of['best_of_all']:.1f} %",
+                f"{100 * of['single_draw']:.1f} %",
+                str(of["prompts"]),
+                f"{100 * report['judge']['accuracy_on_real_test_scans']:.1f} %",
+                f"{rebuilt['psnr_db']:.1f} dB, {100 * rebuilt['judge_accuracy_on_reconstructions']:.1f} %",
+                f"{report['timings']['total_seconds']:.0f} s",
+            ]
+        )
+    header = ["seed", "best of 16 by CapLoss is right", "one unranked drawing is right", "prompts"]
+    header += ["judge on real scans", "held-out scans rebuilt: PSNR, judge reads", "time, 2 CPU cores"]
+    return "\n".join(_markdown_table(header, rows)) + "\n" if rows else f"The demo is {UNMEASURED}.\n"
+
+
+def put_between_markers(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """``text`` with ``block`` between the markers."""
-    pattern = re.escape(BEGIN) + r".*?" + re.escape(END)
-    replaced, count = re.subn(pattern, lambda _: f"{BEGIN}\n\n{block}\n{END}", text, flags=re.DOTALL)
+    pattern = re.escape(begin) + r".*?" + re.escape(end)
+    replaced, count = re.subn(pattern, lambda _: f"{begin}\n\n{block}\n{end}", text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"README.md must hold the markers {BEGIN} and {END} once, got {count}")
+        raise ValueError(f"README.md must hold the markers {begin} and {end} once, got {count}")
     return replaced
 
 
@@ -299,7 +322,8 @@ def generate(*, check: bool = False, root: Path = ROOT) -> list[str]:
     folder = root / "benchmarks" / "results"
     everything = results.load_all(folder)
     readme = root / "README.md"
-    wanted = {readme: put_between_markers(readme.read_text(), summary(everything))}
+    text = put_between_markers(readme.read_text(), summary(everything))
+    wanted = {readme: put_between_markers(text, demo_section(folder), DEMO_BEGIN, DEMO_END)}
     stale = []
     for name, documents in everything.items():
         wanted[folder / name / "README.md"] = device_page(name, documents)

@@ -58,7 +58,9 @@ GPU["rows"][1]["host_us"] = 5.0
 
 @pytest.fixture
 def checkout(tmp_path):
-    (tmp_path / "README.md").write_text(f"# Title\n\n{report.BEGIN}\nstale\n{report.END}\n\nafter\n")
+    (tmp_path / "README.md").write_text(
+        f"# Title\n\n{report.DEMO_BEGIN}\n{report.DEMO_END}\n{report.BEGIN}\nstale\n{report.END}\n\nafter\n"
+    )
     folder = tmp_path / "benchmarks" / "results"
     results.write_json(folder / "some-cpu" / "three_region_attention.json", DOCUMENT)
     results.write_json(folder / "some-gpu" / "three_region_attention.json", GPU)
