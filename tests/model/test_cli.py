@@ -13,6 +13,7 @@ from PIL import Image
 
 from cogview.cli import main
 from cogview.commands import TrainModel, TrainTokenizers, train_model, train_tokenizers
+from cogview.config import PRESETS
 from tests.model.helpers import tiny_preset
 
 ROOT = Path(__file__).parents[2]
@@ -132,7 +133,9 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
     )
     assert "the text is empty" in mistake(capsys, "generate", "--run", run_folder, " ")
-    assert "at most 5 fit" in mistake(capsys, "generate", "--run", run_folder, "seven " * 20)
+    assert f"at most {PRESETS['digits'].max_text_tokens} fit" in mistake(
+        capsys, "generate", "--run", run_folder, "seven " * 20
+    )
     assert "temperature must be above 0" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "0"
     )
