@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,24 @@ def _interpreter_is_broken() -> str:
     if release["triton"] >= (3, 7) or release["numpy"] < (2, 4):
         return ""
     return f"the interpreter of Triton {version('triton')} needs numpy<2.4, here is {version('numpy')}"
+
+
+@pytest.fixture(autouse=True)
+def _interpreted_products_do_not_depend_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tl.dot`` in the interpreter sums in float64, then rounds to the dtype of its accumulator.
+
+    On some processors OpenBLAS sums ``a @ b.T`` and ``b @ a.T`` in different orders. A GPU does not, and the
+    backward of attention, which computes the forward's scores again, transposed, relies on it.
+    """
+    if HAS_GPU or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def in_float64(self, a, b, d, *options):
+        product = np.matmul(a.data, b.data, dtype=np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float64)
 
 
 @pytest.fixture
