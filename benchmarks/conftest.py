@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("cogview benchmarks")
     group.addoption("--device", default="auto", help="auto (the GPU if there is one), cpu or cuda")
-    group.addoption("--tiny", action="store_true", help="tiny shapes and two rounds: exercises the code only")
+    group.addoption(
+        "--tiny", action="store_true", help="tiny shapes, two rounds, no tests first: runs the code only"
+    )
     group.addoption("--save", metavar="FOLDER", help="write <device>/<op>.json here, after each case anew")
     group.addoption(
         "--tested", metavar="JUNIT_XML", help="take the tests' outcome from this file, do not run them"
@@ -89,7 +91,8 @@ class Run:
         self.bench, self.config = bench, config
         self.device = _device(config)
         self.tiny = config.getoption("--tiny")
-        self.red = op_tests(bench.op, config.getoption("--tested"))
+        report = config.getoption("--tested")
+        self.red = "" if self.tiny and report is None else op_tests(bench.op, report)
         # What -k and friends left over, in order.
         chosen = [item.callspec.params for item in items if getattr(item, "module", None).BENCHMARK is bench]
         self.cases = list(dict.fromkeys(params["case"] for params in chosen))

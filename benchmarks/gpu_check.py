@@ -5,6 +5,10 @@ Needs only what is installed (PyTorch, Triton, nvcc, ninja, pybind11, pytest, py
 tqdm), no network, and at most nine minutes. Each stage has a limit; benchmarks get what the tests leave and
 are cut short in order of importance. Exit status 0: the build and every test passed.
 
+The stages, any of which can be asked for alone with ``--stages``: build; tests; bench; old-ptx, where the
+CUDA C++ kernels are built for a V100 (a T4 where the nvcc no longer can) and this GPU's driver compiles that
+PTX; memcheck and racecheck, compute-sanitizer over Triton and CUDA kernels on tiny shapes.
+
 In OUT: summary.txt, gpu-check.json, results.json (``python -m benchmarks.report --import`` takes it),
 tests.xml and the logs. Without a GPU, GPU_CHECK_REHEARSE=1 runs the same stages on the CPU: Triton kernels in
 the interpreter, tiny shapes, times that mean nothing.
@@ -21,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,8 @@ from benchmarks import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520
-BUILD_S, TESTS_S, SANITIZER_S, SHORTEST_S = 150, 240, 60, 5
+BUILD_S, TESTS_S, OLD_PTX_S, SANITIZER_S, SHORTEST_S = 150, 240, 60, 40, 5
+STAGES = ("build", "tests", "bench", "old-ptx", "memcheck", "racecheck")
 SHARES = {"three_region_attention": 6, "linear_cross_entropy": 2}  # of the benchmarks' time; others 1
 LOG_BYTES = 8 << 20
 
@@ -41,9 +47,16 @@ print(json.dumps({"name": torch.cuda.get_device_name(0), "capability": torch.cud
 
 class Check:
     def __init__(
-        self, out: Path, *, budget: float, rehearse: bool, ops: list[str], select: str | None
+        self,
+        out: Path,
+        *,
+        budget: float,
+        rehearse: bool,
+        ops: list[str],
+        select: str | None,
+        stages: Sequence[str] = STAGES,
     ) -> None:
-        self.out, self.budget, self.rehearse, self.ops = out, budget, rehearse, ops
+        self.out, self.budget, self.rehearse, self.ops, self.wanted = out, budget, rehearse, ops, stages
         self.select = ["-k", select] if select else []
         self.started = time.monotonic()
         self.stages: list[dict[str, Any]] = []
@@ -115,16 +128,21 @@ class Check:
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         self.stage("build", command, "build.log", BUILD_S, env=env)
 
+    @staticmethod
+    def workers() -> list[str]:
+        """Several processes and a limit per test, where the plugins for them are installed."""
+        options = []
+        if importlib.util.find_spec("xdist"):
+            options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout=150"]
+        return options
+
     def test(self) -> None:
         every = self.ops == list(OPS)
         folder = ["tests/kernels"] if every else [f"tests/kernels/test_{op}.py" for op in self.ops]
         options = ["-q", "-ra", "-p", "no:cacheprovider", *self.select]
-        if importlib.util.find_spec("xdist"):
-            workers = max(1, min(8, (os.cpu_count() or 1) // 2))
-            options += ["-n", str(workers)]
-        if importlib.util.find_spec("pytest_timeout"):
-            options += ["--timeout=150"]
-        pytest = [sys.executable, "-m", "pytest", *options]
+        pytest = [sys.executable, "-m", "pytest", *options, *self.workers()]
         end = time.monotonic() + TESTS_S
         report = f"--junitxml={self.out / 'tests.xml'}"
         self.stage("tests of the kernels", [*pytest, report, *folder], "tests.log", TESTS_S)
@@ -138,12 +156,13 @@ class Check:
 
         report, folder = self.out / "tests.xml", self.out / "results.part"
         collected: dict[str, Any] = {}
-        if not report.exists():
+        if "tests" in self.wanted and not report.exists():
             self.note("benchmarks", "left out: the tests wrote no report", good=False)
             return collected
-        options = ["--tested", str(report), "--device", "cpu" if self.rehearse else "cuda"]
+        options = [*self.tested(), "--device", "cpu" if self.rehearse else "cuda"]
         options += [*(["--tiny"] if self.rehearse else []), *self.select]
-        reserve = 0 if self.rehearse else SANITIZER_S
+        after = {"old-ptx": OLD_PTX_S, "memcheck": SANITIZER_S, "racecheck": SANITIZER_S}
+        reserve = 0 if self.rehearse else sum(after.get(name, 0) for name in self.wanted)
         for i, op in enumerate(self.ops):
             shares = [SHARES.get(name, 1) for name in self.ops[i:]]
             limit = (self.left() - reserve) * shares[0] / sum(shares)
@@ -156,26 +175,79 @@ class Check:
         shutil.rmtree(folder, ignore_errors=True)
         return collected
 
-    def sanitize(self) -> None:
+    def tested(self) -> list[str]:
+        """Benchmarks ask for the report of the tests, and run what passed; without one they run their own."""
+        report = self.out / "tests.xml"
+        return ["--tested", str(report)] if report.exists() else []
+
+    def old_ptx(self, capability: list[int] | None) -> None:
+        nvcc = shutil.which("nvcc")
+        if nvcc is None or capability is None:
+            reason = "a rehearsal has no GPU" if self.rehearse else "there is no nvcc"
+            self.note("old PTX", f"left out: {reason}", good=True)
+            return
+        listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        arch = "70" if "compute_70" in listed else "75"
+        build = ROOT / "build" / "old-ptx"
+        lib = build / "lib"
+        end = time.monotonic() + OLD_PTX_S
+        env = {
+            "MAX_JOBS": str(os.cpu_count() or 1),
+            "COGVIEW_CUDA": "1",
+            "COGVIEW_CUDA_ARCHS": arch,
+            "CUDA_FORCE_PTX_JIT": "1",
+        }
+        command = [sys.executable, "setup.py", "-q", "build", "-b", str(build), "--build-lib", str(lib)]
+        self.stage(f"build for compute_{arch}", command, "old-ptx.log", OLD_PTX_S, env=env, may_be_late=True)
+        if self.stages[-1]["outcome"] != "passed":
+            return
+        pytest = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *self.workers()]
+        tests = [f"tests/kernels/test_{op}.py" for op in ("three_region_attention", "decode_attention")]
+        self.stage(
+            f"CUDA attention from the PTX of compute_{arch}",
+            [*pytest, "-o", f"pythonpath={lib} .", "-k", "cuda", *tests],
+            "old-ptx.log",
+            end - time.monotonic(),
+            env=env,
+            may_be_late=True,
+        )
+
+    def sanitize(self, check: str) -> None:
         from benchmarks.__main__ import bench_file
 
         tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
         if tool is None or self.rehearse:
             reason = "a rehearsal has no GPU" if self.rehearse else "compute-sanitizer is not installed"
-            self.note("memcheck", f"left out: {reason}", good=True)
+            self.note(check, f"left out: {reason}", good=True)
             return
         pytest = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--tiny"]
-        chosen = ["-k", "triton or cuda", "--tested", str(self.out / "tests.xml")]
-        memcheck = [tool, "--tool", "memcheck", "--error-exitcode", "99", "--target-processes", "all"]
+        chosen = ["-k", "triton or cuda", *self.tested()]
+        options = ["--error-exitcode", "99", "--target-processes", "all"]
         # Without PyTorch's cache every tensor is an allocation of its own, whose ends are watched.
         self.stage(
-            "memcheck",
-            [*memcheck, *pytest, *chosen, *map(bench_file, self.ops)],
-            "sanitizer.log",
-            self.left(),
+            check,
+            [tool, "--tool", check, *options, *pytest, *chosen, *map(bench_file, self.ops)],
+            f"{check}.log",
+            self.left() if check == self.wanted[-1] else self.left() - SANITIZER_S,
             env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
             may_be_late=True,
         )
+
+    def run(self, capability: list[int] | None) -> dict[str, Any]:
+        """The wanted stages in order; gives what the benchmarks measured."""
+        collected: dict[str, Any] = {}
+        if "build" in self.wanted:
+            self.build(capability)
+        if "tests" in self.wanted:
+            self.test()
+        if "bench" in self.wanted:
+            collected = self.bench()
+        if "old-ptx" in self.wanted:
+            self.old_ptx(capability)
+        for check in ("memcheck", "racecheck"):
+            if check in self.wanted:
+                self.sanitize(check)
+        return collected
 
     def write(self, name: str, text: str) -> None:
         aside = self.out / f"{name}.part"
@@ -206,6 +278,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu-check")
     parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds in all")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="only these")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these")
     parser.add_argument("--select", metavar="EXPRESSION", help="pytest's -k, for tests and benchmarks")
     arguments = parser.parse_args()
     rehearse = os.environ.get("GPU_CHECK_REHEARSE", "0") not in ("", "0")
@@ -219,16 +292,21 @@ def main() -> int:
         return 1
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("build.log", "tests.log", "bench.log", "sanitizer.log", "tests.xml", "results.json"):
-        (out / name).unlink(missing_ok=True)
-    check = Check(out, budget=arguments.budget, rehearse=rehearse, ops=arguments.ops, select=arguments.select)
+    for path in (*out.glob("*.log"), out / "results.json"):
+        path.unlink(missing_ok=True)
+    if "tests" in arguments.stages:
+        (out / "tests.xml").unlink(missing_ok=True)
+    check = Check(
+        out,
+        budget=arguments.budget,
+        rehearse=rehearse,
+        ops=arguments.ops,
+        select=arguments.select,
+        stages=[name for name in STAGES if name in arguments.stages],
+    )
     if rehearse:
         gpu = {"name": "no GPU", "capability": None}
-    check.build(gpu["capability"])
-    check.test()
-    collected = check.bench()
-    check.sanitize()
-    return check.finish(collected, gpu["name"])
+    return check.finish(check.run(gpu["capability"]), gpu["name"])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from cogview_kernels import _extension
+
 
 @dataclass(frozen=True)
 class Job:
@@ -179,7 +181,8 @@ def peak_bytes(job: Job, device: torch.device) -> int | None:
     """Most memory held at once beyond what was held before, results included; None where it cannot be had.
 
     GPU: PyTorch's allocator. CPU: the kernel's record of the process's peak resident set, which counts
-    native buffers too and is right to about a megabyte (Linux only).
+    native buffers too and is right to about a megabyte (Linux only). What our kernels keep between calls is
+    freed before, so it counts.
     """
     if device.type == "cuda":
         state = job.setup()
@@ -192,6 +195,8 @@ def peak_bytes(job: Job, device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         state = job.setup()
+        if _extension.native is not None:
+            _extension.native.free_workspaces()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
         before = _status_kb("VmRSS")

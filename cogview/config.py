@@ -54,7 +54,10 @@ class ImageTokenizerTrainConfig:
 
 @dataclass(frozen=True)
 class ThreeRegionConfig:
-    """Sizes of three-region attention: window of ``window_blocks`` blocks, ``num_pivots`` far keys."""
+    """Sizes of three-region attention: window of ``window_blocks`` blocks, ``num_pivots`` far keys.
+
+    The pivots of a row are its positions without an image code, padding included, and random image codes.
+    """
 
     block_size: int = 128
     window_blocks: int = 6
@@ -155,8 +158,8 @@ PRESETS: dict[str, Preset] = {
             init_std=0.04,
             dropout=0.1,  # without it CapLoss ranks by chance turns of phrase, not by the digit
             vocab_size=256,
-            max_positions=27,
-            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=14),
+            max_positions=26,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
         ),
         train=TrainConfig(
             steps=2400,
@@ -179,8 +182,8 @@ PRESETS: dict[str, Preset] = {
         image_tokenizer_train=ImageTokenizerTrainConfig(
             steps=500, batch_size=64, learning_rate=2e-3, checkpoint_every=100
         ),
-        text_pieces=150,
-        max_text_tokens=6,
+        text_pieces=130,
+        max_text_tokens=5,
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
     # The single-node recipe of the released code.

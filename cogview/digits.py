@@ -24,8 +24,8 @@ CHINESE = ("零", "一", "二", "三", "四", "五", "六", "七", "八", "九")
 
 # Never seen in training, whole; their words are, in all other combinations.
 HELD_OUT_PHRASINGS = (
-    *("a handwritten digit {en}", "the scanned number {en}", "this is the handwritten number {en}"),
-    *("这是手写的数字{zh}", "一个扫描的数字{zh}", "这里是手写的{zh}"),
+    *("a handwritten {en}", "the scanned {en}", "this is the handwritten {en}"),
+    *("这是手写的数字{zh}", "一个扫描的数字{zh}", "这里是手写的数字{zh}"),
 )
 
 
@@ -33,22 +33,22 @@ def _combinations(*choices: tuple[str, ...]) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
-# Every combination of a few words: from a short list of fixed phrasings a model learns which word never
-# follows which, and CapLoss then spends its nats on the phrasing, not on the picture.
+# Every combination of a few words, so that a held-out one is made of steps that training saw. The digit's
+# word always follows the same kind of word and competes with no other: were there "handwritten seven" and
+# "handwritten digit seven", a picture that might be no seven would make the word "digit" likelier, and
+# CapLoss would like it for that.
 TRAINING_PHRASINGS = tuple(
     phrasing
     for phrasing in [
         *_combinations(
-            ("", "a ", "the ", "this is a ", "this is the "),
-            ("", "handwritten ", "scanned ", "grey "),
-            ("", "digit ", "number "),
+            ("a ", "the ", "one ", "this is a ", "this is the "),
+            ("handwritten ", "scanned ", "grey ", "small ", "tiny "),
             ("{en}",),
         ),
         *_combinations(
             ("", "一个", "这是", "这里是"),
-            ("", "手写的", "扫描的", "灰色的"),
-            ("", "数字"),
-            ("{zh}",),
+            ("手写", "扫描", "灰色", "小小"),
+            ("的数字{zh}",),
         ),
     ]
     if phrasing not in HELD_OUT_PHRASINGS

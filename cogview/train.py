@@ -25,17 +25,21 @@ from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 def sample_layouts(
     config: ModelConfig, batch: Batch, generator: torch.Generator
 ) -> list[ThreeRegionLayout] | None:
-    """One three-region layout per layer, drawn anew; None if the model trains with dense attention."""
+    """One three-region layout per layer, drawn anew; None if the model trains with dense attention.
+
+    Padding takes pivots as text does (only padding sees it), so every row has the same number of image
+    pivots. The released code gives rows of less text more of them; in image-to-text order the model then
+    reads the length of the coming text off their number, and is lost without it when it captions.
+    """
     if config.three_region is None:
         return None
     return [
         ThreeRegionLayout.sample(
-            batch.text_mask,
+            batch.text_mask | ~batch.valid_mask,
             config.three_region.num_pivots,
             block_size=config.three_region.block_size,
             window_blocks=config.three_region.window_blocks,
             density_correction=config.three_region.density_correction,
-            valid_mask=batch.valid_mask,
             generator=generator,
         )
         for _ in range(config.num_layers)

@@ -11,6 +11,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/workspace.h"
 #include "decode_attention/decode_attention_cuda.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
@@ -274,6 +275,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", &isa_name);
     m.def("set_isa", &set_isa);
     m.def("parallel_runtime", &parallel_runtime);
+    m.def("free_workspaces", &free_workspaces);
 
     bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward,
              [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _random
-from cogview_kernels.three_region_attention.autograd import cuda_limit, three_region_attention_op
+from cogview_kernels.three_region_attention.autograd import kernel_limit, three_region_attention_op
 from cogview_kernels.three_region_attention.layout import ThreeRegionLayout, check_pivot_values
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
@@ -60,7 +60,7 @@ def three_region_attention(
         ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
             the CPU alone: reading them on a GPU would wait for it.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cuda": float16 and
-            D of 32, 64, 80, 96 or 128; "cpu": D up to 256).
+            D of 32, 64, 80, 96 or 128; "cpu", "triton": D up to 256). Without ``backend`` "sdpa" steps in.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
@@ -71,7 +71,7 @@ def three_region_attention(
     else:
         _checks.check_finite_number(_OP, "scale", scale)
     chosen = _backends.choose(_OP, _SUPPORTED, backend, q.device)
-    if chosen == "cuda" and backend is None and cuda_limit(q):
+    if chosen not in ("sdpa", "reference") and backend is None and kernel_limit(q, chosen):
         chosen = "sdpa"
     if chosen == "sdpa" and (dropout_p > 0 or return_lse):
         if backend is not None:

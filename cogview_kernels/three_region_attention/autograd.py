@@ -48,17 +48,22 @@ def _empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _check_limits(q: Tensor, backend: str) -> None:
+def kernel_limit(q: Tensor, backend: str) -> str:
+    """Why the kernels of ``backend`` cannot take ``q``, and the way out; empty when they can."""
     _, _, T, D = q.shape
-    if D > _LARGEST_HEAD:
-        raise NotImplementedError(
-            f"{_OP}: the {backend} backend takes head sizes up to {_LARGEST_HEAD}, got {D}; "
-            "use backend='sdpa'"
-        )
+    instead = "use backend='sdpa'"
     if T >= 2**30:
-        raise NotImplementedError(
-            f"{_OP}: the {backend} backend takes T below 2^30, got {T}; use backend='sdpa'"
+        return f"{_OP}: the {backend} backend takes T below 2^30, got {T}; {instead}"
+    if backend == "cuda" and q.dtype != torch.float16:
+        return (
+            f"{_OP}: the cuda backend computes in float16, got {q.dtype}; convert, use autocast, or {instead}"
         )
+    if backend == "cuda" and D not in _CUDA_HEADS:
+        heads = ", ".join(map(str, _CUDA_HEADS))
+        return f"{_OP}: the cuda backend takes head sizes {heads}, got {D}; {instead}"
+    if D > _LARGEST_HEAD:
+        return f"{_OP}: the {backend} backend takes head sizes up to {_LARGEST_HEAD}, got {D}; {instead}"
+    return ""
 
 
 def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
@@ -70,19 +75,6 @@ def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, d
     return pivots, (limits, pivots.data_ptr(), *numbers)
 
 
-def cuda_limit(q: Tensor) -> str:
-    """Why the cuda backend cannot take ``q``, and the way out; empty when it can."""
-    if q.dtype != torch.float16:
-        return (
-            f"{_OP}: the cuda backend computes in float16, got {q.dtype}; "
-            "convert, use autocast, or backend='sdpa'"
-        )
-    if q.shape[-1] not in _CUDA_HEADS:
-        heads = ", ".join(map(str, _CUDA_HEADS))
-        return f"{_OP}: the cuda backend takes head sizes {heads}, got {q.shape[-1]}; use backend='sdpa'"
-    return "" if q.shape[2] < 2**30 else f"{_OP}: the cuda backend takes T below 2^30; use backend='sdpa'"
-
-
 def _aligned(x: Tensor) -> Tensor:
     """``x`` with every row at a multiple of 16 bytes, which is how the CUDA kernels read."""
     fits = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(x.stride(), x.shape[:3]) if n > 1)  # noqa: B905
@@ -92,8 +84,6 @@ def _aligned(x: Tensor) -> Tensor:
 def _cuda_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
     """``(kept, P, numbers)``: tensors to keep alive through the call, pivots that any query sees as far keys,
     and what follows the tensors in both directions."""
-    if limit := cuda_limit(q):
-        raise NotImplementedError(limit)
     B, H, T, D = q.shape
     P = 0 if block_size * window_blocks >= T else pivots.shape[1]
     pivots = pivots.contiguous()
@@ -111,7 +101,8 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
     out, lse = _empty_outputs(q)
     if out.numel() == 0:
         return out, lse
-    _check_limits(q, backend)
+    if limit := kernel_limit(q, backend):
+        raise NotImplementedError(limit)
     q, k, v = _rows(q), _rows(k), _rows(v)
     if backend == "triton":
         from cogview_kernels.three_region_attention import triton_kernels
@@ -152,6 +143,8 @@ def _backward(
     if q.numel() == 0:
         dq, dk, dv = gradients
         return dq, dk.zero_(), dv.zero_()
+    if limit := kernel_limit(q, backend):
+        raise NotImplementedError(limit)
     q, k, v, dout = _rows(q), _rows(k), _rows(v), _rows(dout)
     dlse = None if dlse is None else dlse.contiguous()
     if backend == "triton":

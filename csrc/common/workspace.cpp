@@ -71,4 +71,14 @@ Workspace::~Workspace() {
     for (const Kept& k : freed) std::free(k.memory);
 }
 
+int64_t free_workspaces() {
+    Pool& p = pool();
+    std::lock_guard<std::mutex> lock(p.mutex);
+    const int64_t bytes = p.total;
+    for (const Kept& k : p.kept) std::free(k.memory);
+    p.kept.clear();
+    p.total = 0;
+    return bytes;
+}
+
 }  // namespace cogview

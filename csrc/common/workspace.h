@@ -20,4 +20,7 @@ class Workspace {
     int64_t bytes_;
 };
 
+// Hands back to the system what is kept between calls; gives its bytes.
+int64_t free_workspaces();
+
 }  // namespace cogview

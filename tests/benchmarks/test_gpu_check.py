@@ -46,7 +46,9 @@ def test_rehearsal_goes_through_every_stage(tmp_path):
         "build",
         "tests of the kernels",
         "benchmark of stable_softmax",
+        "old PTX",
         "memcheck",
+        "racecheck",
     ]
     rows = json.loads((tmp_path / "results.json").read_text())["stable_softmax"]["rows"]
     assert {"triton", "eager PB-relax"} <= {row["variant"] for row in rows}
@@ -74,6 +76,12 @@ def test_a_stage_is_stopped_at_its_limit(check, may_be_late, monkeypatch):
     check.stage("slow", command, "bench.log", 0.3, may_be_late=may_be_late)
     assert check.stages[-1]["outcome"] == "out of time" and check.stages[-1]["seconds"] < 20
     assert check.finish({}, "no machine") == (0 if may_be_late else 1)
+
+
+def test_stages_can_be_asked_for_alone(tmp_path):
+    done = gpu_check("--out", str(tmp_path), "--stages", "racecheck", "old-ptx", GPU_CHECK_REHEARSE="1")
+    stages = json.loads((tmp_path / "gpu-check.json").read_text())["stages"]
+    assert done.returncode == 0 and [s["stage"] for s in stages] == ["old PTX", "racecheck"]
 
 
 def test_a_stage_without_time_is_left_out(check):

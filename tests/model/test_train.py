@@ -25,7 +25,7 @@ def dataset():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (20, 16), generator=generator)
     captions = [[[1 + index % 4, 7], [9, 1 + index % 4, 8]] for index in range(20)]
-    return TokenDataset(VOCAB, codes, captions, length=40)
+    return TokenDataset(VOCAB, codes, captions, length=26)
 
 
 def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
@@ -55,6 +55,14 @@ def test_every_layer_draws_its_own_pivots_and_all_text_is_among_them():
     for row in range(8):
         text = set(batch.text_mask[row].nonzero().flatten().tolist())
         assert text <= set(first.pivots[row].tolist())
+
+
+def test_the_number_of_image_pivots_does_not_tell_how_long_the_text_will_be():
+    batch = dataset().batch(0, 8, text_weight=1.0, caption_fraction=1.0, seed=0)
+    assert len(set(batch.text_mask.sum(1).tolist())) > 1
+    (layout, _) = sample_layouts(small_model().config, batch, torch.Generator().manual_seed(0))
+    is_image = (batch.valid_mask & ~batch.text_mask).gather(1, layout.pivots)
+    assert len(set(is_image.sum(1).tolist())) == 1 and is_image.any()
 
 
 def test_training_learns(tmp_path):
