@@ -85,7 +85,12 @@ def _compile(folder: Path) -> Path:
                 headers.append(text)
     probe = sources / "probe.cu"
     probe.write_text(rewrite((HERE / "probe.cu").read_text()))
-    units = [sources / "bindings.cpp", sources / "common" / "parallel.cpp", HERE / "control.cpp", probe]
+    units = [
+        sources / "bindings.cpp",
+        *(sources / "common" / f for f in ("parallel.cpp", "workspace.cpp")),
+        HERE / "control.cpp",
+        probe,
+    ]
     units += sorted(sources.glob("*/*_cuda.cu"))
     # What an op shares between its parts; the CPU part and its choice of instruction set stay out.
     shared = (path for path in sources.glob("*/*.cpp") if path.parent.name != "common")

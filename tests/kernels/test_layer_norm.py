@@ -240,10 +240,14 @@ def test_gradients_of_extreme_float16_rows_are_finite(backend, mode, backend_dev
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_constant_rows_give_the_bias(backend, mode, backend_device):
-    """The mean is rounded; without a correction plain LayerNorm would blow the rest up to 1."""
-    x = torch.full((2, 1500), 54321.123, device=backend_device(backend))
-    y = layer_norm(x, pb_relax=mode, backend=backend)
-    torch.testing.assert_close(y, torch.zeros_like(x), atol=1e-6, rtol=0)
+    """The mean is rounded; without a correction plain LayerNorm would blow the rest up to 1.
+
+    Several constants and widths: some sums are exact by luck."""
+    for C in (700, 1500, 1537):
+        x = torch.tensor([12345.678, 54321.123, 77777.77, 98765.43], device=backend_device(backend))
+        x = x[:, None].expand(4, C).contiguous()
+        y = layer_norm(x, pb_relax=mode, backend=backend)
+        torch.testing.assert_close(y, torch.zeros_like(x), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
