@@ -300,11 +300,11 @@ def demo_section(folder: Path) -> str:
                 str(of["prompts"]),
                 f"{100 * report['judge']['accuracy_on_real_test_scans']:.1f} %",
                 f"{rebuilt['psnr_db']:.1f} dB, {100 * rebuilt['judge_accuracy_on_reconstructions']:.1f} %",
-                f"{report['timings']['total_seconds']:.0f} s",
+                f"{report['timings']['total_seconds']:.0f} s, {report['environment']['torch_threads']}",
             ]
         )
     header = ["seed", "best of 16 by CapLoss is right", "one unranked drawing is right", "prompts"]
-    header += ["judge on real scans", "held-out scans rebuilt: PSNR, judge reads", "time, 2 CPU cores"]
+    header += ["judge on real scans", "held-out scans rebuilt: PSNR, judge reads", "time, CPU threads"]
     return "\n".join(_markdown_table(header, rows)) + "\n" if rows else f"The demo is {UNMEASURED}.\n"
 
 
