@@ -6,6 +6,8 @@
 // the centred values' own mean to undo the first one's rounding, so that constant rows come out right.
 #pragma once
 
+#include <type_traits>
+
 #include "common/norm.h"
 #include "common/parallel.h"
 #include "common/random.h"
@@ -68,9 +70,29 @@ inline void put(T* to, VecF v, Part part, bool) {
 // v as T holds it.
 template <typename T>
 inline VecF rounded(VecF v) {
-    T values[kLanes];
-    store(values, v);
-    return load(values);
+    if constexpr (std::is_same<T, float>::value) {
+        return v;
+    } else if constexpr (std::is_same<T, BFloat16>::value) {
+        return round_to_bfloat16(v);
+    } else {
+        T values[kLanes];
+        store(values, v);
+        return load(values);
+    }
+}
+
+// put() of what rounded() gave: bfloat16 is not rounded a second time.
+template <typename T, typename Tag>
+inline void put_rounded(T* to, VecF v, Tag tag, bool streaming) {
+    if constexpr (std::is_same<T, BFloat16>::value && std::is_same<Tag, Whole>::value) {
+        const VecU16 h = bfloat16_bits(v);
+        if (streaming)
+            stream_bits(to, h);
+        else
+            std::memcpy(to, &h, sizeof(h));
+    } else {
+        put(to, v, tag, streaming);
+    }
 }
 
 // Asks for what a later pass reads, while this one computes. Past a tensor's end it asks for nothing.

@@ -123,11 +123,23 @@ inline VecF load(const Half* p) {
 inline void store(float* p, VecF v) {
     std::memcpy(p, &v, sizeof(v));
 }
-inline void store(BFloat16* p, VecF v) {
+// v rounded to a bfloat16, as a float.
+inline VecF round_to_bfloat16(VecF v) {
     const VecU u = bitcast<VecU>(v);
-    const VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    const VecU quiet = (u >> 16) | 0x40;
-    const VecU16 h = __builtin_convertvector(v != v ? quiet : rounded, VecU16);
+    const VecU rounded = u + 0x7fff + ((u >> 16) & 1);
+    return bitcast<VecF>((v != v ? u | 0x400000 : rounded) & 0xffff0000);
+}
+// The bits of bfloat16 numbers held as floats.
+inline VecU16 bfloat16_bits(VecF v) {
+    const VecU u = bitcast<VecU>(v) >> 16;
+#if defined(__AVX512F__)
+    return bitcast<VecU16>(_mm512_cvtepi32_epi16(bitcast<__m512i>(u)));
+#else
+    return __builtin_convertvector(u, VecU16);
+#endif
+}
+inline void store(BFloat16* p, VecF v) {
+    const VecU16 h = bfloat16_bits(round_to_bfloat16(v));
     std::memcpy(p, &h, sizeof(h));
 }
 inline void store(Half* p, VecF v) {
@@ -194,28 +206,31 @@ inline void store(T* p, VecF v, Part part) {
 }
 // Stores past the caches, for results larger than they are: else each line would first be read. `p` is
 // aligned to the vector's bytes; stream_fence() makes them visible to other threads.
-template <typename T>
-inline void stream(T* p, VecF v) {
+inline void stream(float* p, VecF v) {
 #if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) {
-        _mm512_stream_ps(reinterpret_cast<float*>(p), bitcast<__m512>(v));
-    } else {
-        alignas(32) T half[kLanes];
-        store(half, v);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                            _mm256_load_si256(reinterpret_cast<__m256i*>(half)));
-    }
+    _mm512_stream_ps(p, bitcast<__m512>(v));
 #elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) {
-        _mm256_stream_ps(reinterpret_cast<float*>(p), bitcast<__m256>(v));
-    } else {
-        alignas(16) T half[kLanes];
-        store(half, v);
-        _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm_load_si128(reinterpret_cast<__m128i*>(half)));
-    }
+    _mm256_stream_ps(p, bitcast<__m256>(v));
 #else
     store(p, v);
 #endif
+}
+inline void stream_bits(void* p, VecU16 h) {
+#if defined(__AVX512F__)
+    _mm256_stream_si256(static_cast<__m256i*>(p), bitcast<__m256i>(h));
+#elif defined(__AVX2__)
+    _mm_stream_si128(static_cast<__m128i*>(p), bitcast<__m128i>(h));
+#else
+    std::memcpy(p, &h, sizeof(h));
+#endif
+}
+inline void stream(BFloat16* p, VecF v) {
+    stream_bits(p, bfloat16_bits(round_to_bfloat16(v)));
+}
+inline void stream(Half* p, VecF v) {
+    VecU16 h;
+    store(reinterpret_cast<Half*>(&h), v);
+    stream_bits(p, h);
 }
 inline void stream_fence() {
 #if COGVIEW_X86

@@ -17,7 +17,7 @@ Moments add_post_norm(float* row, Statistics s, const float* weight, const float
         const VecF y = (load(row + j, tag) - s.mean) * s.rstd;
         const VecF sum = load(residual + j, tag) + (y * load(weight + j, tag) + load(bias + j, tag));
         const VecF v = rounded<T>(only(sum, tag));
-        put(out + j, v, tag, streaming);
+        put_rounded(out + j, v, tag, streaming);
         store(row + j, v, tag);
         t.sum[0] += v;
         t.peak = maximum(magnitude(v), t.peak);
@@ -99,30 +99,35 @@ void backward(const SandwichBackward& a, int threads) {
     const Scratch partials(chunks * 4 * C);
     const bool streaming = streams(dbranch, rows, C) && streams(dresidual, rows, C);
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
-        const Scratch hat(C), scaled(C), trunk(C);
+        const Scratch hat(C), scaled(C);
         float* partial = partials.data + begin / grain * 4 * C;
         std::memset(partial, 0, 4 * C * sizeof(float));
         for (int64_t r = begin; r < end; ++r) {
             const int64_t at = r * C;
-            // Through LN_pre: trunk = d residual_out in all, which is d residual too.
+            // Through LN_pre.
             GradientMeans means = {};
             const Statistics pre = {a.stats[2 * rows + r], a.stats[3 * rows + r]};
             if (dnormed != nullptr)
                 means = gradient_means(
                     C, [&](int64_t j, auto tag) { return load(residual_out + at + j, tag); },
-                    [&](int64_t j, auto tag) { return load(dnormed + at + j, tag); }, pre, pre_weight.data,
-                    partial + 2 * C, partial + 3 * C, hat.data, scaled.data);
-            for_each_vector(C, [&](int64_t j, auto tag) {
+                    [&](int64_t j, auto tag) {
+                        if (dresidual_out != nullptr) prefetch(dresidual_out + at + j);
+                        prefetch(branch + at + j);
+                        return load(dnormed + at + j, tag);
+                    },
+                    pre, pre_weight.data, partial + 2 * C, partial + 3 * C, hat.data, scaled.data);
+            // d residual_out in all is d residual too, and goes on through LN_post and dropout.
+            const GradientMeans pre_means = means;
+            const auto residual_gradient = [&](int64_t j, auto tag) {
                 VecF d = VecF{};
                 if (dnormed != nullptr)
-                    d = pre.rstd *
-                        (load(scaled.data + j, tag) - means.plain - load(hat.data + j, tag) * means.hat);
+                    d = pre.rstd * (load(scaled.data + j, tag) - pre_means.plain -
+                                    load(hat.data + j, tag) * pre_means.hat);
                 if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);
                 put(dresidual + at + j, d, tag, streaming);
-                store(trunk.data + j, d, tag);
-                prefetch(branch + at + j);
-            });
-            // Through LN_post and dropout.
+                if (dnormed != nullptr) prefetch(dnormed + at + C + j);
+                return d;
+            };
             const Statistics post = {a.stats[r], a.stats[rows + r]};
             const RowWords words = kDropout ? row_words(a.dropout, r) : RowWords{};
             means = gradient_means(
@@ -131,13 +136,11 @@ void backward(const SandwichBackward& a, int threads) {
                     const VecF v = load(branch + at + j, tag);
                     return kDropout ? drop(v, a.dropout, words, j) : v;
                 },
-                [&](int64_t j, auto tag) { return load(trunk.data + j, tag); }, post, post_weight.data,
-                partial, partial + C, hat.data, scaled.data);
+                residual_gradient, post, post_weight.data, partial, partial + C, hat.data, scaled.data);
             for_each_vector(C, [&](int64_t j, auto tag) {
                 const VecF g = load(scaled.data + j, tag) - means.plain - load(hat.data + j, tag) * means.hat;
                 const VecF d = post.rstd * g;
                 put(dbranch + at + j, kDropout ? drop(d, a.dropout, words, j) : d, tag, streaming);
-                if (dnormed != nullptr) prefetch(dnormed + at + C + j);
                 prefetch(residual_out + at + C + j);
             });
         }
