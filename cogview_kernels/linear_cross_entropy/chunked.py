@@ -181,7 +181,8 @@ def _losses_only(problem: _Problem) -> None:
     if problem.steps.fused_reduce is not None:
         problem.steps.fused_reduce(hidden, problem.weight, problem.target, problem.coefficient, problem.stats)
         return
-    n = min(_chunk(V, 32), len(hidden))
+    # A quarter of the logits or less; products of fewer than 128 tokens would take longer.
+    n = min(_chunk(V, 32), max(len(hidden) // 4, 128), len(hidden))
     chunk = hidden.new_empty(V * n)
     for tokens in _pieces(0, len(hidden), n):
         problem.reduce(tokens, chunk[: V * (tokens.stop - tokens.start)].view(V, -1))
@@ -219,8 +220,8 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
         problem.reduce(tokens, dlogits)
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
         problem.dhidden(dlogits, dhidden[tokens])
-    # No more than 3 % of the logits, however few the tokens.
-    v = min(_chunk(N, 128), max(V // 32 // 128 * 128, 128), V)
+    # No more than 2.5 % of the logits, however few the tokens.
+    v = min(_chunk(N, 128), max(V // 40 // 128 * 128, 128), V)
     chunk = hidden.new_empty(v * N)
     for ids in _pieces(0, V, v):
         dlogits = chunk[: (ids.stop - ids.start) * N].view(-1, N)
