@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogview_kernels import ThreeRegionLayout, three_region_attention
-from cogview_kernels.three_region_attention import launch_config
+from cogview_kernels.three_region_attention import launch_config, tune
 from cogview_kernels.three_region_attention.launch_config import DEFAULTS, KERNELS, Config
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
@@ -135,6 +135,20 @@ def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
     assert launch_config.choose(*arguments) == best and len(timed) > count
 
 
+def test_tune_goes_through_every_kernel(device, monkeypatch, backend_device):
+    backend_device("triton")
+    for name, value in {"B": 1, "H": 1, "T": 150, "P": 40}.items():
+        monkeypatch.setattr(tune, name, value)
+    monkeypatch.setattr(launch_config, "choose", lambda *_: Config(32, 32, 4, 1))
+    monkeypatch.setattr(
+        ThreeRegionLayout,
+        "sample",
+        classmethod(lambda cls, text, P: cls(torch.arange(P, device=device)[None], 16, 2)),
+    )
+    chosen = tune.tune(32, torch.float32, 0.1, device)
+    assert chosen == dict.fromkeys(KERNELS, Config(32, 32, 4, 1)) and not launch_config.AUTOTUNE
+
+
 def test_a_first_call_does_not_tune():
     config = launch_config.choose("fwd", torch.device("cpu"), 64, torch.bfloat16, 128, False, pytest.fail)
     assert config == DEFAULTS[90, 16][64, False][0]
@@ -190,9 +204,8 @@ def compile_all(cases):
 @pytest.mark.parametrize("D", [64, 128])
 def test_compiles_for_sm80_and_sm90(D):
     """No spills, shared memory within the chip, the matrix unit of the chip in use."""
-    cases = [(kernel, arch, D, "bf16", 128, False) for kernel in KERNELS for arch in (80, 90)]
-    cases += [(kernel, 90, D, "fp16", 64, True) for kernel in KERNELS]
-    cases += [(kernel, 80, D, "fp32", 128, False) for kernel in KERNELS]
+    variants = (("bf16", 128, False), ("fp16", 64, True), ("fp32", 128, False))
+    cases = [(kernel, arch, D, *rest) for kernel in KERNELS for arch in (80, 90) for rest in variants]
     for spec, report in compile_all(cases):
         message = (
             f"{spec.kernel} sm_{spec.arch} {spec.signature['q_ptr']} {spec.constexprs}: {report.registers}"
