@@ -48,7 +48,8 @@ def main() -> int:
     logs.mkdir(parents=True, exist_ok=True)
     failed = []
     for op in arguments.ops or OPS:
-        print(f"{op}: its tests, then its benchmark; log in {logs.relative_to(ROOT)}/{op}.log", flush=True)
+        steps = "its benchmark on tiny shapes" if arguments.tiny else "its tests, then its benchmark"
+        print(f"{op}: {steps}; log in {logs.relative_to(ROOT)}/{op}.log", flush=True)
         options = ["--device", device.type, "--bar", "--capture=sys", *(["--tiny"] if arguments.tiny else [])]
         with open(logs / f"{op}.log", "w") as log:
             done = subprocess.run(

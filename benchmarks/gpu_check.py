@@ -33,7 +33,7 @@ from benchmarks import OPS
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S = 520
-BUILD_S, TESTS_S, OLD_PTX_S, SANITIZER_S, SHORTEST_S = 150, 240, 60, 40, 5
+BUILD_S, TESTS_S, OLD_PTX_S, SANITIZER_S, SHORTEST_S = 150, 240, 75, 40, 5
 STAGES = ("build", "tests", "bench", "old-ptx", "memcheck", "racecheck")
 SHARES = {"three_region_attention": 6, "linear_cross_entropy": 2}  # of the benchmarks' time; others 1
 LOG_BYTES = 8 << 20
