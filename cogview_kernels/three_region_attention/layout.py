@@ -97,9 +97,9 @@ class ThreeRegionLayout:
     ) -> ThreeRegionLayout:
         """All text positions, then random other positions: ``num_pivots`` a sample, drawn anew at every call.
 
-        Nothing synchronises with the host, so every layer can draw its own at every step. Where text comes last,
-        as in captioning, let ``text_mask`` cover its padding too: the number of random pivots, which earlier
-        queries see, would otherwise tell the model how much text is to come.
+        Nothing synchronises with the host, so every layer can draw its own at every step. Where text comes
+        last, as in captioning, let ``text_mask`` cover its padding too: the number of random pivots, which
+        earlier queries see, would otherwise tell the model how much text is to come.
 
         Args:
             text_mask: boolean ``[B, T]``; True positions always become pivots.
