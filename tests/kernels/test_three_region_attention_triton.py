@@ -166,12 +166,14 @@ def spec(
     names: list[str], kernel: str, arch: int, D: int, dtype: str, block_size: int, dropout: bool
 ) -> Spec:
     """As a launch with the shipped configuration would compile it, strides multiples of 16."""
+    precision = "tf32" if dtype == "tf32" else "ieee"
+    dtype = "fp32" if dtype == "tf32" else dtype
     bits = 32 if dtype == "fp32" else 16
     config = launch_config.shipped(kernel, arch, D, bits, block_size, dropout)
     constants = {
         "HAS_FAR": True,
         "HAS_DROPOUT": dropout,
-        "PRECISION": "ieee",
+        "PRECISION": precision,
         "D": D,
         "BLOCK_D": launch_config.padded(D),
         "BLOCK_M": config.block_m,
@@ -204,7 +206,7 @@ def compile_all(cases):
 @pytest.mark.parametrize("D", [64, 128])
 def test_compiles_for_sm80_and_sm90(D):
     """No spills, shared memory within the chip, the matrix unit of the chip in use."""
-    variants = (("bf16", 128, False), ("fp16", 64, True), ("fp32", 128, False))
+    variants = (("bf16", 128, False), ("fp16", 64, True), ("fp32", 128, False), ("tf32", 128, False))
     cases = [(kernel, arch, D, *rest) for kernel in KERNELS for arch in (80, 90) for rest in variants]
     for spec, report in compile_all(cases):
         message = (
@@ -213,6 +215,8 @@ def test_compiles_for_sm80_and_sm90(D):
         assert report.spills == 0, message
         # The table of sm_80 also serves sm_86, which has less.
         assert report.shared <= SHARED_MEMORY_LIMIT[86 if spec.arch == 80 else spec.arch], message
+        if spec.constexprs["PRECISION"] == "tf32":
+            assert report.matrix_instructions, message
         if spec.signature["q_ptr"] != "*fp32":
             assert report.matrix_instructions == (["wgmma"] if spec.arch == 90 else ["mma"]), message
             # K and V arrive by asynchronous copies of 16 bytes, gathered ones too.
