@@ -76,7 +76,11 @@ inline float to_float(Half x) {
 #if defined(__F16C__)
     return _cvtsh_ss(x.bits);
 #else
-    return static_cast<float>(bitcast<_Float16>(x.bits));
+    // Compilers disagree about a half type, so by its bits.
+    const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff;
+    if (rest >= 0x7c00) return bitcast<float>(sign | 0x7f800000 | rest << 13);
+    const float value = rest < 0x400 ? float(rest) * 0x1p-24f : bitcast<float>((rest << 13) + (112u << 23));
+    return bitcast<float>(sign | bitcast<uint32_t>(value));
 #endif
 }
 
@@ -92,7 +96,17 @@ inline void from_float(float x, Half* to) {
 #if defined(__F16C__)
     to->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
 #else
-    to->bits = bitcast<uint16_t>(static_cast<_Float16>(x));
+    const uint32_t u = bitcast<uint32_t>(x), rest = u & 0x7fffffff;
+    uint32_t half;
+    if (rest > 0x7f800000)  // NaN
+        half = 0x7e00;
+    else if (rest >= 0x47800000)  // 65,536
+        half = 0x7c00;
+    else if (rest >= 0x38800000)  // 2^-14: rounded to nearest even, up to infinity
+        half = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
+    else  // adding 1/2 rounds to a multiple of 2^-24
+        half = bitcast<uint32_t>(bitcast<float>(rest) + 0.5f) - bitcast<uint32_t>(0.5f);
+    to->bits = uint16_t((u >> 16 & 0x8000) | half);
 #endif
 }
 
