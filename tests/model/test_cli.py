@@ -207,3 +207,9 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path
     assert f"saved in {out}" in errors
     assert "Run the same command again" in errors
     assert len(list(out.glob("tokenizer-checkpoints/step-*"))) == 1
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("cogview 0.")
