@@ -11,7 +11,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +49,15 @@ def _positive(text: str) -> int:
 _positive.__name__ = "whole number of at least 1"  # argparse prints this in its message
 
 
+class _Version(argparse.Action):
+    """Looks the version up only when asked for: that imports PyTorch."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from cogview_kernels import __version__
+
+        parser.exit(message=f"cogview {__version__}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cogview",
@@ -57,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"cogview {version('cogview-kernels')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, summary: str, example: str) -> argparse.ArgumentParser:
