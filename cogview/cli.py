@@ -53,9 +53,10 @@ class _Version(argparse.Action):
     """Looks the version up only when asked for: that imports PyTorch."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from cogview_kernels import __version__
+        import cogview_kernels
 
-        parser.exit(message=f"cogview {__version__}\n")
+        print(f"cogview {cogview_kernels.__version__}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
