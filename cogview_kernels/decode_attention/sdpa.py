@@ -62,9 +62,8 @@ def decode_attention_sdpa(
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """``x[b, :, index[b]]``: ``[B, H, n, D]``."""
-    if (
-        x.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):  # whole rows, where gather takes elements
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Whole rows, where gather takes elements.
         return torch.stack([sample.index_select(1, row) for sample, row in zip(x, index, strict=True)])
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
