@@ -96,6 +96,10 @@ def test_a_query_before_the_start_gives_zeros(backend, S, with_layout, backend_d
     out = decode_attention(q, cache, cache, lengths, layout=layout, backend=backend)
     assert bool((out[1] == 0).all()) and bool((out[0, :, 0] == 0).all())
     torch.testing.assert_close(out[0, :, 1], cache[0, :, 0])
+    # Alone, the sample is as long as the longest.
+    layout = ThreeRegionLayout(torch.tensor([[0]], device=device), 4, 2) if with_layout else None
+    alone = decode_attention(q[:1], cache[:1], cache[:1], lengths[:1], layout=layout, backend=backend)
+    torch.testing.assert_close(alone, out[:1])
 
 
 @pytest.mark.parametrize("backend", ALL)
