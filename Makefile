@@ -42,10 +42,11 @@ test: build  ## every test that this machine can run
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
 SANITIZED := build/sanitize
 SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
-sanitize: $(VENV)/.ready  ## run the CPU attention tests under address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.ready  ## run tests of both CPU attentions under address and undefined-behaviour sanitizers
 	@COGVIEW_SANITIZE=1 COGVIEW_CUDA=0 $(BIN)/python setup.py -q build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
 	  -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
+	  tests/kernels/test_decode_attention.py \
 	  -k "every_instruction_set or cpu_refuses or thread_count or any_stride" -p no:cacheprovider
 
 lint: $(VENV)/.ready  ## ruff, mypy, clang-format

@@ -12,7 +12,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
-#include "decode_attention/decode_attention_cuda.h"
+#include "decode_attention/decode_attention.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
@@ -186,6 +186,33 @@ void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
           [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
 }
 
+// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
+DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
+                                           std::array<int, 11> shape, float bias, float scale,
+                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
+                                           Address partial, int dtype) {
+    DecodeAttention a = {};
+    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
+    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
+    a.bias = bias;
+    a.scale = scale;
+    a.q = pointer<void>(q.first);
+    a.k = pointer<void>(k.first);
+    a.v = pointer<void>(v.first);
+    a.out = pointer<void>(out.first);
+    std::copy(q.second.begin(), q.second.end(), a.q_stride);
+    std::copy(k.second.begin(), k.second.end(), a.k_stride);
+    std::copy(v.second.begin(), v.second.end(), a.v_stride);
+    std::copy(out.second.begin(), out.second.end(), a.out_stride);
+    a.lengths = pointer<void>(lengths.first);
+    a.length_bytes = lengths.second;
+    a.pivots = pointer<void>(pivots.first);
+    a.pivot_bytes = pivots.second;
+    a.partial = pointer<float>(partial);
+    a.dtype = DType(dtype);
+    return a;
+}
+
 #if COGVIEW_HAS_CUDA
 // What both directions take; the tuples keep the signatures short. dropout: drop_below, 1 / (1 - p), seed,
 // and the address of a seed on the device (0: none).
@@ -237,33 +264,6 @@ CudaAttentionBackward attention_backward_cuda(Strided q, Strided k, Strided v, S
             pointer<float>(delta),
             pointer<float>(dk_far),
             pointer<float>(dv_far)};
-}
-
-// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
-DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
-                                           std::array<int, 11> shape, float bias, float scale,
-                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
-                                           Address partial, int dtype) {
-    DecodeAttention a = {};
-    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
-    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
-    a.bias = bias;
-    a.scale = scale;
-    a.q = pointer<void>(q.first);
-    a.k = pointer<void>(k.first);
-    a.v = pointer<void>(v.first);
-    a.out = pointer<void>(out.first);
-    std::copy(q.second.begin(), q.second.end(), a.q_stride);
-    std::copy(k.second.begin(), k.second.end(), a.k_stride);
-    std::copy(v.second.begin(), v.second.end(), a.v_stride);
-    std::copy(out.second.begin(), out.second.end(), a.out_stride);
-    a.lengths = pointer<void>(lengths.first);
-    a.length_bytes = lengths.second;
-    a.pivots = pointer<void>(pivots.first);
-    a.pivot_bytes = pivots.second;
-    a.partial = pointer<float>(partial);
-    a.dtype = DType(dtype);
-    return a;
 }
 #endif
 
@@ -347,6 +347,8 @@ PYBIND11_MODULE(_C, m) {
                                                                        threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_cpu(m, "decode_attention_cpu", decode_attention_arguments,
+             [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
 #if COGVIEW_HAS_CUDA
     bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
     bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);

@@ -120,6 +120,24 @@ def backend_device(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def instruction_set():
+    """``instruction_set(name)`` switches to it, or skips where the processor lacks it."""
+    if _extension.native is None:
+        pytest.skip(_extension.missing_reason)
+    best = _extension.native.isa()
+
+    def switch(name):
+        try:
+            _extension.native.set_isa(name)
+        except ValueError as error:
+            pytest.skip(str(error))
+        assert _extension.native.isa() == name
+
+    yield switch
+    _extension.native.set_isa(best)
+
+
+@pytest.fixture
 def data_folder() -> Path:
     """Files too large or not ours to commit; a test that needs one skips where it is absent."""
     return Path(os.environ.get("COGVIEW_TEST_DATA", ROOT.parent / "shared" / "data"))

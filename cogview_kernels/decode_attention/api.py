@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
-from cogview_kernels.decode_attention.autograd import cuda_limit, decode_attention_op
+from cogview_kernels.decode_attention.autograd import decode_attention_op, kernel_limit
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from cogview_kernels.decode_attention.sdpa import decode_attention_sdpa
 
 _OP = "decode_attention"
-_SUPPORTED = ("cuda", "sdpa", "reference")
+_SUPPORTED = ("cpu", "cuda", "sdpa", "reference")
+_KERNELS = ("cpu", "cuda")
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -61,7 +62,7 @@ def decode_attention(
             included, in ``[0, S]``. A query before position 0 gets zeros.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
-        backend: "cuda", "sdpa" or "reference"; None takes the best for the device.
+        backend: "cpu", "cuda", "sdpa" or "reference"; None takes the best for the device and arguments.
 
     Returns:
         Shape and dtype of ``q``.
@@ -70,8 +71,8 @@ def decode_attention(
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
-        NotImplementedError: a limit of the backend asked for ("cuda": no gradient, no float64, D a multiple
-            of 8 up to 256).
+        NotImplementedError: a limit of the backend asked for ("cpu", "cuda": no gradient, no float64, D up to
+            256; "cuda": D a multiple of 8).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
@@ -87,9 +88,9 @@ def decode_attention(
         regions = (layout.pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias))
     if k_cache.shape[2] == 0:
         return torch.zeros_like(q)
-    if chosen == "cuda" and backend is None and cuda_limit(q):
+    if chosen in _KERNELS and backend is None and kernel_limit(chosen, q, k_cache, v_cache):
         chosen = "sdpa"
-    if chosen == "cuda":
+    if chosen in _KERNELS:
         parts = regions or (None, 1, 1, 0.0)
         return decode_attention_op(q, k_cache, v_cache, lengths, float(scale), *parts, chosen)
     if chosen == "sdpa":
@@ -137,7 +138,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout:
         _checks.check_same_device(_OP, "layout.pivots", pivots, "q", q)
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if B > 0 and not 0 <= int(lengths.min()) <= int(lengths.max()) <= S:
+    if any(not 0 <= length <= S for length in lengths.tolist()):
         raise ValueError(f"{_OP}: lengths must lie in [0, {S}] (the cache's size), got {lengths.tolist()}")
     if layout is not None and layout.pivots.numel() > 0 and int(layout.pivots.max()) >= S:
         raise ValueError(

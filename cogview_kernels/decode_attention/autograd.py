@@ -18,16 +18,21 @@ _library.define(
 _CHUNK, _MOST_SPLITS = 256, 64
 
 
-def cuda_limit(q: Tensor) -> str:
-    """Why the cuda backend cannot take ``q``, and the way out; empty when it can."""
+def kernel_limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
+    """Why a kernel cannot take these, and the way out; empty when it can."""
     if q.dtype not in _extension.DTYPE_CODES:
         return (
-            f"{_OP}: the cuda backend takes float32, float16 and bfloat16, got {q.dtype}; use backend='sdpa'"
-        )
-    if q.shape[-1] % 8 or q.shape[-1] > 256:
-        return (
-            f"{_OP}: the cuda backend takes head sizes that are multiples of 8 up to 256, got {q.shape[-1]}; "
+            f"{_OP}: the {backend} backend takes float32, float16 and bfloat16, got {q.dtype}; "
             "use backend='sdpa'"
+        )
+    multiple = 8 if backend == "cuda" else 1
+    if q.shape[-1] % multiple or q.shape[-1] > 256:
+        sizes = "multiples of 8 up to 256" if backend == "cuda" else "up to 256"
+        return f"{_OP}: the {backend} backend takes head sizes {sizes}, got {q.shape[-1]}; use backend='sdpa'"
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+        return (
+            f"{_OP}: the {backend} backend has no gradient; use backend='sdpa', or torch.no_grad() where "
+            "none is needed"
         )
     return ""
 
@@ -41,15 +46,14 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_blocks, pivot_bias, backend):
-    if limit := cuda_limit(q):
+    if limit := kernel_limit(backend, q, k_cache, v_cache):
         raise NotImplementedError(limit)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
         return out
-    q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
+    lengths = lengths.contiguous()
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
-    lengths = lengths.contiguous()
     P, w, W = 0, 0, 0
     listed = (0, 0)
     keys = S
@@ -58,21 +62,33 @@ def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_bloc
         P, w, W = pivots.shape[1], min(block_size, S), min(window_blocks, S)
         listed = (pivots.data_ptr(), pivots.element_size())
         keys = P + min(S, w * W + Tq)
-    splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
-    chunk = -(-keys // splits)
-    with torch.cuda.device(q.device):
-        partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
-        _extension.native.decode_attention_cuda(
+
+    def run(kernel, q, k_cache, v_cache, chunk, splits, partial, place):
+        kernel(
             *((x.data_ptr(), x.stride()[:3]) for x in (q, k_cache, v_cache, out)),
             (B, H, Hkv, Tq, S, D, P, w, W, chunk, splits),
             pivot_bias,
             scale,
             (lengths.data_ptr(), lengths.element_size()),
             listed,
-            partial.data_ptr(),
+            partial,
             _extension.DTYPE_CODES[q.dtype],
-            torch.cuda.current_stream().cuda_stream,
+            place,
         )
+
+    if backend == "cpu":
+        q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+        # It divides the keys by itself: the lengths are at hand.
+        run(_extension.native.decode_attention_cpu, q, k_cache, v_cache, 0, 0, 0, torch.get_num_threads())
+        return out
+    q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
+    splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
+    chunk = -(-keys // splits)
+    with torch.cuda.device(q.device):
+        partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel = _extension.native.decode_attention_cuda
+        run(kernel, q, k_cache, v_cache, chunk, splits, partial.data_ptr(), stream)
     return out
 
 

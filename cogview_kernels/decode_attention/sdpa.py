@@ -2,8 +2,7 @@
 """Decode attention through one ``scaled_dot_product_attention`` call, on any device that PyTorch has.
 
 With a layout, pivots and window are gathered first where that is shorter than the cache. All shapes follow
-from those of the arguments, so a call can be captured in a CUDA graph; on the CPU, where reading ``lengths``
-costs nothing, the cache is cut to what is written, and what then needs no mask gets none.
+from those of the arguments, so a call can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -25,12 +24,7 @@ def decode_attention_sdpa(
     pivot_bias: float = 0.0,
 ) -> Tensor:
     """See :func:`cogview_kernels.decode_attention`; computed in the dtype of ``q``."""
-    Tq, low = q.shape[2], None
-    if q.device.type == "cpu" and not torch.compiler.is_compiling() and q.shape[0] > 0:
-        low, high = (int(n) for n in torch.aminmax(lengths))
-        k_cache, v_cache = k_cache[:, :, : max(high, 1)], v_cache[:, :, : max(high, 1)]
-    S = k_cache.shape[2]
-    all_written = low == S and low >= Tq
+    Tq, S = q.shape[2], k_cache.shape[2]
     query = (lengths.long()[:, None] - Tq + torch.arange(Tq, device=q.device))[..., None]
     keys, values = k_cache, v_cache
     if pivots is None:
@@ -40,32 +34,21 @@ def decode_attention_sdpa(
         key, near, far = _regions(pivots, query, S, block_size, window_blocks)
         if key.shape[-1] != S:
             index = key.clamp(0, S - 1)[:, 0]
-            keys, values = _take(k_cache, index), _take(v_cache, index)
+            index = index[:, None, :, None].expand(-1, k_cache.shape[1], -1, k_cache.shape[3])
+            keys, values = k_cache.gather(2, index), v_cache.gather(2, index)
         seen = near | far
     # A query before position 0 sees nothing: it is given every key, so that no row is empty, then zeroed.
     blind = query < 0
-    if not all_written:
-        # What lies past the end may be anything, NaN included, which no weight of 0 would remove.
-        unwritten = ((key < 0) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
-        keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
-        seen = seen | blind
-    mask: Tensor | None = seen[:, None]
-    if pivots is None and all_written and Tq == 1:
-        mask = None  # the last position sees every key
-    elif pivots is not None and pivot_bias != 0:
-        mask = (far.to(q.dtype) * pivot_bias).masked_fill(~seen, -torch.inf)[:, None]
+    # What lies past the end may be anything, NaN included, which no weight of 0 would remove.
+    unwritten = ((key < 0) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
+    keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
+    mask = (seen | blind)[:, None]
+    if pivots is not None and pivot_bias != 0:
+        mask = (far.to(q.dtype) * pivot_bias)[:, None].masked_fill(~mask, -torch.inf)
     out = scaled_dot_product_attention(
         q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k_cache.shape[1]
     )
-    return out if all_written else out.masked_fill(blind[:, None], 0)
-
-
-def _take(x: Tensor, index: Tensor) -> Tensor:
-    """``x[b, :, index[b]]``: ``[B, H, n, D]``."""
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Whole rows, where gather takes elements.
-        return torch.stack([sample.index_select(1, row) for sample, row in zip(x, index, strict=True)])
-    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return out.masked_fill(blind[:, None], 0)
 
 
 def _regions(

@@ -10,7 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "decode_attention/decode_attention_cuda.h"
+#include "decode_attention/decode_attention.h"
 
 namespace cogview {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "common/cuda_check.h"
 #include "decode_attention/decode.cuh"
-#include "decode_attention/decode_attention_cuda.h"
+#include "decode_attention/decode_attention.h"
 
 namespace cogview {
 namespace {

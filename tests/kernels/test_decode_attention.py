@@ -8,11 +8,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogview_kernels import ThreeRegionLayout, decode_attention, three_region_attention
+from cogview_kernels.decode_attention import api
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import assert_within_budget
 
-BACKENDS = ["sdpa"]
+KERNELS = ["cpu"]
+BACKENDS = [*KERNELS, "sdpa"]
 ALL = ["reference", *BACKENDS]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -54,7 +56,8 @@ def on_device(layout, device):
 @pytest.mark.parametrize("backend", ALL)
 def test_equals_the_last_rows_of_training_attention(backend, case, backend_device):
     device = backend_device(backend)
-    last, k_cache, v_cache, lengths, layout, (q, k, v) = make(case, device=device)
+    dtype = torch.float32 if backend in KERNELS else torch.float64
+    last, k_cache, v_cache, lengths, layout, (q, k, v) = make(case, dtype, device)
     T, Tq = q.shape[2], last.shape[2]
     clipped = layout.pivots.masked_fill(layout.pivots >= T, -1)
     training_layout = ThreeRegionLayout(clipped, 4, 2, 0.6)
@@ -103,6 +106,15 @@ def test_a_query_before_the_start_gives_zeros(backend, S, with_layout, backend_d
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_an_empty_sample_beside_a_long_one(backend, backend_device):
+    q, cache = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 1100, 8)
+    moved = [x.to(backend_device(backend)) for x in (q, cache, cache, torch.tensor([0, 1100]))]
+    out = decode_attention(*moved, backend=backend).cpu()
+    assert bool((out[0] == 0).all())
+    torch.testing.assert_close(out[1:], scaled_dot_product_attention(q[1:], cache[1:], cache[1:]))
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_keys_outside_the_layout_are_not_seen(backend, backend_device):
     """Were an excluded key read into the sum, its values of 10^6 would show."""
     device = backend_device(backend)
@@ -122,6 +134,135 @@ def test_compile_without_graph_break(backend, with_layout, backend_device):
     function = lambda q, n: decode_attention(q, k_cache, v_cache, n, layout=layout, backend=backend)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, lengths), function(q, lengths))
+
+
+# B, H, Hkv, Tq, S, D, P, w, W: past the edges of what a kernel takes at once, in keys (64, 256, 512), in
+# queries that share them (2, 4) and in elements of a head (4, 8, 16 and four times those).
+LARGE = {
+    "one_query": (2, 2, 2, 1, 1300, 64, 0, 0, 0),
+    "at_an_edge": (2, 4, 4, 1, 1024, 64, 0, 0, 0),
+    "past_an_edge": (2, 4, 4, 1, 513, 64, 0, 0, 0),
+    "odd_head": (2, 4, 2, 3, 600, 20, 0, 0, 0),
+    "wide_head": (2, 8, 4, 1, 300, 256, 0, 0, 0),
+    "head_of_80": (2, 4, 4, 1, 130, 80, 0, 0, 0),
+    "regions": (2, 2, 2, 1, 1500, 64, 700, 32, 3),
+    "regions_many_queries": (2, 4, 2, 9, 1500, 64, 600, 32, 3),
+    "queries_over_blocks": (1, 2, 2, 130, 700, 32, 300, 16, 2),
+}
+
+
+def make_large(case, dtype, device):
+    """The caches are part of a larger projection, and rubbish from each sequence's end on."""
+    B, H, Hkv, Tq, S, D, P, w, W = LARGE[case]
+    lengths = torch.tensor([S, S - 37][:B])
+    caches = torch.randn(B, S, 2, Hkv, D)
+    for b, n in enumerate(lengths.tolist()):
+        caches[b, n:] = torch.nan
+    k_cache, v_cache = caches.to(dtype).to(device).permute(2, 0, 3, 1, 4)
+    q = torch.randn(B, H, Tq, D).to(dtype).to(device)
+    layout = None
+    if P:
+        pivots = torch.stack([torch.randperm(S - 37)[:P] for _ in range(B)]).int()
+        pivots[:, ::7] = -1
+        layout = ThreeRegionLayout(pivots.to(device), w, W, 0.7)
+    return q, k_cache, v_cache, lengths.to(device), layout
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", LARGE)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_edges(backend, case, dtype, backend_device):
+    *tensors, lengths, layout = make_large(case, dtype, backend_device(backend))
+    parts = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
+    out = decode_attention(*tensors, lengths, layout=layout, scale=0.3, backend=backend)
+    eager = decode_attention_reference(*tensors, lengths, 0.3, *parts)
+    truth = decode_attention_reference(*(x.double() for x in tensors), lengths, 0.3, *parts)
+    assert_within_budget(out, eager, truth)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("case", ["one_query", "regions_many_queries"])
+def test_neither_the_batch_nor_another_run_changes_a_bit(case, backend, backend_device):
+    q, k, v, lengths, layout = make_large(case, torch.bfloat16, backend_device(backend))
+    q, k, v, lengths = (torch.cat([x, x]) for x in (q, k, v, lengths))
+    lengths[2:] -= 900
+
+    def run(rows):
+        chosen = layout and ThreeRegionLayout(torch.cat([layout.pivots] * 2)[rows], 32, 3, 0.7)
+        return decode_attention(q[rows], k[rows], v[rows], lengths[rows], layout=chosen, backend=backend)
+
+    together = run(slice(0, 4))
+    assert torch.equal(together, run(slice(0, 4)))
+    for i in range(4):
+        assert torch.equal(together[i : i + 1], run(slice(i, i + 1)))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, instruction_set, backend_device):
+    instruction_set(isa)
+    for dtype in DTYPES:
+        for case in ("one_query", "odd_head", "wide_head", "regions_many_queries"):
+            test_edges("cpu", case, dtype, backend_device)
+
+
+def test_the_thread_count_changes_no_bit(backend_device):
+    backend_device("cpu")
+    q, k, v, lengths, layout = make_large("regions_many_queries", torch.float32, "cpu")
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(decode_attention(q, k, v, lengths, layout=layout, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("Tq", [1, 3])
+@pytest.mark.parametrize("backend", ALL)
+def test_nan_stays_in_its_row(backend, Tq, backend_device):
+    q, k_cache, v_cache = torch.randn(1, 2, Tq, 8), torch.randn(1, 2, 40, 8), torch.randn(1, 2, 40, 8)
+    lengths = torch.tensor([40])
+    expected = decode_attention(q, k_cache, v_cache, lengths, backend="reference")
+    q[0, 1, 0, 3] = torch.nan
+    moved = (x.to(backend_device(backend)) for x in (q, k_cache, v_cache, lengths))
+    out = decode_attention(*moved, backend=backend).cpu()
+    assert bool(out[0, 1, 0].isnan().all())
+    out[0, 1, 0] = expected[0, 1, 0]
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_logits_past_float16(backend, backend_device):
+    q, k_cache, v_cache = (torch.randn(1, 2, n, 64, dtype=torch.float64).half() for n in (1, 70, 70))
+    q, k_cache = q * 9000, k_cache * 9000
+    moved = [x.to(backend_device(backend)) for x in (q, k_cache, v_cache, torch.tensor([70]))]
+    out = decode_attention(*moved, scale=1.0, backend=backend).cpu()
+    best = (q.double() @ k_cache.double().transpose(-1, -2)).argmax(-1)
+    torch.testing.assert_close(out, v_cache.gather(2, best[..., None].expand(-1, -1, -1, 64)))
+
+
+def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
+    """float64, a wide head, a gradient: taken by default, refused when the kernel is asked for."""
+    device, seen = backend_device("cpu"), []
+    for name in ("decode_attention_op", "decode_attention_sdpa"):
+        function = getattr(api, name)
+        monkeypatch.setattr(api, name, lambda *a, f=function, n=name: seen.append(n.rsplit("_")[-1]) or f(*a))
+    cases = [
+        (torch.float32, 8, False, ""),
+        (torch.float64, 8, False, "float32, float16 and bfloat16, got torch.float64"),
+        (torch.float32, 264, False, "head sizes up to 256, got 264"),
+        (torch.float32, 8, True, "has no gradient"),
+    ]
+    for dtype, D, gradient, message in cases:
+        x = torch.randn(1, 1, 4, D, dtype=dtype, device=device)
+        arguments = x[:, :, :1].requires_grad_(gradient), x.detach(), x.detach(), torch.tensor([4])
+        out = decode_attention(*arguments)
+        assert seen.pop() == ("sdpa" if message else "op")
+        assert out.requires_grad == gradient
+        if message:
+            with pytest.raises(NotImplementedError, match=f"the cpu backend .*{message}.*backend='sdpa'"):
+                decode_attention(*arguments, backend="cpu")
 
 
 def test_an_empty_cache_gives_zeros():
@@ -149,7 +290,7 @@ def test_an_empty_cache_gives_zeros():
         ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\], got \(1, 1\)"),
         ({"layout": [[1], [9]]}, ValueError, "must lie below the cache's size, 9, got 9"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
-        ({"backend": "cpu"}, NotImplementedError, "no cpu backend; this op has"),
+        ({"backend": "chunked"}, NotImplementedError, "no chunked backend; this op has cpu"),
     ],
     ids=lambda value: None,
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import _extension, _norm, layer_norm
+from cogview_kernels import _norm, layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
@@ -308,21 +308,13 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_d
 # ---- dispatch
 
 
-@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    best = _extension.native.isa()
-    try:
-        _extension.native.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for dtype in DTYPES:
-            for case in ("past_a_vector", "four_vectors_and_a_bit"):
-                inputs, dy = make_case(case, dtype, torch.device("cpu"))
-                check("cpu", inputs, dy)
-    finally:
-        _extension.native.set_isa(best)
+def test_every_instruction_set(isa, instruction_set):
+    instruction_set(isa)
+    for dtype in DTYPES:
+        for case in ("past_a_vector", "four_vectors_and_a_bit"):
+            inputs, dy = make_case(case, dtype, torch.device("cpu"))
+            check("cpu", inputs, dy)
 
 
 def test_rows_too_wide_for_a_gpu_block_go_elsewhere():

@@ -222,20 +222,12 @@ def test_way_to_the_gradients(dtype, N, chunk, way, monkeypatch):
     assert seen == [way, "_losses_only"]
 
 
-@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("backend", ["cpu"])
-def test_every_instruction_set(isa, backend):
-    best = _extension.native.isa()
-    try:
-        _extension.native.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        for dtype in DTYPES:
-            check(backend, dtype, "past_a_tile", "none")
-    finally:
-        _extension.native.set_isa(best)
+def test_every_instruction_set(isa, backend, instruction_set):
+    instruction_set(isa)
+    for dtype in DTYPES:
+        check(backend, dtype, "past_a_tile", "none")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

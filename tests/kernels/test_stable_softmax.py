@@ -197,25 +197,16 @@ def test_subnormal_scores_and_a_huge_outlier(backend, backend_device):
 # ---- dispatch
 
 
-@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    best = _extension.native.isa()
-    try:
-        _extension.native.set_isa(isa)
-    except ValueError as error:
-        pytest.skip(str(error))
-    try:
-        assert _extension.native.isa() == isa
-        for dtype in DTYPES:
-            scores, arguments, dprobs = make_case("causal_mask", dtype, torch.device("cpu"))
-            ours = with_gradient(stable_softmax, scores, dprobs, **arguments, backend="cpu")
-            truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double(), **arguments)
-            eager = with_gradient(stable_softmax_reference, scores, dprobs, **arguments)
-            assert_within_budget(ours[0], eager[0], truth[0])
-            assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT)
-    finally:
-        _extension.native.set_isa(best)
+def test_every_instruction_set(isa, instruction_set):
+    instruction_set(isa)
+    for dtype in DTYPES:
+        scores, arguments, dprobs = make_case("causal_mask", dtype, torch.device("cpu"))
+        ours = with_gradient(stable_softmax, scores, dprobs, **arguments, backend="cpu")
+        truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double(), **arguments)
+        eager = with_gradient(stable_softmax_reference, scores, dprobs, **arguments)
+        assert_within_budget(ours[0], eager[0], truth[0])
+        assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT)
 
 
 @pytest.mark.parametrize(("N", "one_tile"), [(16384, True), (16385, False)])

@@ -410,24 +410,6 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
 # ---- the cpu backend
 
 
-@pytest.fixture
-def instruction_set():
-    """``instruction_set(name)`` switches to it, or skips where the processor lacks it."""
-    if _extension.native is None:
-        pytest.skip(_extension.missing_reason)
-    best = _extension.native.isa()
-
-    def switch(name):
-        try:
-            _extension.native.set_isa(name)
-        except ValueError as error:
-            pytest.skip(str(error))
-        assert _extension.native.isa() == name
-
-    yield switch
-    _extension.native.set_isa(best)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set(isa, dtype, instruction_set):

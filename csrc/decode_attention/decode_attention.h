@@ -8,15 +8,16 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/isa.h"
 
 namespace cogview {
 
 struct DecodeAttention {
     int B, H, Hkv, Tq, S, D, P, w, W;  // w = 0: no layout, every key up to the query's own
-    int chunk, splits;                 // keys of a block; blocks that share a row's keys
+    int chunk, splits;                 // CUDA: keys of a block; blocks that share a row's keys
     float bias, scale;
-    // [B, H, Tq, D] and [B, Hkv, S, D], last stride 1, the others in elements; rows of q and of the caches
-    // begin at multiples of eight elements.
+    // [B, H, Tq, D] and [B, Hkv, S, D], last stride 1, the others in elements; CUDA: rows of q and of the
+    // caches begin at multiples of eight elements.
     const void *q, *k, *v;
     void* out;
     int64_t q_stride[3], k_stride[3], v_stride[3], out_stride[3];
@@ -24,9 +25,11 @@ struct DecodeAttention {
     int length_bytes;
     const void* pivots;  // [B, P] of integers of pivot_bytes bytes, contiguous, any order; -1 pads
     int pivot_bytes;
-    float* partial;  // [B, H, Tq, splits, D + 2], written here: maximum, sum, unscaled output
+    float* partial;  // CUDA: [B, H, Tq, splits, D + 2], written here: maximum, sum, unscaled output
     DType dtype;
 };
+
+COGVIEW_DECLARE_PER_ISA(void decode_attention_cpu(const DecodeAttention& args, int threads);)
 
 // The number of keys, pivots included, that a call may have to look at: chunk * splits must reach it.
 int64_t decode_attention_keys(const DecodeAttention& args);
