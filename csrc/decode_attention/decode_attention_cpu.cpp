@@ -49,7 +49,7 @@ inline VecF sums_of_lanes(const VecF* v) {
     return bitcast<VecF>(_mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
                                        _mm256_permute2f128_ps(quads[0], quads[1], 0x31)));
 #else
-    VecF sums;
+    VecF sums = {};
     for (int j = 0; j < kLanes; ++j) sums[j] = reduce_sum(v[j]);
     return sums;
 #endif
