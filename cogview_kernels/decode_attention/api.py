@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
-from cogview_kernels.decode_attention.autograd import cuda_limit, decode_attention_op
+from cogview_kernels.decode_attention.autograd import LIMITS, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from cogview_kernels.decode_attention.sdpa import decode_attention_sdpa
 
 _OP = "decode_attention"
-_SUPPORTED = ("cuda", "sdpa", "reference")
+_SUPPORTED = ("triton", "cuda", "sdpa", "reference")
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -61,7 +61,7 @@ def decode_attention(
             included, in ``[0, S]``. A query before position 0 gets zeros.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
-        backend: "cuda", "sdpa" or "reference"; None takes the best for the device.
+        backend: "triton", "cuda", "sdpa" or "reference"; None takes the best for the device.
 
     Returns:
         Shape and dtype of ``q``.
@@ -70,8 +70,8 @@ def decode_attention(
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
-        NotImplementedError: a limit of the backend asked for ("cuda": no gradient, no float64, D a multiple
-            of 8 up to 256).
+        NotImplementedError: a limit of the backend asked for ("triton" and "cuda": no gradient, no float64,
+            D up to 256; "cuda": D a multiple of 8).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
@@ -87,9 +87,9 @@ def decode_attention(
         regions = (layout.pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias))
     if k_cache.shape[2] == 0:
         return torch.zeros_like(q)
-    if chosen == "cuda" and backend is None and cuda_limit(q):
+    if backend is None and chosen in LIMITS and LIMITS[chosen](q):
         chosen = "sdpa"
-    if chosen == "cuda":
+    if chosen in LIMITS:
         parts = regions or (None, 1, 1, 0.0)
         return decode_attention_op(q, k_cache, v_cache, lengths, float(scale), *parts, chosen)
     if chosen == "sdpa":

@@ -32,6 +32,21 @@ def cuda_limit(q: Tensor) -> str:
     return ""
 
 
+def triton_limit(q: Tensor) -> str:
+    """Why the triton backend cannot take ``q``, and the way out; empty when it can."""
+    if q.dtype not in _extension.DTYPE_CODES:
+        return (
+            f"{_OP}: the triton backend takes float32, float16 and bfloat16, got {q.dtype}; "
+            "use backend='sdpa'"
+        )
+    if q.shape[-1] > 256:
+        return f"{_OP}: the triton backend takes head sizes up to 256, got {q.shape[-1]}; use backend='sdpa'"
+    return ""
+
+
+LIMITS = {"triton": triton_limit, "cuda": cuda_limit}
+
+
 def _aligned(x: Tensor) -> Tensor:
     """``x`` with every row at a multiple of eight elements, which is how the CUDA kernel reads."""
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
@@ -41,10 +56,20 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_blocks, pivot_bias, backend):
-    if limit := cuda_limit(q):
+    if limit := LIMITS[backend](q):
         raise NotImplementedError(limit)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() == 0:
+        return out
+    if backend == "triton":
+        from cogview_kernels.decode_attention.triton_kernels import launch_decode_attention
+
+        q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+        listed_pivots = None if pivots is None else pivots.contiguous()
+        launch_decode_attention(
+            q, k_cache, v_cache, lengths.contiguous(), out,
+            scale, listed_pivots, block_size, window_blocks, pivot_bias,
+        )  # fmt: skip
         return out
     q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
     B, H, Tq, D = q.shape
