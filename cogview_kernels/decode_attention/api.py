@@ -14,8 +14,8 @@ from cogview_kernels.decode_attention.reference import decode_attention_referenc
 from cogview_kernels.decode_attention.sdpa import decode_attention_sdpa
 
 _OP = "decode_attention"
-_SUPPORTED = ("cpu", "cuda", "sdpa", "reference")
-_KERNELS = ("cpu", "cuda")
+_SUPPORTED = ("cpu", "triton", "cuda", "sdpa", "reference")
+_KERNELS = ("cpu", "triton", "cuda")
 _INTEGERS = (torch.int64, torch.int32)
 
 
@@ -62,7 +62,7 @@ def decode_attention(
             included, in ``[0, S]``. A query before position 0 gets zeros.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
-        backend: "cpu", "cuda", "sdpa" or "reference"; None takes the best for the device and arguments.
+        backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for device and arguments.
 
     Returns:
         Shape and dtype of ``q``.
@@ -71,8 +71,8 @@ def decode_attention(
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
-        NotImplementedError: a limit of the backend asked for ("cpu", "cuda": no gradient, no float64, D up to
-            256; "cuda": D a multiple of 8).
+        NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no gradient, no
+            float64, D up to 256; "cuda": D a multiple of 8).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.

@@ -52,18 +52,29 @@ def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_bloc
     if out.numel() == 0:
         return out
     lengths = lengths.contiguous()
+    if pivots is not None:
+        pivots = pivots.contiguous()
+    if backend == "cuda":
+        q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
+    else:
+        q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
+    if backend == "triton":
+        from cogview_kernels.decode_attention.triton_kernels import launch_decode_attention
+
+        regions = pivots, block_size, window_blocks, pivot_bias
+        launch_decode_attention(q, k_cache, v_cache, lengths, out, scale, *regions)
+        return out
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
     P, w, W = 0, 0, 0
     listed = (0, 0)
     keys = S
     if pivots is not None:
-        pivots = pivots.contiguous()
         P, w, W = pivots.shape[1], min(block_size, S), min(window_blocks, S)
         listed = (pivots.data_ptr(), pivots.element_size())
         keys = P + min(S, w * W + Tq)
 
-    def run(kernel, q, k_cache, v_cache, chunk, splits, partial, place):
+    def run(kernel, chunk, splits, partial, place):
         kernel(
             *((x.data_ptr(), x.stride()[:3]) for x in (q, k_cache, v_cache, out)),
             (B, H, Hkv, Tq, S, D, P, w, W, chunk, splits),
@@ -77,18 +88,15 @@ def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_bloc
         )
 
     if backend == "cpu":
-        q, k_cache, v_cache = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_cache, v_cache))
         # It divides the keys by itself: the lengths are at hand.
-        run(_extension.native.decode_attention_cpu, q, k_cache, v_cache, 0, 0, 0, torch.get_num_threads())
+        run(_extension.native.decode_attention_cpu, 0, 0, 0, torch.get_num_threads())
         return out
-    q, k_cache, v_cache = _aligned(q), _aligned(k_cache), _aligned(v_cache)
     splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
     chunk = -(-keys // splits)
     with torch.cuda.device(q.device):
         partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
         stream = torch.cuda.current_stream().cuda_stream
-        kernel = _extension.native.decode_attention_cuda
-        run(kernel, q, k_cache, v_cache, chunk, splits, partial.data_ptr(), stream)
+        run(_extension.native.decode_attention_cuda, chunk, splits, partial.data_ptr(), stream)
     return out
 
 

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention on NVIDIA GPUs from compute capability 8.0: bound by memory.
+
+Letters: B samples, H query heads, Hkv key heads, G = H / Hkv, Tq new positions, R = G Tq rows that share the
+keys of a head, S positions of the cache, D head size (BLOCK_D the power of two it is padded to), P pivots a
+sample, w positions a window block, W blocks a window; tiles have BLOCK_M rows and BLOCK_N keys.
+
+The keys of a sample are items in a row: its pivots as they are listed, then all positions from the first
+query's window on (without a layout: all positions). How many there are only the device knows. The splits of a
+head share them equally, in steps of _STEP, so that a short sequence in a large cache keeps the chip as busy
+as a long one; a split without items leaves at once. Each split writes its maximum, sum and output in float32,
+and a second kernel merges them in order: two runs give the same bits. A head that is not split writes its
+output itself.
+
+Bytes: k and v of the keys seen, once per BLOCK_M rows; where heads are split, 4 (D + 2) more written and read
+a row and split. FLOPs: 4 D a row and key; several rows are padded to 16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cogview_kernels._triton import LOG2E, load_rows, offset, store_rounded
+
+# Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+# Items of a split are a multiple of it.
+_STEP = tl.constexpr(16)
+
+# Programs that an H200 of 132 multiprocessors should have, and those from which on a second launch to merge
+# costs more than a better filled chip saves.
+_PROGRAMS, _ENOUGH_PROGRAMS = 4 * 132, 2 * 132
+_MOST_SPLITS = 128
+
+
+@triton.jit
+def _window_start(position, w, W):
+    return tl.maximum(tl.maximum(position, 0) // w - W + 1, 0) * w
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr, lengths_ptr, pivots_ptr, partial_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    Hkv, G, Tq, S, P, w, W, row_tiles, splits, cells, factor, bias,
+    HAS_REGIONS: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Of a split's keys, s in log2: m = max s_j, l = sum 2^(s_j - m), o = sum 2^(s_j - m) v_j; unsplit o / l.
+
+    Partials: o ``[B, Hkv, R, splits, D]``, then m and l ``[B, Hkv, R, splits]``, cells = B Hkv R splits each.
+    A split without items writes no o: where l is 0 it may be anything."""
+    pid = tl.program_id(0)
+    # The row tiles of a split are neighbours: all but the first find its keys in the L2 cache.
+    start_m = pid % row_tiles * BLOCK_M
+    split = pid // row_tiles % splits
+    bh = pid // row_tiles // splits
+    b = bh // Hkv
+    kv_head = bh % Hkv
+    out_rows = start_m + tl.arange(0, BLOCK_M)
+    inside = out_rows < G * Tq
+    row = offset(bh, G * Tq) + out_rows
+
+    # Nothing past the sequence is ever read: it may be anything. A wrong length must not leave the cache.
+    length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), S).to(tl.int32)
+    listed, window, latest = 0, 0, 0
+    if HAS_REGIONS:
+        window = _window_start(length - Tq, w, W)
+        latest = _window_start(length - 1, w, W)
+        # As long as the last query's window reaches the start, no key is far.
+        listed = tl.where(latest > 0, P, 0)
+    items = listed + length - window
+    share = tl.cdiv(tl.cdiv(items, splits), _STEP) * _STEP
+    start = split * share
+    stop = tl.minimum(start + share, items)
+    if HAS_SPLITS:
+        partial_ptr += offset(cells, D)
+        cell = offset(row, splits) + split
+        if start >= stop:
+            tl.store(partial_ptr + cell, tl.full([BLOCK_M], _LOWEST, tl.float32), mask=inside)
+            tl.store(partial_ptr + cells + cell, tl.zeros([BLOCK_M], tl.float32), mask=inside)
+            return
+
+    # A row alone would fill a sixteenth of a matrix product. Each of BLOCK_N places then has a softmax of its
+    # own, over its keys of all tiles, so that nothing in the loop waits for other warps. Loaded once a place,
+    # in the layout of k: a single row of q would force its own on the loop.
+    PLACES: tl.constexpr = BLOCK_N if BLOCK_M == 1 else BLOCK_M
+    rows = tl.zeros([PLACES], tl.int32) if BLOCK_M == 1 else out_rows
+    q_rows = offset(kv_head * G + rows // Tq, stride_qh) + offset(rows % Tq, stride_qt)
+    q = load_rows(q_ptr + offset(b, stride_qb), q_rows, 1, rows < G * Tq, D, BLOCK_D)
+    k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
+    v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
+    pivots_ptr += offset(b, P)
+    position = length - Tq + rows % Tq
+    near = _window_start(position, w, W)
+
+    if BLOCK_M == 1:
+        q = q.to(tl.float32) * factor
+    acc = tl.zeros([PLACES, BLOCK_D], tl.float32)
+    peak = tl.full([PLACES], _LOWEST, tl.float32)
+    total = tl.zeros([PLACES], tl.float32)
+    for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+        item = begin + tl.arange(0, BLOCK_N)
+        seen = item < stop
+        at = item
+        far = item < listed
+        if HAS_REGIONS:
+            pivot = tl.load(pivots_ptr + item, mask=seen & far, other=-1).to(tl.int32)
+            at = tl.where(far, pivot, window + item - listed)
+            # A pivot in the window of every query stands among its positions, too.
+            seen = seen & (at >= 0) & ((at < latest) | ~far)
+        k = load_rows(k_ptr, at, stride_kt, seen, D, BLOCK_D)
+        v = load_rows(v_ptr, at, stride_vt, seen, D, BLOCK_D)
+        if BLOCK_M == 1:
+            s = tl.sum(k.to(tl.float32) * q, axis=1)
+            if HAS_REGIONS:
+                s += tl.where(far, bias, 0.0)
+            s = tl.where(seen, s, float("-inf"))
+            new_peak = tl.maximum(peak, s)
+            p = tl.exp2(s - new_peak)
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + p
+            acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
+        else:
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            visible = seen[None, :] & (at[None, :] <= position[:, None])
+            if HAS_REGIONS:
+                s += tl.where(far, bias, 0.0)[None, :]
+                visible = visible & (far[None, :] == (at[None, :] < near[:, None]))
+            s = tl.where(visible, s, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(s, axis=1))
+            p = tl.exp2(s - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + tl.sum(p, axis=1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        peak = new_peak
+
+    if BLOCK_M == 1:
+        top = tl.max(peak, axis=0, keep_dims=True)
+        weight = tl.exp2(peak - top)
+        total = tl.sum(total * weight, axis=0, keep_dims=True)
+        acc = tl.sum(acc * weight[:, None], axis=0, keep_dims=True)
+        peak = top
+    d = tl.arange(0, BLOCK_D)
+    inside_d = inside[:, None] & (d < D)[None, :]
+    if HAS_SPLITS:
+        tl.store(partial_ptr + cell, peak, mask=inside)
+        tl.store(partial_ptr + cells + cell, total, mask=inside)
+        tl.store(partial_ptr - offset(cells, D) + offset(cell, D)[:, None] + d[None, :], acc, mask=inside_d)
+    else:
+        # A query that saw no key gives zeros.
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        store_rounded(out_ptr + offset(row, D)[:, None] + d[None, :], acc, inside_d, out_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _merge_kernel(
+    partial_ptr, out_ptr, splits, cells,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i over a row's splits; zeros if it saw no key."""
+    row = tl.program_id(0)
+    peaks_ptr = partial_ptr + offset(cells, D) + offset(row, splits)
+    every = tl.arange(0, BLOCK_SPLITS)
+    peak = tl.max(tl.load(peaks_ptr + every, mask=every < splits, other=_LOWEST), axis=0)
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    total = 0.0
+    for start in range(0, splits, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        inside = index < splits
+        weight = tl.exp2(tl.load(peaks_ptr + index, mask=inside, other=_LOWEST) - peak)
+        part = tl.load(peaks_ptr + cells + index, mask=inside, other=0.0)
+        total += tl.sum(part * weight, axis=0)
+        written = (part != 0.0)[:, None] & (d < D)[None, :]
+        pointers = partial_ptr + offset(offset(row, splits) + index, D)[:, None] + d[None, :]
+        acc += tl.sum(tl.load(pointers, mask=written, other=0.0) * weight[:, None], axis=0)
+    acc = acc / tl.where(total == 0.0, 1.0, total)
+    store_rounded(out_ptr + offset(row, D) + d, acc, d < D, out_ptr.dtype.element_ty)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    block_d: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    stages: int
+
+
+def tiles(rows: int, D: int, bits: int, has_regions: bool) -> Tiles:
+    """For ``rows`` that share keys. Chosen among what compiles without spills; not timed on a GPU yet."""
+    block_d = max(16, triton.next_power_of_2(D))
+    if rows == 1:
+        # Two tiles of k and v are on their way, 16 KB in 16 bits; registers leave room for 4 such programs or
+        # more on a multiprocessor, 7 or more without regions.
+        return Tiles(block_d, 1, min(128, 2048 // block_d), 4, 3)
+    block_m = min(max(16, triton.next_power_of_2(rows)), 32 if block_d <= 64 else 16)
+    block_n = 16 if bits * block_d > 4096 else 32
+    # Products of float32 are made without matrix units and take more registers.
+    num_warps = 8 if bits == 32 and block_m * block_d > 1024 else 4
+    # In this loop, positions of pivots take every second stage from the rows that they name.
+    return Tiles(block_d, block_m, block_n, num_warps, 5 if has_regions else 3)
+
+
+def split_count(programs: int, keys: int, t: Tiles) -> int:
+    """For at most ``keys`` and ``programs`` unsplit ones; from shapes alone, as a CUDA graph needs."""
+    if programs >= _ENOUGH_PROGRAMS:
+        return 1
+    # What a program has on its way at once is worth one.
+    units = triton.cdiv(keys, 2 * t.block_n)
+    a_split = max(1, round(units * programs / _PROGRAMS))
+    return min(triton.cdiv(units, a_split), _MOST_SPLITS)
+
+
+def launch_decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    out: Tensor,
+    scale: float,
+    pivots: Tensor | None,
+    block_size: int,
+    window_blocks: int,
+    pivot_bias: float,
+) -> None:
+    """q and the caches have contiguous rows; lengths, pivots and out are contiguous. One launch or two."""
+    B, H, Tq, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    rows = H // Hkv * Tq
+    w = min(block_size, S)
+    W = min(window_blocks, triton.cdiv(S, w))
+    # A window over the whole cache leaves no key far.
+    has_regions = pivots is not None and w * W < S
+    P = pivots.shape[1] if pivots is not None and has_regions else 0
+    keys = P + min(S, w * W + Tq) if has_regions else S
+    t = tiles(rows, D, q.element_size() * 8, has_regions)
+    row_tiles = triton.cdiv(rows, t.block_m)
+    programs = B * Hkv * row_tiles
+    splits = split_count(programs, keys, t)
+    cells = B * H * Tq * splits
+    partial = out if splits == 1 else out.new_empty(cells * (D + 2), dtype=torch.float32)
+    # PyTorch's own switch decides whether products of float32 may use tf32.
+    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    _decode_kernel[(programs * splits,)](
+        q, k_cache, v_cache, lengths, lengths if pivots is None else pivots, partial, out,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        Hkv, H // Hkv, Tq, S, P, w, W, row_tiles, splits, cells,
+        scale * LOG2E.value, pivot_bias * LOG2E.value,
+        HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
+        D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
+    )  # fmt: skip
+    if splits > 1:
+        most = triton.next_power_of_2(splits)
+        _merge_kernel[(B * H * Tq,)](
+            partial, out, splits, cells,
+            D=D, BLOCK_D=t.block_d, BLOCK_SPLITS=most, BLOCK_N=min(most, 4096 // t.block_d),
+        )  # fmt: skip

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton backend of decode_attention: its tiles, splits and dispatch, what it compiles to."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from cogview_kernels import ThreeRegionLayout, _backends, decode_attention
+from cogview_kernels.decode_attention.reference import decode_attention_reference
+from tests.helpers.tolerance import assert_within_budget
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
+
+MODULE = "cogview_kernels.decode_attention.triton_kernels"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+# H, Hkv, Tq: a row alone; a tile of several; two tiles of 32 and a remainder. The row alone has more heads:
+# where results are few, the errors of kernel and eager PyTorch differ by chance.
+ROWS = {
+    "one": (4, 4, 1),
+    "group": (4, 2, 1),
+    "several": (4, 2, 3),
+    "tiles": (4, 2, 35),
+    "one_head": (1, 1, 70),
+}
+
+
+@pytest.fixture
+def kernels(backend_device):
+    backend_device("triton")
+    return importlib.import_module(MODULE)
+
+
+def force_splits(kernels, monkeypatch, splits):
+    monkeypatch.setattr(kernels, "split_count", lambda *_: splits)
+
+
+def make(lengths, S, rows="one", D=16, dtype=torch.float32, device="cpu"):
+    """Rubbish lies past each length."""
+    H, Hkv, Tq = ROWS[rows]
+    B = len(lengths)
+    q, k, v = (torch.randn(B, h, n, D).to(dtype) for h, n in ((H, Tq), (Hkv, S), (Hkv, S)))
+    for b, n in enumerate(lengths):
+        k[b, :, n:], v[b, :, n:] = torch.nan, torch.inf
+    return *(x.to(device) for x in (q, k, v)), torch.tensor(lengths, device=device)
+
+
+def make_layout(B, S, P, w=8, W=2, bias=0.9, dtype=torch.int64, device="cpu"):
+    pivots = torch.stack([torch.randperm(S)[:P] for _ in range(B)])
+    pivots[:, 1::7] = -1
+    return ThreeRegionLayout(pivots.to(device, dtype), w, W, bias)
+
+
+def check(q, k, v, lengths, layout=None, scale=0.25):
+    regions = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
+    out = decode_attention(q, k, v, lengths, layout=layout, scale=scale, backend="triton")
+    eager = decode_attention_reference(q, k, v, lengths, scale, *regions)
+    truth = decode_attention_reference(q.double(), k.double(), v.double(), lengths, scale, *regions)
+    assert_within_budget(out, eager, truth)
+
+
+# ---- tiles and splits
+
+# D = 16 has tiles of 128 keys for a row, of 32 for several; splits come in steps of 16. A sample each.
+EDGES = [1, 17, 32, 33, 129, 290]
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 9])
+@pytest.mark.parametrize("rows", ROWS)
+def test_edges_of_tiles_and_splits(rows, splits, with_layout, kernels, device, monkeypatch):
+    """One tile, two and a remainder; with 9 splits most of the short samples' have no key."""
+    force_splits(kernels, monkeypatch, splits)
+    inputs = make(EDGES if rows in ("group", "several") else EDGES[1::4], 290, rows, device=device)
+    check(*inputs, make_layout(inputs[0].shape[0], 290, 140, device=device) if with_layout else None)
+
+
+@pytest.mark.parametrize("P", [0, 1, 127, 128, 129, 261])
+@pytest.mark.parametrize("rows", ["one", "several"])
+def test_edges_of_the_pivots(rows, P, kernels, device, monkeypatch):
+    for splits in (1, 4):
+        force_splits(kernels, monkeypatch, splits)
+        check(*make([300, 140, 17, 3], 300, rows, device=device), make_layout(4, 300, P, 7, 1, device=device))
+
+
+@pytest.mark.parametrize(
+    ("w", "W"), [(1, 1), (1, 30), (16, 3), (7, 5), (64, 1), (99, 1), (100, 1), (3, 10**6)]
+)
+@pytest.mark.parametrize("rows", ["one", "several"])
+def test_windows(rows, w, W, kernels, device, monkeypatch):
+    """Up to one that leaves no key far, which takes the way without a layout."""
+    force_splits(kernels, monkeypatch, 2)
+    check(*make([100, 64, 63, 1], 100, rows, device=device), make_layout(4, 100, 40, w, W, device=device))
+
+
+@pytest.mark.parametrize("rows", ["one", "several"])
+@pytest.mark.parametrize("D", [1, 8, 33, 40, 64, 80, 128, 200, 256])
+def test_head_sizes(D, rows, kernels, device, monkeypatch):
+    force_splits(kernels, monkeypatch, 2)
+    for dtype in (torch.float32, torch.float16):
+        inputs = make([70, 33], 70, rows, D, dtype, device)
+        check(*inputs, make_layout(2, 70, 30, device=device), scale=D**-0.5)
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+@pytest.mark.parametrize("rows", ["one", "several"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes(dtype, rows, splits, kernels, device, monkeypatch):
+    force_splits(kernels, monkeypatch, splits)
+    inputs = make([310, 200], 330, rows, 64, dtype, device)
+    check(*inputs, make_layout(2, 330, 100, 16, 3, device=device), scale=0.125)
+    check(*inputs, scale=0.125)
+
+
+def test_maxima_that_differ_between_splits(kernels, device, monkeypatch):
+    """Logits from -1000 to 1000, far from what float32 can raise to a power."""
+    for rows in ("one", "several"):
+        q, k, v, lengths = make([256, 130], 256, rows, device=device)
+        for splits in (1, 6):
+            force_splits(kernels, monkeypatch, splits)
+            check(30 * q, 30 * k, v, lengths, scale=1.0)
+            check(30 * q, 30 * k, v, lengths, scale=-1.0)
+            check(q, k, v, lengths, scale=0.0)
+
+
+def test_a_query_before_the_start_gives_zeros_with_splits(kernels, device, monkeypatch):
+    force_splits(kernels, monkeypatch, 3)
+    q, k, v, lengths = make([2, 0], 40, "several", device=device)
+    for layout in (None, make_layout(2, 40, 9, device=device)):
+        out = decode_attention(q, k, v, lengths, layout=layout, backend="triton")
+        assert bool((out[1] == 0).all()) and bool((out[0, :, 0] == 0).all())
+        torch.testing.assert_close(out[0, :, 1], v[0, :, 0].repeat_interleave(2, 0))
+
+
+# ---- what tensors may be
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64], ids=str)
+def test_integers(dtype, kernels, device):
+    layout = make_layout(2, 90, 40, dtype=dtype, device=device)
+    for rows in ("one", "several"):
+        q, k, v, lengths = make([80, 41], 90, rows, device=device)
+        check(q, k, v, lengths.int(), layout)
+
+
+@pytest.mark.parametrize("rows", ["one", "several"])
+def test_strided_tensors(rows, kernels, device, monkeypatch):
+    """A packed cache, a slice of a projection, columns that are not contiguous, expanded heads."""
+    force_splits(kernels, monkeypatch, 2)
+    H, Hkv, _ = ROWS[rows]
+    q, k, v, lengths = make([90, 50], 90, rows, device=device)
+    packed = torch.stack([k, v]).permute(1, 3, 0, 2, 4).contiguous()  # [B, S, 2, Hkv, D]
+    strided_k, strided_v = packed.permute(2, 0, 3, 1, 4)
+    strided_q = q.permute(0, 2, 1, 3).repeat(1, 1, 3, 1)[:, :, H : 2 * H].transpose(1, 2)
+    layout = make_layout(4, 90, 40, device=device)
+    layout = ThreeRegionLayout(layout.pivots[::2], 8, 2, 0.9)
+    assert not strided_q.is_contiguous() and not layout.pivots.is_contiguous()
+    expected = decode_attention(q, k, v, lengths, layout=layout, backend="triton")
+    arguments = (strided_q, strided_k, strided_v, lengths.repeat(2, 1).T.flatten()[::2])
+    out = decode_attention(*arguments, layout=layout, backend="triton")
+    assert out.is_contiguous() and torch.equal(out, expected)
+    columns = (x.mT.contiguous().mT for x in (q, k, v))
+    assert torch.equal(decode_attention(*columns, lengths, layout=layout, backend="triton"), expected)
+    one = k[:, :1].expand(-1, Hkv, -1, -1)
+    check(q, one, v, lengths, layout)
+
+
+def test_offsets_of_64_bits(kernels, device, monkeypatch):
+    """Keys 2^30 elements apart, in memory that is never touched between them."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    q, k, v, lengths = make([3], 3, "group", dtype=torch.bfloat16, device=device)
+    far = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device=device)
+    far = far.as_strided(k.shape, (0, 2**19, 2**30, 1)).copy_(k)
+    for layout in (None, make_layout(1, 3, 3, 1, 1, device=device)):
+        near = decode_attention(q, k, v, lengths, layout=layout, backend="triton")
+        assert torch.equal(decode_attention(q, far, v, lengths, layout=layout, backend="triton"), near)
+
+
+def test_empty(kernels, device):
+    for B, Tq, S in ((0, 1, 5), (2, 0, 5), (2, 1, 0)):
+        cache = torch.ones(B, 1, S, 16, device=device)
+        lengths = torch.zeros(B, dtype=torch.int64, device=device)
+        out = decode_attention(
+            torch.ones(B, 2, Tq, 16, device=device), cache, cache, lengths, backend="triton"
+        )
+        assert out.shape == (B, 2, Tq, 16) and bool((out == 0).all())
+
+
+def test_values_that_a_gpu_is_not_asked_to_check_stay_inside_the_tensors(kernels, device):
+    q, k, v, _ = make([20, 20], 20, "several", device=device)
+    layout = ThreeRegionLayout(torch.tensor([[5, 99, -7], [2**15 - 1, 3, -1]], device=device).short(), 2, 2)
+    op = torch.ops.cogview_kernels.decode_attention
+    for lengths, clamped in (([-4, 50], [0, 20]), ([2**40, -(2**40)], [20, 0])):
+        lengths, clamped = (torch.tensor(x, device=device) for x in (lengths, clamped))
+        out, expected = (op(q, k, v, n, 0.3, layout.pivots, 2, 2, 0.5, "triton") for n in (lengths, clamped))
+        assert torch.equal(out, expected) and bool(out.isfinite().all())
+
+
+# ---- launches and dispatch
+
+
+class Launches:
+    """In place of a kernel: notes what would be launched."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid):
+        self.calls.append((self.name, *grid))
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize(
+    ("B", "Hkv", "Tq", "S", "regions", "launched"),
+    [
+        (1, 40, 1, 130, False, [("decode", 120), ("merge", 40)]),
+        (1, 40, 2, 130, False, [("decode", 120), ("merge", 80)]),
+        (1, 1, 1, 130, True, [("decode", 2), ("merge", 1)]),  # pivots and window: 60 + 17 keys
+        (1, 1, 1, 130, False, [("decode", 3), ("merge", 1)]),
+        (133, 2, 1, 130, False, [("decode", 266)]),  # enough programs without splits
+        (1, 40, 1, 33, False, [("decode", 40)]),  # keys of one split
+    ],
+)
+def test_launches(B, Hkv, Tq, S, regions, launched, kernels, device, monkeypatch):
+    calls = []
+    for name in ("decode", "merge"):
+        monkeypatch.setattr(kernels, f"_{name}_kernel", Launches(name, calls))
+    q, cache = torch.randn(B, Hkv, Tq, 64, device=device), torch.randn(B, Hkv, S, 64, device=device)
+    layout = make_layout(B, S, 60, device=device) if regions else None
+    lengths = torch.full((B,), S, device=device)
+    decode_attention(q, cache, cache, lengths, layout=layout, backend="triton")
+    assert calls == launched
+
+
+@pytest.mark.parametrize(
+    ("programs", "keys", "splits"),
+    [
+        (40, 1088, 17),  # two tiles of 32 keys each, all of them under way at once
+        (160, 1088, 4),
+        (263, 1088, 3),
+        (264, 1088, 1),
+        (40, 1536, 12),  # shapes paper and 16k
+        (1, 64, 1),
+        (1, 65, 2),
+        (1, 10**6, 128),
+    ],
+)
+def test_split_count(programs, keys, splits, kernels):
+    assert kernels.split_count(programs, keys, kernels.tiles(1, 64, 16, False)) == splits
+
+
+def test_default_dispatch(kernels, device, monkeypatch):
+    """What a GPU of sm_80 is given: this backend, and SDPA beyond its limits."""
+    monkeypatch.setattr(_backends, "choose", lambda op, supported, backend, device: backend or "triton")
+    launched = []
+    launch = kernels.launch_decode_attention
+    monkeypatch.setattr(kernels, "launch_decode_attention", lambda *a: launched.append(1) or launch(*a))
+    for dtype, D, expected in ((torch.float32, 16, 1), (torch.float64, 16, 0), (torch.float32, 264, 0)):
+        launched.clear()
+        q, k, v, lengths = make([9], 9, D=D, dtype=dtype, device=device)
+        out = decode_attention(q, k, v, lengths)
+        torch.testing.assert_close(out, decode_attention(q, k, v, lengths, backend="reference"))
+        assert len(launched) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "D", "message"),
+    [
+        (torch.float32, 264, "the triton backend takes head sizes up to 256, got 264; use backend='sdpa'"),
+        (torch.float64, 16, "float32, float16 and bfloat16, got torch.float64; use backend='sdpa'"),
+    ],
+)
+def test_limits(dtype, D, message, kernels, device):
+    q, k, v, lengths = make([9], 9, D=D, dtype=dtype, device=device)
+    with pytest.raises(NotImplementedError, match=message):
+        decode_attention(q, k, v, lengths, backend="triton")
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+def test_opcheck(with_layout, kernels, device):
+    q, k, v, lengths = make([40, 7], 50, "several", device=device)
+    k, v = k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)  # it compares the inputs before and after
+    pivots = make_layout(2, 50, 9, device=device).pivots if with_layout else None
+    arguments = (q, k, v, lengths, 0.3, pivots, 8, 2, 0.5, "triton")
+    torch.library.opcheck(torch.ops.cogview_kernels.decode_attention, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_layout", [False, True])
+def test_a_graph_follows_the_lengths(with_layout):
+    """Captured once, replayed at other lengths, with other bits nowhere."""
+    q, k, v, lengths = make([300, 20], 330, "group", 64, torch.bfloat16, "cuda")
+    k, v = k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)
+    layout = make_layout(2, 330, 100, 16, 3, device="cuda") if with_layout else None
+    step = lambda: decode_attention(q, k, v, lengths, layout=layout, backend="triton")  # noqa: E731
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    for new in ([300, 20], [330, 1], [17, 250]):
+        lengths.copy_(torch.tensor(new))
+        graph.replay()
+        assert torch.equal(out, step())
+
+
+# ---- compiled for chips that are not here
+
+_INTEGERS = ("Hkv", "G", "Tq", "S", "P", "w", "W", "row_tiles", "splits", "cells")
+_TYPES = {
+    "lengths_ptr": "*i64",
+    "pivots_ptr": "*i64",
+    "partial_ptr": "*fp32",
+    "factor": "fp32",
+    "bias": "fp32",
+}
+_TYPES |= dict.fromkeys(_INTEGERS, "i32")
+
+
+def spec(kernels, kernel, constants, arch, dtype, ones=()):
+    """As a launch would compile it, pointers and strides multiples of 16, ``ones`` equal to 1."""
+    names = getattr(kernels, kernel).arg_names
+    signature = {}
+    for name in names:
+        kind = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride_") else "constexpr"
+        signature[name] = "constexpr" if name in ones else _TYPES.get(name, kind)
+    constants = dict.fromkeys(ones, 1) | constants
+    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride_")]
+    return Spec(MODULE, kernel, signature, constants, arch, constants.pop("num_warps"), aligned=aligned)
+
+
+def decode_spec(kernels, arch, dtype, D, rows, has_regions, has_splits, precision="ieee"):
+    t = kernels.tiles(rows, D, 32 if dtype == "fp32" else 16, has_regions)
+    constants = {
+        "HAS_REGIONS": has_regions,
+        "HAS_SPLITS": has_splits,
+        "PRECISION": precision,
+        "D": D,
+        "BLOCK_D": t.block_d,
+        "BLOCK_M": t.block_m,
+        "BLOCK_N": t.block_n,
+        "STAGES": t.stages,
+        "num_warps": t.num_warps,
+    }
+    ones = ("G", "Tq", "row_tiles") if rows == 1 else ()
+    return spec(kernels, "_decode_kernel", constants, arch, dtype, ones)
+
+
+def compile_all(specs):
+    return [
+        (s, r, f"{s.kernel} sm_{s.arch} {s.signature['out_ptr']} {s.constexprs}: {r}"[:600])
+        for s, r in zip(specs, compile_kernels(specs), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 32])
+@pytest.mark.parametrize("D", [64, 128])
+def test_compiles_for_sm80_and_sm90(D, rows, kernels):
+    """No spills, shared memory for several programs a multiprocessor, 16 bytes a copy."""
+    variants = [("bf16", True), ("fp16", False), ("fp32", True), ("fp32", False)]
+    specs = [
+        decode_spec(kernels, arch, dtype, D, rows, has_regions, has_splits)
+        for arch in (80, 90)
+        for dtype, has_splits in variants
+        for has_regions in (False, True)
+    ]
+    for s, report, message in compile_all(specs):
+        assert report.spills == 0, message
+        # sm_86 has the least. A row alone has little work a program: four and more have to run at once.
+        assert report.shared <= SHARED_MEMORY_LIMIT[86] // (2 if rows == 1 else 1), message
+        assert rows > 1 or report.registers <= 128 or s.signature["q_ptr"] == "*fp32", message
+        # All of k and v arrive by asynchronous copies of 16 bytes; only positions are smaller.
+        assert report.ptx.count("cp.async.cg.shared.global") >= 8, message
+        if s.signature["q_ptr"] != "*fp32":
+            assert report.matrix_instructions == (["mma"] if rows > 1 else []), message
+
+
+def test_other_head_sizes_and_tf32_compile(kernels):
+    specs = [decode_spec(kernels, 80, "fp32", D, rows, True, True) for D in (16, 80, 256) for rows in (1, 16)]
+    specs.append(decode_spec(kernels, 90, "bf16", 256, 32, True, True))
+    specs.append(decode_spec(kernels, 90, "fp32", 64, 32, True, True, "tf32"))
+    for _, report, message in compile_all(specs):
+        assert report.spills == 0 and report.shared <= SHARED_MEMORY_LIMIT[86], message
+    assert report.matrix_instructions == ["mma"]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_merge_compiles(arch, kernels):
+    specs = []
+    for D, splits in ((64, 32), (128, 128), (256, 128)):
+        constants = {"D": D, "BLOCK_D": D, "BLOCK_SPLITS": splits, "BLOCK_N": min(splits, 4096 // D)}
+        specs.append(spec(kernels, "_merge_kernel", {**constants, "num_warps": 4}, arch, "bf16"))
+    for _, report, message in compile_all(specs):
+        assert report.spills == 0 and report.registers <= 128, message
