@@ -19,8 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def offset(index, stride):
-    """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
-    return tl.cast(index, tl.int64) * stride
+    """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here.
+
+    ``index`` has 32 bits, and is negative under a mask alone: unsigned, it costs half the instructions."""
+    return tl.cast(tl.cast(index, tl.uint32), tl.int64) * stride
 
 
 @triton.jit
