@@ -79,4 +79,6 @@ def dropout_keeps(r0, r1, columns, threshold):
     # A shift of (c ^ r0) is that of c and that of r0: two steps an element fewer, the same bits.
     x = (c ^ (c >> 16) ^ r0) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ r1) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
+    threshold = threshold.to(tl.uint32)
+    # As (x ^ (x >> 16)) >= threshold: upper halves decide, or are equal, and then x >> 16 is threshold >> 16.
+    return (x ^ (threshold >> 16)) >= threshold
