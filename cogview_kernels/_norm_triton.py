@@ -104,7 +104,7 @@ def normalise(x, columns, C, tensor_peak, eps, PB_RELAX: tl.constexpr):
     """``(xhat, mean, rstd)`` of a row, with ``rstd = 1 / sqrt(variance + eps * (peak / 8)^2)``.
 
     Squares are of the row times a power of two that brings the peak near 1: no overflow. The centred values'
-    own mean undoes the rounding of the first one, so constant rows come out right."""
+    own mean undoes the rounding of the first one, so constant rows come out right. xhat is not 0 past C."""
     if PB_RELAX == 1:
         if _WIDEN:
             peak, total = tl.max(tl.abs(x), axis=0), tl.sum(x, axis=0)
@@ -122,16 +122,18 @@ def normalise(x, columns, C, tensor_peak, eps, PB_RELAX: tl.constexpr):
         scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         unscale = (exponent << 23).to(tl.float32, bitcast=True)
         relaxed = peak * scale * 0.125
+        if tl.abs(total) < 1e37:
+            mean = total * scale / C
+        else:
+            # The sum of values near the largest float overflows unless they are scaled first.
+            mean = tl.sum(x * scale, axis=0) / C
         x = x * scale
-        # The sum of values near the largest float overflows unless they are scaled first.
-        mean = tl.where(tl.abs(total) < 1e37, total * scale, tl.sum(x, axis=0)) / C
     centred = tl.where(columns < C, x - mean, 0.0)
     rest, squares = sum_pair(centred, centred * centred)
     rest = rest / C
     variance = tl.maximum(squares / C - rest * rest, 0.0) + eps * relaxed * relaxed
     rstd = tl.where(variance == 0.0, 0.0, tl.rsqrt(variance))
-    xhat = tl.where(columns < C, centred - rest, 0.0) * rstd
-    return xhat, (mean + rest) * unscale, tl.minimum(rstd * scale, 3.4028234e38)
+    return (centred - rest) * rstd, (mean + rest) * unscale, tl.minimum(rstd * scale, 3.4028234e38)
 
 
 @triton.jit

@@ -19,8 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def offset(index, stride):
-    """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here."""
-    return tl.cast(index, tl.int64) * stride
+    """``index * stride`` in 64 bits; every offset that can pass 2^31 goes through here.
+
+    ``index`` has 32 bits, and is negative under a mask alone: unsigned, it costs half the instructions."""
+    return tl.cast(tl.cast(index, tl.uint32), tl.int64) * stride
 
 
 @triton.jit
@@ -60,20 +62,23 @@ def store_rounded(pointer, value, mask, dtype: tl.constexpr):
 
 @triton.jit
 def dropout_rows(seed, c0, c1, c2):
-    """The two words of a row for :func:`dropout_keeps`: Philox4x32-10 of (c0, c1, c2, 0), see ``_random``.
+    """The two words of a row for :func:`dropout_keeps`: Philox4x32-10 of (c0, c1, c2, 0), see ``_random``,
+    each already xored with itself shifted, as :func:`dropout_keeps` would for every element.
 
     ``seed`` is an integer or a pointer to one; ``c0`` an int32 tensor, the others int32 scalars."""
     if seed.dtype.is_ptr():
         seed = tl.load(seed)
     r0, r1, _, _ = tl.philox(seed, c0, c1, c2, tl.zeros_like(c2))
-    return r0, r1
+    return r0 ^ (r0 >> 16), r1 ^ (r1 >> 15)
 
 
 @triton.jit
 def dropout_keeps(r0, r1, columns, threshold):
     """True where an element survives; words of rows (uint32) and columns broadcast against each other."""
-    x = columns.to(tl.uint32) ^ r0
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ r1
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return (x ^ (x >> 16)) >= threshold.to(tl.uint32)
+    c = columns.to(tl.uint32)
+    # A shift of (c ^ r0) is that of c and that of r0: two steps an element fewer, the same bits.
+    x = (c ^ (c >> 16) ^ r0) * 0x7FEB352D
+    x = (x ^ (x >> 15) ^ r1) * 0x846CA68B
+    threshold = threshold.to(tl.uint32)
+    # As (x ^ (x >> 16)) >= threshold: upper halves decide, or are equal, and then x >> 16 is threshold >> 16.
+    return (x ^ (threshold >> 16)) >= threshold

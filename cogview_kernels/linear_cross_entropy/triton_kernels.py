@@ -70,15 +70,16 @@ def _reduce_kernel(
     target = _load_target(target_ptr, cols, n)
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    picked = tl.zeros([BLOCK_N], tl.float32)
-    stop = tl.minimum(V, (split + 1) * rows_per_split)
-    for start in range(split * rows_per_split, stop, BLOCK_V):
+    begin = split * rows_per_split
+    stop = tl.minimum(V, begin + rows_per_split)
+    for start in range(begin, stop, BLOCK_V):
         ids = start + tl.arange(0, BLOCK_V)
         inside = (ids < stop)[:, None] & (cols < n)[None, :]
-        x = tl.load(logits_ptr + offset(ids, stride_v)[:, None] + cols[None, :], mask=inside, other=0.0)
-        x = tl.where(inside, x.to(tl.float32), float("-inf"))
-        picked += tl.sum(tl.where(ids[:, None] == target[None, :], x, 0.0), axis=0)
+        at = logits_ptr + offset(ids, stride_v)[:, None] + cols[None, :]
+        x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
         peak, total = _online(x, peak, total, 0)
+    mine = (target >= begin) & (target < stop) & (cols < n)
+    picked = tl.load(logits_ptr + offset(target, stride_v) + cols, mask=mine, other=0.0).to(tl.float32)
     _store_partial(partial_ptr, split, tl.num_programs(0), cols, n, peak, total, picked)
 
 
@@ -234,8 +235,10 @@ def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
 
 # ---- launchers
 
-# Of the kernels that read logits: 128 tokens are 256 contiguous bytes in 16 bits.
-_READ = {"BLOCK_V": 32, "BLOCK_N": 128, "num_warps": 4}
+# Of the kernels that read logits: 128 tokens are 256 contiguous bytes in 16 bits. The reduction meets between
+# threads once a tile, which therefore is taller.
+_REDUCE = {"BLOCK_V": 64, "BLOCK_N": 128, "num_warps": 4}
+_GRADIENT = {"BLOCK_V": 32, "BLOCK_N": 128, "num_warps": 4}
 
 
 def _matrix_tiling(dtype: torch.dtype) -> dict[str, int]:
@@ -275,18 +278,18 @@ def _merge(partial: Tensor, target: Tensor, stats: Tensor, V: int) -> None:
 def launch_reduce(logits: Tensor, target: Tensor, stats: Tensor) -> None:
     """See ``chunked.Steps``."""
     V, n = logits.shape
-    blocks = triton.cdiv(n, _READ["BLOCK_N"])
-    splits, rows = _splits(V, blocks, _READ["BLOCK_V"], logits.device)
+    blocks = triton.cdiv(n, _REDUCE["BLOCK_N"])
+    splits, rows = _splits(V, blocks, _REDUCE["BLOCK_V"], logits.device)
     partial = stats.new_empty(3, splits, n)
-    _reduce_kernel[(splits, blocks)](logits, target, partial, V, n, logits.stride(0), rows, **_READ)
+    _reduce_kernel[(splits, blocks)](logits, target, partial, V, n, logits.stride(0), rows, **_REDUCE)
     _merge(partial, target, stats, V)
 
 
 def launch_gradient(logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor) -> None:
     v, n = logits.shape
-    grid = (triton.cdiv(v, _READ["BLOCK_V"]), triton.cdiv(n, _READ["BLOCK_N"]))
+    grid = (triton.cdiv(v, _GRADIENT["BLOCK_V"]), triton.cdiv(n, _GRADIENT["BLOCK_N"]))
     _gradient_kernel[grid](
-        logits, target, coefficient, stats, first, v, n, logits.stride(0), stats.stride(0), **_READ
+        logits, target, coefficient, stats, first, v, n, logits.stride(0), stats.stride(0), **_GRADIENT
     )
 
 

@@ -3,7 +3,8 @@
 
 Letters: B samples, H query heads, G query heads a key head, T positions, D head size (BLOCK_D the power of
 two it is padded to), P pivots a sample, w positions a window block, NB = ceil(T / w) window blocks, W blocks
-a window; tiles have BLOCK_M queries and BLOCK_N keys.
+a window; tiles have BLOCK_M queries and BLOCK_N keys. TP and PP are T and P rounded up to whole tiles: loads
+of what has as many entries need no mask, which in a loop costs more than the load.
 
 Pivots are sorted first. Those left of a query's window are then a prefix of the list, so a tile of queries
 walks two loops under one softmax: the prefix, then the window. Every tile is full but those at the end of the
@@ -50,16 +51,16 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 _NO_SPECIALIZATION = ["seed", "threshold"]
 
-# Queries of a tile, at most; what is kept for each row is padded to a multiple of it.
+# Queries or keys of a tile, at most.
 _LARGEST_TILE = 128
 
 
 @triton.jit
 def _index_kernel(
-    pivots_ptr, ordered_ptr, prefix_ptr, inverse_ptr, P, T, NB, w, W,
+    pivots_ptr, ordered_ptr, prefix_ptr, inverse_ptr, P, PP, T, NB, w, W,
     HAS_INVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sorts by counting, P^2 comparisons a sample: ``ordered[rank] = pivot`` with pads as T at the end.
+    """Sorts by counting, PP^2 comparisons a sample: ``ordered[rank] = pivot`` with pads as T up to PP.
 
     ``prefix[block]``: pivots left of the window of ``block``. ``inverse[pivot] = rank``."""
     b = tl.program_id(1)
@@ -70,20 +71,19 @@ def _index_kernel(
     window_start = tl.maximum(mine - W + 1, 0) * w
     rank = tl.zeros([BLOCK], tl.int32)
     before = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, P, BLOCK):
+    for start in range(0, PP, BLOCK):
         index = start + tl.arange(0, BLOCK)
         other = tl.load(row_ptr + index, mask=index < P, other=-1).to(tl.int32)
         other = tl.where((other < 0) | (other >= T), T, other)
-        other = tl.where(index < P, other, T + 1)
         # Equal ones (pads, or pivots wrongly given twice) keep their order, so that every rank is taken.
         less = other[None, :] < pivot[:, None]
         less = less | ((other[None, :] == pivot[:, None]) & (index[None, :] < mine[:, None]))
         rank += tl.sum(less.to(tl.int32), axis=1)
         before += tl.sum((other[None, :] < window_start[:, None]).to(tl.int32), axis=1)
-    tl.store(ordered_ptr + offset(b, P) + rank, pivot, mask=mine < P)
+    tl.store(ordered_ptr + offset(b, PP) + rank, pivot, mask=mine < PP)
     tl.store(prefix_ptr + offset(b, NB) + mine, before, mask=mine < NB)
     if HAS_INVERSE:
-        tl.store(inverse_ptr + offset(b, T) + pivot, rank, mask=(mine < P) & (pivot < T))
+        tl.store(inverse_ptr + offset(b, T) + pivot, rank, mask=pivot < T)
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def _fwd_kernel(
     q_ptr, k_ptr, v_ptr, ordered_ptr, prefix_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
-    H, G, T, P, NB, w, W, factor, bias, seed, threshold, keep_scale,
+    H, G, T, PP, NB, w, W, factor, bias, seed, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -140,10 +140,10 @@ def _fwd_kernel(
     if HAS_FAR:
         full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
         stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
-        ordered_ptr += offset(b, P)
+        ordered_ptr += offset(b, PP)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
+            columns = tl.load(ordered_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -240,7 +240,7 @@ def _dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, prefix_ptr, stats_ptr, words_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
-    H, G, T, TP, P, NB, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, PP, NB, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -274,11 +274,11 @@ def _dq_kernel(
     if HAS_FAR:
         full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
         stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
-        ordered_ptr += offset(b, P)
+        ordered_ptr += offset(b, PP)
         far_lse2 = lse2 - bias
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(ordered_ptr + index, mask=index < P, other=T)
+            columns = tl.load(ordered_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -365,20 +365,20 @@ def _dkv_far_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
-    H, G, T, TP, P, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, PP, w, W, scale, factor, bias, threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, P, D]`` in the order of ``ordered``."""
-    tiles = tl.cdiv(P, BLOCK_N)
+    """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, PP, D]`` in the order of ``ordered``."""
+    tiles = PP // BLOCK_N
     pid = tl.program_id(0)
     # The first pivots are far from the most queries: they start first.
     index = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     heads = H // G
     b = pid // tiles // heads
     kv_head = pid // tiles % heads
-    columns = tl.load(ordered_ptr + offset(b, P) + index, mask=index < P, other=T)
+    columns = tl.load(ordered_ptr + offset(b, PP) + index)
     k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
@@ -399,7 +399,7 @@ def _dkv_far_kernel(
         dv *= keep_scale
     d = tl.arange(0, BLOCK_D)
     inside = (columns < T)[:, None] & (d < D)[None, :]
-    at = offset(pid // tiles, P) * D + offset(index, D)[:, None] + d[None, :]
+    at = offset(pid // tiles, PP) * D + offset(index, D)[:, None] + d[None, :]
     store_rounded(dk_far_ptr + at, dk * scale, inside, dk_far_ptr.dtype.element_ty)
     store_rounded(dv_far_ptr + at, dv, inside, dv_far_ptr.dtype.element_ty)
 
@@ -410,7 +410,7 @@ def _dkv_kernel(
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    H, G, T, TP, P, w, W, scale, factor, threshold, keep_scale,
+    H, G, T, TP, PP, w, W, scale, factor, threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -446,7 +446,7 @@ def _dkv_kernel(
     if HAS_FAR:
         rank = tl.load(inverse_ptr + offset(b, T) + columns, mask=columns < T, other=-1)
         far = inside & (rank >= 0)[:, None]
-        at = offset(pid // tiles, P) * D + offset(rank, D)[:, None] + d[None, :]
+        at = offset(pid // tiles, PP) * D + offset(rank, D)[:, None] + d[None, :]
         dk += tl.load(dk_far_ptr + at, mask=far, other=0.0).to(tl.float32)
         dv += tl.load(dv_far_ptr + at, mask=far, other=0.0).to(tl.float32)
     dk_ptr += offset(b, stride_dkb) + offset(kv_head, stride_dkh)
@@ -457,16 +457,20 @@ def _dkv_kernel(
     store_rounded(dv_pointers, dv, inside, dv_ptr.dtype.element_ty)
 
 
+def _whole_tiles(n: int) -> int:
+    return triton.cdiv(n, _LARGEST_TILE) * _LARGEST_TILE
+
+
 def _index(pivots: Tensor, T: int, w: int, W: int, with_inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted pivots ``[B, P]``, prefix lengths ``[B, NB]`` and, for the backward, the inverse ``[B, T]``."""
+    """Sorted pivots ``[B, PP]``, prefix lengths ``[B, NB]`` and, for the backward, the inverse ``[B, T]``."""
     B, P = pivots.shape
-    blocks = triton.cdiv(T, w)
-    ordered = pivots.new_empty(B, P, dtype=torch.int32)
+    blocks, PP = triton.cdiv(T, w), _whole_tiles(P)
+    ordered = pivots.new_empty(B, PP, dtype=torch.int32)
     prefix = pivots.new_empty(B, blocks, dtype=torch.int32)
     inverse = pivots.new_full((B, T), -1, dtype=torch.int32) if with_inverse else ordered
     block = 64
-    _index_kernel[(triton.cdiv(max(P, blocks), block), B)](
-        pivots.contiguous(), ordered, prefix, inverse, P, T, blocks, w, W,
+    _index_kernel[(triton.cdiv(max(PP, blocks), block), B)](
+        pivots.contiguous(), ordered, prefix, inverse, P, PP, T, blocks, w, W,
         HAS_INVERSE=with_inverse, BLOCK=block,
     )  # fmt: skip
     return ordered, prefix, inverse
@@ -525,8 +529,8 @@ def launch_three_region_attention_fwd(
         q, scale = -q, -scale
     B, H, T, _ = q.shape
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
-    P, blocks, G = pivots.shape[1], triton.cdiv(T, w), H // k.shape[1]
-    has_far = P > 0 and blocks > W
+    PP, blocks, G = _whole_tiles(pivots.shape[1]), triton.cdiv(T, w), H // k.shape[1]
+    has_far = PP > 0 and blocks > W
     ordered, prefix, _ = _index(pivots, T, w, W, False) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
 
@@ -534,7 +538,7 @@ def launch_three_region_attention_fwd(
         _fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
             q, k, v, ordered, prefix, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            H, G, T, P, blocks, w, W, _factor(scale), pivot_bias * LOG2E.value, seed_, threshold, keep_scale,
+            H, G, T, PP, blocks, w, W, _factor(scale), pivot_bias * LOG2E.value, seed_, threshold, keep_scale,
             HAS_FAR=has_far, **_flags(q, dropout_p), **_tiles(config),
         )  # fmt: skip
 
@@ -568,9 +572,9 @@ def launch_three_region_attention_bwd(
         dq_scale = scale
     B, H, T, D = q.shape
     w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
-    P, blocks, heads = pivots.shape[1], triton.cdiv(T, w), k.shape[1]
+    TP, PP, blocks, heads = _whole_tiles(T), _whole_tiles(pivots.shape[1]), triton.cdiv(T, w), k.shape[1]
     G = H // heads
-    has_far = P > 0 and blocks > W
+    has_far = PP > 0 and blocks > W
     ordered, prefix, inverse = _index(pivots, T, w, W, True) if has_far else (lse, lse, lse)
     seed_, threshold, keep_scale = _dropout(dropout_p, seed)
     factor, bias, flags = _factor(scale), pivot_bias * LOG2E.value, _flags(q, dropout_p)
@@ -578,7 +582,6 @@ def launch_three_region_attention_bwd(
     dout_strides = dout.stride()[:3]
 
     block = 64
-    TP = triton.cdiv(T, _LARGEST_TILE) * _LARGEST_TILE
     stats = lse.new_empty(B, H, 2, TP)
     words = stats.new_empty(stats.shape, dtype=torch.int32) if dropout_p > 0 else stats
     _bwd_rows_kernel[(TP // block * B * H,)](
@@ -592,7 +595,7 @@ def launch_three_region_attention_bwd(
         _dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
             q, k, v, dout, ordered, prefix, stats, words, dq,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dq.stride()[:3],
-            H, G, T, TP, P, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
+            H, G, T, TP, PP, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
@@ -600,13 +603,13 @@ def launch_three_region_attention_bwd(
 
     dk_far = dv_far = lse
     if has_far:
-        dk_far, dv_far = k.new_empty(2, B, heads, P, D).unbind()
+        dk_far, dv_far = k.new_empty(2, B, heads, PP, D).unbind()
 
         def launch_dkv_far(config: Config) -> None:
-            _dkv_far_kernel[(triton.cdiv(P, config.block_n) * B * heads,)](
+            _dkv_far_kernel[(PP // config.block_n * B * heads,)](
                 q, k, v, dout, ordered, stats, words, dk_far, dv_far,
                 *q_strides, *k_strides, *v_strides, *dout_strides,
-                H, G, T, TP, P, w, W, scale, factor, bias, threshold, keep_scale,
+                H, G, T, TP, PP, w, W, scale, factor, bias, threshold, keep_scale,
                 **flags, **_tiles(config),
             )  # fmt: skip
 
@@ -616,7 +619,7 @@ def launch_three_region_attention_bwd(
         _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
             q, k, v, dout, inverse, stats, words, dk_far, dv_far, dk, dv,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dk.stride()[:3], *dv.stride()[:3],
-            H, G, T, TP, P, w, W, scale, factor, threshold, keep_scale,
+            H, G, T, TP, PP, w, W, scale, factor, threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 

@@ -558,12 +558,11 @@ def specs() -> list[Spec]:
         "_fused_gradient_kernel": "weight_ptr hidden_ptr target_ptr coefficient_ptr stats_ptr dlogits_ptr "
         "first v n C stride_w stride_h stride_v stride_stats",
     }
-    read = {"BLOCK_V": 32, "BLOCK_N": 128}
     constants = {
         "_merge_kernel": {"BLOCK_S": 32, "BLOCK_N": 64},
         "_scale_kernel": {"BLOCK": 4096},
-        "_reduce_kernel": read,
-        "_gradient_kernel": read,
+        "_reduce_kernel": {"BLOCK_V": 64, "BLOCK_N": 128},
+        "_gradient_kernel": {"BLOCK_V": 32, "BLOCK_N": 128},
     }
     found = []
     for arch, dtype, even in (
