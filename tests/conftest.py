@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +92,6 @@ def emulation(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_extension, "has_cuda", True)
     why_not = _backends.why_not
     monkeypatch.setattr(_backends, "why_not", lambda b, d: "" if b == "cuda" else why_not(b, d))
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: SimpleNamespace(cuda_stream=0))
     cuda_emulation.configure()
     return cuda_emulation

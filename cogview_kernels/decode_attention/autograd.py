@@ -93,10 +93,9 @@ def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_bloc
         return out
     splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
     chunk = -(-keys // splits)
-    with torch.cuda.device(q.device):
-        partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
-        stream = torch.cuda.current_stream().cuda_stream
-        run(_extension.native.decode_attention_cuda, chunk, splits, partial.data_ptr(), stream)
+    partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
+    stream = torch.cuda.current_stream().cuda_stream
+    run(_extension.native.decode_attention_cuda, chunk, splits, partial.data_ptr(), stream)
     return out
 
 

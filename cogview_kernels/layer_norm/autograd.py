@@ -55,8 +55,7 @@ def _forward(
         _extension.DTYPE_CODES[x.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(x.device):
-            _extension.native.layer_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        _extension.native.layer_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.layer_norm_fwd_cpu(*arguments, torch.get_num_threads())
     return y, stats
@@ -95,8 +94,7 @@ def _backward(
         _extension.DTYPE_CODES[x.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(x.device):
-            _extension.native.layer_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        _extension.native.layer_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.layer_norm_bwd_cpu(*arguments, torch.get_num_threads())
     return dx, dweight, dbias

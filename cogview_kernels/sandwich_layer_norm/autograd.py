@@ -72,10 +72,7 @@ def _forward(
         _extension.DTYPE_CODES[branch.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(branch.device):
-            _extension.native.sandwich_layer_norm_fwd_cuda(
-                *arguments, torch.cuda.current_stream().cuda_stream
-            )
+        _extension.native.sandwich_layer_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.sandwich_layer_norm_fwd_cpu(*arguments, torch.get_num_threads())
     return residual_out, normed, stats
@@ -132,10 +129,7 @@ def _backward(
         _extension.DTYPE_CODES[branch.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(branch.device):
-            _extension.native.sandwich_layer_norm_bwd_cuda(
-                *arguments, torch.cuda.current_stream().cuda_stream
-            )
+        _extension.native.sandwich_layer_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.sandwich_layer_norm_bwd_cpu(*arguments, torch.get_num_threads())
     return dbranch, dresidual, dpost_weight, dpost_bias, dpre_weight, dpre_bias

@@ -59,8 +59,7 @@ def _forward(
         _extension.DTYPE_CODES[scores.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(scores.device):
-            _extension.native.stable_softmax_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        _extension.native.stable_softmax_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.stable_softmax_fwd_cpu(*arguments, torch.get_num_threads())
     return probs
@@ -87,8 +86,7 @@ def _backward(dprobs: Tensor, probs: Tensor, factor: float, backend: str) -> Ten
         _extension.DTYPE_CODES[probs.dtype],
     )
     if backend == "cuda":
-        with torch.cuda.device(probs.device):
-            _extension.native.stable_softmax_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
+        _extension.native.stable_softmax_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
     else:
         _extension.native.stable_softmax_bwd_cpu(*arguments, torch.get_num_threads())
     return dscores

@@ -112,16 +112,15 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
         return out, lse
     if backend == "cuda":
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        with torch.cuda.device(q.device):
-            kept, _, numbers = _cuda_arguments(
-                q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
-            )
-            _extension.native.three_region_attention_fwd_cuda(
-                *(_strided(x) for x in (q, k, v, out)),
-                lse.data_ptr(),
-                *numbers,
-                torch.cuda.current_stream().cuda_stream,
-            )
+        kept, _, numbers = _cuda_arguments(
+            q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+        )
+        _extension.native.three_region_attention_fwd_cuda(
+            *(_strided(x) for x in (q, k, v, out)),
+            lse.data_ptr(),
+            *numbers,
+            torch.cuda.current_stream().cuda_stream,
+        )
         del kept
         return out, lse
     # The name keeps a converted copy of the pivots alive through the call.
@@ -155,21 +154,20 @@ def _backward(
         return gradients
     if backend == "cuda":
         q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
-        with torch.cuda.device(q.device):
-            kept, P, numbers = _cuda_arguments(
-                q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
-            )
-            delta = torch.empty_like(lse)
-            far = lse.new_empty(2, k.shape[0], k.shape[1], P, k.shape[3])
-            _extension.native.three_region_attention_bwd_cuda(
-                *(_strided(x) for x in (q, k, v, out, dout)),
-                lse.data_ptr(),
-                0 if dlse is None else dlse.data_ptr(),
-                *(_strided(x) for x in gradients),
-                *(x.data_ptr() for x in (delta, far[0], far[1])),
-                *numbers,
-                torch.cuda.current_stream().cuda_stream,
-            )
+        kept, P, numbers = _cuda_arguments(
+            q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+        )
+        delta = torch.empty_like(lse)
+        far = lse.new_empty(2, k.shape[0], k.shape[1], P, k.shape[3])
+        _extension.native.three_region_attention_bwd_cuda(
+            *(_strided(x) for x in (q, k, v, out, dout)),
+            lse.data_ptr(),
+            0 if dlse is None else dlse.data_ptr(),
+            *(_strided(x) for x in gradients),
+            *(x.data_ptr() for x in (delta, far[0], far[1])),
+            *numbers,
+            torch.cuda.current_stream().cuda_stream,
+        )
         del kept
         return gradients
     kept, numbers = _cpu_arguments(
