@@ -142,27 +142,34 @@ class Check:
         self.stage("build", command, "build.log", BUILD_S, env=env, cwd=ROOT / "build")
 
     @staticmethod
-    def workers() -> list[str]:
+    def workers() -> tuple[list[str], dict[str, str]]:
         """Several processes and a limit per test, where the plugins for them are installed."""
-        options = []
+        options, env = [], {}
         if importlib.util.find_spec("xdist"):
-            options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+            cores = os.cpu_count() or 1
+            processes = max(1, min(8, cores // 2))
+            options += ["-n", str(processes)]
+            # Each with all cores' threads would wait for the others more than compute.
+            env["OMP_NUM_THREADS"] = str(max(1, cores // processes))
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout=150"]
-        return options
+        return options, env
 
     def test(self) -> None:
         every = self.ops == list(OPS)
-        folder = ["tests/kernels"] if every else [f"tests/kernels/test_{op}.py" for op in self.ops]
+        kernels = ROOT / "tests" / "kernels"
+        files = [str(path) for op in self.ops for path in sorted(kernels.glob(f"test_{op}*.py"))]
+        folder = [str(kernels)] if every else files
         options = ["-q", "-ra", "-p", "no:cacheprovider", *self.select]
-        pytest = [sys.executable, "-m", "pytest", *options, *self.workers()]
+        workers, env = self.workers()
+        pytest = [sys.executable, "-m", "pytest", *options, *workers]
         end = time.monotonic() + TESTS_S
         report = f"--junitxml={self.out / 'tests.xml'}"
-        self.stage("tests of the kernels", [*pytest, report, *folder], "tests.log", TESTS_S)
+        self.stage("tests of the kernels", [*pytest, report, *folder], "tests.log", TESTS_S, env=env)
         if every:
             # Exit status 5: no test outside the kernels asks for a GPU.
             rest = [*pytest, "-m", "gpu", "--ignore=tests/kernels", "tests"]
-            self.stage("other GPU tests", rest, "tests.log", end - time.monotonic(), ok=(0, 5))
+            self.stage("other GPU tests", rest, "tests.log", end - time.monotonic(), env=env, ok=(0, 5))
 
     def bench(self) -> dict[str, Any]:
         from benchmarks.__main__ import command
@@ -222,13 +229,14 @@ class Check:
         )
         if self.stages[-1]["outcome"] != "passed":
             return
-        pytest = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *self.workers()]
+        workers, threads = self.workers()
+        pytest = [sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", *workers]
         self.stage(
             f"CUDA attention from the PTX of compute_{arch}",
             [*pytest, "-o", f"pythonpath={lib} .", "tests/kernels/test_cuda_kernels.py"],
             "tests.log",
             end - time.monotonic(),
-            env=env,
+            env=env | threads,
             may_be_late=True,
         )
 

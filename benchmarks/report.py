@@ -92,7 +92,7 @@ def columns(document: Document, rows: list[Row]) -> tuple[list[str], list[list[s
 
 def text_table(document: Document) -> str:
     """For a terminal."""
-    lines = []
+    lines = [f"\nNOT TO BE QUOTED: {document['red_tests']}"] if document.get("red_tests") else []
     for (shape, sizes, dtype, direction), rows in by_case(document).items():
         header, table = columns(document, rows)
         widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
@@ -114,6 +114,7 @@ def short_lines(document: Document) -> list[str]:
         against = f", {_number(rival['ms'] / ours['ms'])}x as fast as {rival['variant']}" if rival else ""
         share = f"{100 * ours['share_of_ceiling']:.0f} % of ceiling"
         name = f"{document['op']} {shape} {dtype} {direction}"
+        share += " (its tests are RED)" if document.get("red_tests") else ""
         lines.append(f"  {name}: {ours['variant']} {_number(ours['ms'])} ms, {share}{against}")
     return lines
 
@@ -350,7 +351,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.source:
         for document in results.load(arguments.source).values():
-            print(f"taken: {results.save(document)}")
+            if document.get("red_tests"):
+                print(f"left, not to be quoted: {document['red_tests']}")
+            else:
+                print(f"taken: {results.save(document)}")
     stale = generate(check=arguments.check)
     for path in stale:
         print(f"{'stale' if arguments.check else 'written'}: {path}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import command
 from benchmarks.gpu_check import Check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,22 @@ def test_rehearsal_goes_through_every_stage(tmp_path):
     assert {"triton", "eager PB-relax"} <= {row["variant"] for row in rows}
     names = [path.name for path in tmp_path.iterdir()]
     assert len(names) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+
+
+def test_an_op_with_red_tests_is_timed_but_not_quoted(tmp_path):
+    tested = tmp_path / "tests.xml"
+    case = (
+        '<testcase classname="tests.kernels.test_stable_softmax_triton" name="test_sum"><failure/></testcase>'
+    )
+    tested.write_text(f"<testsuites><testsuite>{case}</testsuite></testsuites>")
+    options = ["--tested", str(tested), "--tiny", "--device", "cpu", "-k", "float32-fwd and eager"]
+    done = subprocess.run(
+        command("stable_softmax", tmp_path, *options), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+    (path,) = tmp_path.glob("*/stable_softmax.json")
+    document = json.loads(path.read_text())
+    assert document["rows"] and document["red_tests"] == "1 tests of stable_softmax are red: test_sum"
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
@@ -126,3 +127,15 @@ def test_tiles():
 
 def test_this_repository_is_up_to_date():
     assert report.generate(check=True) == [], "run `python -m benchmarks.report`"
+
+
+def test_figures_of_an_op_with_red_tests_are_not_taken(tmp_path, monkeypatch, capsys):
+    red = GPU | {"red_tests": "2 tests of three_region_attention are red: a, b"}
+    assert "NOT TO BE QUOTED: 2 tests" in report.text_table(red)
+    assert all("(its tests are RED)" in line for line in report.short_lines(red))
+    (tmp_path / "results.json").write_text(json.dumps({"three_region_attention": red}))
+    monkeypatch.setattr(results, "save", lambda document: pytest.fail("was taken"))
+    monkeypatch.setattr(report, "generate", lambda check: [])
+    monkeypatch.setattr("sys.argv", ["report", "--import", str(tmp_path / "results.json")])
+    assert report.main() == 0
+    assert "left, not to be quoted: 2 tests" in capsys.readouterr().out
