@@ -119,7 +119,10 @@ SOFTMAX_CPU = (
 SOFTMAX_TINY = (*ROWS_TINY, ScoreShape("tiny-causal", B=1, H=2, T=20))
 
 LOSS = (LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),)
-LOSS_CPU = (LossShape("vocabulary", N=512, C=512, V=VOCABULARY),)
+LOSS_CPU = (
+    LossShape("vocabulary", N=512, C=512, V=VOCABULARY),
+    LossShape("quarter", N=2 * LENGTH, C=WIDTH // 4, V=VOCABULARY),  # of the GPU's tokens and of its width
+)
 LOSS_TINY = (LossShape("tiny", N=12, C=16, V=100),)
 
 DECODE = (

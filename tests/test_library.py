@@ -7,8 +7,9 @@ import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import _library
+from cogview_kernels import _library, layer_norm
 
 
 class OnSecondGPU(torch.Tensor):
@@ -30,3 +31,72 @@ def test_an_op_runs_on_the_device_of_its_first_tensor(current, entered, monkeypa
     run = _library._on_its_device(lambda *arguments: (len(arguments), list(inside)))
     assert run(None, torch.ones(2).as_subclass(OnSecondGPU), 0.5) == (3, entered)
     assert run(torch.ones(2)) == (1, [])
+
+
+OP = "cogview_kernels::layer_norm"
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def dispatch_mode(x):
+    with Seen() as mode:
+        layer_norm(x, None, None)
+    return OP in mode.names
+
+
+def profiler(x):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer_norm(x, None, None)
+    return OP in {event.key for event in profile.key_averages()}
+
+
+def fake_tensor(x):
+    with torch._subclasses.FakeTensorMode():
+        return layer_norm(torch.empty(3, 8), None, None).shape == (3, 8)
+
+
+def negative_view(x):
+    """Its memory holds the negated values."""
+    negative = torch.complex(x, x.detach()).conj().imag
+    assert negative.is_neg()
+    return torch.allclose(layer_norm(negative, None, None), layer_norm(negative.resolve_neg(), None, None))
+
+
+def zero_tensor(x):
+    return not layer_norm(torch._efficientzerotensor(3, 8), None, None).any()
+
+
+def vmap(x):
+    x = x.detach()
+    rows = torch.func.vmap(lambda row: layer_norm(row, None, None))(x)
+    return torch.allclose(rows, layer_norm(x, None, None))
+
+
+def tracer(x):
+    traced = torch.jit.trace(lambda x: layer_norm(x, None, None), (x.detach(),), check_trace=False)
+    return OP in str(traced.graph)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    "watcher", [dispatch_mode, profiler, fake_tensor, negative_view, zero_tensor, vmap, tracer]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore:Converting a tensor")
+def test_who_watches_sees_the_op(watcher, gradient):
+    assert watcher(torch.randn(3, 8, requires_grad=gradient))
+
+
+def test_unwatched_nobody_pays_for_the_dispatcher(monkeypatch):
+    called = []
+    kernel = _library._kernels["layer_norm"]
+    monkeypatch.setitem(_library._kernels, "layer_norm", lambda *a: called.append(1) or kernel(*a))
+    layer_norm(torch.randn(3, 8), None, None)
+    assert called
