@@ -131,6 +131,7 @@ def test_compile_without_graph_break(backend, with_layout, backend_device):
     device = backend_device(backend)
     q, k_cache, v_cache, lengths, layout, _ = make("several_lengths", torch.float32, device)
     layout = on_device(layout, device) if with_layout else None
+    torch.compiler.reset()  # one function, and more backends than Dynamo compiles it for
     function = lambda q, n: decode_attention(q, k_cache, v_cache, n, layout=layout, backend=backend)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(q, lengths), function(q, lengths))
