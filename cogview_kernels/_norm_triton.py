@@ -179,9 +179,9 @@ def drop(x, row, columns, seed, threshold, scale):
 @triton.jit
 def load_peak(peaks_ptr, PEAKS):
     """The maximum of what the programs of a pass before left."""
-    peak = tl.zeros([512], tl.float32)
-    for first in range(0, PEAKS, 512):
-        i = first + tl.arange(0, 512)
+    peak = tl.zeros([256], tl.float32)
+    for first in range(0, PEAKS, 256):
+        i = first + tl.arange(0, 256)
         peak = tl.maximum(peak, tl.load(peaks_ptr + i, mask=i < PEAKS, other=0.0))
     return tl.max(peak, axis=0)
 

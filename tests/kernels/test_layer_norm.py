@@ -282,7 +282,7 @@ def test_strides(backend, backend_device):
 
 @pytest.mark.parametrize("C", [511, 512, 513, 640, 641, 2048, 2049, 2560, 3000])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_widths_at_the_edges_of_pieces_and_tiles(backend, C, backend_device):
+def test_widths_at_the_edges_of_pieces(backend, C, backend_device):
     inputs = [t.to(backend_device(backend)) for t in (torch.randn(4, C) + 1, *torch.randn(2, C))]
     check(backend, inputs, torch.randn(4, C, device=inputs[0].device))
 
@@ -297,6 +297,17 @@ def test_empty(backend, shape, mode, backend_device):
         layer_norm, (x, weight, bias), torch.randn_like(x), pb_relax=mode, backend=backend
     )
     assert y.shape == dx.shape == shape and not dweight.any() and not dbias.any()
+
+
+def test_triton_takes_the_maximum_over_many_programs(monkeypatch, backend_device):
+    device = backend_device("triton")
+    from cogview_kernels import _norm_triton
+
+    monkeypatch.setattr(_norm_triton, "INTERPRETED_PROGRAMS", 257)  # one load is of 256
+    x = torch.randn(257, 4, device=device) * 1e-3
+    x[256] *= 1e3
+    expected = layer_norm_reference(x, pb_relax="tensor")
+    torch.testing.assert_close(layer_norm(x, pb_relax="tensor", backend="triton"), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

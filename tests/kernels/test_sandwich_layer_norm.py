@@ -209,7 +209,7 @@ def test_forward_and_backward(backend, dtype, case, mode, backend_device):
 
 
 @pytest.mark.parametrize("C", [511, 513, 2560, 3000])
-def test_widths_at_the_edges_of_pieces(C, backend_device):
+def test_triton_widths_at_the_edges_of_pieces(C, backend_device):
     device = backend_device("triton")
     inputs = [t.to(device) for t in (*torch.randn(2, 4, C), *torch.randn(4, C))]
     check("triton", inputs, torch.randn(2, 4, C).to(device).unbind(), dropout_p=0.1, seed=3)
