@@ -1,43 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton kernels of layer_norm and sandwich_layer_norm share. Imported only once one is to run.
 
-A row lives in the registers of one program (C <= _norm.GPU_MAX_WIDTH). Programs are persistent: as many as
-fit the GPU share the rows, so weights are read once and weight gradients summed in registers.
+A row lives in the registers of one program (C <= _norm.GPU_MAX_WIDTH), as a tuple of pieces of BLOCK_C
+columns: a tile is a power of two, and one for a row of 2,560 would be of 4,096. Pieces are added up before a
+reduction, so that there is one for each sum. Programs are persistent: as many as fit the GPU share the rows,
+so weights are read once and weight gradients summed in registers.
 """
+
+# Triton's tuples grow: x = () and x += (piece,).
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview_kernels._triton import _WIDEN, dropout_keeps, dropout_rows, offset, store_rounded
+from cogview_kernels._triton import _WIDEN, dropout_keeps, dropout_rows, offset, round_to, store_rounded
 
-PROGRAMS_PER_SM = {"forward": 4, "backward": 1}
 # In the interpreter: fewer than rows, so that programs take several.
 INTERPRETED_PROGRAMS = 3
-PEAK_PROGRAMS = 1024
+SM_REGISTERS = 65536
 
 _processors: dict[torch.device, int] = {}
 
 
-def programs(rows: int, device: torch.device, way: str) -> int:
-    """How many persistent programs share the rows."""
+@functools.cache
+def tiling(C: int, element_size: int, registers: int) -> dict[str, int]:
+    """Four columns of each piece a thread, at most five pieces; ``registers``: what a thread then needs."""
+    warps = triton.next_power_of_2(triton.cdiv(C, 5 * 128))
+    block = 128 * warps
+    row = triton.cdiv(C, block) * block * element_size
+    # With two stages the loads of the next row begin as this one ends, with three a row earlier. Then the
+    # backward has two rows of four tensors in shared memory, of which some chips have 99 KiB.
+    stages = 3 if 8 * row <= 96 * 1024 else 2
+    return {"C": C, "BLOCK_C": block, "STAGES": stages, "num_warps": warps, "maxnreg": registers}
+
+
+def programs(rows: int, device: torch.device, tiling: dict[str, int]) -> int:
+    """How many persistent programs share the rows: as many as are resident at once."""
     if device.type != "cuda":
         return min(rows, INTERPRETED_PROGRAMS)
     if device not in _processors:
         _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(rows, PROGRAMS_PER_SM[way] * _processors[device])
-
-
-def tiling(C: int, way: str) -> dict[str, int]:
-    """A row per tile. Backward holds twice as much a row, in twice as many threads."""
-    block = triton.next_power_of_2(C)
-    per_warp = 512 if way == "forward" else 256
-    return {"BLOCK_C": block, "num_warps": max(1, min(block // per_warp, 32 if way == "backward" else 16))}
+    # Some chips hold 16 programs a multiprocessor at most.
+    resident = min(16, SM_REGISTERS // (32 * tiling["num_warps"] * tiling["maxnreg"]))
+    return min(rows, resident * _processors[device])
 
 
 def seed_argument(seed: Tensor | None) -> int | Tensor:
@@ -68,19 +79,89 @@ def sum_pair(a, b):
 
 
 @triton.jit
-def load_row(pointer, row, C, columns):
-    """Row ``row`` of contiguous ``[R, C]`` in float32; 0 past its end."""
-    return tl.load(pointer + offset(row, C) + columns, mask=columns < C, other=0.0).to(tl.float32)
+def columns_of(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The columns of each piece; past C in the last alone."""
+    columns = ()
+    for first in tl.static_range(0, C, BLOCK_C):
+        columns += (first + tl.arange(0, BLOCK_C),)
+    return columns
 
 
 @triton.jit
-def load_parameter(pointer, columns, C, fill: tl.constexpr, BLOCK_C: tl.constexpr):
+def load_row(pointer, row, C: tl.constexpr, columns):
+    """Row ``row`` of contiguous ``[R, C]`` in float32; 0 past its end."""
+    pointer += offset(row, C)
+    x = ()
+    for i in tl.static_range(len(columns)):
+        x += (tl.load(pointer + columns[i], mask=columns[i] < C, other=0.0).to(tl.float32),)
+    return x
+
+
+@triton.jit
+def store_row(pointer, row, x, C: tl.constexpr, columns):
+    """The reverse, rounded."""
+    pointer += offset(row, C)
+    for i in tl.static_range(len(columns)):
+        store_rounded(pointer + columns[i], x[i], columns[i] < C, pointer.dtype.element_ty)
+
+
+@triton.jit
+def fill_row(value: tl.constexpr, columns):
+    x = ()
+    for i in tl.static_range(len(columns)):
+        x += (tl.full(columns[i].shape, value, tl.float32),)
+    return x
+
+
+@triton.jit
+def load_parameter(pointer, C: tl.constexpr, columns, fill: tl.constexpr):
     """A weight or bias in float32, ``fill`` where there is none."""
     if pointer is None:
-        value = tl.full([BLOCK_C], fill, tl.float32)
+        x = fill_row(fill, columns)
     else:
-        value = tl.load(pointer + columns, mask=columns < C, other=0.0).to(tl.float32)
-    return value
+        x = load_row(pointer, 0, C, columns)
+    return x
+
+
+@triton.jit
+def add_rows(a, b):
+    x = ()
+    for i in tl.static_range(len(a)):
+        x += (a[i] + b[i],)
+    return x
+
+
+@triton.jit
+def affine(x, weight, bias):
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (x[i] * weight[i] + bias[i],)
+    return y
+
+
+@triton.jit
+def round_row(x, C: tl.constexpr, columns, dtype: tl.constexpr):
+    """To ``dtype``, as float32 still; 0 past C."""
+    y = ()
+    for i in tl.static_range(len(columns)):
+        y += (round_to(tl.where(columns[i] < C, x[i], 0.0), dtype),)
+    return y
+
+
+@triton.jit
+def sum_of_pieces(x):
+    total = x[0]
+    for i in tl.static_range(1, len(x)):
+        total += x[i]
+    return total
+
+
+@triton.jit
+def peak_of_pieces(x):
+    peak = tl.abs(x[0])
+    for i in tl.static_range(1, len(x)):
+        peak = tl.maximum(peak, tl.abs(x[i]))
+    return peak
 
 
 @triton.jit
@@ -89,30 +170,38 @@ def drop(x, row, columns, seed, threshold, scale):
     row = tl.cast(row, tl.int32)
     zero = tl.zeros_like(row)
     r0, r1 = dropout_rows(seed, row, zero, zero)
-    return tl.where(dropout_keeps(r0, r1, columns, threshold), x * scale, 0.0)
+    y = ()
+    for i in tl.static_range(len(columns)):
+        y += (tl.where(dropout_keeps(r0, r1, columns[i], threshold), x[i] * scale, 0.0),)
+    return y
 
 
 @triton.jit
-def load_peak(peaks_ptr, PEAKS: tl.constexpr, BLOCK_PEAKS: tl.constexpr):
+def load_peak(peaks_ptr, PEAKS):
     """The maximum of what the programs of a pass before left."""
-    i = tl.arange(0, BLOCK_PEAKS)
-    return tl.max(tl.load(peaks_ptr + i, mask=i < PEAKS, other=0.0), axis=0)
+    peak = tl.zeros([256], tl.float32)
+    for first in range(0, PEAKS, 256):
+        i = first + tl.arange(0, 256)
+        peak = tl.maximum(peak, tl.load(peaks_ptr + i, mask=i < PEAKS, other=0.0))
+    return tl.max(peak, axis=0)
 
 
 @triton.jit
-def normalise(x, columns, C, tensor_peak, eps, PB_RELAX: tl.constexpr):
+def normalise(x, C: tl.constexpr, columns, tensor_peak, eps, PB_RELAX: tl.constexpr):
     """``(xhat, mean, rstd)`` of a row, with ``rstd = 1 / sqrt(variance + eps * (peak / 8)^2)``.
 
     Squares are of the row times a power of two that brings the peak near 1: no overflow. The centred values'
     own mean undoes the rounding of the first one, so constant rows come out right. xhat is not 0 past C."""
+    sums = sum_of_pieces(x)
     if PB_RELAX == 1:
+        peaks = peak_of_pieces(x)
         if _WIDEN:
-            peak, total = tl.max(tl.abs(x), axis=0), tl.sum(x, axis=0)
+            peak, total = tl.max(peaks, axis=0), tl.sum(sums, axis=0)
         else:
-            peak, total = tl.reduce((tl.abs(x), x), 0, _peak_and_sum)
+            peak, total = tl.reduce((peaks, sums), 0, _peak_and_sum)
     else:
         peak = tensor_peak
-        total = tl.sum(x, axis=0)
+        total = tl.sum(sums, axis=0)
     if PB_RELAX == 0:
         mean = total / C
         scale, unscale, relaxed = 1.0, 1.0, 1.0
@@ -126,37 +215,61 @@ def normalise(x, columns, C, tensor_peak, eps, PB_RELAX: tl.constexpr):
             mean = total * scale / C
         else:
             # The sum of values near the largest float overflows unless they are scaled first.
-            mean = tl.sum(x * scale, axis=0) / C
-        x = x * scale
-    centred = tl.where(columns < C, x - mean, 0.0)
-    rest, squares = sum_pair(centred, centred * centred)
+            sums = x[0] * scale
+            for i in tl.static_range(1, len(x)):
+                sums += x[i] * scale
+            mean = tl.sum(sums, axis=0) / C
+    centred = ()
+    squares = ()
+    for i in tl.static_range(len(x)):
+        value = tl.where(columns[i] < C, x[i] * scale - mean, 0.0)
+        centred += (value,)
+        squares += (value * value,)
+    rest, square = sum_pair(sum_of_pieces(centred), sum_of_pieces(squares))
     rest = rest / C
-    variance = tl.maximum(squares / C - rest * rest, 0.0) + eps * relaxed * relaxed
+    variance = tl.maximum(square / C - rest * rest, 0.0) + eps * relaxed * relaxed
     rstd = tl.where(variance == 0.0, 0.0, tl.rsqrt(variance))
-    return (centred - rest) * rstd, (mean + rest) * unscale, tl.minimum(rstd * scale, 3.4028234e38)
+    # A step of Newton's: the GPU's approximation is off by an ulp, which every element would be too.
+    rstd += rstd * (0.5 - variance * rstd * rstd * 0.5)
+    xhat = ()
+    for i in tl.static_range(len(x)):
+        xhat += ((centred[i] - rest) * rstd,)
+    return xhat, (mean + rest) * unscale, tl.minimum(rstd * scale, 3.4028234e38)
 
 
 @triton.jit
-def gradient_through(dy, x, mean, rstd, weight, columns, C):
+def gradient_through(dy, x, mean, rstd, weight, C: tl.constexpr, columns):
     """``(dx, dy * xhat)`` with ``g = dy * weight``: ``dx = rstd * (g - mean(g) - xhat * mean(g * xhat))``."""
-    xhat = tl.where(columns < C, (x - mean) * rstd, 0.0)
-    g = dy * weight
-    plain, hat = sum_pair(g, g * xhat)
-    return rstd * (g - plain / C - xhat * (hat / C)), dy * xhat
+    xhat = ()
+    g = ()
+    hats = ()
+    product = ()
+    for i in tl.static_range(len(x)):
+        xhat += (tl.where(columns[i] < C, (x[i] - mean) * rstd, 0.0),)
+        g += (dy[i] * weight[i],)
+        hats += (g[i] * xhat[i],)
+        product += (dy[i] * xhat[i],)
+    plain, hat = sum_pair(sum_of_pieces(g), sum_of_pieces(hats))
+    plain, hat = plain / C, hat / C
+    dx = ()
+    for i in tl.static_range(len(x)):
+        dx += (tl.where(columns[i] < C, rstd * (g[i] - plain - xhat[i] * hat), 0.0),)
+    return dx, product
 
 
 @triton.jit(do_not_specialize=["seed", "threshold"])
 def _peaks_kernel(
-    x_ptr, peaks_ptr, R, C, seed, threshold, scale, HAS_DROPOUT: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    x_ptr, peaks_ptr, R, seed, threshold, scale,
+    HAS_DROPOUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """peaks[program] = max |x after dropout| over the program's rows. Bytes: R C elements read."""
-    columns = tl.arange(0, BLOCK_C)
+    columns = columns_of(C, BLOCK_C)
     peak = tl.zeros([BLOCK_C], tl.float32)
-    for row in range(tl.program_id(0), R, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         x = load_row(x_ptr, row, C, columns)
         if HAS_DROPOUT:
             x = drop(x, row, columns, seed, threshold, scale)
-        peak = tl.maximum(peak, tl.abs(x))
+        peak = tl.maximum(peak, peak_of_pieces(x))
     tl.store(peaks_ptr + tl.program_id(0), tl.max(peak, axis=0))
 
 
@@ -188,16 +301,10 @@ def launch_peaks(x: Tensor, threshold: int, scale: float, seed: int | Tensor) ->
     """Absolute maxima that together cover ``x`` after dropout, for pb_relax="tensor"."""
     C = x.shape[-1]
     rows = x.numel() // C
-    peaks = x.new_empty(programs(rows, x.device, "forward"), dtype=torch.float32)
-    _peaks_kernel[(len(peaks),)](
-        x, peaks, rows, C, seed, threshold, scale, HAS_DROPOUT=threshold > 0, **tiling(C, "forward")
-    )
+    tiles = tiling(C, x.element_size(), 80)
+    peaks = x.new_empty(programs(rows, x.device, tiles), dtype=torch.float32)
+    _peaks_kernel[(len(peaks),)](x, peaks, rows, seed, threshold, scale, HAS_DROPOUT=threshold > 0, **tiles)
     return peaks
-
-
-def peaks_arguments(peaks: Tensor | None) -> dict[str, Any]:
-    count = 0 if peaks is None else len(peaks)
-    return {"PEAKS": count, "BLOCK_PEAKS": triton.next_power_of_2(max(count, 1))}
 
 
 def launch_reduce_partials(partials: Tensor, *outs: Tensor | None) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LayerNorm on NVIDIA GPUs.
 
-Letters: R rows of C elements, BLOCK_C >= C columns a tile, one row a tile, persistent programs.
+Letters: R rows of C elements, each a tuple of pieces of BLOCK_C columns, persistent programs.
 Bytes, forward: 2 R C elements (3 under pb_relax="tensor"). Backward: 3 R C. FLOPs: about 10 an element.
 """
 
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from cogview_kernels._norm import PB_RELAX_CODES
 from cogview_kernels._norm_triton import (
+    add_rows,
+    affine,
+    columns_of,
+    fill_row,
     gradient_through,
     launch_peaks,
     launch_reduce_partials,
@@ -21,54 +25,55 @@ from cogview_kernels._norm_triton import (
     load_peak,
     load_row,
     normalise,
-    peaks_arguments,
     programs,
+    store_row,
     tiling,
 )
-from cogview_kernels._triton import offset, store_rounded
+from cogview_kernels._triton import offset
+
+FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 168
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, stats_ptr, peaks_ptr, R, C, eps,
-    PB_RELAX: tl.constexpr, PEAKS: tl.constexpr, BLOCK_PEAKS: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, bias_ptr, stats_ptr, peaks_ptr, R, PEAKS, eps,
+    PB_RELAX: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(variance + eps * (peak / 8)^2)."""
-    columns = tl.arange(0, BLOCK_C)
-    weight = load_parameter(weight_ptr, columns, C, 1.0, BLOCK_C)
-    bias = load_parameter(bias_ptr, columns, C, 0.0, BLOCK_C)
+    columns = columns_of(C, BLOCK_C)
+    weight = load_parameter(weight_ptr, C, columns, 1.0)
+    bias = load_parameter(bias_ptr, C, columns, 0.0)
     peak = 8.0
     if PB_RELAX == 2:
-        peak = load_peak(peaks_ptr, PEAKS, BLOCK_PEAKS)
-    for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=2):
+        peak = load_peak(peaks_ptr, PEAKS)
+    for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         x = load_row(x_ptr, row, C, columns)
-        xhat, mean, rstd = normalise(x, columns, C, peak, eps, PB_RELAX)
-        y = xhat * weight + bias
-        store_rounded(y_ptr + offset(row, C) + columns, y, columns < C, y_ptr.dtype.element_ty)
+        xhat, mean, rstd = normalise(x, C, columns, peak, eps, PB_RELAX)
+        store_row(y_ptr, row, affine(xhat, weight, bias), C, columns)
         tl.store(stats_ptr + row, mean)
         tl.store(stats_ptr + offset(R, 1) + row, rstd)
 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, x_ptr, dx_ptr, weight_ptr, stats_ptr, partials_ptr, R, C, BLOCK_C: tl.constexpr
-):
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, stats_ptr, partials_ptr, R,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * weight; sums of dy * xhat and of dy."""
-    columns = tl.arange(0, BLOCK_C)
-    weight = load_parameter(weight_ptr, columns, C, 1.0, BLOCK_C)
-    dweight = tl.zeros([BLOCK_C], tl.float32)
-    dbias = tl.zeros([BLOCK_C], tl.float32)
-    for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=2):
+    columns = columns_of(C, BLOCK_C)
+    weight = load_parameter(weight_ptr, C, columns, 1.0)
+    dweight = fill_row(0.0, columns)
+    dbias = fill_row(0.0, columns)
+    for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         dy = load_row(dy_ptr, row, C, columns)
         x = load_row(x_ptr, row, C, columns)
         mean, rstd = tl.load(stats_ptr + row), tl.load(stats_ptr + offset(R, 1) + row)
-        dx, product = gradient_through(dy, x, mean, rstd, weight, columns, C)
-        store_rounded(dx_ptr + offset(row, C) + columns, dx, columns < C, dx_ptr.dtype.element_ty)
-        dweight += product
-        dbias += dy
-    at = partials_ptr + offset(2 * tl.program_id(0), C) + columns
-    tl.store(at, dweight, mask=columns < C)
-    tl.store(at + C, dbias, mask=columns < C)
+        dx, product = gradient_through(dy, x, mean, rstd, weight, C, columns)
+        store_row(dx_ptr, row, dx, C, columns)
+        dweight = add_rows(dweight, product)
+        dbias = add_rows(dbias, dy)
+    store_row(partials_ptr, 2 * tl.program_id(0), dweight, C, columns)
+    store_row(partials_ptr, 2 * tl.program_id(0) + 1, dbias, C, columns)
 
 
 def launch_layer_norm_fwd(
@@ -84,9 +89,10 @@ def launch_layer_norm_fwd(
     C = x.shape[-1]
     R = x.numel() // C
     peaks = launch_peaks(x, 0, 1.0, 0) if pb_relax == "tensor" else None
-    _layer_norm_fwd_kernel[(programs(R, x.device, "forward"),)](
-        x, y, weight, bias, stats, peaks, R, C, eps,
-        PB_RELAX=PB_RELAX_CODES[pb_relax], **peaks_arguments(peaks), **tiling(C, "forward"),
+    tiles = tiling(C, x.element_size(), FORWARD_REGISTERS)
+    _layer_norm_fwd_kernel[(programs(R, x.device, tiles),)](
+        x, y, weight, bias, stats, peaks, R, 0 if peaks is None else len(peaks), eps,
+        PB_RELAX=PB_RELAX_CODES[pb_relax], **tiles,
     )  # fmt: skip
 
 
@@ -102,8 +108,9 @@ def launch_layer_norm_bwd(
     """All contiguous; gradients of parameters may be None."""
     C = x.shape[-1]
     R = x.numel() // C
-    grid = programs(R, x.device, "backward")
+    tiles = tiling(C, x.element_size(), BACKWARD_REGISTERS)
+    grid = programs(R, x.device, tiles)
     partials = torch.empty((grid, 2, C), dtype=torch.float32, device=x.device)
-    _layer_norm_bwd_kernel[(grid,)](dy, x, dx, weight, stats, partials, R, C, **tiling(C, "backward"))
+    _layer_norm_bwd_kernel[(grid,)](dy, x, dx, weight, stats, partials, R, **tiles)
     if dweight is not None or dbias is not None:
         launch_reduce_partials(partials, dweight, dbias)
