@@ -71,23 +71,29 @@ struct Softmax {
     float maximum, total;
 };
 
-// The keys of a block, those of the pivots first, and for each query its logits, then its weights.
-template <typename T, int kRows>
+// The keys of a block, those of the pivots first.
+template <typename T>
 struct Block {
     int count, far;  // far: how many of them are pivots
     int at[kBlock];
     const T *k[kBlock], *v[kBlock];
-    alignas(64) float weights[kRows][kBlock];
 };
 
-// weights = q k^T. q has room for whole vectors, zero past D.
+template <typename T>
+inline void prefetch_row(const T* row, int D) {
+    for (int d = 0; d < D; d += 64 / int(sizeof(T))) __builtin_prefetch(row + d);
+}
+
+// weights[kRows, kBlock] = q k^T. q has room for whole vectors, zero past D. Values are asked for meanwhile.
 template <typename T, int kRows>
-void take_scores(Block<T, kRows>& block, const float* q, int D, int width) {
+void take_scores(const Block<T>& block, const float* q, int D, int width, float* weights) {
     for (int first = 0; first < block.count; first += kLanes) {
         VecF products[kRows][kLanes];
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
-            const T* key = block.k[std::min(first + j, block.count - 1)];
+            const int at = std::min(first + j, block.count - 1);
+            const T* key = block.k[at];
+            prefetch_row(block.v[at], D);
             // Four products at a time, as the error of one running sum grows with its length.
             VecF sum[kRows] = {};
             int d = 0;
@@ -110,7 +116,7 @@ void take_scores(Block<T, kRows>& block, const float* q, int D, int width) {
             }
             for (int r = 0; r < kRows; ++r) products[r][j] = sum[r];
         }
-        for (int r = 0; r < kRows; ++r) store(block.weights[r] + first, sums_of_lanes(products[r]));
+        for (int r = 0; r < kRows; ++r) store(weights + r * kBlock + first, sums_of_lanes(products[r]));
     }
 }
 
@@ -145,7 +151,7 @@ void softmax_step(float* weights, int count, Softmax& state, float* out, int wid
 
 // out[:, d, d + kVectors * kLanes) += weights v, or the `tag` of the last vector.
 template <typename T, int kRows, int kVectors, typename Tag>
-void add_values(const Block<T, kRows>& block, float* out, int d, int width, Tag tag) {
+void add_values(const Block<T>& block, const float* weights, float* out, int d, int width, Tag tag) {
     VecF sum[kRows][kVectors] = {};
     for (int j = 0; j < block.count; ++j) {
         const T* value = block.v[j] + d;
@@ -155,7 +161,7 @@ void add_values(const Block<T, kRows>& block, float* out, int d, int width, Tag 
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-            for (int i = 0; i < kVectors; ++i) sum[r][i] += x[i] * block.weights[r][j];
+            for (int i = 0; i < kVectors; ++i) sum[r][i] += x[i] * weights[r * kBlock + j];
     }
     // Added at the end: summing by blocks errs less than carrying out through every key.
     for (int r = 0; r < kRows; ++r)
@@ -167,11 +173,12 @@ void add_values(const Block<T, kRows>& block, float* out, int d, int width, Tag 
 }
 
 template <typename T, int kRows>
-void take_values(const Block<T, kRows>& block, float* out, int D, int width) {
+void take_values(const Block<T>& block, const float* weights, float* out, int D, int width) {
     int d = 0;
-    for (; d + 4 * kLanes <= D; d += 4 * kLanes) add_values<T, kRows, 4>(block, out, d, width, Whole{});
-    for (; d + kLanes <= D; d += kLanes) add_values<T, kRows, 1>(block, out, d, width, Whole{});
-    if (d < D) add_values<T, kRows, 1>(block, out, d, width, Part{D - d});
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes)
+        add_values<T, kRows, 4>(block, weights, out, d, width, Whole{});
+    for (; d + kLanes <= D; d += kLanes) add_values<T, kRows, 1>(block, weights, out, d, width, Whole{});
+    if (d < D) add_values<T, kRows, 1>(block, weights, out, d, width, Part{D - d});
 }
 
 template <typename T>
@@ -235,8 +242,7 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
     }
     const T* keys = row_of<T>(a.k, a.k_stride, b, kv_head, 0);
     const T* values = row_of<T>(a.v, a.v_stride, b, kv_head, 0);
-    Block<T, kRows> block;
-    for (int base = begin; base < stop; base += kBlock) {
+    const auto fill = [&](int base, Block<T>& block) {
         block.count = 0;
         int item = base;
         const int end = std::min(base + kBlock, stop);
@@ -247,14 +253,23 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
         }
         block.far = block.count;
         for (; item < end; ++item) block.at[block.count++] = window + item - listed;
-        if (block.count == 0) continue;
         for (int j = 0; j < block.count; ++j) {
             block.k[j] = keys + block.at[j] * a.k_stride[2];
             block.v[j] = values + block.at[j] * a.v_stride[2];
         }
-        take_scores<T, kRows>(block, q, D, width);
+    };
+    alignas(64) float weights[kRows * kBlock];
+    Block<T> blocks[2];
+    fill(begin, blocks[0]);
+    for (int base = begin, turn = 0; base < stop; base += kBlock, turn ^= 1) {
+        const Block<T>& block = blocks[turn];
+        Block<T>& next = blocks[turn ^ 1];
+        fill(base + kBlock, next);
+        if (block.count == 0) continue;
+        take_scores<T, kRows>(block, q, D, width, weights);
+        for (int j = 0; j < next.count; ++j) prefetch_row(next.k[j], D);
         for (int r = 0; r < kRows; ++r) {
-            float* logits = block.weights[r];
+            float* logits = weights + r * kBlock;
             for (int j = 0; j < block.count; j += kLanes) store(logits + j, load(logits + j) * a.scale);
             for (int j = 0; j < block.far; ++j) logits[j] += a.bias;
             if (a.Tq > 1)  // else each key here is seen
@@ -265,7 +280,7 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
             for (int j = block.count; j % kLanes != 0; ++j) logits[j] = -kInf;
             softmax_step(logits, block.count, state[r], out + r * width, width);
         }
-        take_values<T, kRows>(block, out, D, width);
+        take_values<T, kRows>(block, weights, out, D, width);
     }
     for (int r = 0; r < rows; ++r) {
         if (parts.splits == 1) {
