@@ -221,7 +221,7 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor) ->
         problem.gradient(tokens, slice(0, V), dlogits, held=True)
         problem.dhidden(dlogits, dhidden[tokens])
     # However few the tokens, 2.9 % of the logits at most: 1,664 of 58,240 ids, whose products of 128 x 256
-    # fill all but two of an H200's multiprocessors. 2 % on the CPU, where PyTorch's products take memory, too.
+    # fill all but two of an H200's multiprocessors. 2 % on the CPU, where PyTorch's own take memory, too.
     share = 50 if hidden.device.type == "cpu" else 34
     v = min(_chunk(N, 128), max(V // share // 128 * 128, 128), V)
     chunk = hidden.new_empty(v * N)
