@@ -47,7 +47,7 @@ def linear_cross_entropy(
         ignore_index: the target of tokens that do not count.
         vocab_range: ``(start, stop)``: the softmax is over these ids alone, so that the padded tail of a
             vocabulary, or all but the image codes, is as if it were not there. Its weights get no gradient.
-        backend: "chunked" or "reference"; None takes the best for the device.
+        backend: "triton", "cpu", "chunked" or "reference"; None takes the best for the device.
 
     Returns:
         The loss in float32 (float64 for float64): ``[...]`` for "none", else a scalar. With nothing that

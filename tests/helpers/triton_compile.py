@@ -38,6 +38,25 @@ class Spec:
     maxnreg: int | None = None
 
 
+def norm_spec(
+    module: str, kernel: str, signature: dict[str, str], constexprs: dict[str, Any], arch: int
+) -> Spec:
+    """Of a LayerNorm kernel; ``constexprs``: those of the kernel and what ``_norm_triton.tiling`` gives."""
+    constexprs = dict(constexprs)
+    warps, maxnreg = constexprs.pop("num_warps"), constexprs.pop("maxnreg")
+    aligned = [name for name, kind in signature.items() if kind[0] == "*"]
+    signature = signature | dict.fromkeys(constexprs, "constexpr")
+    return Spec(module, kernel, signature, constexprs, arch, warps, aligned=aligned, maxnreg=maxnreg)
+
+
+def assert_norms_fit(specs: list[Spec]) -> None:
+    """They compile without spills, within their registers and the smallest chip's shared memory."""
+    for spec, report in zip(specs, compile_kernels(specs), strict=True):
+        assert report.spills == 0, (spec, report.spills)
+        assert report.registers <= (spec.maxnreg or 0), (spec, report.registers)
+        assert report.shared <= SHARED_MEMORY_LIMIT[86], (spec, report.shared)
+
+
 @dataclass(frozen=True)
 class Report:
     registers: int

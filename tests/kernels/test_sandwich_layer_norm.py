@@ -12,7 +12,7 @@ from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, assert_within_budget
-from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
+from tests.helpers.triton_compile import assert_norms_fit, norm_spec
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -434,19 +434,8 @@ def test_triton_compiles_for_sm80_and_sm90():
             kernels.append(("_sandwich_layer_norm_fwd_kernel", forward, tensor, launchers.FORWARD_REGISTERS))
         for name, signature, flags, registers in kernels:
             flags = flags | tiling(C, 4 if dtype == "fp32" else 2, registers)
-            warps, maxnreg = flags.pop("num_warps"), flags.pop("maxnreg")
-            aligned = [k for k, kind in signature.items() if kind[0] == "*"]
-            signature = signature | dict.fromkeys(flags, "constexpr")
-            specs.append(
-                Spec(
-                    launchers.__name__, name, signature, flags, arch, warps,
-                    aligned=aligned, maxnreg=maxnreg,
-                )
-            )  # fmt: skip
-    for spec, report in zip(specs, compile_kernels(specs), strict=True):
-        assert report.spills == 0, (spec, report.spills)
-        assert report.registers <= (spec.maxnreg or 0), (spec, report.registers)
-        assert report.shared <= SHARED_MEMORY_LIMIT[86], (spec, report.shared)
+            specs.append(norm_spec(launchers.__name__, name, signature, flags, arch))
+    assert_norms_fit(specs)
 
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
