@@ -206,7 +206,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from cogview.commands import Generate, generate, run_sampling
-    from cogview.pictures import image_grid, save_png
+    from cogview.images import image_grid, save_png
 
     given = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -253,7 +253,7 @@ def _rerank(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from cogview.demo import Demo, run_demo, summary
+    from cogview.demo.run import Demo, run_demo, summary
 
     options = Demo(out=arguments.out, seed=arguments.seed, device=_device(arguments))
     print(summary(run_demo(options), arguments.out))

@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogview.caption import caption_loss, generate_captions
-from cogview.checkpoint import read_json, save_tensors, write_json
 from cogview.config import Preset, SamplingConfig
-from cogview.data import TokenDataset, encode_images, open_pairs, read_image, tokenize_captions
-from cogview.generate import generate_codes
-from cogview.image_tokenizer import ImageTokenizer
-from cogview.rerank import rerank
+from cogview.data.pairs import TokenDataset, encode_images, open_pairs, read_image, tokenize_captions
+from cogview.evaluation.rerank import rerank
+from cogview.generation.captions import caption_loss, generate_captions
+from cogview.generation.text_to_image import generate_codes
+from cogview.model.transformer import CogView
 from cogview.run import (
     IMAGE_TOKENIZER,
     MODEL_SETTINGS,
@@ -29,11 +28,12 @@ from cogview.run import (
     load_tokenizers,
 )
 from cogview.seeding import derive_seed
-from cogview.sequence import FRAME_TOKENS, fit_text
-from cogview.text_tokenizer import TextTokenizer
-from cogview.train import train
-from cogview.train_image_tokenizer import train_image_tokenizer
-from cogview.transformer import CogView
+from cogview.tokens.sequence import FRAME_TOKENS, fit_text
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.checkpoint import read_json, save_tensors, write_json
+from cogview.training.transformer import train
+from cogview.training.vqvae import train_image_tokenizer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
 

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from cogview.checkpoint import latest_checkpoint, load_tensors, load_weights, read_json, write_json
 from cogview.config import ImageTokenizerConfig, ModelConfig, SamplingConfig, ThreeRegionConfig
-from cogview.image_tokenizer import ImageTokenizer
-from cogview.text_tokenizer import TextTokenizer
-from cogview.transformer import CogView
-from cogview.vocab import Vocab
+from cogview.model.transformer import CogView
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.vocab import Vocab
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.checkpoint import latest_checkpoint, load_tensors, load_weights, read_json, write_json
 
 TOKENIZER_SETTINGS = "tokenizers.json"
 MODEL_SETTINGS = "model.json"

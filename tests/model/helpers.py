@@ -8,8 +8,8 @@ import dataclasses
 import torch
 
 from cogview.config import PRESETS, ModelConfig, Preset, ThreeRegionConfig
-from cogview.transformer import CogView
-from cogview.vocab import Vocab
+from cogview.model.transformer import CogView
+from cogview.tokens.vocab import Vocab
 
 VOCAB = Vocab(num_image_codes=16, num_text_pieces=20)
 SMALL = ModelConfig(

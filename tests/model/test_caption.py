@@ -3,9 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview.caption import caption_loss, generate_captions
-from cogview.rerank import rerank
-from cogview.sequence import image_to_text_prompt
+from cogview.evaluation.rerank import rerank
+from cogview.generation.captions import caption_loss, generate_captions
+from cogview.tokens.sequence import image_to_text_prompt
 from tests.model.helpers import VOCAB, small_model
 
 CODES = torch.randint(0, 16, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.checkpoint import (
+from cogview.config import TrainConfig
+from cogview.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_tensors,
@@ -15,8 +16,7 @@ from cogview.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from cogview.config import TrainConfig
-from cogview.optim import make_optimizer
+from cogview.training.optim import make_optimizer
 from tests.model.helpers import small_model
 
 

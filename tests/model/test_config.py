@@ -4,8 +4,8 @@ import dataclasses
 import pytest
 
 from cogview.config import PRESETS, ImageTokenizerConfig, ModelConfig, SamplingConfig, TrainConfig, get_preset
-from cogview.sequence import FRAME_TOKENS
-from cogview.vocab import Vocab
+from cogview.tokens.sequence import FRAME_TOKENS
+from cogview.tokens.vocab import Vocab
 
 
 @pytest.mark.parametrize("name", PRESETS)

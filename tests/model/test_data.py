@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview.data import FolderPairs, TokenDataset, batch_indices, open_pairs, read_image
-from cogview.digits import TRAINING_PHRASINGS, DigitPairs, Judge
-from cogview.vocab import Vocab
+from cogview.data.digits import TRAINING_PHRASINGS, DigitPairs, Judge
+from cogview.data.pairs import FolderPairs, TokenDataset, batch_indices, open_pairs, read_image
+from cogview.tokens.vocab import Vocab
 
 
 def save(path, array):

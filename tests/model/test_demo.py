@@ -7,9 +7,9 @@ import json
 import pytest
 from PIL import Image
 
-import cogview.demo
-from cogview.demo import Demo, all_prompts, run_demo, summary
-from cogview.digits import TRAINING_PHRASINGS
+import cogview.demo.run
+from cogview.data.digits import TRAINING_PHRASINGS
+from cogview.demo.run import Demo, all_prompts, run_demo, summary
 from tests.model.helpers import tiny_preset
 
 
@@ -36,9 +36,9 @@ def test_two_hundred_prompts_by_default_and_none_in_a_training_phrasing():
 
 def test_report_and_pictures(demo):
     options, report = demo
-    assert json.loads((options.out / "report.json").read_text(encoding="utf-8")) == cogview.demo._jsonable(
-        report
-    )
+    assert json.loads(
+        (options.out / "report.json").read_text(encoding="utf-8")
+    ) == cogview.demo.run._jsonable(report)
     assert report["results"]["prompts"] == 120
     assert len(report["prompts"]) == 120
     single = sum(prompt["right_candidates"] for prompt in report["prompts"]) / 360
@@ -60,9 +60,9 @@ def test_a_finished_demo_is_not_done_again(demo, monkeypatch):
         raise AssertionError("done again")
 
     for name in ("generate_codes", "rerank"):
-        monkeypatch.setattr(cogview.demo, name, never)
+        monkeypatch.setattr(cogview.demo.run, name, never)
     monkeypatch.setattr("cogview.commands.train_image_tokenizer", never)
-    monkeypatch.setattr("cogview.train.losses_of", never)
+    monkeypatch.setattr("cogview.training.transformer.losses_of", never)
     again = run_demo(options)
     assert again["results"] == report["results"]
     assert again["prompts"] == report["prompts"]
@@ -70,7 +70,8 @@ def test_a_finished_demo_is_not_done_again(demo, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "phase", ["cogview.train.losses_of", "cogview.demo.generate_codes", "cogview.demo.rerank"]
+    "phase",
+    ["cogview.training.transformer.losses_of", "cogview.demo.run.generate_codes", "cogview.demo.run.rerank"],
 )
 def test_interrupted_in_any_phase_it_goes_on_to_the_same_result(demo, tmp_path, monkeypatch, phase):
     finished, report = demo

@@ -2,12 +2,12 @@
 import pytest
 import torch
 
-from cogview.cache import KVCache
 from cogview.config import SamplingConfig
-from cogview.generate import generate_codes, prefill
-from cogview.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.text_to_image import generate_codes, prefill
+from cogview.model.cache import KVCache
 from cogview.seeding import derive_seed
-from cogview.sequence import text_to_image_prompt
+from cogview.tokens.sequence import text_to_image_prompt
 from tests.model.helpers import VOCAB, small_model
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import ImageTokenizerConfig
-from cogview.image_tokenizer import ImageTokenizer, Quantizer
+from cogview.tokens.vqvae import ImageTokenizer, Quantizer
 
 SMALL = ImageTokenizerConfig(num_codes=8, code_dim=4, channels=6, stages=2, image_size=16)
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from cogview.config import TrainConfig
-from cogview.optim import learning_rate, make_optimizer, parameter_groups
+from cogview.training.optim import learning_rate, make_optimizer, parameter_groups
 from tests.model.helpers import small_model
 
 

@@ -2,7 +2,7 @@
 import torch
 
 from cogview.config import SamplingConfig
-from cogview.sampling import draw, row_uniforms, token_probabilities, top_k_filter, top_p_filter
+from cogview.generation.sampling import draw, row_uniforms, token_probabilities, top_k_filter, top_p_filter
 from cogview.seeding import derive_seed
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.97, 0.01, 0.01, 0.01]]).log()

@@ -2,8 +2,14 @@
 import pytest
 import torch
 
-from cogview.sequence import fit_text, image_to_text_row, make_batch, text_to_image_prompt, text_to_image_row
-from cogview.vocab import Vocab
+from cogview.tokens.sequence import (
+    fit_text,
+    image_to_text_row,
+    make_batch,
+    text_to_image_prompt,
+    text_to_image_row,
+)
+from cogview.tokens.vocab import Vocab
 
 VOCAB = Vocab(num_image_codes=10, num_text_pieces=5)  # PAD 15, BOI1 16, EOI1 19, ROI1 22, SEP 25, TINY 29
 PAD, BOI1, EOI1, ROI1, SEP, TINY = 15, 16, 19, 22, 25, 29

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from cogview.config import PRESETS
-from cogview.digits import (
+from cogview.data.digits import (
     CHINESE,
     ENGLISH,
     HELD_OUT_PHRASINGS,
     TRAINING_PHRASINGS,
     phrase,
 )
-from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens.text_tokenizer import TextTokenizer
 
 TEST_DATA = Path(os.environ.get("COGVIEW_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RELEASED = TEST_DATA / "cog-pretrain.model"

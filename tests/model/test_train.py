@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import cogview.train
+import cogview.training.transformer
 from cogview.config import TrainConfig
-from cogview.data import TokenDataset
-from cogview.train import losses_of, sample_layouts, train
+from cogview.data.pairs import TokenDataset
+from cogview.training.transformer import losses_of, sample_layouts, train
 from tests.model.helpers import VOCAB, small_model
 
 CONFIG = TrainConfig(
@@ -88,7 +88,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, dropout):
     whole = train(small_model(dropout=dropout), dataset(), CONFIG, tmp_path / "whole", progress=False)
-    real = cogview.train.losses_of
+    real = cogview.training.transformer.losses_of
     calls = []
 
     def dies_in_step_six(*arguments):
@@ -97,7 +97,7 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, dropout)
             raise Killed
         return real(*arguments)
 
-    monkeypatch.setattr(cogview.train, "losses_of", dies_in_step_six)
+    monkeypatch.setattr(cogview.training.transformer, "losses_of", dies_in_step_six)
     with pytest.raises(Killed):
         train(small_model(dropout=dropout), dataset(), CONFIG, tmp_path / "killed", progress=False)
     monkeypatch.undo()
@@ -112,13 +112,13 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
     root = Path(__file__).parents[2]
     code = RUN.replace("CONFIG, sys.argv[1]", "SLOW, sys.argv[1]").replace(
         "train(small",
-        "import dataclasses, time, cogview.train\n"
+        "import dataclasses, time, cogview.training.transformer\n"
         "SLOW = dataclasses.replace(CONFIG, checkpoint_every=1_000_000)\n"
-        "real = cogview.train.losses_of\n"
+        "real = cogview.training.transformer.losses_of\n"
         "def slow(*arguments):\n"
         "    print('step', flush=True); time.sleep(0.2)\n"
         "    return real(*arguments)\n"
-        "cogview.train.losses_of = slow\n"
+        "cogview.training.transformer.losses_of = slow\n"
         "train(small",
     )
     process = subprocess.Popen(
@@ -143,7 +143,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
 
 
 def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
-    real = cogview.train.losses_of
+    real = cogview.training.transformer.losses_of
     model = small_model()
     config = dataclasses.replace(CONFIG, steps=3, checkpoint_every=100)
     seen = []
@@ -153,7 +153,7 @@ def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
         loss, image, text = real(*arguments)
         return (loss * float("nan") if len(seen) == 2 else loss), image, text
 
-    monkeypatch.setattr(cogview.train, "losses_of", nan_in_step_one)
+    monkeypatch.setattr(cogview.training.transformer, "losses_of", nan_in_step_one)
     train(model, dataset(), config, tmp_path, progress=False)
     assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
     assert all(torch.equal(seen[1][name], seen[2][name]) for name in seen[1])

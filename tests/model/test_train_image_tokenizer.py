@@ -4,11 +4,11 @@ import dataclasses
 import pytest
 import torch
 
-import cogview.train_image_tokenizer
+import cogview.training.vqvae
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
-from cogview.digits import DigitPairs
-from cogview.image_tokenizer import ImageTokenizer
-from cogview.train_image_tokenizer import train_image_tokenizer
+from cogview.data.digits import DigitPairs
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.vqvae import train_image_tokenizer
 
 SHAPE = ImageTokenizerConfig(
     num_codes=16,
@@ -36,14 +36,14 @@ def test_training_learns(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):
     whole = train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "whole", progress=False)
-    real = cogview.train_image_tokenizer.batch_indices
+    real = cogview.training.vqvae.batch_indices
 
     def dies_in_step_seven(seed, step, *arguments):
         if step == 7:
             raise RuntimeError("killed")
         return real(seed, step, *arguments)
 
-    monkeypatch.setattr(cogview.train_image_tokenizer, "batch_indices", dies_in_step_seven)
+    monkeypatch.setattr(cogview.training.vqvae, "batch_indices", dies_in_step_seven)
     with pytest.raises(RuntimeError, match="killed"):
         train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "cut", progress=False)
     monkeypatch.undo()
@@ -55,7 +55,7 @@ def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=1)
     model = tokenizer()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monkeypatch.setattr(cogview.train_image_tokenizer.F, "mse_loss", lambda a, b: a.sum() * float("nan"))
+    monkeypatch.setattr(cogview.training.vqvae.F, "mse_loss", lambda a, b: a.sum() * float("nan"))
     train_image_tokenizer(model, DigitPairs(), config, tmp_path, progress=False)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import PRESETS
-from cogview.transformer import CogView
+from cogview.model.transformer import CogView
 from cogview_kernels import ThreeRegionLayout
 from tests.model.helpers import SMALL, small_model
 

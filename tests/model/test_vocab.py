@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from cogview.vocab import COMMANDS, Vocab
+from cogview.tokens.vocab import COMMANDS, Vocab
 
 
 def test_ids_of_the_released_model():

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from cogview.config import SamplingConfig
-from cogview.generate import prefill
-from cogview.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.text_to_image import prefill
+from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
-from cogview.sequence import image_to_text_prompt
-from cogview.transformer import CogView
-from cogview.vocab import Vocab
+from cogview.tokens.sequence import image_to_text_prompt
+from cogview.tokens.vocab import Vocab
 from cogview_kernels import linear_cross_entropy
 
 

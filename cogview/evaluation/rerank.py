@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cogview.caption import caption_loss
-from cogview.transformer import CogView
-from cogview.vocab import Vocab
+from cogview.generation.captions import caption_loss
+from cogview.model.transformer import CogView
+from cogview.tokens.vocab import Vocab
 
 
 def rerank(

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cogview.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cogview.config import ModelConfig, TrainConfig
-from cogview.data import TokenDataset
-from cogview.interrupt import DeferredInterrupt
-from cogview.optim import learning_rate, make_optimizer
+from cogview.data.pairs import TokenDataset
+from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
-from cogview.sequence import Batch
-from cogview.transformer import CogView
+from cogview.tokens.sequence import Batch
+from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cogview.training.interrupt import DeferredInterrupt
+from cogview.training.optim import learning_rate, make_optimizer
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 

@@ -21,12 +21,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.digits import DigitPairs
-from cogview.image_tokenizer import ImageTokenizer
+from cogview.data.digits import DigitPairs
 from cogview.seeding import derive_seed
-from cogview.sequence import FRAME_TOKENS, Batch, fit_text, image_to_text_row, make_batch, text_to_image_row
-from cogview.text_tokenizer import TextTokenizer
-from cogview.vocab import Vocab
+from cogview.tokens.sequence import (
+    FRAME_TOKENS,
+    Batch,
+    fit_text,
+    image_to_text_row,
+    make_batch,
+    text_to_image_row,
+)
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.vocab import Vocab
+from cogview.tokens.vqvae import ImageTokenizer
 
 
 class Pairs(Protocol):

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cogview.cache import KVCache
 from cogview.config import ModelConfig
+from cogview.model.cache import KVCache
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cogview.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cogview.config import ImageTokenizerTrainConfig
-from cogview.data import Pairs, batch_indices
-from cogview.image_tokenizer import ImageTokenizer
-from cogview.interrupt import DeferredInterrupt
+from cogview.data.pairs import Pairs, batch_indices
 from cogview.seeding import derive_seed
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cogview.training.interrupt import DeferredInterrupt
 
 
 def train_image_tokenizer(

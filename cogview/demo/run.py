@@ -24,8 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.caption import caption_loss
-from cogview.checkpoint import load_tensors, read_json, save_tensors, write_json
 from cogview.commands import (
     TrainModel,
     TrainTokenizers,
@@ -35,12 +33,14 @@ from cogview.commands import (
     train_tokenizers,
 )
 from cogview.config import PRESETS, Preset
-from cogview.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, Judge, phrase
-from cogview.generate import generate_codes
-from cogview.pictures import save_contact_sheet, save_loss_curves
-from cogview.rerank import rerank
+from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, Judge, phrase
+from cogview.evaluation.rerank import rerank
+from cogview.generation.captions import caption_loss
+from cogview.generation.text_to_image import generate_codes
+from cogview.images import save_contact_sheet, save_loss_curves
 from cogview.run import Run, claim_settings, load_run
 from cogview.seeding import derive_seed
+from cogview.training.checkpoint import load_tensors, read_json, save_tensors, write_json
 
 SHEET = "contact_sheet.png"
 CURVES = "loss_curves.png"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cogview.vocab import Vocab
+from cogview.tokens.vocab import Vocab
 
 FRAME_TOKENS = 5  # ROI1, SIZE, BOI1, EOI1 and, in image-to-text order, SEP
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cogview.cache import KVCache
 from cogview.config import SamplingConfig
-from cogview.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.sampling import draw, row_uniforms, token_probabilities
+from cogview.model.cache import KVCache
+from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
-from cogview.sequence import text_to_image_prompt
-from cogview.transformer import CogView
-from cogview.vocab import Vocab
+from cogview.tokens.sequence import text_to_image_prompt
+from cogview.tokens.vocab import Vocab
 
 
 @torch.no_grad()
