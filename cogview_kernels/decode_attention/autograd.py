@@ -66,36 +66,34 @@ def _decode(q, k_cache, v_cache, lengths, scale, pivots, block_size, window_bloc
         return out
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
-    P, w, W = 0, 0, 0
-    listed = (0, 0)
-    keys = S
+    layout, keys = ((0, 8), 0, S, 1, 0.0), S
     if pivots is not None:
-        P, w, W = pivots.shape[1], min(block_size, S), min(window_blocks, S)
+        w, W = min(block_size, S), min(window_blocks, S)
         listed = (pivots.data_ptr(), pivots.element_size())
-        keys = P + min(S, w * W + Tq)
+        layout, keys = (listed, pivots.shape[1], w, W, pivot_bias), pivots.shape[1] + min(S, w * W + Tq)
 
-    def run(kernel, chunk, splits, partial, place):
+    def run(kernel, splits, place):
         kernel(
-            *((x.data_ptr(), x.stride()[:3]) for x in (q, k_cache, v_cache, out)),
-            (B, H, Hkv, Tq, S, D, P, w, W, chunk, splits),
-            pivot_bias,
-            scale,
+            *((x.data_ptr(), x.stride()[:3]) for x in (q, k_cache, v_cache)),
             (lengths.data_ptr(), lengths.element_size()),
-            listed,
-            partial,
+            (out.data_ptr(), out.stride()[:3]),
+            (B, H, Hkv, Tq, S, D),
+            layout,
+            scale,
             _extension.DTYPE_CODES[q.dtype],
+            splits,
             place,
         )
 
     if backend == "cpu":
         # It divides the keys by itself: the lengths are at hand.
-        run(_extension.native.decode_attention_cpu, 0, 0, 0, torch.get_num_threads())
+        run(_extension.native.decode_attention_cpu, (0, 0, 0), torch.get_num_threads())
         return out
     splits = min(_MOST_SPLITS, -(-keys // _CHUNK))
     chunk = -(-keys // splits)
     partial = q.new_empty(B, H, Tq, splits if splits > 1 else 0, D + 2, dtype=torch.float32)
     stream = torch.cuda.current_stream().cuda_stream
-    run(_extension.native.decode_attention_cuda, chunk, splits, partial.data_ptr(), stream)
+    run(_extension.native.decode_attention_cuda, (chunk, splits, partial.data_ptr()), stream)
     return out
 
 

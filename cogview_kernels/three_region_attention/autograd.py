@@ -66,35 +66,31 @@ def kernel_limit(q: Tensor, backend: str) -> str:
     return ""
 
 
-def _cpu_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
-    B, H, T, D = q.shape
-    pivots = pivots.long().contiguous()
-    limits = (B, H, k.shape[1], T, D, pivots.shape[1], min(block_size, 2**30), min(window_blocks, 2**30))
-    dropout = (dropout_p, min(round(dropout_p * 2**32), 2**32 - 1), 0 if seed is None else int(seed) % 2**64)
-    numbers = (pivot_bias, scale, *dropout, _extension.DTYPE_CODES[q.dtype], torch.get_num_threads())
-    return pivots, (limits, pivots.data_ptr(), *numbers)
-
-
 def _aligned(x: Tensor) -> Tensor:
     """``x`` with every row at a multiple of 16 bytes, which is how the CUDA kernels read."""
     fits = x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s, n in zip(x.stride(), x.shape[:3]) if n > 1)  # noqa: B905
     return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
-def _cuda_arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed):
-    """``(kept, P, numbers)``: tensors to keep alive through the call, pivots that any query sees as far keys,
-    and what follows the tensors in both directions."""
+def _arguments(q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, sorted_pivots):
+    """What both directions take, from the shape on. ``pivots`` is contiguous."""
     B, H, T, D = q.shape
-    P = 0 if block_size * window_blocks >= T else pivots.shape[1]
-    pivots = pivots.contiguous()
-    ordered = pivots.new_empty(B, P, dtype=torch.int32)
     dropout: tuple[int, float, int, int] = (0, 1.0, 0, 0)
     if dropout_p > 0:
-        seed_value, seed_data = (0, seed.data_ptr()) if seed.device == q.device else (int(seed) % 2**64, 0)
-        dropout = (min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p), seed_value, seed_data)
-    shape = (B, H, k.shape[1], T, D, P, min(block_size, T), min(window_blocks, T))
+        on_device = seed.device.type == "cuda"
+        seeds = (0, seed.data_ptr()) if on_device else (int(seed) % 2**64, 0)
+        dropout = (min(round(dropout_p * 2**32), 2**32 - 1), 1 / (1 - dropout_p), *seeds)
     listed = (pivots.data_ptr(), pivots.element_size())
-    return (pivots, ordered), P, (shape, pivot_bias, scale, dropout, listed, ordered.data_ptr())
+    layout = (listed, pivots.shape[1], min(block_size, 2**30), min(window_blocks, 2**30), pivot_bias)
+    address = 0 if sorted_pivots is None else sorted_pivots.data_ptr()
+    code = _extension.DTYPE_CODES[q.dtype]
+    return (B, H, k.shape[1], T, D), layout, scale, dropout, code, address
+
+
+def _sorted_pivots(q, pivots, block_size, window_blocks):
+    """Room for the pivots that some query sees as far keys."""
+    P = 0 if block_size * window_blocks >= q.shape[2] else pivots.shape[1]
+    return pivots.new_empty(q.shape[0], P, dtype=torch.int32)
 
 
 def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
@@ -110,27 +106,20 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
         regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
         triton_kernels.launch_three_region_attention_fwd(q, k, v, out, lse, *regions)
         return out, lse
+    pivots = pivots.contiguous()
+    sorted_pivots = None
     if backend == "cuda":
         q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        kept, _, numbers = _cuda_arguments(
-            q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
-        )
-        _extension.native.three_region_attention_fwd_cuda(
-            *(_strided(x) for x in (q, k, v, out)),
-            lse.data_ptr(),
-            *numbers,
-            torch.cuda.current_stream().cuda_stream,
-        )
-        del kept
-        return out, lse
-    # The name keeps a converted copy of the pivots alive through the call.
-    kept, numbers = _cpu_arguments(
-        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+        sorted_pivots = _sorted_pivots(q, pivots, block_size, window_blocks)
+        place = torch.cuda.current_stream().cuda_stream
+        kernel = _extension.native.three_region_attention_fwd_cuda
+    else:
+        place = torch.get_num_threads()
+        kernel = _extension.native.three_region_attention_fwd_cpu
+    shared = _arguments(
+        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, sorted_pivots
     )
-    _extension.native.three_region_attention_fwd_cpu(
-        _strided(q), _strided(k), _strided(v), _strided(out), lse.data_ptr(), *numbers
-    )
-    del kept
+    kernel(_strided(q), _strided(k), _strided(v), _strided(out), lse.data_ptr(), *shared, place)
     return out, lse
 
 
@@ -152,35 +141,31 @@ def _backward(
         regions = (pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed)
         triton_kernels.launch_three_region_attention_bwd(dout, dlse, q, k, v, out, lse, *gradients, *regions)
         return gradients
+    pivots = pivots.contiguous()
+    sorted_pivots, workspace = None, (0, 0, 0)
     if backend == "cuda":
         q, k, v, out, dout = (_aligned(x) for x in (q, k, v, out, dout))
-        kept, P, numbers = _cuda_arguments(
-            q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
-        )
+        sorted_pivots = _sorted_pivots(q, pivots, block_size, window_blocks)
         delta = torch.empty_like(lse)
-        far = lse.new_empty(2, k.shape[0], k.shape[1], P, k.shape[3])
-        _extension.native.three_region_attention_bwd_cuda(
-            *(_strided(x) for x in (q, k, v, out, dout)),
-            lse.data_ptr(),
-            0 if dlse is None else dlse.data_ptr(),
-            *(_strided(x) for x in gradients),
-            *(x.data_ptr() for x in (delta, far[0], far[1])),
-            *numbers,
-            torch.cuda.current_stream().cuda_stream,
-        )
-        del kept
-        return gradients
-    kept, numbers = _cpu_arguments(
-        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed
+        far = lse.new_empty(2, k.shape[0], k.shape[1], sorted_pivots.shape[1], k.shape[3])
+        workspace = (delta.data_ptr(), far[0].data_ptr(), far[1].data_ptr())
+        place = torch.cuda.current_stream().cuda_stream
+        kernel = _extension.native.three_region_attention_bwd_cuda
+    else:
+        place = torch.get_num_threads()
+        kernel = _extension.native.three_region_attention_bwd_cpu
+    shared = _arguments(
+        q, k, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, sorted_pivots
     )
-    _extension.native.three_region_attention_bwd_cpu(
-        *(_strided(x) for x in (q, k, v, out, dout)),
+    kernel(
+        tuple(_strided(x) for x in (q, k, v, out, dout)),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
-        *(_strided(x) for x in gradients),
-        *numbers,
+        tuple(_strided(x) for x in gradients),
+        *shared,
+        workspace,
+        place,
     )
-    del kept
     return gradients
 
 
