@@ -24,7 +24,7 @@ from cogview.files import StrPath, load_tensors
 from cogview.model.transformer import CogView
 from cogview.settings import load_model_settings, train_model_hint
 from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
-from cogview.training.checkpoint import latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
 from cogview.weights import load_weights
 
 
@@ -46,7 +46,7 @@ def load_run(folder: StrPath, device: str = "cpu") -> Run:
     folder = Path(folder)
     tokenizers = load_tokenizers(folder, device)
     settings = load_model_settings(folder)
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
     with torch.device("meta"):
