@@ -85,3 +85,19 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None) -> None:
         )
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Tensor))):
         raise TypeError(f"{op}: seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether a check may look at the elements of ``x``: not on a GPU, where that would synchronise, nor
+    where ``x`` stands for values that are not there, as in ``torch.compile``, FakeTensorMode or vmap."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; PyTorch raises for devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

@@ -20,8 +20,10 @@ OPS = sorted(p.parent.name for p in KERNELS.glob("*/api.py"))
 ALLOWED = {
     "__init__": {"api", "layout"},
     "api": {"autograd", "reference", "sdpa", "layout"},
-    "autograd": {"triton_kernels", "chunked", "layout"},
-    "chunked": set(),
+    "autograd": {"triton_kernels", "native", "chunked", "pieces", "layout"},
+    "native": {"chunked"},
+    "chunked": {"pieces"},
+    "pieces": set(),
     "reference": set(),
     "sdpa": {"layout", "reference"},
     "layout": {"reference"},
