@@ -48,8 +48,8 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     if gradient.device.type == "cpu":
         if factor == 1:
             return
-        # PyTorch widens a whole operand here, so a few rows go at a time.
-        rows = pieces.CHUNK_ELEMENTS // (2 * gradient.shape[1])
+        # PyTorch widens the operand and the result here, 8 bytes an element, so a few rows go at a time.
+        rows = pieces.CHUNK_ELEMENTS // (4 * gradient.shape[1])
     for part in gradient.split(max(1, rows)):
         # The factor gets one dimension: PyTorch would round one of none to the dtype of the gradient first.
         torch.mul(part, factor.view(1), out=part)
