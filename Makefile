@@ -66,7 +66,7 @@ bench: build  ## time every op against its rivals on this machine, then write th
 
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
 gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)
-	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(PYTHON) .ci/gpu_check.py --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there

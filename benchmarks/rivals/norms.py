@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import FORWARD, Case, Forward, Inputs, Variant
+from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
 from benchmarks.shapes import WIDTH
 from cogview_kernels import _norm
