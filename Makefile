@@ -7,7 +7,7 @@ OUT    ?= build/gpu-check
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo test sanitize lint format bench gpu-check wheel-check clean
+.PHONY: help setup build demo test sanitize lint format bench bounds gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,9 @@ format: $(VENV)/.ready  ## rewrite the sources in the house style
 bench: build  ## time every op against its rivals on this machine, then write the tables and plots
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.report
+
+bounds: build  ## wall-clock bounds that the project promises; wants a quiet machine
+	$(BIN)/python -m benchmarks.bounds
 
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
 gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)

@@ -8,7 +8,7 @@ import functools
 import torch
 
 from benchmarks import shapes
-from benchmarks.definitions import FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import decode
 from cogview_kernels import decode_attention
 
@@ -52,12 +52,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": functools.partial(truth, dense=False), "dense": functools.partial(truth, dense=True)},
-    variants=(
-        *backends(
-            "decode_attention", lambda op, x: op(x.q, x.k_cache, x.v_cache, x.lengths, layout=x.layout)
-        ),
-        *decode.VARIANTS,
-    ),
+    backends=("cpu", "triton", "cuda", "sdpa"),
+    call=lambda op, x: op(x.q, x.k_cache, x.v_cache, x.lengths, layout=x.layout),
+    rivals=decode.VARIANTS,
     work=work,
     baseline=decode.CACHE,
 )

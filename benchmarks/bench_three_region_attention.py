@@ -9,7 +9,7 @@ import functools
 import torch
 
 from benchmarks import shapes
-from benchmarks.definitions import BACKWARD, BOTH, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BACKWARD, BOTH, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import attention
 from cogview_kernels import three_region_attention
 
@@ -67,8 +67,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": functools.partial(truth, dense=False), "dense": functools.partial(truth, dense=True)},
-    variants=(
-        *backends("three_region_attention", lambda op, x: op(x.q, x.k, x.v, x.layout)),
+    backends=("triton", "cuda", "cpu", "sdpa"),
+    call=lambda op, x: op(x.q, x.k, x.v, x.layout),
+    rivals=(
         *(dataclasses.replace(variant, work=dense_work) for variant in attention.DENSE_VARIANTS),
         *attention.SPARSE_VARIANTS,
     ),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import cogview_kernels
 from benchmarks.timing import Limits
 from cogview_kernels import _backends
 
@@ -87,14 +88,20 @@ class Variant:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """``truths[name](inputs, case)`` gives the forward of a reference in float32, on the part of the inputs
-    that ``part`` keeps; ``part(results, case)`` takes the matching part of a variant's results."""
+    """What races in which cases.
+
+    ``backends`` names all of the op's but its reference, and ``call(function, inputs)`` calls the op.
+    ``truths[name](inputs, case)`` gives the forward of a reference in float32, on the part of the inputs that
+    ``part`` keeps; ``part(results, case)`` takes the matching part of a variant's results.
+    """
 
     op: str
     cases: Callable[[torch.device, bool], list[Case]]
     inputs: Callable[[Case, torch.device], Inputs]
     truths: dict[str, Callable[[Inputs, Case], tuple[Inputs, Forward]]]
-    variants: tuple[Variant, ...]
+    backends: tuple[str, ...]
+    call: Callable[[Callable[..., Any], Inputs], Any]
+    rivals: tuple[Variant, ...]
     work: Callable[[Case, Inputs], Work]
     baseline: str
     part: Callable[[tuple[Tensor, ...], Case], tuple[Tensor, ...]] = lambda results, case: results
@@ -102,30 +109,24 @@ class Benchmark:
         default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(2.0, 5, 40)
     )
 
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Our backends, then the rivals."""
+        return (*map(self.backend, self.backends), *self.rivals)
 
-def benchmark_of(op: str) -> Benchmark:
-    """The benchmark that ``bench_<op>.py`` declares."""
-    return importlib.import_module(f"benchmarks.bench_{op}").BENCHMARK
-
-
-def backends(
-    op: str, call: Callable[[Callable[..., Any], Inputs], Any], names: tuple[str, ...] | None = None
-) -> tuple[Variant, ...]:
-    """A variant per backend written for ``op``; ``call(function, inputs)`` calls it. ``names`` where the op
-    has no one list of them."""
-    function = getattr(importlib.import_module("cogview_kernels"), op)
-    names = names or importlib.import_module(f"cogview_kernels.{op}.api")._SUPPORTED
-
-    def variant(name: str) -> Variant:
-        chosen = functools.partial(function, backend=name)
+    def backend(self, name: str) -> Variant:
+        function = functools.partial(getattr(cogview_kernels, self.op), backend=name)
         return Variant(
             name,
-            lambda inputs, case: lambda: call(chosen, inputs),
+            lambda inputs, case: lambda: self.call(function, inputs),
             kind="backend",
             why_not=lambda case, device: _backends.why_not(name, device),
         )
 
-    return tuple(variant(name) for name in names if name != "reference")
+
+def benchmark_of(op: str) -> Benchmark:
+    """The benchmark that ``bench_<op>.py`` declares."""
+    return importlib.import_module(f"benchmarks.bench_{op}").BENCHMARK
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from cogview.config import PRESETS, ThreeRegionConfig
+from cogview.config import ThreeRegionConfig
+from cogview.presets import PRESETS
 from cogview_kernels import ThreeRegionLayout
 
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,6 +13,7 @@ from benchmarks import OPS, harness
 from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Variant, benchmark_of
 from benchmarks.rivals import attention
 from benchmarks.shapes import AttentionShape, Regions
+from cogview_kernels import _backends
 
 CPU = torch.device("cpu")
 TINY = harness.Options(tiny=True)
@@ -28,7 +29,7 @@ def quick(bench: Benchmark) -> tuple[Variant, ...]:
 def race(bench, cases, variants):
     """Outcomes by case, then by variant."""
     found = {case: {} for case in cases}
-    few = dataclasses.replace(bench, variants=variants)
+    few = dataclasses.replace(bench, backends=(), rivals=variants)
     for outcome in harness.Race(few, CPU, CEILINGS, TINY).run(cases):
         assert outcome.variant.name not in found[outcome.case]
         found[outcome.case][outcome.variant.name] = outcome
@@ -40,16 +41,37 @@ def test_variants_equal_the_reference(op):
     bench = benchmark_of(op)
     cases = bench.cases(CPU, True)
     for together in harness.alike(cases):
-        for case, outcomes in race(bench, together, quick(bench)).items():
-            refused = {v.name for v in quick(bench) if v.why_not(case, CPU)}
+        # tests/kernels holds every backend to its budget in every dtype; here one dtype shows the right call.
+        first = together[0].dtype == cases[0].dtype
+        variants = tuple(v for v in quick(bench) if first or v.kind != "backend")
+        for case, outcomes in race(bench, together, variants).items():
+            refused = {v.name for v in variants if v.why_not(case, CPU)}
             assert not [o.reason for o in outcomes.values() if o.failed]
             skipped = {name: o.reason for name, o in outcomes.items() if o.row is None}
             assert set(skipped) == refused, skipped
-            assert set(outcomes) == {v.name for v in quick(bench)}
+            assert set(outcomes) == {v.name for v in variants}
             for name, outcome in outcomes.items():
                 if row := outcome.row:
                     assert row["variant"] == name
                     assert row["ms"] > 0 and row["rate"] > 0 and row["formula"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_backend_of_the_op_is_raced(op):
+    bench = benchmark_of(op)
+    case = bench.cases(CPU, True)[0]
+    inputs = bench.inputs(case, CPU)
+    written = {"reference"}
+    for name in _backends.BACKENDS:
+        try:
+            bench.backend(name).prepare(inputs, case)()
+        except NotImplementedError as error:
+            assert f"no {name} backend" in str(error)
+            continue
+        except RuntimeError as error:
+            assert f"backend '{name}' cannot run" in str(error)
+        written.add(name)
+    assert {*bench.backends, "reference"} == written
 
 
 def test_attention_rivals_over_many_blocks():
