@@ -8,9 +8,8 @@ import torch
 
 from benchmarks import shapes
 from benchmarks.conftest import CLOCK
-from benchmarks.harness import BOTH, FORWARD, Benchmark, Case, Forward, Inputs, Variant, Work, backends
+from benchmarks.harness import BOTH, FORWARD, Benchmark, Case, Inputs, Work, backends
 from benchmarks.rivals import cross_entropy
-from cogview_kernels import _backends, linear_cross_entropy
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 
@@ -31,32 +30,13 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: linear_cross_entropy_reference(wide.hidden, wide.weight, wide.target)
+    return wide, lambda: linear_cross_entropy_reference(wide.hidden, wide.weight, wide.target)[0]
 
 
 def work(case: Case, inputs: Inputs) -> Work:
     s = case.shape
     products = 1 if case.direction == FORWARD else 3
     return Work(2 * products * s.N * s.C * s.V, "matmul", f"{2 * products} N C V: {products} matrix products")
-
-
-def route(name: str, fused: tuple[bool, bool]) -> Variant:
-    """The triton backend by one of its two routes, whichever is its default: see FUSED in its kernels."""
-
-    def prepare(inputs: Inputs, case: Case) -> Forward:
-        from cogview_kernels.linear_cross_entropy import triton_kernels
-
-        def call() -> torch.Tensor:
-            default, triton_kernels.FUSED = triton_kernels.FUSED, fused
-            try:
-                return linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, backend="triton")
-            finally:
-                triton_kernels.FUSED = default
-
-        return call
-
-    why_not = lambda case, device: _backends.why_not("triton", device)  # noqa: E731
-    return Variant(name, prepare, kind="backend", why_not=why_not)
 
 
 BENCHMARK = Benchmark(
@@ -66,8 +46,6 @@ BENCHMARK = Benchmark(
     truths={"op": truth},
     variants=(
         *backends("linear_cross_entropy", lambda op, x: op(x.hidden, x.weight, x.target)),
-        route("triton, products", (False, False)),
-        route("triton, fused", (True, True)),
         *cross_entropy.VARIANTS,
     ),
     work=work,
