@@ -106,3 +106,8 @@ def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
     if x.dtype in FLOATS:
         return ""
     return f"the {backend} backend takes {name} in float32, float16 or bfloat16, got {x.dtype}"
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for ``device``; PyTorch raises for devices that have none, such as meta."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
