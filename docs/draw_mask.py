@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws ``docs/mask.png`` from ``ThreeRegionLayout.dense_mask``: ``python docs/draw_mask.py``.
 
-Left: which keys each query sees. Right: the same keys as a kernel reads them, gathered into the window and the
-sorted list of pivots, of which a block of queries sees a prefix.
+Left: which keys each query sees. Right: the same keys as a kernel reads them, gathered into the sorted list
+of pivots and the window. A block of queries sees a prefix of that list.
 """
 
 from __future__ import annotations
