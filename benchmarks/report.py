@@ -177,9 +177,9 @@ def summary(everything: dict[str, dict[str, Document]]) -> str:
     for folder, documents in everything.items():
         device = next(iter(documents.values()))["environment"]["device"]
         table = [row for op, shapes, way in FEW if (row := _few_row(documents.get(op), shapes, way))]
-        header = ["op", "case", "against the fastest rival", "extra memory: ours, the rival's"]
+        header = ["op", "case", "against its fastest rival", "extra memory: ours, the rival's"]
         lines += [f"**{device}** ([every row](benchmarks/results/{folder}/README.md))", ""]
-        lines += [*_markdown_table(header, table, text=2), ""]
+        lines += [*_markdown_table(header, table, text=3), ""]
     lines.append("[The whole table and its chart](benchmarks/results/README.md).")
     return "\n".join(lines) + "\n"
 
@@ -188,7 +188,7 @@ def _few_row(document: Document | None, shapes: tuple[str, ...], direction: str)
     for (shape, _, dtype, way), ours, rows in results.headline(document) if document else []:
         rival = results.fastest_rival(rows)
         if shape in shapes and way == direction and rival:
-            against = f"{speed_text(ours, rows, rival['variant'])} {rival['variant']}"
+            against = f"{speed_text(ours, rows, rival['variant'])} as fast as {rival['variant']}"
             memory = f"{_memory(extra_bytes(ours))}, {_memory(extra_bytes(rival))}"
             return [f"`{document['op']}`", f"{shape}, {dtype}, {way}", against, memory]
     return []

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of the causal triangle each method must compute: the reason why gathering wins.
 
-Counted, not timed: from ``ThreeRegionLayout.plan`` for one sample drawn with a fixed seed.
+``ThreeRegionLayout.plan`` counts the tiles for one sample that is drawn with a fixed seed; nothing is timed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def table() -> list[dict[str, float | str | int]]:
 
 def markdown() -> str:
     lines = [
-        "Tiles of `w x w` that are computed, counted by `layout.plan()` for one drawn sample:",
+        "A tile is a block of queries by a block of keys. `layout.plan()` counts how many of them must be",
+        "computed for one drawn sample: densely, with a block mask, and with the keys gathered. The gain over",
+        "dense causal attention is predicted from these counts.",
         "",
-        "| shape | visible / causal pairs | causal tiles | block mask | gathered | predicted gain |",
+        "| shape | visible / causal pairs | tiles, dense | block mask | gathered | predicted gain |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in table():
