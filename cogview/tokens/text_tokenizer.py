@@ -4,13 +4,29 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
 
+from cogview.files import StrPath, write_bytes
+
 UNKNOWN = 0
+RESERVED = 4  # <unk>, <s>, </s>, <n>
+NORMALIZATION = "nmt_nfkc"  # of the released tokenizer
+MANY_LINES = 100_000
+MAX_LINE_BYTES = 1 << 16  # SentencePiece leaves a longer line out without a word
+
+
+def _lines(captions: Iterable[str]) -> list[str]:
+    return [line for caption in captions if (line := " ".join(caption.split()))]
+
+
+def required_pieces(captions: Iterable[str]) -> int:
+    """The fewest pieces that hold every character of the captions: one each, and the reserved ones."""
+    normalize = sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION).normalize
+    characters = {character for line in set(_lines(captions)) for character in normalize(line)}
+    return RESERVED + len(characters)
 
 
 class TextTokenizer:
@@ -21,7 +37,7 @@ class TextTokenizer:
         self._model = model
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
+    def load(cls, path: StrPath) -> TextTokenizer:
         """Read a ``.model`` file. FileNotFoundError if absent, ValueError if it is something else."""
         path = Path(path)
         if not path.is_file():
@@ -36,11 +52,19 @@ class TextTokenizer:
         """Learn at most ``num_pieces`` BPE pieces from captions; fewer if the captions hold no more.
 
         Same normalisation and reserved ids as the released tokenizer: NFKC, ``<unk>`` 0, ``<s>`` 1,
-        ``</s>`` 2, ``<n>`` 3. ValueError for no captions or for too few pieces to hold the characters.
+        ``</s>`` 2, ``<n>`` 3. ValueError for no captions or for fewer than :func:`required_pieces`.
         """
-        lines = [line for caption in captions if (line := " ".join(caption.split()))]
+        lines = _lines(captions)
         if not lines:
             raise ValueError("captions must hold at least one non-empty text to train a tokenizer on")
+        required = required_pieces(lines)
+        # Of many captions the rarest characters are left out, so fewer pieces can do.
+        covers_all = len(lines) <= MANY_LINES
+        if covers_all and num_pieces < required:
+            raise ValueError(
+                f"num_pieces must be at least {required} for these captions, which have "
+                f"{required - RESERVED} different characters, got {num_pieces}"
+            )
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -49,8 +73,9 @@ class TextTokenizer:
                 model_type="bpe",
                 vocab_size=num_pieces,
                 hard_vocab_limit=False,
-                character_coverage=0.9995 if len(lines) > 100_000 else 1.0,
-                normalization_rule_name="nmt_nfkc",
+                character_coverage=1.0 if covers_all else 0.9995,
+                max_sentence_length=MAX_LINE_BYTES,
+                normalization_rule_name=NORMALIZATION,
                 user_defined_symbols=["<n>"],
                 num_threads=1,
                 minloglevel=2,
@@ -61,12 +86,9 @@ class TextTokenizer:
             ) from None
         return cls(model.getvalue())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the model file, aside first and then renamed."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(self._model)
-        os.replace(aside, path)
+        write_bytes(path, self._model)
 
     def __len__(self) -> int:
         return self._processor.get_piece_size()

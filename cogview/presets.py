@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The named presets: all sizes and schedules of a run under one name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from cogview.config import (
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    ModelConfig,
+    Preset,
+    SamplingConfig,
+    ThreeRegionConfig,
+    TrainConfig,
+)
+from cogview.files import StrPath
+
+_PRESETS: dict[str, Preset] = {
+    # 8x8 scans of handwritten digits, doubled to 16x16 px, as 4x4 codes: minutes on two CPU cores.
+    "digits": Preset(
+        model=ModelConfig(
+            num_layers=3,
+            hidden_size=128,
+            num_heads=4,
+            init_std=0.04,
+            dropout=0.1,  # without it CapLoss ranks by chance turns of phrase, not by the digit
+            vocab_size=256,
+            max_positions=26,
+            three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=16),
+        ),
+        train=TrainConfig(
+            steps=2400,
+            batch_size=64,
+            learning_rate=2e-3,
+            warmup_fraction=0.03,
+            text_weight=2.0,
+            caption_fraction=0.4,
+            checkpoint_every=100,
+        ),
+        image_tokenizer=ImageTokenizerConfig(
+            num_codes=48,
+            code_dim=32,
+            channels=48,
+            stages=2,
+            image_size=16,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            steps=500, batch_size=64, learning_rate=2e-3, checkpoint_every=100
+        ),
+        text_pieces=130,
+        min_text_tokens=5,  # what every caption of the digits has
+        sampling=SamplingConfig(temperature=0.6, top_k=0),
+    ),
+    # A folder of one's own pictures at 64x64 px, as 8x8 codes: about an hour on two CPU cores. Rows are so
+    # short that dense attention is the faster one.
+    "small": Preset(
+        model=ModelConfig(
+            num_layers=6,
+            hidden_size=256,
+            num_heads=4,
+            init_std=0.04,
+            vocab_size=4608,
+            max_positions=99,
+        ),
+        train=TrainConfig(
+            steps=3000,
+            batch_size=32,
+            learning_rate=1e-3,
+            warmup_fraction=0.03,
+            text_weight=2.0,
+            checkpoint_every=100,
+        ),
+        image_tokenizer=ImageTokenizerConfig(
+            num_codes=512,
+            code_dim=64,
+            channels=96,
+            stages=3,
+            image_size=64,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+        ),
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            steps=2000, batch_size=32, learning_rate=1e-3, checkpoint_every=100
+        ),
+        text_pieces=4000,
+        min_text_tokens=30,
+        max_text_tokens=120,
+        sampling=SamplingConfig(temperature=0.9, top_k=100),
+    ),
+    # The single-node recipe of the released code.
+    "tutorial": Preset(
+        model=ModelConfig(num_layers=12, hidden_size=1024, num_heads=16),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=96,
+            learning_rate=4e-4,
+            warmup_fraction=0.1,
+            betas=(0.9, 0.999),
+            weight_decay=0.01,
+            text_weight=5.0,
+        ),
+    ),
+    # The 4-billion-parameter model of the paper, trained with dense attention.
+    "base": Preset(
+        model=ModelConfig(num_layers=48, hidden_size=2560, num_heads=40, activation_checkpointing=True),
+        train=TrainConfig(),
+    ),
+    # 800 px garments as 50x50 codes, trained with three-region attention. The paper gives the size
+    # (3 billion) but not the shape; these layers have that many parameters.
+    "fashion": Preset(
+        model=ModelConfig(
+            num_layers=36,
+            hidden_size=2560,
+            num_heads=40,
+            max_positions=2565,
+            three_region=ThreeRegionConfig(),
+            activation_checkpointing=True,
+        ),
+        train=TrainConfig(),
+        image_tokenizer=ImageTokenizerConfig(stages=4, image_size=800),
+    ),
+}
+
+PRESETS: dict[str, Preset] = {
+    name: dataclasses.replace(preset, name=name) for name, preset in _PRESETS.items()
+}
+
+# What each preset is for and what it takes. Times are of a whole training; those of the three large ones
+# are not known here.
+ABOUT: dict[str, str] = {
+    "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
+    "small": "64 px, your own pictures: 6 million parameters, about an hour on two CPU cores, 2 GB of memory",
+    "tutorial": "256 px: 212 million parameters, one large GPU",
+    "base": "256 px, the model of the paper: 3,929 million parameters, many GPUs",
+    "fashion": "800 px, three-region attention: 3,000 million parameters, many GPUs",
+}
+
+
+def default_preset(data: StrPath) -> Preset:
+    """The preset for ``data`` unless another is named: ``digits`` for the built-in digits, else ``small``."""
+    return PRESETS["digits" if os.fspath(data) == "digits" else "small"]
+
+
+def get_preset(name: str) -> Preset:
+    """The preset called ``name``; an unknown name is a ValueError that lists the known ones."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
+    return PRESETS[name]
