@@ -17,7 +17,7 @@ STUB = Path(cogview_kernels.__file__).with_name("_C.pyi")
 
 
 def _plain(node: ast.expr, aliases: dict[str, ast.expr]):
-    """A type as "int", "float", "bool", "str" or "None", or as a tuple of such; ``(x, ...)`` of any length."""
+    """A type as "int", "float", "bool", "str" or "None", or a tuple; ``(x, ...)`` has any length."""
     text = ast.unparse(node)
     if text in aliases:
         return _plain(aliases[text], aliases)

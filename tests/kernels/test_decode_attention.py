@@ -79,9 +79,8 @@ def test_error_budget(backend, case, dtype, with_layout, backend_device):
     device = backend_device(backend)
     q, k_cache, v_cache, lengths, layout, _ = make(case, dtype, device)
     layout = on_device(layout, device) if with_layout else None
-    parts = (layout.pivots, 4, 2, layout.pivot_bias) if layout else ()
     out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, scale=0.5, backend=backend)
-    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.5, *parts)]  # noqa: E731
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, layout, 0.5)]  # noqa: E731
     (truth,), (eager,) = judge(reference, [q, k_cache, v_cache])
     assert_within_budget(out, eager, truth, dtype=dtype)
 
@@ -174,9 +173,8 @@ def make_large(case, dtype, device):
 @pytest.mark.parametrize("backend", ["cpu"])  # test_decode_attention_triton.py has edges of its own
 def test_edges(backend, case, dtype, backend_device):
     *tensors, lengths, layout = make_large(case, dtype, backend_device(backend))
-    parts = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
     out = decode_attention(*tensors, lengths, layout=layout, scale=0.3, backend=backend)
-    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.3, *parts)]  # noqa: E731
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, layout, 0.3)]  # noqa: E731
     (truth,), (eager,) = judge(reference, tensors)
     assert_within_budget(out, eager, truth, dtype=dtype)
 
@@ -245,12 +243,13 @@ def test_logits_past_float16(backend, backend_device):
 def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
     """float64, a wide head, a gradient: taken by default, refused when the kernel is asked for."""
     device, seen = backend_device("cpu"), []
-    for name in ("decode_attention_op", "decode_attention_sdpa"):
-        function = getattr(api, name)
-        monkeypatch.setattr(api, name, lambda *a, f=function, n=name: seen.append(n.rsplit("_")[-1]) or f(*a))
+    for place, name in ((api, "decode_attention_op"), (api.sdpa, "forward")):
+        function = getattr(place, name)
+        route = "op" if place is api else "sdpa"
+        monkeypatch.setattr(place, name, lambda *a, f=function, r=route: seen.append(r) or f(*a))
     cases = [
         (torch.float32, 8, False, ""),
-        (torch.float64, 8, False, "float32, float16 and bfloat16, got torch.float64"),
+        (torch.float64, 8, False, "float32, float16 or bfloat16, got torch.float64"),
         (torch.float32, 264, False, "head sizes up to 256, got 264"),
         (torch.float32, 8, True, "has no gradient"),
     ]
@@ -274,7 +273,7 @@ def test_an_empty_cache_gives_zeros():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": torch.ones(2, 2, 4)}, ValueError, r"q must have 4 dimensions, got shape \(2, 2, 4\)"),
+        ({"q": torch.ones(2, 2, 4)}, ValueError, r"q must have shape \[B, H, Tq, D\], got \(2, 2, 4\)"),
         ({"q": torch.ones(2, 2, 1, 4).half()}, TypeError, "k_cache must have the dtype of q, torch.float16"),
         ({"k_cache": torch.ones(1, 2, 9, 4)}, ValueError, r"k_cache must have shape \[2, Hkv, S, 4\]"),
         (

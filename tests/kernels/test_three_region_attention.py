@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogview_kernels import ThreeRegionLayout, _backends, _extension, three_region_attention
+from cogview_kernels._dropout import Dropout
 from cogview_kernels.three_region_attention import launch_config, sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from tests.helpers.attention import brute_force_attention
@@ -65,7 +66,7 @@ def test_reference_by_plain_loops(case, dropout_p):
     q, k, v, layout = make(**{"D": 4, **SMALL[case]}, dtype=torch.float64)
     seed = 0x1234_5678_9ABC
     expected = brute_force_attention(q, k, v, layout, 0.4, dropout_p, seed)
-    out = three_region_attention_reference(q, k, v, *regions(layout), 0.4, dropout_p, torch.tensor(seed))
+    out = three_region_attention_reference(q, k, v, layout, 0.4, Dropout.of(dropout_p, torch.tensor(seed)))
     torch.testing.assert_close(out, expected)
 
 
@@ -210,10 +211,11 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
         backend=backend, **options,
     )  # fmt: skip
 
+    dropout = Dropout.of(dropout_p, torch.tensor(options.get("seed", 0)))
+
     def reference(q, k, v, dout):
         def call(q, k, v):
-            seed = torch.tensor(options.get("seed", 0))
-            out, log_sum = three_region_attention_reference(q, k, v, *regions(layout), scale, dropout_p, seed)
+            out, log_sum = three_region_attention_reference(q, k, v, layout, scale, dropout)
             return (out, log_sum) if lse else out
 
         return with_gradients(call, q, k, v, dout=dout, dlse=dlse.to(q.dtype) if lse else None)
@@ -399,7 +401,7 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
     device = backend_device(backend)
     q, k, v, layout = make(T=200, w=32, W=2, P=40, D=64, bias=0.0, dtype=torch.float16, device=device)
     q, k = q.sign() * 200, k.sign() * 200
-    truth, _ = three_region_attention_reference(q.double(), k.double(), v.double(), *regions(layout), 1.0)
+    truth, _ = three_region_attention_reference(q.double(), k.double(), v.double(), layout, 1.0)
     out = three_region_attention(q, k, v, layout, scale=1.0, backend=backend)
     torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
 
