@@ -12,6 +12,7 @@ from cogview_kernels.decode_attention import api
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import assert_within_budget, judge
+from tests.kernels import test_three_region_attention as attention
 
 KERNELS = ["cpu", "triton"]
 BACKENDS = [*KERNELS, "sdpa"]
@@ -286,7 +287,7 @@ def test_an_empty_cache_gives_zeros():
         ({"lengths": torch.ones(2)}, TypeError, "got torch.float32"),
         ({"lengths": torch.tensor([1])}, ValueError, r"lengths must have shape \[2\], got \(1,\)"),
         ({"lengths": torch.tensor([1, 10])}, ValueError, r"lengths must lie in \[0, 9\]"),
-        ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\], got \(1, 1\)"),
+        ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\] to go with q, got \(1, 1\)"),
         ({"layout": [[1], [9]]}, ValueError, "must lie below the cache's size, 9, got 9"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"backend": "chunked"}, NotImplementedError, "no chunked backend; this op has cpu"),
@@ -301,3 +302,36 @@ def test_errors(change, error, message):
         arguments["layout"] = ThreeRegionLayout(torch.tensor(change["layout"]), 2, 2)
     with pytest.raises(error, match=message):
         decode_attention(**arguments)
+
+
+# ---- derivatives: right, or an error
+
+
+def _squares(backend, with_layout):
+    k, v = torch.randn(2, 1, 1, 20, 8)
+    layout = ThreeRegionLayout(torch.tensor([[1, 3, 7]]), 4, 2, 0.5) if with_layout else None
+    return lambda q, name=backend: (
+        decode_attention(q, k, v, torch.tensor([20]), layout=layout, backend=name).pow(2).sum()
+    )
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("transform", attention.TRANSFORMS)
+def test_transforms_are_right(transform, with_layout):
+    """By default, where a gradient is needed, through SDPA."""
+    f, q = _squares(None, with_layout), torch.randn(1, 2, 2, 8)
+    call = attention.TRANSFORMS[transform]
+    expected = call(lambda x: f(x, "reference"), q.clone())
+    torch.testing.assert_close(call(f, q.clone()), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transform", [t for t in attention.REFUSED if t != "vectorized"])  # SDPA has it
+@pytest.mark.parametrize("backend", [None, *KERNELS])
+def test_derivatives_that_are_lacking_are_refused(transform, backend, backend_device):
+    """``torch.func.jvp`` gave 0. PyTorch itself refuses what its SDPA lacks."""
+    backend_device(backend or "cpu")
+    f, q = _squares(backend, True), torch.randn(1, 2, 2, 8)
+    call, _ = attention.REFUSED[transform]
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"decode_attention: |_scaled_dot_product"):
+        call(f, q)
+    call(lambda x: f(x, "reference"), q)
