@@ -12,8 +12,10 @@ from torch import Tensor
 
 from cogview.config import Preset, SamplingConfig
 from cogview.data.pairs import TokenDataset, encode_images, open_pairs, read_image, tokenize_captions
+from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
-from cogview.generation.captions import caption_loss, generate_captions
+from cogview.generation.captions import generate_captions
+from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
 from cogview.model.transformer import CogView
 from cogview.run import (
@@ -183,8 +185,7 @@ def generate(options: Generate) -> Generated:
         texts,
         run.tokenizers.image.config.codes_per_image,
         num_candidates=options.num,
-        sampling=options.sampling or run.sampling,
-        seed=options.seed,
+        options=DrawOptions(options.sampling or run.sampling, options.seed),
     )
     order, losses = rerank(run.model, run.tokenizers.vocab, texts, codes)
     if options.is_ranked:

@@ -9,6 +9,7 @@ that training never saw. Each phase picks up where an interrupted run stopped.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import time
@@ -33,11 +34,13 @@ from cogview.commands import (
     train_tokenizers,
 )
 from cogview.config import PRESETS, Preset
-from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, Judge, phrase
+from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, phrase
+from cogview.demo.judge import Judge
+from cogview.demo.plots import save_contact_sheet, save_loss_curves
+from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
-from cogview.generation.captions import caption_loss
+from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
-from cogview.images import save_contact_sheet, save_loss_curves
 from cogview.run import Run, claim_settings, load_run
 from cogview.seeding import derive_seed
 from cogview.training.checkpoint import load_tensors, read_json, save_tensors, write_json
@@ -123,9 +126,7 @@ def _draw(options: Demo, run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, T
                     texts,
                     num_codes,
                     num_candidates=options.num_candidates,
-                    sampling=run.sampling,
-                    seed=derive_seed(options.seed, "draw", draw),
-                    max_batch=512,
+                    options=DrawOptions(run.sampling, derive_seed(options.seed, "draw", draw), max_batch=512),
                 )
                 loss = rerank(run.model, run.tokenizers.vocab, texts, drawn)[1]
                 save_tensors(path, {"codes": drawn, "losses": loss})
@@ -148,7 +149,7 @@ def _reconstruction(run: Run, judge: Judge) -> dict[str, float]:
     return {
         "scans": len(test),
         "mse": round(mse, 6),
-        "psnr_db": round(-10 * torch.log10(torch.tensor(mse)).item(), 2),
+        "psnr_db": round(-10 * math.log10(mse), 2),
         "judge_accuracy_on_reconstructions": (judge(rebuilt) == test.labels).double().mean().item(),
         "codes_used": len(codes.unique()),
     }
