@@ -10,14 +10,13 @@ import argparse
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from cogview.config import PRESETS, Preset, SamplingConfig, get_preset
-
-if TYPE_CHECKING:
-    from cogview.commands import Generated
+from cogview.config import Preset
+from cogview.presets import PRESETS, get_preset
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -169,7 +168,7 @@ def _preset(arguments: argparse.Namespace, part: str) -> Preset:
 def _device(arguments: argparse.Namespace) -> str:
     import torch
 
-    from cogview.commands import default_device
+    from cogview.device import default_device
 
     if arguments.device is None:
         return default_device()
@@ -183,7 +182,7 @@ def _device(arguments: argparse.Namespace) -> str:
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
     preset = _preset(arguments, "image_tokenizer_train")
-    from cogview.commands import TrainTokenizers, train_tokenizers
+    from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 
     options = TrainTokenizers(arguments.data, arguments.out, preset, _device(arguments))
     history = train_tokenizers(options)
@@ -194,7 +193,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     preset = _preset(arguments, "train")
-    from cogview.commands import TrainModel, train_model
+    from cogview.training.pipeline import TrainModel, train_model
 
     history = train_model(TrainModel(arguments.data, arguments.out, preset, _device(arguments)))
     image, text = (history[name][-50:] for name in ("image_loss", "text_loss"))
@@ -205,50 +204,41 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from cogview.commands import Generate, generate, run_sampling
-    from cogview.images import image_grid, save_png
+    from cogview.images import picture_grid, save_png
+    from cogview.run import load_run
 
+    run = load_run(arguments.run, _device(arguments))
     given = {"temperature": arguments.temperature, "top_k": arguments.top_k, "top_p": arguments.top_p}
     changes = {name: value for name, value in given.items() if value is not None}
-    sampling: SamplingConfig | None = None
-    if changes:
-        sampling = dataclasses.replace(run_sampling(arguments.run), **changes)
-    result: Generated = generate(
-        Generate(
-            run=arguments.run,
-            texts=arguments.texts,
-            num=arguments.num,
-            seed=arguments.seed,
-            sampling=sampling,
-            is_ranked=not arguments.no_rerank,
-            device=_device(arguments),
-        )
+    images, losses = run.generate(
+        arguments.texts,
+        num=arguments.num,
+        seed=arguments.seed,
+        sampling=dataclasses.replace(run.sampling, **changes),
+        ranked=not arguments.no_rerank,
+        progress=True,
     )
-    for text, unknown in zip(arguments.texts, result.unknown, strict=True):
-        if unknown:
-            print(
-                f'warning: "{text}" has parts the model never learned: {" ".join(unknown)}', file=sys.stderr
-            )
-    save_png(arguments.out, image_grid(result.images.flatten(0, 1), columns=arguments.num))
+    save_png(arguments.out, picture_grid([image for row in images for image in row], arguments.num))
     order = "in the order drawn" if arguments.no_rerank else "best first"
-    for text, losses in zip(arguments.texts, result.losses.tolist(), strict=True):
-        print(f'"{text}": {len(losses)} pictures, {order}, CapLoss {min(losses):.3f} to {max(losses):.3f}')
+    for text, row in zip(arguments.texts, losses, strict=True):
+        print(f'"{text}": {len(row)} pictures, {order}, CapLoss {min(row):.3f} to {max(row):.3f}')
     print(f"written: {arguments.out}")
 
 
 def _caption(arguments: argparse.Namespace) -> None:
-    from cogview.commands import Caption, caption
+    from cogview.run import load_run
 
-    described = caption(Caption(arguments.run, arguments.images, _device(arguments)))
-    for path, (text, loss) in zip(arguments.images, described, strict=True):
+    texts, losses = load_run(arguments.run, _device(arguments)).describe(arguments.images, progress=True)
+    for path, text, loss in zip(arguments.images, texts, losses, strict=True):
         print(f"{path}\t{text}\tCapLoss {loss:.3f}")
 
 
 def _rerank(arguments: argparse.Namespace) -> None:
-    from cogview.commands import Rerank, rerank_files
+    from cogview.run import load_run
 
-    ranked = rerank_files(Rerank(arguments.run, arguments.text, arguments.images, _device(arguments)))
-    for place, (path, loss) in enumerate(ranked, start=1):
+    losses = load_run(arguments.run, _device(arguments)).cap_loss(arguments.text, arguments.images)
+    ranked = sorted(zip(losses, arguments.images, strict=True), key=lambda pair: pair[0])
+    for place, (loss, path) in enumerate(ranked, start=1):
         print(f"{place}\t{path}\tCapLoss {loss:.3f}")
 
 
@@ -270,6 +260,10 @@ _COMMANDS = {
 _RESUMABLE = ("train-tokenizer", "train", "demo")
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
@@ -277,7 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     try:
-        _COMMANDS[arguments.command](arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt:
         if arguments.command in _RESUMABLE:
             print(

@@ -14,8 +14,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -54,6 +52,7 @@ TRAINING_PHRASINGS = tuple(
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8
+TRAINING_COPIES = 8  # what training sees of a scan: the scan itself and 7 slightly altered ones
 
 
 def phrase(template: str, digit: int) -> str:
@@ -64,6 +63,9 @@ def phrase(template: str, digit: int) -> str:
 @lru_cache(maxsize=1)
 def splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Scans (values 0 to 16, ``[N, 64]``) and labels of ``"train"`` and ``"test"``."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     scans, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
         scans, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED
@@ -100,6 +102,11 @@ class DigitPairs:
     def captions(self, index: int) -> list[str]:
         """All training phrasings of the digit shown."""
         return [phrase(template, int(self.labels[index])) for template in TRAINING_PHRASINGS]
+
+
+def training_pairs() -> DigitPairs:
+    """What ``"digits"`` means as training data."""
+    return DigitPairs("train", TRAINING_COPIES)
 
 
 def _jitter(images: Tensor) -> Tensor:

@@ -3,27 +3,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
+from cogview.files import StrPath
 from cogview.images import save_png
 
 RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
 
 
-def _save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
+def _save_figure(path: StrPath, figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    save_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
+    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
 def save_contact_sheet(
-    path: str | os.PathLike[str], title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
+    path: StrPath, title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
 ) -> None:
     """One labelled row of candidates per prompt, best first.
 
@@ -65,9 +66,7 @@ def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def save_loss_curves(
-    path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Sequence[float]]]
-) -> None:
+def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """One panel per title, one labelled curve per entry, over steps, with running means on top."""
     figure = Figure(figsize=(5.5 * len(panels), 3.8), dpi=110, layout="constrained")
     for axes, (title, curves) in zip(

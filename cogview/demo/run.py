@@ -25,25 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.commands import (
-    TrainModel,
-    TrainTokenizers,
-    decode_codes,
-    default_device,
-    train_model,
-    train_tokenizers,
-)
-from cogview.config import PRESETS, Preset
+from cogview.config import Preset
 from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, phrase
 from cogview.demo.judge import Judge
 from cogview.demo.plots import save_contact_sheet, save_loss_curves
+from cogview.device import default_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
+from cogview.files import load_tensors, read_json, save_tensors, write_json
 from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
-from cogview.run import Run, claim_settings, load_run
+from cogview.presets import PRESETS
+from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
-from cogview.training.checkpoint import load_tensors, read_json, save_tensors, write_json
+from cogview.settings import claim_settings, plain
+from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 
 SHEET = "contact_sheet.png"
 CURVES = "loss_curves.png"
@@ -229,7 +225,7 @@ def run_demo(options: Demo) -> dict[str, Any]:
     with clock.phase("judge_and_report"):
         judge = Judge()
         digits = torch.tensor([prompt.digit for prompt in prompts])
-        images = decode_codes(run, codes.to(options.device)).cpu()
+        images = run.pixels(codes).cpu()
         seen = judge(images.flatten(0, 1)).view(len(prompts), options.num_candidates)
         is_right = seen == digits[:, None]
         order = losses.argsort(dim=1, stable=True)
@@ -265,18 +261,8 @@ def run_demo(options: Demo) -> dict[str, Any]:
         ]
         _save_pictures(out, report, images, is_right, order, history, tokenizer_history)
     report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
-    write_json(out / REPORT, _jsonable(report))
+    write_json(out / REPORT, plain(report))
     return report
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    return value
 
 
 def _save_pictures(

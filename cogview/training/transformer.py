@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cogview.config import ModelConfig, TrainConfig
-from cogview.data.pairs import TokenDataset
+from cogview.data.tokens import TokenDataset
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch

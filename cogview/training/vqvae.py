@@ -12,7 +12,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cogview.config import ImageTokenizerTrainConfig
-from cogview.data.pairs import Pairs, batch_indices
+from cogview.data.order import batch_indices
+from cogview.data.pairs import Pairs
 from cogview.seeding import derive_seed
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint

@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import cogview.data.digits
+
 
 @pytest.fixture
 def default_dtype():
@@ -13,3 +15,11 @@ def default_dtype():
     before = torch.get_default_dtype()
     yield torch.set_default_dtype
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def one_copy_of_each_digit():
+    """Training on an eighth of the digits data: each scan without its altered copies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cogview.data.digits, "TRAINING_COPIES", 1)
+        yield

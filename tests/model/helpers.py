@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogview.config import PRESETS, ModelConfig, Preset, ThreeRegionConfig
+from cogview.config import ModelConfig, Preset, ThreeRegionConfig
 from cogview.model.transformer import CogView
+from cogview.presets import PRESETS
 from cogview.tokens.sequence import image_to_text_prompt
 from cogview.tokens.vocab import Vocab
 
@@ -44,7 +45,6 @@ def tiny_preset(steps: int = 6) -> Preset:
     preset = PRESETS["digits"]
     return dataclasses.replace(
         preset,
-        digit_copies=1,
         model=dataclasses.replace(preset.model, num_layers=2, hidden_size=64, num_heads=2),
         train=dataclasses.replace(preset.train, steps=steps, batch_size=8, checkpoint_every=3),
         image_tokenizer=dataclasses.replace(preset.image_tokenizer, channels=16),
