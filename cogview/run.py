@@ -38,7 +38,7 @@ from cogview.progress import Progress
 from cogview.settings import load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
 from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
-from cogview.training.checkpoint import latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
 from cogview.weights import load_weights
 
 MAX_BATCH = 256  # rows that are decoded or scored together
@@ -235,7 +235,7 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
     folder, device = Path(folder), device or default_device()
     tokenizers = load_tokenizers(folder, device)
     settings = load_model_settings(folder)
-    checkpoint = latest_checkpoint(folder / "checkpoints")
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
     with torch.device("meta"):

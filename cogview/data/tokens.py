@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from cogview.data.order import batch_indices
 from cogview.data.pairs import Pairs
+from cogview.progress import Progress
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import (
     FRAME_TOKENS,
@@ -32,7 +32,7 @@ def encode_images(pairs: Pairs, tokenizer: ImageTokenizer, *, progress: bool = T
     tokenizer.eval()
     device = next(tokenizer.parameters()).device
     parts = []
-    with tqdm(total=len(pairs), desc="encode images", unit="image", disable=not progress) as bar:
+    with Progress(len(pairs), "encode images", unit="image", enabled=progress) as bar:
         for images in image_batches(pairs, tokenizer.config.image_size, 64):
             parts.append(tokenizer.encode(images.to(device)).flatten(1).cpu())
             bar.update(len(images))

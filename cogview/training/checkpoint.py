@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of training: safetensors and JSON only, whole or absent.
 
-A checkpoint is a folder ``step-00000400`` with ``model.safetensors``, ``optimizer.safetensors`` and
-``state.json``. It appears under its name only when complete, so a kill at any moment leaves the previous
-one intact. Random numbers need no saving: training derives them from (seed, step).
+A checkpoint is a folder ``step-00000400`` with ``model.safetensors``, a file for each optimizer
+(``optimizer.safetensors`` where there is one) and ``state.json``. It appears under its name only when
+complete, so a kill at any moment leaves the previous one intact. Random numbers need no saving: training
+derives them from (seed, step).
 """
 
 from __future__ import annotations
@@ -19,20 +20,42 @@ from torch import Tensor, nn
 from cogview.files import StrPath, load_tensors, read_json, save_tensors, write_json
 from cogview.weights import load_weights
 
+CHECKPOINTS = "checkpoints"  # of the transformer, in its run folder
+
+Optimizers = Mapping[str, torch.optim.Optimizer]
+
+
+def _names(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Name of each parameter that ``optimizer`` moves, by the parameter's number in its state dict."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {index: names[id(parameter)] for index, parameter in enumerate(parameters)}
+
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+    state, names = optimizer.state_dict()["state"], _names(model, optimizer)
+    return {f"{names[index]}/{key}": value for index in state for key, value in state[index].items()}
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """The optimizer puts each tensor on the device where it wants it."""
+    of_parameter: dict[str, dict[str, Tensor]] = {}
+    for path, tensor in tensors.items():
+        name, _, key = path.rpartition("/")
+        of_parameter.setdefault(name, {})[key] = tensor
+    state = {
+        index: of_parameter[name] for index, name in _names(model, optimizer).items() if name in of_parameter
     }
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def save_checkpoint(
     folder: StrPath,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     history: Mapping[str, list[float]],
 ) -> Path:
     """Save the state after ``step`` steps as ``folder/step-...`` and remove older ones."""
@@ -42,7 +65,8 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_tensors(aside / "model.safetensors", model.state_dict())
-    save_tensors(aside / "optimizer.safetensors", _optimizer_tensors(model, optimizer))
+    for name, optimizer in optimizers.items():
+        save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
     write_json(aside / "state.json", {"step": step, "history": dict(history)})
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
@@ -58,16 +82,11 @@ def latest_checkpoint(folder: StrPath) -> Path | None:
 
 
 def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, model: nn.Module, optimizers: Optimizers
 ) -> tuple[int, dict[str, list[float]]]:
-    """Restore model and optimizer; returns the steps done and the history of losses."""
+    """Restore model and optimizers; returns the steps done and the history of losses."""
     state = read_json(path / "state.json")
     load_weights(model, load_tensors(path / "model.safetensors"), path)
-    tensors = load_tensors(path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
-        keys = [key for key in tensors if key.startswith(f"{name}/")]
-        optimizer.state[parameter] = {
-            key.rpartition("/")[2]: tensors[key].to("cpu" if key.endswith("/step") else parameter.device)
-            for key in keys
-        }
+    for name, optimizer in optimizers.items():
+        _restore_optimizer(model, optimizer, load_tensors(path / f"{name}.safetensors"))
     return state["step"], state["history"]
