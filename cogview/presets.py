@@ -91,3 +91,8 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def default_preset(data: str | None) -> str:
+    """The preset of training on ``data`` unless one is named."""
+    return "digits" if data == "digits" else "small"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cogview.config import SamplingConfig
 from cogview.data.image_files import Picture, pixels_of
-from cogview.device import default_device
+from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
 from cogview.files import StrPath, load_tensors
@@ -232,7 +232,7 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
 
     FileNotFoundError or ValueError, each naming the file and the way out.
     """
-    folder, device = Path(folder), device or default_device()
+    folder, device = Path(folder), usable_device(device)
     tokenizers = load_tokenizers(folder, device)
     settings = load_model_settings(folder)
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)

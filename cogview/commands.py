@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each verb of the command ``cogview`` does: one Python function or method of a run, and what it prints.
+
+Each verb imports what it needs itself: drawing needs no TensorBoard, training no matplotlib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from cogview.device import usable_device
+from cogview.presets import get_preset
+
+if TYPE_CHECKING:
+    from cogview import options
+
+
+def train_tokenizer(given: options.TrainTokenizer) -> None:
+    """``cogview train-tokenizer``."""
+    from cogview.training.pipeline import TrainTokenizers, train_tokenizers
+
+    preset = dataclasses.replace(
+        get_preset(given.preset),
+        image_tokenizer=given.image_tokenizer,
+        image_tokenizer_train=given.image_tokenizer_train,
+        text_pieces=given.text_pieces,
+    )
+    device = usable_device(given.device)
+    history = train_tokenizers(TrainTokenizers(given.data, given.out, preset, device))
+    error = _late_mean(history["reconstruction"])
+    print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
+    _say_next("train", "--data", given.data, "--preset", given.preset, "--out", given.out)
+
+
+def train(given: options.Train) -> None:
+    """``cogview train``."""
+    from cogview.training.pipeline import TrainModel, train_model
+
+    preset = dataclasses.replace(
+        get_preset(given.preset),
+        model=given.model,
+        train=given.train,
+        sampling=given.sampling,
+        max_text_tokens=given.max_text_tokens,
+    )
+    history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))
+    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
+    _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
+def generate(given: options.Generate) -> None:
+    """``cogview generate``."""
+    from cogview.images import picture_grid, save_png
+    from cogview.run import load_run
+
+    run = load_run(given.run, given.device)
+    asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    images, losses = run.generate(
+        given.texts,
+        num=given.num,
+        seed=given.seed,
+        sampling=dataclasses.replace(run.sampling, **changes),
+        ranked=not given.no_rerank,
+        progress=True,
+    )
+    save_png(given.out, picture_grid([image for row in images for image in row], given.num))
+    order = "in the order drawn" if given.no_rerank else "best first"
+    for text, row in zip(given.texts, losses, strict=True):
+        print(f'"{text}": {len(row)} pictures, {order}, CapLoss {min(row):.3f} to {max(row):.3f}')
+    print(f"written: {given.out}")
+
+
+def caption(given: options.Caption) -> None:
+    """``cogview caption``."""
+    from cogview.run import load_run
+
+    texts, losses = load_run(given.run, given.device).describe(given.images, progress=True)
+    for path, text, loss in zip(given.images, texts, losses, strict=True):
+        print(f"{path}\t{text}\tCapLoss {loss:.3f}")
+
+
+def rerank(given: options.Rerank) -> None:
+    """``cogview rerank``."""
+    from cogview.run import load_run
+
+    losses = load_run(given.run, given.device).cap_loss(given.text, given.images)
+    ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
+    for place, (loss, path) in enumerate(ranked, start=1):
+        print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+
+
+def demo(given: options.Demo) -> None:
+    """``cogview demo``."""
+    from cogview.demo.run import Demo, run_demo, summary
+
+    report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
+    print(summary(report, given.out))
+
+
+def _late_mean(values: Sequence[float]) -> float:
+    last = values[-50:]
+    return sum(last) / len(last)
+
+
+def _say_next(*words: object) -> None:
+    print("next: cogview " + " ".join(shlex.quote(str(word)) for word in words))
