@@ -148,5 +148,7 @@ def _one_line(box: str, prog: str) -> str:
     said = [" ".join(section) for section in sections if section]
     said = [text for text in said if not text.startswith(("For full helptext", "Argument helptext"))]
     # The name of the whole dataclass says nothing to the user; that of a nested one is the option's table.
-    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", "; ".join(said)).replace(f"Missing from {prog}:", "missing:")
+    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", "; ".join(said)).replace(
+        f"Missing from {prog}:", "missing:"
+    )
     return f"{text[:1].lower()}{text[1:]}; see {prog} --help"

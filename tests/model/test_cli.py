@@ -7,37 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from cogview.cli import main
 from cogview.presets import PRESETS
-from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
-from tests.model.helpers import tiny_preset
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, one_copy_of_each_digit):
-    out = tmp_path_factory.mktemp("run")
-    options = {"data": "digits", "out": out, "preset": tiny_preset(), "device": "cpu", "progress": False}
-    train_tokenizers(TrainTokenizers(**options))
-    train_model(TrainModel(**options))
-    return out
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    lines = [f"{index}.png\ta photo of thing number {index}" for index in range(6)]
-    (folder / "captions.tsv").write_text("\n".join(lines))
-    return folder
 
 
 def mistake(capsys, *arguments):
@@ -139,7 +115,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert "temperature must be above 0" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "0"
     )
-    assert "--device nonsense cannot be used here" in mistake(
+    assert "device nonsense cannot be used here" in mistake(
         capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
     )
 
