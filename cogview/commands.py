@@ -96,7 +96,8 @@ def rerank(given: options.Rerank) -> None:
 
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
-    from cogview.demo.run import Demo, run_demo, summary
+    from cogview.demo.report import summary
+    from cogview.demo.run import Demo, run_demo
 
     report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
     print(summary(report, given.out))

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
+from cogview.demo.report import Drawings
 from cogview.files import StrPath
 from cogview.images import save_png
 
@@ -82,3 +84,40 @@ def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[f
         axes.grid(alpha=0.3, which="both")
         axes.legend()
     _save_figure(path, figure)
+
+
+def save_demo_sheet(path: StrPath, drawings: Drawings, results: Mapping[str, float]) -> None:
+    """The first draw of the first English and of the first Chinese held-out phrasing."""
+    rows: list[int] = []
+    labels: list[str] = []
+    english = HELD_OUT_PHRASINGS[0]
+    chinese = next(template for template in HELD_OUT_PHRASINGS if "{zh}" in template)
+    for template in (english, chinese):
+        first = HELD_OUT_PHRASINGS.index(template) * 10
+        rows += range(first, first + 10)
+        # Fonts without Chinese glyphs are common, so a Chinese prompt is labelled by its meaning.
+        gloss = "{en}  (asked in Chinese)" if template == chinese else "{en}"
+        labels += [gloss.format(en=word) for word in ENGLISH]
+    images, best_first = drawings.images, drawings.order[rows]
+    sheet = images[rows].gather(1, best_first[..., None, None, None].expand_as(images[rows]))
+    best, single = results["best_of_all"], results["single_draw"]
+    title = (
+        f'"{english.format(en="...")}" and a Chinese phrasing, neither seen in training.  '
+        f"Right digit over {results['prompts']} prompts: "
+        f"best of {images.shape[1]} by CapLoss {best:.1%}, single draw {single:.1%}"
+    )
+    save_contact_sheet(path, title, labels, sheet, drawings.is_right[rows].gather(1, best_first))
+
+
+def save_demo_curves(
+    path: StrPath, history: Mapping[str, Sequence[float]], tokenizer_history: Mapping[str, Sequence[float]]
+) -> None:
+    """The losses of the transformer and of the image tokenizer."""
+    panels = {
+        "transformer: cross-entropy (nats per token)": {
+            "image tokens": history["image_loss"],
+            "text tokens": history["text_loss"],
+        },
+        "image tokenizer: pixel error": {"mean squared error": tokenizer_history["reconstruction"]},
+    }
+    save_loss_curves(path, panels)
