@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.device import usable_device
@@ -32,7 +35,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
     history = train_tokenizers(TrainTokenizers(given.data, given.out, preset, device))
     error = _late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
-    _say_next("train", "--data", given.data, "--preset", given.preset, "--out", given.out)
+    _say_next("train", "--data", given.data, "--out", given.out)
 
 
 def train(given: options.Train) -> None:
@@ -101,6 +104,7 @@ def demo(given: options.Demo) -> None:
 
     report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
     print(summary(report, given.out))
+    _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
 
 
 def _late_mean(values: Sequence[float]) -> float:
@@ -109,4 +113,12 @@ def _late_mean(values: Sequence[float]) -> float:
 
 
 def _say_next(*words: object) -> None:
-    print("next: cogview " + " ".join(shlex.quote(str(word)) for word in words))
+    """The command to go on with, to be pasted as it is."""
+    print("next: " + shlex.join([*_program(), *map(str, words)]))
+
+
+def _program() -> list[str]:
+    """How the shell finds this command: a virtual environment that is not activated is not on its path."""
+    if shutil.which("cogview"):
+        return ["cogview"]
+    return [sys.argv[0]] if Path(sys.argv[0]).name == "cogview" else [sys.executable, "-m", "cogview"]

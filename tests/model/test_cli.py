@@ -79,12 +79,14 @@ def test_parts_of_a_text_that_were_never_learned_are_named(run_folder, tmp_path,
 
 
 def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "my run")
     common = ["--data", str(photos), "--out", out, "--steps", "2", "--batch-size", "4"]
     assert main(["train-tokenizer", *common]) == 0
+    assert f"cogview train --data {photos} --out '{out}'" in capsys.readouterr().out
     assert main(["train", *common]) == 0
+    shown = capsys.readouterr().out
+    assert f"cogview generate --run '{out}' 'a text' --out out.png" in shown
     assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
-    assert "cogview generate --run" in capsys.readouterr().out
     # Other settings would describe neither the old nor the new run.
     line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
     assert "was started with train.steps = 2, now 3" in line
@@ -100,7 +102,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, tutorial, base, fashion" in mistake(
+    assert "unknown preset 'huge'; known presets: digits, small, tutorial, base, fashion" in mistake(
         capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
@@ -161,10 +163,26 @@ def test_wrong_usage_is_explained_without_loading_pytorch(tmp_path):
         shown = run(command, "--help")
         assert shown.returncode == 0
         assert "example:" in shown.stdout
-    missing = run("generate", "a seven")
-    assert missing.returncode == 2
-    assert "--run" in missing.stderr
-    assert run("generate", "--run", "x", "a", "--num", "0").returncode == 2
+    for mistake, expected in {
+        ("generate", "a seven"): "cogview generate: missing: --run RUN run folder",
+        ("generate", "--run", "x", "a", "--num", "0"): "cogview generate: --num must be at least 1, got 0",
+        (
+            "train",
+            "--data",
+            "x",
+            "--out",
+            "y",
+            "--steps",
+            "0",
+        ): "cogview train: train: steps must be",
+        (
+            "trian",
+        ): "cogview: unknown command 'trian'; did you mean 'train'; the commands are",
+    }.items():
+        done = run(*mistake)
+        assert done.returncode == 2
+        assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1, done.stderr
+    assert "which command? one of train-tokenizer" in run().stderr
 
 
 def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path):
@@ -185,7 +203,21 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path
     assert len(list(out.glob("tokenizer-checkpoints/step-*"))) == 1
 
 
+def test_without_its_extra_the_command_says_in_one_line_which_one_to_install():
+    for missing in ("tyro", "safetensors"):
+        code = f"import sys\nsys.modules[{missing!r}] = None\nfrom cogview.cli import main\nsys.exit(main())"
+        command = [sys.executable, "-c", code, "generate", "--run", "x", "a text"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1 and "pip install 'cogview-kernels[model]'" in done.stderr
+
+
+def test_generate_shows_its_progress(run_folder, tmp_path, capsys):
+    arguments = ["generate", "--run", str(run_folder), "a handwritten seven", "--num", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 0
+    assert "draw: code 32 of 32" in capsys.readouterr().err
+
+
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("cogview 0.")
