@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BOTH, FORWARD, Benchmark, Case, Forward, Inputs, Variant, Work, backends
+from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import cross_entropy
-from cogview_kernels import _backends, linear_cross_entropy
-from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from cogview_kernels import linear_cross_entropy
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.LOSS, shapes.LOSS_CPU, shapes.LOSS_TINY, device.type, tiny)
+    chosen = shapes.LOSS.on(device, tiny)
     dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (BOTH, FORWARD)]
 
@@ -31,7 +28,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: linear_cross_entropy_reference(wide.hidden, wide.weight, wide.target)
+    return wide, lambda: linear_cross_entropy(wide.hidden, wide.weight, wide.target, backend="reference")
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -40,41 +37,14 @@ def work(case: Case, inputs: Inputs) -> Work:
     return Work(2 * products * s.N * s.C * s.V, "matmul", f"{2 * products} N C V: {products} matrix products")
 
 
-def route(name: str, fused: tuple[bool, bool]) -> Variant:
-    """The triton backend by one of its two routes, whichever is its default: see FUSED in its kernels."""
-
-    def prepare(inputs: Inputs, case: Case) -> Forward:
-        from cogview_kernels.linear_cross_entropy import triton_kernels
-
-        def call() -> torch.Tensor:
-            default, triton_kernels.FUSED = triton_kernels.FUSED, fused
-            try:
-                return linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, backend="triton")
-            finally:
-                triton_kernels.FUSED = default
-
-        return call
-
-    why_not = lambda case, device: _backends.why_not("triton", device)  # noqa: E731
-    return Variant(name, prepare, kind="backend", why_not=why_not)
-
-
 BENCHMARK = Benchmark(
     op="linear_cross_entropy",
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    variants=(
-        *backends("linear_cross_entropy", lambda op, x: op(x.hidden, x.weight, x.target)),
-        route("triton, products", (False, False)),
-        route("triton, fused", (True, True)),
-        *cross_entropy.VARIANTS,
-    ),
+    backends=("triton", "cpu", "chunked"),
+    call=lambda op, x: op(x.hidden, x.weight, x.target),
+    rivals=cross_entropy.VARIANTS,
     work=work,
     baseline="eager",
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_linear_cross_entropy(replay, case, variant):
-    replay(case, variant)

@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(verb: str, words: list[str]) -> Any:
     """The options of the verb; None if help or the version was asked for and printed."""
     from cogview.parsing import VERBS, parse
+    from cogview.presets import ABOUT
 
     if words[:1] == ["--version"]:
         import cogview_kernels
@@ -102,8 +103,10 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
-    description = (VERBS[verb].__doc__ or "") + f"\n\nexample:\n  cogview {verb} {EXAMPLES[verb]}"
-    return parse(verb, words[1:], description)
+    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    if hasattr(VERBS[verb], "preset"):
+        parts.append("presets:\n" + "\n".join(f"  {name:<9} {about}" for name, about in ABOUT.items()))
+    return parse(verb, words[1:], "\n\n".join(parts))
 
 
 def _summary(kind: type) -> str:

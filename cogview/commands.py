@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.device import usable_device
-from cogview.presets import get_preset
 
 if TYPE_CHECKING:
     from cogview import options
@@ -26,7 +25,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
     from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 
     preset = dataclasses.replace(
-        get_preset(given.preset),
+        given.start,
         image_tokenizer=given.image_tokenizer,
         image_tokenizer_train=given.image_tokenizer_train,
         text_pieces=given.text_pieces,
@@ -43,10 +42,11 @@ def train(given: options.Train) -> None:
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
-        get_preset(given.preset),
+        given.start,
         model=given.model,
         train=given.train,
         sampling=given.sampling,
+        min_text_tokens=given.min_text_tokens,
         max_text_tokens=given.max_text_tokens,
     )
     history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))

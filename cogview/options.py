@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
     ModelConfig,
+    Preset,
     SamplingConfig,
     TrainConfig,
 )
@@ -40,7 +41,8 @@ Data = Annotated[
     ),
 ]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
-Preset = Annotated[str, _shown("NAME", 'small; for the data "digits", digits')]
+PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
+Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
 Images = Positional[
@@ -59,7 +61,8 @@ class TrainTokenizer:
     image_tokenizer_train: ImageTokenizerTrainConfig
     text_pieces: int
     """pieces of the text tokenizer, at most; fewer if the captions hold no more"""
-    preset: Preset
+    start: Start
+    preset: PresetName = None
     """sizes and schedule; every other option overrides it"""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
@@ -77,9 +80,12 @@ class Train:
     model: ModelConfig
     train: TrainConfig
     sampling: SamplingConfig
+    min_text_tokens: int
+    """room for a text, in tokens, however short the captions are"""
     max_text_tokens: int
-    """tokens of a caption, at most; a longer one loses its end"""
-    preset: Preset
+    """room for a text, in tokens, however long the captions are; a longer one loses its end"""
+    start: Start
+    preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
     """sizes and schedule; every other option overrides it"""
     attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")] = None
     """dense or three-region; the sizes of the latter are --model.three-region..."""
@@ -87,6 +93,12 @@ class Train:
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_positions"):
+            if getattr(self.model, name) != getattr(self.start.model, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--model.{option} follows from tokenizers and captions; leave it out")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,15 @@ import io
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tyro
 
 from cogview import options
-from cogview.config import ThreeRegionConfig
-from cogview.presets import default_preset, get_preset
+from cogview.config import Preset, ThreeRegionConfig
+from cogview.presets import default_preset, get_preset, implied_preset
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,22 +70,26 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
 
 def _defaults(kind: type, words: Sequence[str]) -> Any:
     """The options of a training verb as its preset has them: what the words then override."""
-    name = _last_value(words, "preset") or default_preset(_last_value(words, "data"))
-    preset = get_preset(name)
-    shared: dict[str, Any] = {"data": tyro.MISSING, "out": tyro.MISSING, "preset": name}
+    preset = _preset(kind, words)
     if kind is options.Train:
         attention = _last_value(words, "attention")
-        if attention == "dense":
-            preset = _replaced(preset, model={"three_region": None})
-        elif attention == "three-region" and preset.model.three_region is None:
-            preset = _replaced(preset, model={"three_region": ThreeRegionConfig()})
+        three_region = preset.model.three_region or ThreeRegionConfig()
+        if attention is not None:
+            changed = {"dense": None, "three-region": three_region}.get(attention, three_region)
+            preset = replace(preset, model=replace(preset.model, three_region=changed))
     names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**shared, **{name: getattr(preset, name) for name in names if hasattr(preset, name)})
+    parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}
+    return kind(data=tyro.MISSING, out=tyro.MISSING, start=preset, **parts)
 
 
-def _replaced(preset: Any, **parts: dict[str, Any]) -> Any:
-    changes = {name: dataclasses.replace(getattr(preset, name), **values) for name, values in parts.items()}
-    return dataclasses.replace(preset, **changes)
+def _preset(kind: type, words: Sequence[str]) -> Preset:
+    """The preset that is named, else the one of a run's tokenizers, else the one for the data."""
+    name, out = _last_value(words, "preset"), _last_value(words, "out")
+    if name is not None:
+        return get_preset(name)
+    if kind is options.Train and out is not None and not {"-h", "--help"} & set(words):
+        return implied_preset(out)
+    return default_preset(_last_value(words, "data") or "")
 
 
 def _last_value(words: Sequence[str], name: str) -> str | None:

@@ -38,7 +38,7 @@ Parameter parameter(ParameterAddress p) {
     return {pointer<void>(p.first), DType(p.second)};
 }
 
-// Threshold, scale, seed, and where the seed lies if on the device (else 0).
+// The fields of Dropout; 0 for a seed_data of nullptr.
 using DropoutArguments = std::tuple<uint32_t, float, uint64_t, Address>;
 
 Dropout dropout(DropoutArguments d) {

@@ -3,15 +3,47 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _torch_ops
 from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 _OP = "linear_cross_entropy"
 _SUPPORTED = ("triton", "cpu", "chunked", "reference")
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    vocab_range: tuple[int, int] | None = None,
+    return_losses: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    vocab_range: tuple[int, int] | None = None,
+    return_losses: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_cross_entropy(
@@ -23,18 +55,18 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
     vocab_range: tuple[int, int] | None = None,
+    return_losses: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of a linear layer's output, without ever holding its ``[N, V]`` logits.
 
     Equals, in float32 and exactly (no gradient is dropped as too small)::
 
-        losses = token_weight * F.cross_entropy(
-            hidden @ weight.T, target, reduction="none", ignore_index=ignore_index
-        )
-        losses                                                    # reduction="none"
-        losses.sum()                                              # reduction="sum"
-        losses.sum() / token_weight[target != ignore_index].sum() # reduction="mean"
+        losses = F.cross_entropy(hidden @ weight.T, target, reduction="none", ignore_index=ignore_index)
+        weighted = token_weight * losses
+        weighted                                                    # reduction="none"
+        weighted.sum()                                              # reduction="sum"
+        weighted.sum() / token_weight[target != ignore_index].sum() # reduction="mean"
 
     Args:
         hidden: ``[..., C]``; float32, float16 or bfloat16 (float64 with ``backend="reference"``).
@@ -43,15 +75,20 @@ def linear_cross_entropy(
             mode; elsewhere a target outside has a loss of infinity.
         token_weight: ``[...]``, any floating dtype, or None for ones; no gradient flows to it. A token of
             weight 0 costs nothing on the CPU: its logits are not computed.
-        reduction: "none", "sum" or "mean". "none" gives the losses of text and image tokens from one pass.
+        reduction: "none", "sum" or "mean".
         ignore_index: the target of tokens that do not count.
         vocab_range: ``(start, stop)``: the softmax is over these ids alone, so that the padded tail of a
             vocabulary, or all but the image codes, is as if it were not there. Its weights get no gradient.
+        return_losses: also return the tokens' losses, so that the losses of text and image tokens can be
+            logged from the pass that trains. It costs nothing, whereas the backward pass of
+            ``reduction="none"`` makes the logits a second time.
         backend: "triton", "cpu", "chunked" or "reference"; None takes the best for the device.
 
     Returns:
-        The loss in float32 (float64 for float64): ``[...]`` for "none", else a scalar. With nothing that
-        counts "mean" is NaN, as in PyTorch.
+        The loss in float32 (float64 for float64): ``[...]`` for "none", else a scalar. Where nothing counts,
+        or the weights of what counts sum to 0, "mean" is NaN, as in PyTorch, and its gradients are 0.
+        With ``return_losses`` ``(loss, losses)``: ``losses`` ``[...]``, float32, detached, are not multiplied
+        by ``token_weight``, and 0 at tokens that do not count (ignored, or of weight 0).
 
     Raises:
         TypeError: a dtype above is not met.
@@ -60,14 +97,14 @@ def linear_cross_entropy(
 
     Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens).
     """
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+    if isinstance(hidden, Tensor) and _checks.is_autocast(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     _check(hidden, weight, target, token_weight, reduction, ignore_index, vocab_range, backend)
     chosen = _backends.choose(_OP, _SUPPORTED, backend, hidden.device)
     if chosen == "reference":
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return linear_cross_entropy_reference(
+        loss, losses = linear_cross_entropy_reference(
             hidden.to(wide),
             weight.to(wide),
             target,
@@ -76,14 +113,19 @@ def linear_cross_entropy(
             ignore_index=ignore_index,
             vocab_range=vocab_range,
         )
+        return (loss, losses) if return_losses else loss
     coefficient = (target != ignore_index).float()
     if token_weight is not None:
         coefficient = torch.where(target != ignore_index, token_weight.detach().float(), 0)
-    total = coefficient.sum() if reduction == "mean" else None
-    if total is not None:
+    nothing_counts = None
+    if reduction == "mean":
+        total = coefficient.sum()
+        nothing_counts = total == 0
         # Divided before the gradients are made, so that the usual backward pass need not multiply them.
-        coefficient = coefficient / torch.where(total == 0, 1, total)
-    loss = linear_cross_entropy_op(
+        coefficient = coefficient / torch.where(nothing_counts, 1, total)
+    elif reduction == "sum":
+        nothing_counts = ~coefficient.any()
+    loss, losses = linear_cross_entropy_op(
         hidden.flatten(0, -2) if hidden.dim() != 1 else hidden[None],
         weight,
         target.flatten(),
@@ -92,10 +134,12 @@ def linear_cross_entropy(
         reduction != "none",
         chosen,
     )
-    if reduction == "none":
-        return loss.view(target.shape)
-    # NaN where nothing counts.
-    return loss if total is None else loss * (total / total)
+    if nothing_counts is None:
+        loss = loss.view(target.shape)
+    else:
+        # Gradients of 0 go back from here even where the caller divides by a number of tokens that is 0.
+        loss = loss.masked_fill(nothing_counts, torch.nan if reduction == "mean" else 0)
+    return (loss, losses.view(target.shape)) if return_losses else loss
 
 
 def _check(
@@ -135,7 +179,7 @@ def _check(
     start, stop = vocab_range or (0, V)
     if not 0 <= start < stop <= V:
         raise ValueError(f"{_OP}: vocab_range must be 0 <= start < stop <= {V}, got {vocab_range}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _torch_ops.values_are_readable(target):
         outside = (target != ignore_index) & ((target < start) | (target >= stop))
         if outside.any():
             raise ValueError(

@@ -17,8 +17,8 @@ def linear_cross_entropy_reference(
     reduction: str = "mean",
     ignore_index: int = -100,
     vocab_range: tuple[int, int] | None = None,
-) -> Tensor:
-    """See :func:`cogview_kernels.linear_cross_entropy`; computed in the dtype of ``hidden``."""
+) -> tuple[Tensor, Tensor]:
+    """``(loss, losses)``, see :func:`cogview_kernels.linear_cross_entropy`; in the dtype of ``hidden``."""
     start, stop = vocab_range or (0, weight.shape[0])
     counted = target != ignore_index
     coefficient = counted.to(hidden.dtype)
@@ -31,7 +31,10 @@ def linear_cross_entropy_reference(
     index = torch.where(known, target - start, 0)[..., None]
     losses = -logits.log_softmax(-1).gather(-1, index).squeeze(-1)
     # The softmax gives nothing to an id outside the range.
-    losses = coefficient * losses.masked_fill(counted & ~known, torch.inf)
+    losses = losses.masked_fill(counted & ~known, torch.inf)
+    weighted = coefficient * losses
     if reduction == "none":
-        return losses
-    return losses.sum() if reduction == "sum" else losses.sum() / coefficient.sum()
+        loss = weighted
+    else:
+        loss = weighted.sum() if reduction == "sum" else weighted.sum() / coefficient.sum()
+    return loss, losses.detach().masked_fill(~counted, 0)

@@ -8,8 +8,8 @@
 #pragma once
 
 #include "common/cuda_types.cuh"
+#include "common/dropout.h"
 #include "common/norm.h"
-#include "common/random.h"
 
 namespace cogview {
 namespace {
@@ -223,13 +223,13 @@ __device__ inline void gradient_through(Row& dy, const Row& x, Statistics s, con
 
 // x * scale where the element of this row survives, else 0.
 __device__ inline void drop(Row& x, const Dropout& dropout, int64_t row) {
-    if (dropout.threshold == 0) return;
-    const uint64_t seed = dropout.seed_on_device != nullptr ? *dropout.seed_on_device : dropout.seed;
-    const RowWords words = philox(seed, uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
+    if (!dropout.drops()) return;
+    const RowWords words = philox(dropout.read_seed(), uint32_t(row), uint32_t(uint64_t(row) >> 32), 0);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
         const uint32_t column = first_column() + i;
-        x.of[i] = keep_mask(words.r0, words.r1, column, dropout.threshold) ? x.of[i] * dropout.scale : 0.0f;
+        x.of[i] = keep_mask(words.r0, words.r1, column, dropout.keep_threshold) ? x.of[i] * dropout.keep_scale
+                                                                                : 0.0f;
     }
 }
 

@@ -8,9 +8,9 @@
 
 #include <type_traits>
 
+#include "common/dropout.h"
 #include "common/norm.h"
 #include "common/parallel.h"
-#include "common/random.h"
 #include "common/vec.h"
 
 namespace cogview {
@@ -113,7 +113,7 @@ inline VecF drop(VecF x, const Dropout& dropout, RowWords row, int64_t j) {
     VecU column;
     for (int i = 0; i < kLanes; ++i) column[i] = uint32_t(j) + uint32_t(i);
     const VecU r0 = row.r0 - VecU{}, r1 = row.r1 - VecU{};
-    return keep_mask(r0, r1, column, dropout.threshold) ? x * dropout.scale : VecF{};
+    return keep_mask(r0, r1, column, dropout.keep_threshold) ? x * dropout.keep_scale : VecF{};
 }
 
 // ---- statistics

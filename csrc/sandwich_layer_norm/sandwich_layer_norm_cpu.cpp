@@ -155,13 +155,13 @@ void backward(const SandwichBackward& a, int threads) {
 }  // namespace
 
 void sandwich_layer_norm_fwd_cpu(const SandwichForward& args, int threads) {
-    COGVIEW_DISPATCH_DTYPE(args.dtype, args.dropout.threshold == 0 ? forward<false, scalar_t>(args, threads)
-                                                                   : forward<true, scalar_t>(args, threads));
+    COGVIEW_DISPATCH_DTYPE(args.dtype, !args.dropout.drops() ? forward<false, scalar_t>(args, threads)
+                                                             : forward<true, scalar_t>(args, threads));
 }
 
 void sandwich_layer_norm_bwd_cpu(const SandwichBackward& args, int threads) {
-    COGVIEW_DISPATCH_DTYPE(args.dtype, args.dropout.threshold == 0 ? backward<false, scalar_t>(args, threads)
-                                                                   : backward<true, scalar_t>(args, threads));
+    COGVIEW_DISPATCH_DTYPE(args.dtype, !args.dropout.drops() ? backward<false, scalar_t>(args, threads)
+                                                             : backward<true, scalar_t>(args, threads));
 }
 
 }  // namespace COGVIEW_ISA

@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "common/parallel.h"
-#include "common/random.h"
+#include "common/dropout.h"
 #include "common/vec.h"
 #include "common/workspace.h"
 #include "three_region_attention/matmul.h"

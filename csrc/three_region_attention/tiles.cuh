@@ -10,7 +10,7 @@
 #include <cuda_fp16.h>
 #include <mma.h>
 
-#include "common/random.h"
+#include "common/dropout.h"
 #include "three_region_attention/three_region_attention_cuda.h"
 
 namespace cogview {

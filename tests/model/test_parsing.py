@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from cogview.parsing import VERBS, parse
 from cogview.presets import PRESETS
+from cogview.settings import TOKENIZER_SETTINGS, TokenizerSettings, write_settings
 
 TRAIN = ("--data", "photos", "--out", "runs/x", "--preset", "digits")
+SMALL = PRESETS["small"]
 
 
 def mistake(verb, *words):
@@ -29,8 +32,20 @@ def test_a_training_verb_starts_from_its_preset():
 
 
 def test_without_a_preset_the_data_choose():
-    assert parse("train", ("--data", "digits", "--out", "x"), "").model == PRESETS["digits"].model
-    assert parse("train", ("--data=photos", "--out", "x"), "").model == PRESETS["small"].model
+    given = parse("train-tokenizer", ("--data", "digits", "--out", "x"), "")
+    assert given.start == PRESETS["digits"] and given.image_tokenizer == PRESETS["digits"].image_tokenizer
+    assert parse("train-tokenizer", ("--data=photos", "--out", "x"), "").start == SMALL
+
+
+def test_train_starts_from_the_preset_of_the_tokenizers(tmp_path):
+    shape = dataclasses.replace(SMALL.image_tokenizer, num_codes=64)
+    settings = TokenizerSettings("photos", 99, shape, SMALL.image_tokenizer_train, "small")
+    write_settings(tmp_path / TOKENIZER_SETTINGS, settings)
+    given = parse("train", ("--data", "photos", "--out", str(tmp_path), "--model.num-layers", "3"), "")
+    assert given.start.image_tokenizer == shape
+    assert given.model == dataclasses.replace(SMALL.model, num_layers=3)
+    with pytest.raises(FileNotFoundError, match="train the tokenizers first"):
+        parse("train", ("--data", "photos", "--out", str(tmp_path / "absent")), "")
 
 
 def test_nested_options_override_the_preset():
@@ -104,6 +119,7 @@ def test_a_bad_file_of_settings_is_one_clear_error(tmp_path):
 def test_mistakes_are_one_line_that_names_the_option():
     assert "unknown preset 'huge'" in _value_error("train", "--data", "x", "--out", "y", "--preset", "huge")
     assert mistake("train", "--data", "digits").startswith("missing: --out RUN run folder")
+    assert mistake("train", *TRAIN, "--model.vocab-size", "9").startswith("--model.vocab-size follows from")
     assert "--train.steps: invalid literal for int()" in mistake("train", *TRAIN, "--steps", "x")
     assert "model: num_heads must be a divisor" in mistake("train", *TRAIN, "--model.num-heads", "3")
     assert "Perhaps you meant: --top-k INT" in mistake("generate", "--run", "x", "a", "--tpo-k", "3")
