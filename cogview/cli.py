@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from cogview import missing_extra
+import cogview
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
-        print(f"cogview: {missing_extra(error)}", file=sys.stderr)
+        print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except (ValueError, OSError) as error:
         print(f"{f'cogview {verb}'.strip()}: {' '.join(str(error).split())}", file=sys.stderr)
