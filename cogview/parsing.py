@@ -34,7 +34,7 @@ VERBS: dict[str, type] = {
 }
 # Options of a training verb that have a short form: --steps is --train.steps.
 SHORT = ("steps", "batch-size", "seed")
-_TRAINED_PART = {options.TrainTokenizer: "image-tokenizer-train", options.Train: "train"}
+TRAINED_PART = {options.TrainTokenizer: "image-tokenizer-train", options.Train: "train"}
 
 
 def parse(verb: str, words: Sequence[str], description: str) -> Any:
@@ -45,11 +45,11 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
     kind = VERBS[verb]
     default: Any = {}
     words = list(words)
-    if kind in _TRAINED_PART:
+    if kind in TRAINED_PART:
         path = _last_value(words, "settings")
         if path is not None:
             words = _words_of_file(Path(path), kind) + words
-        words = [_in_full(word, _TRAINED_PART[kind]) for word in words]
+        words = [_in_full(word, TRAINED_PART[kind]) for word in words]
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
     try:
@@ -73,9 +73,9 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
     preset = _preset(kind, words)
     if kind is options.Train:
         attention = _last_value(words, "attention")
-        three_region = preset.model.three_region or ThreeRegionConfig()
         if attention is not None:
-            changed = {"dense": None, "three-region": three_region}.get(attention, three_region)
+            three_region = preset.model.three_region or ThreeRegionConfig()
+            changed = None if attention == "dense" else three_region
             preset = replace(preset, model=replace(preset.model, three_region=changed))
     names = [field.name for field in dataclasses.fields(kind)]
     parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}

@@ -10,8 +10,8 @@ def plain(colour, side=8):
     return Image.new("RGB", (side, side), colour)
 
 
-def test_pixels_are_not_stretched():
-    pixels = torch.tensor([0.0, 0.2, 1.0]).view(3, 1, 1).expand(3, 2, 5)
+def test_pixels_are_rounded_and_not_stretched():
+    pixels = torch.tensor([0.0, 50.9 / 255, 1.0]).view(3, 1, 1).expand(3, 2, 5)
     picture = to_picture(pixels)
     assert picture.size == (5, 2)
     assert picture.getcolors() == [(10, (0, 51, 255))]
@@ -25,6 +25,11 @@ def test_a_grid_goes_row_by_row_on_white():
         *((255, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
     ]
     assert [grid.getpixel(at) for at in ((3, 3), (20, 4), (43, 43), (24, 24))] == [(255, 255, 255)] * 4
+
+
+def test_a_small_picture_is_enlarged_by_repeating_pixels():
+    halves = Image.fromarray(np.array([[[0] * 3, [255] * 3]] * 2, dtype=np.uint8))
+    assert picture_grid([halves], columns=1).getcolors() == [(2048, (0, 0, 0)), (2048, (255, 255, 255))]
 
 
 def test_a_single_picture_has_no_margin_and_a_large_one_keeps_its_size():

@@ -58,6 +58,11 @@ def test_nested_options_override_the_preset():
     assert given.model.hidden_size == PRESETS["digits"].model.hidden_size
 
 
+def test_the_last_one_counts():
+    given = parse("train", (*TRAIN, "--preset", "tutorial", "--steps", "3", "--steps", "4"), "")
+    assert given.start == PRESETS["tutorial"] and given.train.steps == 4
+
+
 def test_short_forms_name_the_part_that_the_verb_trains():
     short = ("--steps", "3", "--batch-size=5", "--seed", "7")
     given = parse("train", (*TRAIN, *short), "").train
