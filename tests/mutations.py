@@ -173,7 +173,7 @@ MUTATIONS = [
              _CPU_NORM),
     Mutation("norm-cpu-peak-of-the-last-row", "csrc/*/norm_row.h",
              "peak = own > peak ? own : peak;", "peak = own;", _CPU_NORM),
-    Mutation("sandwich-cpu-keep-scale", "csrc/*/norm_row.h", "? x * dropout.scale : VecF{}", "? x : VecF{}",
+    Mutation("sandwich-cpu-keep-scale", "csrc/*/norm_row.h", "? x * dropout.keep_scale : VecF{}", "? x : VecF{}",
              _CPU_SANDWICH),
     Mutation("sandwich-cpu-unrounded-residual", "csrc/sandwich_layer_norm/*_cpu.cpp",
              "rounded<T>(only(sum, tag))", "only(sum, tag)", _CPU_SANDWICH),
@@ -193,7 +193,7 @@ MUTATIONS = [
     Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
              "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
     Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
-             "x.of[i] * dropout.scale : 0.0f", "x.of[i] : 0.0f", _CUDA_SANDWICH),
+             "? x.of[i] * dropout.keep_scale", "? x.of[i]", _CUDA_SANDWICH),
     Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
              "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
     # ---- stable_softmax
@@ -207,7 +207,7 @@ MUTATIONS = [
              "constexpr int64_t kSumBlock = 16 * kLanes;", "constexpr int64_t kSumBlock = 1 << 30;",
              _CPU_SOFTMAX),
     Mutation("softmax-triton-no-rescale", "cogview_kernels/stable_softmax/*.py",
-             "total = total * tl.exp2((peak - safe) * factor) +", "total = total +", _TRITON_SOFTMAX),
+             "total = total * tl.exp2((row_max - safe) * factor) +", "total = total +", _TRITON_SOFTMAX),
     Mutation("softmax-triton-last-tile-alone", "cogview_kernels/stable_softmax/*.py",
              "dot += tl.sum(p * dp, axis=1)", "dot = tl.sum(p * dp, axis=1)", _TRITON_SOFTMAX),
     Mutation("softmax-cuda-merge", "csrc/stable_softmax/*.cuh",
@@ -227,12 +227,12 @@ MUTATIONS = [
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
-             "coefficient * (self.scales.dlogits if held", "coefficient * (2 * self.scales.dlogits if held",
+             "alpha=self.scales.alpha", "alpha=2 * self.scales.alpha",
              _CHUNKED_XENT),
     Mutation("xent-triton-no-rescale", "cogview_kernels/linear_cross_entropy/*.py",
-             "total = total * tl.exp2((peak - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
+             "total = total * tl.exp2((logit_max - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
     Mutation("xent-triton-merge", "cogview_kernels/linear_cross_entropy/*.py",
-             "tl.sum(totals * tl.exp2((peaks - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
+             "tl.sum(totals * tl.exp2((maxima - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
              _TRITON_XENT),
     Mutation("xent-triton-target", "cogview_kernels/linear_cross_entropy/*.py",
              "p - coefficient[None, :], p)", "p, p)", _TRITON_XENT),
@@ -240,7 +240,7 @@ MUTATIONS = [
 
 
 def find(mutation: Mutation, root: Path) -> Path | None:
-    """The file of ``root`` that has the text; the copy may hold the broken one."""
+    """The file of ``root`` that has the text."""
     found = [p for p in sorted(root.glob(mutation.where)) if mutation.before in p.read_text()]
     return found[0].relative_to(root) if len(found) == 1 else None
 
@@ -306,11 +306,11 @@ def main() -> None:
     wrong = 0
     for mutation in chosen:
         began = time.monotonic()
-        path = find(mutation, ROOT)
+        path = find(mutation, COPY)
         if path is None:
             verdict = "STALE: its text is not in one file"
         else:
-            text = (ROOT / path).read_text()
+            text = (COPY / path).read_text()
             (COPY / path).write_text(text.replace(mutation.before, mutation.after))
             if path.suffix != ".cuh" and path.parts[0] == "csrc":
                 build()
