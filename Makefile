@@ -7,7 +7,7 @@ OUT    ?= build/gpu-check
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo test seeds sanitize lint format bench gpu-check wheel-check clean
+.PHONY: help setup build demo test seeds sanitize lint format bench bounds gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,9 +75,12 @@ bench: build  ## time every op against its rivals on this machine, then write th
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.report
 
+bounds: build  ## wall-clock bounds that the project promises; wants a quiet machine
+	$(BIN)/python -m benchmarks.bounds
+
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
 gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)
-	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(PYTHON) .ci/gpu_check.py --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there

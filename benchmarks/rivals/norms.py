@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import FORWARD, Case, Forward, Inputs, Variant
+from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
-from benchmarks.shapes import WIDTH
-from cogview_kernels import _norm
 
 EPS = 1e-5
-# Which backends there are depends on the width.
-BACKENDS = _norm.supported(torch.empty(0, WIDTH))
 PLAIN = "without PB-relax: overflows where PB-relax does not"
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
