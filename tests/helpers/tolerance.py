@@ -5,7 +5,7 @@ Errors are measured against float64. The factor on the root mean square is 2 for
 and on the largest element twice that, because a largest element is a matter of chance.
 
 Eager PyTorch's own error is a matter of chance as well: over a dozen elements one order of summation may be
-exact where another is not, and a softmax over one key is. ``judge`` therefore runs the reference several times,
+exact where another is not, and a softmax over one key is. So ``judge`` runs the reference several times,
 
 - in the dtype, with every sum taken in an order of its own;
 - in float64 with every intermediate result rounded as in the dtype, on a grid that is scaled at random, so
