@@ -53,7 +53,10 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "sandwich_layer_norm": (k.sandwich_layer_norm, sandwich),
         "stable_softmax": (k.stable_softmax, (row,)),
         "linear_cross_entropy": (k.linear_cross_entropy, (row, vocabulary, target)),
-        "three_region_attention": (lambda *qkv: k.three_region_attention(*qkv, layout), (q, key, value)),
+        "three_region_attention": (
+            lambda a, b, c: k.three_region_attention(a, b, c, layout),
+            (q, key, value),
+        ),
         "decode_attention": (k.decode_attention, (q[:, :, :1], cache, cache.clone(), length)),
     }
 
@@ -96,7 +99,8 @@ def _sum(outputs: Any) -> Any:
 def _median_us(call: Callable[[Any], Any], setup: Callable[[], Any] = lambda: None) -> float:
     """``setup`` runs before each call and is not timed. Each call is timed alone: where other work takes the
     core for a while, one call shows it and the median does not."""
-    clock, samples, end = time.perf_counter, [], time.perf_counter() + SECONDS
+    clock, samples = time.perf_counter, list[float]()
+    end = clock() + SECONDS
     while len(samples) < LEAST or clock() < end:
         state = setup()
         start = clock()
@@ -128,7 +132,7 @@ def smallest(rounds: list[Times]) -> Times:
 
 def compare(other: Path, rounds: int) -> tuple[Times, Times]:
     """Of this checkout and of the other, taken in turns."""
-    ours, theirs = [], []
+    ours, theirs = list[Times](), list[Times]()
     for turn in range(rounds):
         for times, root in ((ours, ROOT), (theirs, other))[:: 1 if turn % 2 == 0 else -1]:
             times.append(child(root))
