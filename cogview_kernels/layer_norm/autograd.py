@@ -46,13 +46,9 @@ def _forward(
         _norm.parameter(weight),
         _norm.parameter(bias),
         stats.data_ptr(),
-        _norm.address(peaks),
-        _norm.blocks(x),
-        rows,
-        C,
-        eps,
-        _norm.PB_RELAX_CODES[pb_relax],
-        _extension.DTYPE_CODES[x.dtype],
+        (rows, C, _extension.DTYPE_CODES[x.dtype]),
+        (eps, _norm.PB_RELAX_CODES[pb_relax]),
+        (_norm.address(peaks), _norm.blocks(x)),
     )
     if backend == "cuda":
         _extension.native.layer_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
@@ -87,11 +83,8 @@ def _backward(
         _norm.parameter(wanted[0]),
         _norm.parameter(wanted[1]),
         stats.data_ptr(),
-        _norm.address(partials),
-        _norm.blocks(x),
-        rows,
-        C,
-        _extension.DTYPE_CODES[x.dtype],
+        (rows, C, _extension.DTYPE_CODES[x.dtype]),
+        (_norm.address(partials), _norm.blocks(x)),
     )
     if backend == "cuda":
         _extension.native.layer_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)

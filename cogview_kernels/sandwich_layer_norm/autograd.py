@@ -59,17 +59,13 @@ def _forward(
         return residual_out, normed, stats
     peaks = _norm.peaks(branch, pb_relax, 2) if backend == "cuda" else None
     arguments = (
-        (branch.data_ptr(), residual.data_ptr(), residual_out.data_ptr(), normed.data_ptr()),
+        *(branch.data_ptr(), residual.data_ptr(), residual_out.data_ptr(), normed.data_ptr()),
         [_norm.parameter(p) for p in parameters],
         stats.data_ptr(),
-        _norm.address(peaks),
-        _norm.blocks(branch),
-        rows,
-        C,
-        eps,
-        _norm.PB_RELAX_CODES[pb_relax],
+        (rows, C, _extension.DTYPE_CODES[branch.dtype]),
+        (eps, _norm.PB_RELAX_CODES[pb_relax]),
         _norm.dropout(dropout_p, seed),
-        _extension.DTYPE_CODES[branch.dtype],
+        (_norm.address(peaks), _norm.blocks(branch)),
     )
     if backend == "cuda":
         _extension.native.sandwich_layer_norm_fwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)
@@ -117,16 +113,13 @@ def _backward(
         return dbranch, dresidual, dpost_weight, dpost_bias, dpre_weight, dpre_bias
     partials = _norm.partials(branch, 4) if backend == "cuda" else None
     arguments = (
-        [_norm.address(x) for x in (dresidual_out, dnormed, branch, residual_out, dbranch, dresidual)],
+        *[_norm.address(x) for x in (dresidual_out, dnormed, branch, residual_out, dbranch, dresidual)],
         (_norm.parameter(post_weight), _norm.parameter(pre_weight)),
         [_norm.parameter(p) for p in wanted],
         stats.data_ptr(),
-        _norm.address(partials),
-        _norm.blocks(branch),
-        rows,
-        C,
+        (rows, C, _extension.DTYPE_CODES[branch.dtype]),
         _norm.dropout(dropout_p, seed),
-        _extension.DTYPE_CODES[branch.dtype],
+        (_norm.address(partials), _norm.blocks(branch)),
     )
     if backend == "cuda":
         _extension.native.sandwich_layer_norm_bwd_cuda(*arguments, torch.cuda.current_stream().cuda_stream)

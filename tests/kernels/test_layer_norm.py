@@ -433,7 +433,7 @@ def test_triton_compiles_for_sm80_and_sm90():
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
     types = ("float", "__half", "__nv_bfloat16")
-    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_peaks_kernel")
+    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_abs_max_kernel")
     kernels = [f"cogview::{kernel}<{t}>" for t in types for kernel in names]
     source = '#include "layer_norm/layer_norm_kernels.cuh"'
     for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
