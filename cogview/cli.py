@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.config import PRESETS, Preset, SamplingConfig, get_preset
+from cogview.config import Preset, SamplingConfig
+from cogview.presets import PRESETS, get_preset
 
 if TYPE_CHECKING:
     from cogview.commands import Generated
@@ -169,7 +170,7 @@ def _preset(arguments: argparse.Namespace, part: str) -> Preset:
 def _device(arguments: argparse.Namespace) -> str:
     import torch
 
-    from cogview.commands import default_device
+    from cogview.device import default_device
 
     if arguments.device is None:
         return default_device()
@@ -183,7 +184,7 @@ def _device(arguments: argparse.Namespace) -> str:
 
 def _train_tokenizer(arguments: argparse.Namespace) -> None:
     preset = _preset(arguments, "image_tokenizer_train")
-    from cogview.commands import TrainTokenizers, train_tokenizers
+    from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 
     options = TrainTokenizers(arguments.data, arguments.out, preset, _device(arguments))
     history = train_tokenizers(options)
@@ -194,7 +195,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     preset = _preset(arguments, "train")
-    from cogview.commands import TrainModel, train_model
+    from cogview.training.pipeline import TrainModel, train_model
 
     history = train_model(TrainModel(arguments.data, arguments.out, preset, _device(arguments)))
     image, text = (history[name][-50:] for name in ("image_loss", "text_loss"))

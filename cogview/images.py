@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,19 +11,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from cogview.files import StrPath, written_aside
+
 RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
 
 
-def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
+def save_png(path: StrPath, image: np.ndarray) -> None:
     """Write ``[H, W, 3]`` uint8 as PNG, aside and then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    Image.fromarray(image).save(aside, format="PNG")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        Image.fromarray(image).save(aside, format="PNG")
 
 
-def _save_figure(path: str | os.PathLike[str], figure: Figure) -> None:
+def _save_figure(path: StrPath, figure: Figure) -> None:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     save_png(path, np.asarray(canvas.buffer_rgba())[..., :3].copy())
@@ -52,7 +49,7 @@ def image_grid(images: Tensor, columns: int, *, min_side: int = 64) -> np.ndarra
 
 
 def save_contact_sheet(
-    path: str | os.PathLike[str], title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
+    path: StrPath, title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
 ) -> None:
     """One labelled row of candidates per prompt, best first.
 
@@ -94,9 +91,7 @@ def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
     return (total[last] - total[first]) / (last - first)
 
 
-def save_loss_curves(
-    path: str | os.PathLike[str], panels: Mapping[str, Mapping[str, Sequence[float]]]
-) -> None:
+def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """One panel per title, one labelled curve per entry, over steps, with running means on top."""
     figure = Figure(figsize=(5.5 * len(panels), 3.8), dpi=110, layout="constrained")
     for axes, (title, curves) in zip(

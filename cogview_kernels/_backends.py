@@ -1,31 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backend names, what is available here and why not, and the default for a device.
 
-An explicit ``backend=`` runs or raises. Without one the first of the op's backends that serves the
-device is taken. ``COGVIEW_KERNELS_TRACE=1`` prints each choice with the reasons against the others.
+An explicit ``backend=`` runs or raises. Without one the first of the op's backends that serves the device and
+the arguments is taken. Choices are logged at level DEBUG by the logger ``cogview_kernels``, with the reasons
+against the other backends; ``COGVIEW_KERNELS_TRACE=1`` prints these messages on standard error.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
-import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from cogview_kernels import _extension
+from cogview_kernels import _device, _extension
 
 BACKENDS = ("cpu", "triton", "cuda", "sdpa", "chunked", "reference")
 
+_log = logging.getLogger("cogview_kernels")
+if os.environ.get("COGVIEW_KERNELS_TRACE", "0") not in ("", "0"):
+    _log.setLevel(logging.DEBUG)
+    _log.addHandler(logging.StreamHandler())
+
 # Read once: asking the environment at every call costs as much as choosing.
-TRACE = os.environ.get("COGVIEW_KERNELS_TRACE", "0") not in ("", "0")
 TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+# Plain PyTorch, which runs wherever PyTorch does.
+_PLAIN = ("sdpa", "chunked", "reference")
+
+
+def _tell(message: str, *arguments: object) -> None:
+    # A call to a logger would break the graph of torch.compile.
+    if not torch.compiler.is_compiling():
+        _log.debug(message, *arguments)
 
 
 def why_not(backend: str, device: torch.device) -> str:
     """The reason why ``backend`` cannot serve tensors on ``device``; empty when it can."""
-    if backend in ("reference", "sdpa", "chunked"):
+    if backend in _PLAIN:
         return ""
     if backend == "cpu":
         if device.type != "cpu":
@@ -40,7 +56,7 @@ def why_not(backend: str, device: torch.device) -> str:
             return (
                 f"triton serves NVIDIA GPUs, these tensors are on {device}; TRITON_INTERPRET=1 interprets it"
             )
-        if torch.cuda.get_device_capability(device) < (8, 0):
+        if _device.capability(device) < (8, 0):
             return "triton has no matrix units below compute capability 8.0; the cuda backend serves this GPU"
         return ""
     if backend == "cuda":
@@ -56,50 +72,63 @@ def why_not(backend: str, device: torch.device) -> str:
 
 def _preference(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            return ("triton", "cuda", "sdpa", "chunked", "reference")
-        return ("cuda", "sdpa", "chunked", "reference")
-    if device.type == "cpu":
-        return ("cpu", "sdpa", "chunked", "reference")
-    return ("sdpa", "chunked", "reference")
+        return (*(("triton", "cuda") if _device.capability(device) >= (8, 0) else ("cuda",)), *_PLAIN)
+    return ("cpu", *_PLAIN) if device.type == "cpu" else _PLAIN
 
 
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.
-_defaults: dict[tuple[str, tuple[str, ...], torch.device], str] = {}
+_candidates: dict[tuple[str, tuple[str, ...], torch.device], tuple[str, ...]] = {}
 
 
-def _default(op: str, supported: tuple[str, ...], device: torch.device) -> str:
-    refused: list[tuple[str, str]] = []
-    for backend in _preference(device):
-        reason = why_not(backend, device) if backend in supported else "not written for this op"
-        if not reason:
-            if TRACE:
-                against = "".join(f"\n  not {name}: {why}" for name, why in refused)
-                print(f"cogview_kernels: {op} on {device}: {backend}{against}", file=sys.stderr)
-            return backend
-        refused.append((backend, reason))
-    raise AssertionError("every op has a reference")
+def _candidates_for(op: str, supported: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
+    """The backends of ``op`` that serve ``device``, best first."""
+    found = _candidates.get((op, supported, device))
+    if found is None:
+        reasons = {
+            name: why_not(name, device) if name in supported else "not written for this op"
+            for name in _preference(device)
+        }
+        found = tuple(name for name, reason in reasons.items() if not reason)
+        _candidates[op, supported, device] = found
+        against = "".join(f"\n  not {name}: {reason}" for name, reason in reasons.items() if reason)
+        _tell("%s on %s: %s%s", op, device, found[0], against)
+    return found
 
 
-def choose(op: str, supported: tuple[str, ...], backend: str | None, device: torch.device) -> str:
-    """The backend that runs ``op``; ``supported`` are those written for it.
+def choose(
+    op: str,
+    supported: tuple[str, ...],
+    backend: str | None,
+    device: torch.device,
+    limit: Callable[..., str] = lambda *_: "",
+    *arguments: Any,
+) -> str:
+    """The backend that runs ``op``.
+
+    Args:
+        supported: the backends written for ``op``; the last one takes everything that the op does.
+        backend: the one asked for, or None for the best that serves ``device`` and ``arguments``.
+        limit: ``limit(name, *arguments)`` says why backend ``name`` cannot take them; empty when it can.
 
     Raises:
         ValueError: ``backend`` is not a backend's name.
-        NotImplementedError: it is, but not written for this op.
+        NotImplementedError: it is, but not written for this op, or not for these arguments.
         RuntimeError: it cannot run here; the message says why and the way out.
     """
     if backend is None:
-        chosen = _defaults.get((op, supported, device))
-        if chosen is None:
-            chosen = _defaults[op, supported, device] = _default(op, supported, device)
-        return chosen
+        for name in _candidates_for(op, supported, device):
+            reason = limit(name, *arguments)
+            if not reason:
+                return name
+            _tell("%s: not %s: %s", op, name, reason)
+        raise NotImplementedError(f"{op}: {reason}")
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend not in supported:
         raise NotImplementedError(f"{op}: no {backend} backend; this op has {', '.join(supported)}")
     if reason := why_not(backend, device):
         raise RuntimeError(f"{op}: backend {backend!r} cannot run: {reason}")
-    if TRACE:
-        print(f"cogview_kernels: {op} on {device}: {backend}, as asked", file=sys.stderr)
+    if reason := limit(backend, *arguments):
+        raise NotImplementedError(f"{op}: {reason}")
+    _tell("%s on %s: %s, as asked", op, device, backend)
     return backend

@@ -11,14 +11,12 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_float(op: str, name: str, x: Tensor, *, double: bool = False) -> None:
-    """``x`` has a dtype that kernels take (with ``double``, float64 too: plain PyTorch backends)."""
+def check_float(op: str, name: str, x: Tensor, double: bool = True) -> None:
+    """``x`` has a dtype that a backend takes: kernels take all but float64, plain PyTorch takes that too."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype in FLOATS or (double and x.dtype == torch.float64):
-        return
-    hint = "; only backend='reference' takes float64" if x.dtype == torch.float64 else ""
-    raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {x.dtype}{hint}")
+    if x.dtype not in FLOATS and not (double and x.dtype == torch.float64):
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
 def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -75,27 +73,39 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_dropout(op: str, p: float, seed: int | Tensor | None) -> None:
+def check_dropout(
+    op: str, p: float, seed: int | Tensor | None, other_name: str = "", other: Tensor | None = None
+) -> None:
+    """``p`` is in [0, 1), ``seed`` an int or a 0-d int64 tensor, on the CPU or beside ``other``."""
     check_finite_number(op, "dropout_p", p)
     if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
-    if isinstance(seed, Tensor) and (seed.dim() != 0 or seed.dtype != torch.int64):
-        raise TypeError(
-            f"{op}: seed must be an integer or a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}"
-        )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, (int, Tensor))):
-        raise TypeError(f"{op}: seed must be an integer or a 0-d int64 tensor, got {type(seed).__name__}")
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dim() != 0 or seed.dtype != torch.int64:
+            got = f"{seed.dtype} {tuple(seed.shape)}"
+            raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {got}")
+        if other is not None and seed.device.type != "cpu":
+            check_same_device(op, "seed", seed, other_name, other)
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
-def has_values(x: Tensor) -> bool:
-    """Whether a check may look at the elements of ``x``: not on a GPU, where that would synchronise, nor
-    where ``x`` stands for values that are not there, as in ``torch.compile``, FakeTensorMode or vmap."""
-    return (
-        x.device.type == "cpu"
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+def check_count(op: str, name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
+    """Why the kernels of ``backend`` cannot take the dtype of ``x``; empty when they can."""
+    if x.dtype in FLOATS:
+        return ""
+    return f"the {backend} backend takes {name} in float32, float16 or bfloat16, got {x.dtype}"
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ import platform
 import torch
 
 import cogview_kernels
-from cogview_kernels import _backends, _extension
+from cogview_kernels import _backends, _device, _extension
 
 # docs/v100.md tells why.
 _VOLTA = (
@@ -46,13 +46,13 @@ def describe() -> str:
     for device in devices:
         name = platform.processor() or platform.machine()
         if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            name = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
+            gpu = _device.properties(device)
+            name = f"{gpu.name}, compute capability {gpu.capability[0]}.{gpu.capability[1]}"
         lines.append(f"\n{device} ({name})")
         for backend in _backends.BACKENDS:
             reason = _backends.why_not(backend, device)
             lines.append(f"  {backend:<10} {'no: ' + reason if reason else 'yes'}")
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (7, 5):
+        if device.type == "cuda" and _device.capability(device) < (7, 5):
             lines.append(_VOLTA)
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,30 @@ if not HAS_GPU:
 
 from cogview_kernels import _backends, _extension  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
 from tests import emulation as cuda_emulation  # noqa: E402
+from tests.helpers import tolerance  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--seeds", type=int, default=1, help="run every test with so many seeds; report the smallest margins"
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if (seeds := metafunc.config.getoption("seeds")) > 1:
+        metafunc.parametrize("_seed", range(seeds), indirect=True, ids="seed{}".format)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("seeds") == 1:
+        return
+    tests = (r for key in ("passed", "failed") for r in terminalreporter.stats.get(key, ()))
+    closest = sorted((dict(r.user_properties).get("share of the error budget", 0), r.nodeid) for r in tests)
+    terminalreporter.section("largest shares of the error budget")
+    for share, name in closest[:-21:-1]:
+        terminalreporter.write_line(f"{share:.2f} {name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,8 +58,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _seed(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(getattr(request, "param", 0))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    tolerance.shares.clear()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("share of the error budget", max(tolerance.shares, default=0)))
 
 
 @pytest.fixture(autouse=True)

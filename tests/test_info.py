@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogview_kernels import _backends, _extension, info
+from cogview_kernels import _backends, _device, _extension, info
 
 
 @pytest.fixture
@@ -17,8 +17,7 @@ def gpu(monkeypatch):
 
     def pretend(name, capability):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(_device, "properties", lambda device: _device.Properties(name, capability, 80))
         monkeypatch.setattr(_backends, "TRITON_INTERPRETED", False)
         native = SimpleNamespace(isa=lambda: "avx2", parallel_runtime=lambda: "openmp")
         monkeypatch.setattr(_extension, "native", native)

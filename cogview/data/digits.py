@@ -14,9 +14,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from sklearn.svm import SVC
 from torch import Tensor
 
 ENGLISH = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -55,6 +52,7 @@ TRAINING_PHRASINGS = tuple(
 )
 SPLIT_SEED = 0  # one split for every run, whatever the run's seed
 SCAN_SIDE = 8
+TRAINING_COPIES = 8  # what training sees of a scan: the scan itself and 7 slightly altered ones
 
 
 def phrase(template: str, digit: int) -> str:
@@ -64,6 +62,9 @@ def phrase(template: str, digit: int) -> str:
 
 @lru_cache(maxsize=1)
 def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     scans, labels = load_digits(return_X_y=True)
     train_x, test_x, train_y, test_y = train_test_split(
         scans, labels, test_size=0.2, stratify=labels, random_state=SPLIT_SEED
@@ -102,6 +103,11 @@ class DigitPairs:
         return [phrase(template, int(self.labels[index])) for template in TRAINING_PHRASINGS]
 
 
+def training_pairs() -> DigitPairs:
+    """What ``"digits"`` means as training data."""
+    return DigitPairs("train", TRAINING_COPIES)
+
+
 def _jitter(images: Tensor) -> Tensor:
     """Each image turned by up to 10 degrees, scaled by up to 8 % and moved by up to 0.6 px."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
@@ -118,6 +124,8 @@ class Judge:
     """A support vector machine fitted to the real training scans; it never sees a generated picture."""
 
     def __init__(self) -> None:
+        from sklearn.svm import SVC
+
         scans, labels = _splits()["train"]
         self._classifier = SVC(gamma=0.001, C=10.0).fit(scans, labels)
         self.test_accuracy = float(self._classifier.score(*_splits()["test"]))

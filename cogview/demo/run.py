@@ -24,23 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.commands import (
-    TrainModel,
-    TrainTokenizers,
-    decode_codes,
-    default_device,
-    train_model,
-    train_tokenizers,
-)
-from cogview.config import PRESETS, Preset
+from cogview.commands import decode_codes
+from cogview.config import Preset
 from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS, TRAINING_PHRASINGS, DigitPairs, Judge, phrase
+from cogview.device import default_device
 from cogview.evaluation.rerank import rerank
+from cogview.files import load_tensors, read_json, save_tensors, write_json
 from cogview.generation.captions import caption_loss
 from cogview.generation.text_to_image import generate_codes
 from cogview.images import save_contact_sheet, save_loss_curves
-from cogview.run import Run, claim_settings, load_run
+from cogview.presets import PRESETS
+from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
-from cogview.training.checkpoint import load_tensors, read_json, save_tensors, write_json
+from cogview.settings import claim_settings, plain
+from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 
 SHEET = "contact_sheet.png"
 CURVES = "loss_curves.png"
@@ -264,18 +261,8 @@ def run_demo(options: Demo) -> dict[str, Any]:
         ]
         _save_pictures(out, report, images, is_right, order, history, tokenizer_history)
     report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
-    write_json(out / REPORT, _jsonable(report))
+    write_json(out / REPORT, plain(report))
     return report
-
-
-def _jsonable(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    return value
 
 
 def _save_pictures(

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
+
+from cogview.files import StrPath, write_bytes
 
 UNKNOWN = 0
 
@@ -21,7 +22,7 @@ class TextTokenizer:
         self._model = model
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TextTokenizer:
+    def load(cls, path: StrPath) -> TextTokenizer:
         """Read a ``.model`` file. FileNotFoundError if absent, ValueError if it is something else."""
         path = Path(path)
         if not path.is_file():
@@ -61,12 +62,9 @@ class TextTokenizer:
             ) from None
         return cls(model.getvalue())
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write the model file, aside first and then renamed."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".tmp")
-        aside.write_bytes(self._model)
-        os.replace(aside, path)
+        write_bytes(path, self._model)
 
     def __len__(self) -> int:
         return self._processor.get_piece_size()

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loop of the transformer."""
+"""Training of the transformer."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch import Tensor
 
 from cogview.config import ModelConfig, TrainConfig
-from cogview.data.pairs import TokenDataset
+from cogview.data.tokens import TokenDataset
+from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
-from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from cogview.training.interrupt import DeferredInterrupt
+from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.loop import History, StepResult, Trainer, descend, run_loop, set_learning_rate
 from cogview.training.optim import learning_rate, make_optimizer
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
@@ -69,84 +67,59 @@ def losses_of(
     return loss, image_loss, text_loss
 
 
-def train(
-    model: CogView,
-    dataset: TokenDataset,
-    config: TrainConfig,
-    out: str | os.PathLike[str],
-    *,
-    progress: bool = True,
-) -> dict[str, list[float]]:
-    """Train ``model`` in place, resuming from the latest checkpoint under ``out`` if there is one.
+class TransformerTrainer(Trainer):
+    """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine."""
 
-    Everything random in a step follows from (seed, step): its rows, their order, its layouts and its
-    dropout. With the saved weights and optimizer state a resumed run therefore repeats the losses of an
-    uninterrupted one. A step whose loss or gradient is not finite changes nothing. Seeds PyTorch's
-    global generators.
+    label = "train"
+    board = "train"
+    checkpoints = CHECKPOINTS
+    recorded = ("image_loss", "text_loss", "learning_rate")
 
-    Writes ``out/checkpoints`` and TensorBoard scalars to ``out/tensorboard``. On Ctrl-C, finishes the
-    step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``, ``text_loss``,
-    ``learning_rate``, one value per step.
-    """
-    out = Path(out)
-    device = model.word_embeddings.weight.device
-    optimizer = make_optimizer(model, config)
-    history: dict[str, list[float]] = {"image_loss": [], "text_loss": [], "learning_rate": []}
-    start = 0
-    saved = latest_checkpoint(out / "checkpoints")
-    if saved is not None:
-        start, history = load_checkpoint(saved, model, optimizer)
-    model.train()
-    layout_generator = torch.Generator(device=device)
-    bar = tqdm(
-        total=config.steps, initial=min(start, config.steps), desc="train", unit="step", disable=not progress
-    )
-    with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
-        DeferredInterrupt() as interrupt,
-        bar,
-    ):
-        for step in range(start, config.steps):
-            torch.manual_seed(derive_seed(config.seed, "dropout", step))
-            layout_generator.manual_seed(derive_seed(config.seed, "layouts", step))
-            batch = dataset.batch(
+    def __init__(self, model: CogView, dataset: TokenDataset, config: TrainConfig) -> None:
+        self.model: CogView = model
+        self.dataset = dataset
+        self.config = config
+        self.device = model.word_embeddings.weight.device
+        self.optimizer = make_optimizer(model, config)
+        self.optimizers = {"optimizer": self.optimizer}
+        self._layout_generator = torch.Generator(device=self.device)
+
+    def batches(self, first: int) -> Iterator[Batch]:
+        config = self.config
+        for step in range(first, config.steps):
+            yield self.dataset.batch(
                 step,
                 config.batch_size,
                 text_weight=config.text_weight,
                 caption_fraction=config.caption_fraction,
                 seed=config.seed,
-            ).to(device)
-            rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-
-            loss, image_loss, text_loss = losses_of(
-                model, batch, sample_layouts(model.config, batch, layout_generator)
             )
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-            if torch.isfinite(loss) and torch.isfinite(norm):
-                optimizer.step()
-            else:
-                bar.write(f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; step skipped")
-            optimizer.zero_grad(set_to_none=True)
 
-            values = {
-                "image_loss": image_loss.item(),
-                "text_loss": text_loss.item(),
-                "learning_rate": rate,
-            }
-            for name, value in values.items():
-                history[name].append(value)
-                board.add_scalar(f"train/{name}", value, step)
-            board.add_scalar("train/gradient_norm", norm.item(), step)
-            bar.set_postfix(image=f"{values['image_loss']:.3f}", text=f"{values['text_loss']:.3f}")
-            bar.update()
+    def step(self, step: int, batch: Batch) -> StepResult:
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
+        batch = batch.to(self.device)
+        rate = learning_rate(step, self.config)
+        set_learning_rate(self.optimizer, rate)
+        layouts = sample_layouts(self.model.config, batch, self._layout_generator)
+        loss, image_loss, text_loss = losses_of(self.model, batch, layouts)
+        descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm)
+        image, text = image_loss.item(), text_loss.item()
+        return StepResult(
+            {"image_loss": image, "text_loss": text, "learning_rate": rate},
+            f"image {image:.3f}, text {text:.3f}",
+            descent.skipped,
+            {"gradient_norm": descent.gradient_norm},
+        )
 
-            done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps or interrupt.requested:
-                save_checkpoint(out / "checkpoints", done, model, optimizer, history)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    model.eval()
-    return history
+
+def train(
+    model: CogView, dataset: TokenDataset, config: TrainConfig, out: StrPath, *, progress: bool = True
+) -> History:
+    """Train ``model`` in place, resuming from the latest checkpoint under ``out`` if there is one.
+
+    A step whose loss or gradient is not finite changes nothing. Seeds PyTorch's global generators. On
+    Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
+    ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
+    """
+    return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)

@@ -1,97 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training loop of the VQ-VAE image tokenizer."""
+"""Training of the VQ-VAE image tokenizer."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+from torch import Tensor
 
 from cogview.config import ImageTokenizerTrainConfig
-from cogview.data.pairs import Pairs, batch_indices
+from cogview.data.loading import training_images
+from cogview.data.order import StepBatches
+from cogview.data.pairs import Pairs
+from cogview.files import StrPath
 from cogview.seeding import derive_seed
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from cogview.training.interrupt import DeferredInterrupt
+from cogview.training.loop import History, StepResult, Trainer, descend, run_loop, set_learning_rate
+
+
+class ImageTokenizerTrainer(Trainer):
+    """Pixel MSE plus commitment, Adam, a cosine to zero; the codebook follows by moving averages."""
+
+    label = "train image tokenizer"
+    board = "image_tokenizer"
+    checkpoints = "tokenizer-checkpoints"
+    recorded = ("reconstruction", "codes_used")
+
+    def __init__(
+        self, tokenizer: ImageTokenizer, pairs: Pairs, config: ImageTokenizerTrainConfig, workers: int = 0
+    ) -> None:
+        self.model: ImageTokenizer = tokenizer
+        self.pairs = pairs
+        self.config = config
+        self.workers = workers
+        self.device = next(tokenizer.parameters()).device
+        self.optimizer = torch.optim.Adam(tokenizer.parameters(), lr=config.learning_rate, fused=True)
+        self.optimizers = {"optimizer": self.optimizer}
+        angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
+        self._schedule = 0.5 * (1 + torch.cos(angle))
+
+    def batches(self, first: int) -> Iterator[Tensor]:
+        config = self.config
+        order = StepBatches(config.seed, config.batch_size, len(self.pairs), range(first, config.steps))
+        return iter(training_images(self.pairs, self.model.config.image_size, order, self.workers))
+
+    def step(self, step: int, batch: Tensor) -> StepResult:
+        torch.manual_seed(derive_seed(self.config.seed, "image tokenizer", step))
+        images = batch.to(self.device)
+        set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
+        book = {name: buffer.clone() for name, buffer in self.model.quantize_t.named_buffers()}
+        result = self.model(images)
+        reconstruction = F.mse_loss(result.images, images)
+        loss = reconstruction + self.config.commitment * result.commitment
+        descent = descend(loss, self.model, self.optimizer)
+        if descent.skipped:
+            # The forward pass has already moved the codebook: put it back.
+            for name, buffer in self.model.quantize_t.named_buffers():
+                buffer.copy_(book[name])
+        mse, codes_used = reconstruction.item(), len(result.codes.unique())
+        return StepResult(
+            {"reconstruction": mse, "codes_used": float(codes_used)},
+            f"mse {mse:.5f}, codes {codes_used}",
+            descent.skipped,
+            {"gradient_norm": descent.gradient_norm},
+        )
 
 
 def train_image_tokenizer(
     tokenizer: ImageTokenizer,
     pairs: Pairs,
     config: ImageTokenizerTrainConfig,
-    out: str | os.PathLike[str],
+    out: StrPath,
     *,
     progress: bool = True,
-) -> dict[str, list[float]]:
+    workers: int = 0,
+) -> History:
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
-    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term; Adam, cosine to zero.
-    Randomness follows from (seed, step), so a resumed run repeats the losses of an uninterrupted one. A
-    step whose loss is not finite changes nothing. Seeds PyTorch's global generators. Returns the history:
-    ``reconstruction`` (MSE) and ``codes_used`` (distinct codes in the batch) per step.
+    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term; Adam, cosine to zero. A step
+    whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0 reads
+    them between the steps. Seeds PyTorch's global generators. Returns the history: ``reconstruction``
+    (MSE) and ``codes_used`` (distinct codes in the batch) per step. The rest is
+    :func:`cogview.training.loop.run_loop`.
     """
-    out = Path(out)
-    device = next(tokenizer.parameters()).device
-    optimizer = torch.optim.Adam(tokenizer.parameters(), lr=config.learning_rate, fused=True)
-    schedule = 0.5 * (1 + torch.cos(torch.linspace(0, torch.pi, config.steps + 1)))
-    history: dict[str, list[float]] = {"reconstruction": [], "codes_used": []}
-    start = 0
-    saved = latest_checkpoint(out / "tokenizer-checkpoints")
-    if saved is not None:
-        start, history = load_checkpoint(saved, tokenizer, optimizer)
-    tokenizer.train()
-    size = tokenizer.config.image_size
-    bar = tqdm(
-        total=config.steps,
-        initial=min(start, config.steps),
-        desc="train image tokenizer",
-        unit="step",
-        disable=not progress,
-    )
-    with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
-        DeferredInterrupt() as interrupt,
-        bar,
-    ):
-        for step in range(start, config.steps):
-            torch.manual_seed(derive_seed(config.seed, "image tokenizer", step))
-            indices = batch_indices(config.seed, step, config.batch_size, len(pairs))
-            images = torch.stack([pairs.image(index, size) for index in indices]).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * float(schedule[step])
-
-            book = {name: buffer.clone() for name, buffer in tokenizer.quantize_t.named_buffers()}
-            result = tokenizer(images)
-            reconstruction = F.mse_loss(result.images, images)
-            loss = reconstruction + config.commitment * result.commitment
-            if torch.isfinite(loss):
-                loss.backward()
-                optimizer.step()
-            else:
-                # The forward pass has already moved the codebook: put it back.
-                for name, buffer in tokenizer.quantize_t.named_buffers():
-                    buffer.copy_(book[name])
-                bar.write(f"step {step}: loss {loss.item()}; step skipped")
-            optimizer.zero_grad(set_to_none=True)
-
-            values = {
-                "reconstruction": reconstruction.item(),
-                "codes_used": float(len(result.codes.unique())),
-            }
-            for name, value in values.items():
-                history[name].append(value)
-                board.add_scalar(f"image_tokenizer/{name}", value, step)
-            bar.set_postfix(mse=f"{values['reconstruction']:.5f}", codes=int(values["codes_used"]))
-            bar.update()
-
-            done = step + 1
-            if done % config.checkpoint_every == 0 or done == config.steps or interrupt.requested:
-                save_checkpoint(out / "tokenizer-checkpoints", done, tokenizer, optimizer, history)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-    tokenizer.eval()
-    return history
+    trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
+    return run_loop(trainer, config, out, progress=progress)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
+from cogview_kernels._torch_ops import values_are_readable
 from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
@@ -179,7 +180,7 @@ def _check(
     start, stop = vocab_range or (0, V)
     if not 0 <= start < stop <= V:
         raise ValueError(f"{_OP}: vocab_range must be 0 <= start < stop <= {V}, got {vocab_range}")
-    if _checks.has_values(target):
+    if values_are_readable(target):
         outside = (target != ignore_index) & ((target < start) | (target >= stop))
         if outside.any():
             raise ValueError(

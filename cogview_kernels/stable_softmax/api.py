@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
-from cogview_kernels.stable_softmax.autograd import stable_softmax_op
+from cogview_kernels.stable_softmax.op import backend_module, stable_softmax_op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 
 _OP = "stable_softmax"
-_SUPPORTED = ("triton", "cuda", "cpu", "reference")
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
+def _limit(backend: str, scores: Tensor) -> str:
+    return "" if backend == "reference" else backend_module(backend).limit(backend, scores)
 
 
 def stable_softmax(
@@ -35,8 +39,8 @@ def stable_softmax(
     fp16 limit and the result is the same.
 
     Args:
-        scores: ``[..., N]``, or ``[..., T, N]`` under ``causal``; float32, float16 or bfloat16 (float64 with
-            ``backend="reference"``). Any strides; a last stride other than 1 costs a copy.
+        scores: ``[..., N]``, or ``[..., T, N]`` under ``causal``; float32, float16 or bfloat16 (float64 by
+            the reference). Any strides; a last stride other than 1 costs a copy.
         alpha: positive; multiplies the differences to the row's maximum.
         scale: finite; multiplies the scores.
         mask: boolean, broadcasts to ``scores``; True marks what is visible.
@@ -50,11 +54,12 @@ def stable_softmax(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: the named backend does not take float64.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
     """
-    _checks.check_float(_OP, "scores", scores, double=backend == "reference")
+    _checks.check_float(_OP, "scores", scores)
     if scores.dim() == 0:
         raise ValueError(f"{_OP}: scores must have at least one dimension, got a scalar")
     if causal and scores.dim() < 2:
@@ -66,7 +71,7 @@ def stable_softmax(
             raise TypeError(f"{_OP}: mask must be boolean (True = visible), got {mask.dtype}; try mask != 0")
         _checks.check_same_device(_OP, "mask", mask, "scores", scores)
         _checks.check_broadcasts(_OP, "mask", mask, "scores", scores)
-    chosen = _backends.choose(_OP, _SUPPORTED, backend, scores.device)
+    chosen = _backends.choose(_OP, _BACKENDS, backend, scores.device, _limit, scores)
     if chosen == "reference":
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(

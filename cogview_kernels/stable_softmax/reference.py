@@ -26,9 +26,9 @@ def stable_softmax_reference(
         x = x.masked_fill(~visible, -torch.inf)
     if x.numel() == 0:
         return x
-    peak = x.amax(-1, keepdim=True)
+    row_max = x.amax(-1, keepdim=True)
     # A row without a key: subtracting -inf would give NaN where zeros are wanted.
-    exponent = alpha * (x - peak.masked_fill(peak == -torch.inf, 0).detach())
+    exponent = alpha * (x - row_max.masked_fill(row_max == -torch.inf, 0).detach())
     weights = exponent.exp()
     total = weights.sum(-1, keepdim=True)
-    return weights / total.masked_fill(peak == -torch.inf, 1)
+    return weights / total.masked_fill(row_max == -torch.inf, 1)

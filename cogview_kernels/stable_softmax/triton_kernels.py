@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._triton import LOG2E, offset, store_rounded
+from cogview_kernels.stable_softmax.native import fold, four
 
 MAX_TILE = 16384
 
@@ -67,15 +69,15 @@ def _stable_softmax_fwd_kernel(
             stride_sa, stride_sb, stride_st, stride_ma, stride_mb, stride_mt, stride_mn,
             scale, HAS_MASK, IS_CAUSAL,
         )  # fmt: skip
-        peak = tl.max(x, axis=1)
+        row_max = tl.max(x, axis=1)
         # A row without a key: -inf minus -inf would be NaN; from 0 it gives weights of exactly 0.
-        peak = tl.where(peak == float("-inf"), 0.0, peak)
-        e = tl.exp2((x - peak[:, None]) * factor)
+        row_max = tl.where(row_max == float("-inf"), 0.0, row_max)
+        e = tl.exp2((x - row_max[:, None]) * factor)
         total = tl.sum(e, axis=1)
         p = e / tl.where(total == 0.0, 1.0, total)[:, None]
         store_rounded(out_ptr + cols[None, :], p, (rows < R)[:, None] & (cols < N)[None, :], dtype)
     else:
-        peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+        row_max = tl.full([BLOCK_R], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_R], tl.float32)
         for start in range(0, N, BLOCK_N):
             x = _load_scores(
@@ -83,12 +85,12 @@ def _stable_softmax_fwd_kernel(
                 stride_sa, stride_sb, stride_st, stride_ma, stride_mb, stride_mt, stride_mn,
                 scale, HAS_MASK, IS_CAUSAL,
             )  # fmt: skip
-            new_peak = tl.maximum(peak, tl.max(x, axis=1))
-            safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            new_max = tl.maximum(row_max, tl.max(x, axis=1))
+            safe = tl.where(new_max == float("-inf"), 0.0, new_max)
             e = tl.exp2((x - safe[:, None]) * factor)
-            total = total * tl.exp2((peak - safe) * factor) + tl.sum(e, axis=1)
-            peak = new_peak
-        safe = tl.where(peak == float("-inf"), 0.0, peak)
+            total = total * tl.exp2((row_max - safe) * factor) + tl.sum(e, axis=1)
+            row_max = new_max
+        safe = tl.where(row_max == float("-inf"), 0.0, row_max)
         inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
         for start in range(0, N, BLOCK_N):
             x = _load_scores(
@@ -144,29 +146,29 @@ def _tiling(N: int) -> dict[str, int | bool]:
     }
 
 
-def launch_stable_softmax_fwd(
-    scores: Tensor,
-    mask: Tensor | None,
-    probs: Tensor,
-    shape: tuple[int, ...],
-    scores_stride: tuple[int, ...],
-    mask_stride: tuple[int, ...],
-    alpha: float,
-    scale: float,
-    causal: bool,
+def limit(backend: str, scores: Tensor) -> str:
+    """Why the kernels cannot take ``scores``; empty when they can."""
+    return _checks.kernel_dtype_limit(backend, "scores", scores)
+
+
+def forward(
+    scores: Tensor, mask: Tensor | None, probs: Tensor, alpha: float, scale: float, causal: bool, _: str
 ) -> None:
-    """``shape`` is [A, B, T, N], with the strides of ``scores`` and ``mask``; ``probs`` is contiguous."""
-    A, B, T, N = shape
+    """Fills ``probs``, which is contiguous; the last dimension of ``scores`` has stride 1."""
+    mask = None if mask is None else fold(mask.expand(scores.shape)).view(torch.uint8)
+    scores = fold(scores)
+    A, B, T, N = four(tuple(scores.shape), 1)
+    mask_stride = (0, 0, 0, 0) if mask is None else four(mask.stride(), 0)
     tiling = _tiling(N)
-    mask_ptr = scores if mask is None else mask.view(torch.uint8)
     _stable_softmax_fwd_kernel[(triton.cdiv(A * B * T, tiling["BLOCK_R"]),)](
-        scores, mask_ptr, probs, A * B * T, B, T, N, *scores_stride[:3], *mask_stride, alpha, scale,
+        scores, scores if mask is None else mask, probs, A * B * T, B, T, N,
+        *four(scores.stride(), 0)[:3], *mask_stride, alpha, scale,
         HAS_MASK=mask is not None, IS_CAUSAL=causal, **tiling,
     )  # fmt: skip
 
 
-def launch_stable_softmax_bwd(dprobs: Tensor, probs: Tensor, dscores: Tensor, factor: float) -> None:
-    """All three contiguous, of one shape."""
+def backward(dprobs: Tensor, probs: Tensor, dscores: Tensor, factor: float, _: str) -> None:
+    """Fills ``dscores``; all three are contiguous and of one shape."""
     N = probs.shape[-1]
     R = probs.numel() // N
     tiling = _tiling(N)

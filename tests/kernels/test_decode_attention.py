@@ -11,7 +11,7 @@ from cogview_kernels import ThreeRegionLayout, decode_attention, three_region_at
 from cogview_kernels.decode_attention import api
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from tests.helpers.attention import brute_force_attention
-from tests.helpers.tolerance import assert_within_budget
+from tests.helpers.tolerance import assert_within_budget, judge
 
 KERNELS = ["cpu", "triton"]
 BACKENDS = [*KERNELS, "sdpa"]
@@ -81,9 +81,9 @@ def test_error_budget(backend, case, dtype, with_layout, backend_device):
     layout = on_device(layout, device) if with_layout else None
     parts = (layout.pivots, 4, 2, layout.pivot_bias) if layout else ()
     out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, scale=0.5, backend=backend)
-    eager = decode_attention_reference(q, k_cache, v_cache, lengths, 0.5, *parts)
-    wide = [x.double() for x in (q, k_cache, v_cache)]
-    assert_within_budget(out, eager, decode_attention_reference(*wide, lengths, 0.5, *parts))
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.5, *parts)]  # noqa: E731
+    (truth,), (eager,) = judge(reference, [q, k_cache, v_cache])
+    assert_within_budget(out, eager, truth, dtype=dtype)
 
 
 @pytest.mark.parametrize("with_layout", [False, True])
@@ -176,9 +176,9 @@ def test_edges(backend, case, dtype, backend_device):
     *tensors, lengths, layout = make_large(case, dtype, backend_device(backend))
     parts = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
     out = decode_attention(*tensors, lengths, layout=layout, scale=0.3, backend=backend)
-    eager = decode_attention_reference(*tensors, lengths, 0.3, *parts)
-    truth = decode_attention_reference(*(x.double() for x in tensors), lengths, 0.3, *parts)
-    assert_within_budget(out, eager, truth)
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.3, *parts)]  # noqa: E731
+    (truth,), (eager,) = judge(reference, tensors)
+    assert_within_budget(out, eager, truth, dtype=dtype)
 
 
 @pytest.mark.parametrize("case", ["one_query", "regions_many_queries"])

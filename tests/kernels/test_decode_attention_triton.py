@@ -10,7 +10,7 @@ import torch
 
 from cogview_kernels import ThreeRegionLayout, _backends, decode_attention
 from cogview_kernels.decode_attention.reference import decode_attention_reference
-from tests.helpers.tolerance import assert_within_budget
+from tests.helpers.tolerance import assert_within_budget, judge
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
 MODULE = "cogview_kernels.decode_attention.triton_kernels"
@@ -56,9 +56,9 @@ def make_layout(B, S, P, w=8, W=2, bias=0.9, dtype=torch.int64, device="cpu"):
 def check(q, k, v, lengths, layout=None, scale=0.25):
     regions = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
     out = decode_attention(q, k, v, lengths, layout=layout, scale=scale, backend="triton")
-    eager = decode_attention_reference(q, k, v, lengths, scale, *regions)
-    truth = decode_attention_reference(q.double(), k.double(), v.double(), lengths, scale, *regions)
-    assert_within_budget(out, eager, truth)
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, scale, *regions)]  # noqa: E731
+    (truth,), (eager,) = judge(reference, [q, k, v])
+    assert_within_budget(out, eager, truth, dtype=q.dtype)
 
 
 # ---- tiles and splits

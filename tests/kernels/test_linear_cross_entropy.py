@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from cogview_kernels import _extension, linear_cross_entropy
 from cogview_kernels.linear_cross_entropy import autograd, pieces
-from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as reference
-from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as full_reference
+from tests.helpers.tolerance import GRADIENT, assert_within_budget, judge
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
 BACKENDS = ["cpu", "triton", "chunked"]
@@ -56,7 +56,7 @@ def _tensors_where_the_backend_runs(request, backend_device):
 
 def linear_cross_entropy_reference(*inputs, **arguments):
     """The reference's loss alone."""
-    return reference(*inputs, **arguments)[0]
+    return full_reference(*inputs, **arguments)[0]
 
 
 def make_case(name: str, dtype: torch.dtype):
@@ -142,19 +142,19 @@ def check(backend, dtype, case, reduction):
     inputs, target, arguments = make_case(case, dtype)
     arguments["reduction"] = reduction
     ours = with_gradients(linear_cross_entropy, inputs, target, backend=backend, **arguments)
-    truth = with_gradients(linear_cross_entropy_reference, [x.double() for x in inputs], target, **arguments)
-    eager = with_gradients(linear_cross_entropy_reference, inputs, target, **arguments)
+    reference = lambda *x: with_gradients(linear_cross_entropy_reference, x, target, **arguments)  # noqa: E731
+    truth, eager = judge(reference, inputs)
     # A sum may be right by luck in eager arithmetic; it is judged by its parts.
     if reduction == "none":
-        assert_within_budget(ours[0], eager[0].float(), truth[0], name="loss")
+        assert_within_budget(ours[0], eager[0], truth[0], dtype=torch.float32, name="loss")
     else:
         parts = linear_cross_entropy(*inputs, target, backend=backend, **{**arguments, "reduction": "none"})
         divisor = arguments.get("token_weight", torch.ones_like(parts))[target != -100].sum()
         torch.testing.assert_close(
             ours[0], parts.sum() / (divisor if reduction == "mean" else 1), rtol=1.3e-6, atol=1e-5
         )
-    assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT, name="dhidden")
-    assert_within_budget(ours[2], eager[2], truth[2], factor=GRADIENT, name="dweight")
+    assert_within_budget(ours[1], eager[1], truth[1], dtype=dtype, factor=GRADIENT, name="dhidden")
+    assert_within_budget(ours[2], eager[2], truth[2], dtype=dtype, factor=GRADIENT, name="dweight")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -449,13 +449,16 @@ def test_float16_under_a_loss_scale(backend, scale, reduction, monkeypatch):
     target = torch.randint(0, 3000, (64,))
     call = lambda f, *xs, **k: torch.autograd.grad(f(*xs, target, **k).mean() * scale, xs)  # noqa: E731
     leaves = [x.requires_grad_() for x in (hidden, weight)]
-    wide = [x.detach().double().requires_grad_() for x in leaves]
-    truth = call(linear_cross_entropy_reference, *wide)
-    eager = call(lambda h, w, t: F.cross_entropy(F.linear(h, w).float(), t), *leaves)
-    for a, e, t in zip(
-        call(linear_cross_entropy, *leaves, reduction=reduction, backend=backend), eager, truth, strict=True
-    ):
-        assert_within_budget(a, e, t, factor=GRADIENT)
+
+    def reference(*inputs):
+        widened = torch.promote_types(inputs[0].dtype, torch.float32)
+        eager = lambda h, w, t: F.cross_entropy(F.linear(h, w).to(widened), t)  # noqa: E731
+        return call(eager, *(x.requires_grad_() for x in inputs))
+
+    truth, eager = judge(reference, leaves)
+    ours = call(linear_cross_entropy, *leaves, reduction=reduction, backend=backend)
+    for a, e, t in zip(ours, eager, truth, strict=True):
+        assert_within_budget(a, e, t, dtype=torch.float16, factor=GRADIENT)
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])

@@ -11,7 +11,7 @@ from cogview_kernels import _random, sandwich_layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 from tests.helpers import cuda_compile
-from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
 from tests.helpers.triton_compile import assert_norms_fit, norm_spec
 
 BACKENDS = ["cpu", "triton", "cuda"]
@@ -62,21 +62,22 @@ def with_gradients(function, inputs, douts, **arguments):
     return [*(y.detach() for y in outputs), *(None if x is None else next(gradients) for x in leaves)]
 
 
-def double(tensors):
-    return [None if x is None else x.double() for x in tensors]
-
-
 def check(backend, inputs, douts, **arguments):
     """Outputs and gradients of a backend are within the budget."""
     ours = with_gradients(sandwich_layer_norm, inputs, douts, backend=backend, **arguments)
-    truth = with_gradients(sandwich_layer_norm_reference, double(inputs), double(douts), **arguments)
-    eager = with_gradients(sandwich_layer_norm_reference, inputs, douts, **arguments)
+
+    def reference(*tensors):
+        return with_gradients(sandwich_layer_norm_reference, tensors[:-2], tensors[-2:], **arguments)
+
+    truth, eager = judge(reference, [*inputs, *douts])
+    dtypes = [x if x is None else x.dtype for x in (*inputs[:2], *inputs)]
     names = ("residual_out", "normed", "dbranch", "dresidual", *("d" + p for p in PARAMETERS))
-    for name, a, e, t in zip(names, ours, eager, truth, strict=True):
+    for name, dtype, a, e, t in zip(names, dtypes, ours, eager, truth, strict=True):
         if e is None:  # autograd asked for nothing
             assert a is None or not a.any(), name
         else:
-            assert_within_budget(a, e, t, factor=GRADIENT if name.startswith("d") else 2, name=name)
+            factor = GRADIENT if name.startswith("d") else OUTPUT
+            assert_within_budget(a, e, t, dtype=dtype, factor=factor, name=name)
 
 
 def keep_mask(rows: int, columns: int, p: float, seed: int, first_row: int = 0) -> torch.Tensor:
@@ -245,14 +246,17 @@ def test_extreme_rows(backend, dtype, mode, backend_device):
     ours = sandwich_layer_norm(
         branch.to(device), residual.to(device), None, None, None, None, pb_relax=mode, backend=backend
     )
-    truth = sandwich_layer_norm_reference(
-        branch.double(), residual.double(), None, None, None, None, pb_relax=mode
-    )
+    post = lambda *x: sandwich_layer_norm_reference(*x, *[None] * 4, pb_relax=mode)[0].unbind()  # noqa: E731
+    pre = lambda x: layer_norm_reference(x, pb_relax=mode).unbind()  # noqa: E731
     # The pre norm is judged for the residual that it was given, which is rounded.
-    given = layer_norm_reference(ours[0].cpu().double(), pb_relax=mode)
-    for name, a, t in (("residual_out", ours[0], truth[0]), ("normed", ours[1], given)):
-        for r in range(len(rows)):
-            assert_within_budget(a[r].cpu(), t[r].to(dtype), t[r], name=f"{name} of row {r}")
+    residual_out, normed = (x.cpu() for x in ours)
+    for name, output, reference, inputs in (
+        ("residual_out", residual_out, post, [branch, residual]),
+        ("normed", normed, pre, [residual_out]),
+    ):
+        truth, eager = judge(reference, inputs, compute=torch.float32)
+        for r, (a, e, t) in enumerate(zip(output, eager, truth, strict=True)):
+            assert_within_budget(a, e, t, dtype=dtype, name=f"{name} of row {r}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

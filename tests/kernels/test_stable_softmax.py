@@ -6,10 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogview_kernels import _extension, _library, stable_softmax
+from cogview_kernels import _extension, stable_softmax
+from cogview_kernels._torch_ops import Op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 from tests.helpers import cuda_compile
-from tests.helpers.tolerance import GRADIENT, assert_within_budget
+from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
 BACKENDS = ["cpu", "triton", "cuda"]
@@ -85,16 +86,22 @@ def test_equals_torch_softmax():
 # ---- every backend against the reference
 
 
+def check(backend, scores, dprobs, arguments):
+    ours = with_gradient(stable_softmax, scores, dprobs, **arguments, backend=backend)
+    reference = lambda *x: with_gradient(stable_softmax_reference, *x, **arguments)  # noqa: E731
+    truth, eager = judge(reference, [scores, dprobs])
+    for name, factor, a, e, t in zip(
+        ("probs", "dscores"), (OUTPUT, GRADIENT), ours, eager, truth, strict=True
+    ):
+        assert_within_budget(a, e, t, dtype=scores.dtype, factor=factor, name=name)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(backend, dtype, case, backend_device):
     scores, arguments, dprobs = make_case(case, dtype, backend_device(backend))
-    probs, dscores = with_gradient(stable_softmax, scores, dprobs, **arguments, backend=backend)
-    truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double(), **arguments)
-    eager = with_gradient(stable_softmax_reference, scores, dprobs, **arguments)
-    assert_within_budget(probs, eager[0], truth[0])
-    assert_within_budget(dscores, eager[1], truth[1], factor=GRADIENT, name="dscores")
+    check(backend, scores, dprobs, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -176,11 +183,7 @@ def test_long_rows(backend, N, backend_device):
     scores = torch.randn(2, N, device=backend_device(backend))
     scores[:, -3:] += 12
     dprobs = torch.randn_like(scores)
-    ours = with_gradient(stable_softmax, scores, dprobs, backend=backend)
-    truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double())
-    eager = with_gradient(stable_softmax_reference, scores, dprobs)
-    assert_within_budget(ours[0], eager[0], truth[0])
-    assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT)
+    check(backend, scores, dprobs, {})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -202,11 +205,7 @@ def test_every_instruction_set(isa, instruction_set):
     instruction_set(isa)
     for dtype in DTYPES:
         scores, arguments, dprobs = make_case("causal_mask", dtype, torch.device("cpu"))
-        ours = with_gradient(stable_softmax, scores, dprobs, **arguments, backend="cpu")
-        truth = with_gradient(stable_softmax_reference, scores.double(), dprobs.double(), **arguments)
-        eager = with_gradient(stable_softmax_reference, scores, dprobs, **arguments)
-        assert_within_budget(ours[0], eager[0], truth[0])
-        assert_within_budget(ours[1], eager[1], truth[1], factor=GRADIENT)
+        check("cpu", scores, dprobs, arguments)
 
 
 @pytest.mark.parametrize(("N", "one_tile"), [(16384, True), (16385, False)])
@@ -272,8 +271,8 @@ def test_selective_checkpointing_sees_the_op(backend_device):
 
 def test_eager_call_skips_the_autograd_key(monkeypatch):
     calls = []
-    eager = _library.eager
-    monkeypatch.setattr(_library, "eager", lambda name, *a: calls.append(name) or eager(name, *a))
+    below = Op.below_autograd
+    monkeypatch.setattr(Op, "below_autograd", lambda op, *a: calls.append(op.name) or below(op, *a))
     stable_softmax(torch.randn(2, 3, requires_grad=True)).sum().backward()
     assert calls == ["stable_softmax", "stable_softmax_backward"] or _extension.native is None
 
@@ -285,7 +284,11 @@ def test_eager_call_skips_the_autograd_key(monkeypatch):
     ("arguments", "error", "message"),
     [
         ({"scores": torch.ones(3, dtype=torch.int64)}, TypeError, "scores must be float32"),
-        ({"scores": torch.ones(3, dtype=torch.float64)}, TypeError, "backend='reference' takes float64"),
+        (
+            {"scores": torch.ones(3, dtype=torch.float64), "backend": "cpu"},
+            NotImplementedError,
+            "the cpu backend takes scores in float32, float16 or bfloat16, got torch.float64",
+        ),
         ({"scores": torch.ones(())}, ValueError, "at least one dimension"),
         ({"scores": torch.ones(3), "causal": True}, ValueError, r"\[..., T, N\], got shape \(3,\)"),
         ({"alpha": 0.0}, ValueError, "alpha must be a positive finite number, got 0.0"),

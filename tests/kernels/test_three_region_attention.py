@@ -16,7 +16,7 @@ from cogview_kernels import ThreeRegionLayout, _backends, _extension, three_regi
 from cogview_kernels.three_region_attention import launch_config, sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
 from tests.helpers.attention import brute_force_attention
-from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget
+from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
 
 KERNELS = ["cpu", "triton"]
 BACKENDS = ["sdpa", *KERNELS]
@@ -215,14 +215,15 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
         backend=backend, **options,
     )  # fmt: skip
 
-    def reference(q, k, v):
-        seed = torch.tensor(options.get("seed", 0))
-        out, log_sum = three_region_attention_reference(q, k, v, *regions(layout), scale, dropout_p, seed)
-        return (out, log_sum) if lse else out
+    def reference(q, k, v, dout):
+        def call(q, k, v):
+            seed = torch.tensor(options.get("seed", 0))
+            out, log_sum = three_region_attention_reference(q, k, v, *regions(layout), scale, dropout_p, seed)
+            return (out, log_sum) if lse else out
 
-    wide = [x.double() for x in (q, k, v, dout)]
-    truth = with_gradients(reference, *wide[:3], dout=wide[3], dlse=dlse.double() if lse else None)
-    eager = with_gradients(reference, q, k, v, dout=dout, dlse=dlse.to(dtype) if lse else None)
+        return with_gradients(call, q, k, v, dout=dout, dlse=dlse.to(q.dtype) if lse else None)
+
+    truth, eager = judge(reference, [q, k, v, dout])
     names = ["out", "lse", "dq", "dk", "dv"] if lse else ["out", "dq", "dk", "dv"]
     for name, a, e, t in zip(names, ours, eager, truth, strict=True):
         if name == "lse":
@@ -235,7 +236,7 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
             torch.testing.assert_close(a.double(), t, atol=16 * torch.finfo(dtype).eps, rtol=0)
             continue
         factor = GRADIENT if name.startswith("d") else OUTPUT
-        assert_within_budget(a, e, t, factor=factor, name=name)
+        assert_within_budget(a, e, t, dtype=dtype, factor=factor, name=name)
 
 
 @pytest.mark.parametrize("case", [*SMALL, *LARGE])

@@ -7,8 +7,9 @@ import dataclasses
 
 import torch
 
-from cogview.config import PRESETS, ModelConfig, Preset, ThreeRegionConfig
+from cogview.config import ModelConfig, Preset, ThreeRegionConfig
 from cogview.model.transformer import CogView
+from cogview.presets import PRESETS
 from cogview.tokens.vocab import Vocab
 
 VOCAB = Vocab(num_image_codes=16, num_text_pieces=20)
@@ -41,7 +42,6 @@ def tiny_preset(steps: int = 6) -> Preset:
     preset = PRESETS["digits"]
     return dataclasses.replace(
         preset,
-        digit_copies=1,
         model=dataclasses.replace(preset.model, num_layers=2, hidden_size=64, num_heads=2),
         train=dataclasses.replace(preset.train, steps=steps, batch_size=8, checkpoint_every=3),
         image_tokenizer=dataclasses.replace(preset.image_tokenizer, channels=16),

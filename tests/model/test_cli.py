@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from cogview.cli import main
-from cogview.commands import TrainModel, TrainTokenizers, train_model, train_tokenizers
-from cogview.config import PRESETS
+from cogview.presets import PRESETS
+from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from tests.model.helpers import tiny_preset
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
+def run_folder(tmp_path_factory, one_copy_of_each_digit):
     out = tmp_path_factory.mktemp("run")
     options = {"data": "digits", "out": out, "preset": tiny_preset(), "device": "cpu", "progress": False}
     train_tokenizers(TrainTokenizers(**options))

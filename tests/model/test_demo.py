@@ -10,11 +10,12 @@ from PIL import Image
 import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
 from cogview.demo.run import Demo, all_prompts, run_demo, summary
+from cogview.settings import plain
 from tests.model.helpers import tiny_preset
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def demo(tmp_path_factory, one_copy_of_each_digit):
     options = Demo(
         out=tmp_path_factory.mktemp("demo"),
         preset=tiny_preset(),
@@ -36,9 +37,7 @@ def test_two_hundred_prompts_by_default_and_none_in_a_training_phrasing():
 
 def test_report_and_pictures(demo):
     options, report = demo
-    assert json.loads(
-        (options.out / "report.json").read_text(encoding="utf-8")
-    ) == cogview.demo.run._jsonable(report)
+    assert json.loads((options.out / "report.json").read_text(encoding="utf-8")) == plain(report)
     assert report["results"]["prompts"] == 120
     assert len(report["prompts"]) == 120
     single = sum(prompt["right_candidates"] for prompt in report["prompts"]) / 360
@@ -61,7 +60,7 @@ def test_a_finished_demo_is_not_done_again(demo, monkeypatch):
 
     for name in ("generate_codes", "rerank"):
         monkeypatch.setattr(cogview.demo.run, name, never)
-    monkeypatch.setattr("cogview.commands.train_image_tokenizer", never)
+    monkeypatch.setattr("cogview.training.pipeline.train_image_tokenizer", never)
     monkeypatch.setattr("cogview.training.transformer.losses_of", never)
     again = run_demo(options)
     assert again["results"] == report["results"]

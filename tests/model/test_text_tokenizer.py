@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from cogview.config import PRESETS
 from cogview.data.digits import (
     CHINESE,
     ENGLISH,
@@ -12,6 +11,7 @@ from cogview.data.digits import (
     TRAINING_PHRASINGS,
     phrase,
 )
+from cogview.presets import PRESETS
 from cogview.tokens.text_tokenizer import TextTokenizer
 
 TEST_DATA = Path(os.environ.get("COGVIEW_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview.config import PRESETS
 from cogview.model.transformer import CogView
+from cogview.presets import PRESETS
 from cogview_kernels import ThreeRegionLayout
 from tests.model.helpers import SMALL, small_model
 

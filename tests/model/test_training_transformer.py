@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import cogview.training.transformer
 from cogview.config import TrainConfig
-from cogview.data.pairs import TokenDataset
+from cogview.data.tokens import TokenDataset
 from cogview.training.transformer import losses_of, sample_layouts, train
 from tests.model.helpers import VOCAB, small_model
 
@@ -76,7 +76,7 @@ def test_training_learns(tmp_path):
 RUN = """
 import sys, torch
 torch.set_num_threads(1)
-from tests.model.test_train import CONFIG, dataset, small_model, train
+from tests.model.test_training_transformer import CONFIG, dataset, small_model, train
 train(small_model(dropout=0.1), dataset(), CONFIG, sys.argv[1], progress=False)
 """
 

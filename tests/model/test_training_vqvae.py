@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 import torch
 
+import cogview.data.order
 import cogview.training.vqvae
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.digits import DigitPairs
@@ -36,14 +37,14 @@ def test_training_learns(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):
     whole = train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "whole", progress=False)
-    real = cogview.training.vqvae.batch_indices
+    real = cogview.data.order.batch_indices
 
     def dies_in_step_seven(seed, step, *arguments):
         if step == 7:
             raise RuntimeError("killed")
         return real(seed, step, *arguments)
 
-    monkeypatch.setattr(cogview.training.vqvae, "batch_indices", dies_in_step_seven)
+    monkeypatch.setattr(cogview.data.order, "batch_indices", dies_in_step_seven)
     with pytest.raises(RuntimeError, match="killed"):
         train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "cut", progress=False)
     monkeypatch.undo()

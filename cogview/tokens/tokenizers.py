@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both tokenizers of a run, as its folder holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogview.files import StrPath, load_tensors
+from cogview.settings import load_tokenizer_settings, train_tokenizers_hint
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.vocab import Vocab
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.weights import load_weights
+
+TEXT_TOKENIZER = "text_tokenizer.model"
+IMAGE_TOKENIZER = "image_tokenizer.safetensors"
+
+
+@dataclass
+class Tokenizers:
+    """Both tokenizers of a run and the id space that follows from them."""
+
+    text: TextTokenizer
+    image: ImageTokenizer
+    vocab: Vocab
+
+
+def load_tokenizers(folder: StrPath, device: str = "cpu") -> Tokenizers:
+    """Both tokenizers of a run. FileNotFoundError or ValueError, each naming the file and the way out."""
+    folder = Path(folder)
+    settings = load_tokenizer_settings(folder)
+    if not (folder / IMAGE_TOKENIZER).is_file():
+        raise FileNotFoundError(f"{folder} has no finished image tokenizer; {train_tokenizers_hint(folder)}")
+    image = ImageTokenizer(settings.image_tokenizer)
+    load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
+    text = TextTokenizer.load(folder / TEXT_TOKENIZER)
+    vocab = Vocab(settings.image_tokenizer.num_codes, len(text))
+    return Tokenizers(text, image.to(device).eval(), vocab)

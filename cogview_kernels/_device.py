@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What kernels ask of a device: its properties, read once, and its current stream.
+
+Every question about a GPU goes through here, so that a test can pretend another one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Properties:
+    """Of a GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+# What Triton's interpreter stands for, so that kernels get the tiles of a GPU. Few multiprocessors, so that a
+# persistent program takes several rows in small tests too.
+INTERPRETED = Properties("Triton's interpreter", (9, 0), 2)
+
+_properties: dict[torch.device, Properties] = {}
+
+
+def properties(device: torch.device) -> Properties:
+    """Those of a GPU, or :data:`INTERPRETED` for a CPU, on which kernels for a GPU are interpreted."""
+    known = _properties.get(device)
+    if known is None:
+        if device.type != "cuda":
+            return INTERPRETED
+        gpu = torch.cuda.get_device_properties(device)
+        known = Properties(gpu.name, (gpu.major, gpu.minor), gpu.multi_processor_count)
+        _properties[device] = known
+    return known
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability, ``(9, 0)`` for an H100."""
+    return properties(device).capability
+
+
+def multiprocessors(device: torch.device) -> int:
+    return properties(device).multiprocessors
+
+
+def current_stream() -> int:
+    """The cudaStream_t of the current GPU that PyTorch launches on, as an integer."""
+    return torch.cuda.current_stream().cuda_stream
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ops under ``torch.ops.cogview_kernels``: how one is registered, and how a call reaches its kernel.
+
+There are three routes, and :class:`Op` alone chooses between them:
+
+- compiling: the registered op, which ``torch.compile`` puts into its graph;
+- differentiating, or inside a transform of ``torch.func``: an ``autograd.Function``;
+- otherwise: the kernel itself, past the dispatcher where nobody watches.
+
+Registration is by ``define`` + ``impl``, which has half the host time of ``torch.library.custom_op`` and
+keeps the names stable for selective checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType
+from torch._C._functorch import peek_interpreter_stack as _transform
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+_library = torch.library.Library("cogview_kernels", "FRAGMENT")
+# Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _has_memory(x: Tensor) -> bool:
+    """Whether the memory of ``x`` holds its values; a kernel given another address would crash."""
+    return type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and not (x.is_neg() or x._is_zerotensor())
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform, a tracer or the profiler is to see the op called."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or _transform() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def values_are_readable(x: Tensor) -> bool:
+    """Whether a check may look at the values of ``x``: on a GPU it would wait, in a tracer there are none."""
+    if torch.compiler.is_compiling() or not (x.is_cpu and _has_memory(x)):
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and _transform() is None
+
+
+class Op:
+    """An op of the library, called by its public function with the flat arguments of ``schema``.
+
+    Args:
+        schema: of ``torch.library``; begins with the op's name. Outputs that have no gradient come last.
+        kernel: runs the op on tensors of the CPU or of a GPU, which it makes the current one.
+        fake: gives empty tensors of the shapes, dtypes and strides that ``kernel`` gives.
+        save: ``save(context, arguments, outputs)`` gives the tensors that ``backward`` needs, inputs and
+            outputs alone, and sets what else it needs on ``context``.
+        backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
+            ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
+            NotImplementedError: so are second derivatives, since the ops that backward passes call have none.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[[Any, Sequence[Any], Any], Sequence[Tensor | None]] | None = None,
+        backward: Callable[..., Sequence[Any]] | None = None,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        self.kernel = kernel
+        _library.define(schema, tags=_TAGS)
+        self._overload = getattr(torch.ops.cogview_kernels, self.name).default
+        self._function = _make_function(self, save, backward)
+        # Function.apply binds its arguments by inspect.signature, for 60 us; this is what it calls then.
+        self._differentiate = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
+        _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
+        _library.impl(self.name, self._function.apply, "Autograd")
+        torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """By the shortest route that is differentiated, traced and transformed as the call needs."""
+        if torch.compiler.is_compiling():
+            return self._overload(*arguments)
+        if _is_transformed():
+            return self._function.apply(*arguments)
+        if torch.is_grad_enabled():
+            for x in arguments:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return self._differentiate(*arguments)
+        if forward_ad._current_level >= 0:
+            return self._differentiate(*arguments)
+        return self.below_autograd(*arguments)
+
+    def below_autograd(self, *arguments: Any) -> Any:
+        """Calls the kernel. The Autograd key would cost 10 us of host time; the dispatcher costs 4, which are
+        saved where nobody watches. Not traceable: under ``torch.compile`` the op itself is called."""
+        for x in arguments:
+            if isinstance(x, Tensor) and not _has_memory(x):
+                break
+        else:
+            if not _is_watched():
+                return self._on_its_device(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload(*arguments)
+
+    def _on_its_device(self, *arguments: Any) -> Any:
+        """Kernels go to the current device and its stream, which tensors on another GPU are not on."""
+        for x in arguments:
+            if isinstance(x, Tensor):
+                if x.is_cuda and x.get_device() != torch.cuda.current_device():
+                    with torch.cuda.device(x.device):
+                        return self.kernel(*arguments)
+                break
+        return self.kernel(*arguments)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is active that differentiates or maps the ops in it."""
+    transform = _transform()
+    return transform is not None and transform.key() != TransformType.Functionalize
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``torch.autograd.grad(is_grads_batched=True)`` maps ``x``; that is not torch.func's vmap."""
+    return torch._C._dispatch_keys(x).has(torch._C.DispatchKey.AutogradOther)
+
+
+def _no_derivative(name: str, kind: str) -> NotImplementedError:
+    op = name.removesuffix("_backward")
+    kind = "second derivatives" if op != name else kind
+    return NotImplementedError(
+        f"{op}: its kernels have no {kind}; use backend='reference', which is plain PyTorch"
+    )
+
+
+def _make_function(
+    op: Op,
+    save: Callable[[Any, Sequence[Any], Any], Sequence[Tensor | None]] | None,
+    backward: Callable[..., Sequence[Any]] | None,
+) -> type[torch.autograd.Function]:
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return op.below_autograd(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+            ctx.set_materialize_grads(False)
+            if save is not None:
+                ctx.save_for_backward(*save(ctx, inputs, output))
+
+        @staticmethod
+        def backward(ctx: Any, *doutputs: Tensor | None) -> Any:
+            if all(d is None for d in doutputs):
+                return (None,) * len(ctx.needs_input_grad)
+            if backward is None:
+                raise _no_derivative(op.name, "gradient")
+            if any(d is not None and _is_batched(d) for d in doutputs):
+                raise _no_derivative(op.name, "gradient under is_grads_batched=True")
+            # What a transform of torch.func saved may still be wrapped by it when it has ended.
+            return backward(ctx, unwrap_dead_wrappers(ctx.saved_tensors), *doutputs)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> Any:
+            raise _no_derivative(op.name, "forward-mode derivative")
+
+        @staticmethod
+        def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
+            """One call for each element of the mapped dimension."""
+            calls = [
+                op(
+                    *(
+                        x if dim is None else x.select(dim, i)
+                        for x, dim in zip(arguments, in_dims, strict=True)
+                    )
+                )
+                for i in range(info.batch_size)
+            ]
+            if isinstance(calls[0], Tensor):
+                return torch.stack(calls), 0
+            return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    Function.__name__ = Function.__qualname__ = "".join(word.title() for word in op.name.split("_"))
+    return Function
+
+
+class _Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise _no_derivative(ctx.name, "")
+
+
+def refuse_second_derivatives(name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of op ``name``, such that to differentiate them is a NotImplementedError.
+
+    For a backward pass that calls no op of its own on what requires gradients; a constant gradient would be a
+    wrong second derivative. Costs nothing unless the backward pass has ``create_graph=True``.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return _Refusing.apply(f"{name}_backward", *(g.detach().requires_grad_() for g in gradients))

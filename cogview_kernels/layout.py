@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which keys a query sees: the pivots of each sample and the window, and what that costs.
+
+Everything in Python that asks whether a query sees a key asks :func:`window_start` here. The same rule stands
+once for C++ and CUDA, in csrc/common/regions.h, and once for Triton, in ``_regions_triton``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _checks, _torch_ops
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
+
+# What a query block costs beyond its tiles (its masked last tiles, the lookup of its prefix), in tiles.
+_BLOCK_OVERHEAD = 0.25
+
+Position = TypeVar("Position", int, Tensor)
+
+
+def window_start(query: Position, block_size: int, window_blocks: int) -> Position:
+    """The first position in the window of the query at position ``query``, which may lie before 0.
+
+    The window is the query's own block up to the query, and the ``window_blocks - 1`` blocks before. Keys
+    before the window are far: they are seen if they are pivots.
+    """
+    return (query // block_size - (window_blocks - 1)) * block_size
+
+
+@dataclass(frozen=True)
+class ThreeRegionPlan:
+    """Work of :func:`three_region_attention` against dense causal attention, averaged over the samples.
+
+    A tile is ``block_size`` queries by ``block_size`` keys. ``predicted_gain`` is how many times faster than
+    dense causal attention a kernel of equal efficiency would be; below 1, dense attention wins.
+    """
+
+    keys_per_query: float
+    causal_keys_per_query: float
+    tiles_per_query_block: float
+    gathered_tiles: float
+    causal_tiles: int
+    predicted_gain: float
+
+    def __str__(self) -> str:
+        verdict = (
+            f"about {self.predicted_gain:.2f}x faster than dense causal attention"
+            if self.predicted_gain > 1
+            else f"dense causal attention wins (predicted gain {self.predicted_gain:.2f}x)"
+        )
+        return (
+            f"{self.keys_per_query:.0f} of {self.causal_keys_per_query:.0f} keys a query, "
+            f"{self.gathered_tiles:.0f} of {self.causal_tiles} tiles: {verdict}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ThreeRegionLayout:
+    """The three regions that a query sees: text and random pivots, and a block window.
+
+    With ``b(i) = i // block_size``, query i sees key j iff ``j <= i`` and either ``b(j) > b(i) -
+    window_blocks`` (window: its own block and the ``window_blocks - 1`` before it) or ``j`` is a pivot with
+    ``b(j) <= b(i) - window_blocks`` (far). Far keys get ``pivot_bias`` added to their logits.
+
+    Args:
+        pivots: integer ``[B, P]``, on the device of the tensors it is used with: positions in ``[0, T)``,
+            unique per sample, in any order; -1 pads. P may be 0.
+        block_size: positive.
+        window_blocks: positive.
+        pivot_bias: finite.
+
+    Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and its released code.
+    """
+
+    pivots: Tensor
+    block_size: int = 128
+    window_blocks: int = 6
+    pivot_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        op = type(self).__name__
+        if not isinstance(self.pivots, Tensor):
+            raise TypeError(f"{op}: pivots must be a tensor, got {type(self.pivots).__name__}")
+        if self.pivots.dtype not in _INTEGERS:
+            raise TypeError(
+                f"{op}: pivots must be int64, int32 or int16, got {self.pivots.dtype}; "
+                "ThreeRegionLayout.sample makes pivots from a boolean mask"
+            )
+        if self.pivots.dim() != 2:
+            raise ValueError(f"{op}: pivots must have shape [B, P], got {tuple(self.pivots.shape)}")
+        _checks.check_count(op, "block_size", self.block_size, 1)
+        _checks.check_count(op, "window_blocks", self.window_blocks, 1)
+        _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
+
+    @classmethod
+    def sample(
+        cls,
+        text_mask: Tensor,
+        num_pivots: int,
+        *,
+        block_size: int = 128,
+        window_blocks: int = 6,
+        density_correction: bool = True,
+        valid_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ThreeRegionLayout:
+        """All text positions, then random other positions: ``num_pivots`` a sample, drawn anew at every call.
+
+        Nothing synchronises with the host, so every layer can draw its own at every step. Where text comes
+        last, as in captioning, let ``text_mask`` cover its padding too: the number of random pivots, which
+        earlier queries see, would otherwise tell the model how much text is to come.
+
+        Args:
+            text_mask: boolean ``[B, T]``; True positions always become pivots.
+            num_pivots: pivots a sample. Where fewer valid positions exist, -1 fills the rest.
+            block_size, window_blocks: the window, as in :class:`ThreeRegionLayout`.
+            density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that
+                the random pivots stand for the positions left out; False gives 0.
+            valid_mask: boolean ``[B, T]``; the random pivots are drawn uniformly, without replacement, among
+                its True positions that are not text. None: among all.
+            generator: of the masks' device; None takes PyTorch's default one.
+
+        Raises:
+            ValueError: a shape or range above is not met, or a sample has more text than ``num_pivots``. On a
+                GPU that last check runs there, without waiting: it stops the program with a device-side
+                assertion at the next synchronisation.
+            TypeError: a mask is not boolean.
+        """
+        op = "ThreeRegionLayout.sample"
+        for name, mask in (("text_mask", text_mask), ("valid_mask", valid_mask)):
+            if mask is None:
+                continue
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise TypeError(f"{op}: {name} must be a boolean tensor, got {got}")
+            if mask.dim() != 2 or mask.shape != text_mask.shape:
+                shape = "[B, T]" if name == "text_mask" else f"that of text_mask, {tuple(text_mask.shape)}"
+                raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}")
+            _checks.check_same_device(op, name, mask, "text_mask", text_mask)
+        _checks.check_count(op, "num_pivots", num_pivots, 0)
+        if generator is not None and generator.device.type != text_mask.device.type:
+            raise ValueError(
+                f"{op}: generator must be on the device of text_mask, {text_mask.device}, "
+                f"got {generator.device}"
+            )
+        B, T = text_mask.shape
+        fits = text_mask.sum(1) <= num_pivots
+        message = f"{op}: a sample has more text positions than num_pivots ({num_pivots}); raise num_pivots"
+        if _torch_ops.values_are_readable(text_mask):
+            if not bool(fits.all()):
+                raise ValueError(f"{message} to {int(text_mask.sum(1).max())} or more")
+        else:
+            torch._assert_async(fits.all(), message)
+
+        # Text ranks above every draw from [0, 1), what is not valid below.
+        rank = torch.rand(B, T, dtype=torch.float32, device=text_mask.device, generator=generator)
+        if valid_mask is not None:
+            rank = rank.masked_fill(~valid_mask, -1.0)
+        rank, pivots = rank.masked_fill(text_mask, 2.0).topk(min(num_pivots, T), dim=1)
+        pivots = pivots.masked_fill(rank < 0, -1)
+        if num_pivots > T:
+            pivots = torch.nn.functional.pad(pivots, (0, num_pivots - T), value=-1)
+        bias = math.log(T // num_pivots) if density_correction and T > num_pivots > 0 else 0.0
+        return cls(pivots, block_size, window_blocks, bias)
+
+    @classmethod
+    def unchecked(
+        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float
+    ) -> ThreeRegionLayout:
+        """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
+        layout = object.__new__(cls)
+        layout.__dict__.update(
+            pivots=pivots, block_size=block_size, window_blocks=window_blocks, pivot_bias=pivot_bias
+        )
+        return layout
+
+    def window(self, num_keys: int) -> tuple[int, int]:
+        """``(block_size, window_blocks)``, cut down where it changes nothing: no product overflows."""
+        return min(self.block_size, max(num_keys, 1)), min(self.window_blocks, max(num_keys, 1))
+
+    def is_pivot(self, num_keys: int) -> Tensor:
+        """Boolean ``[B, num_keys]``: True at the pivots. An error where a pivot lies at or past the end."""
+        # The column past the end takes the -1 that pad.
+        marks = torch.zeros(len(self.pivots), num_keys + 1, dtype=torch.bool, device=self.pivots.device)
+        pivots = self.pivots.long()
+        return marks.scatter(1, pivots.masked_fill(pivots < 0, num_keys), True)[:, :num_keys]
+
+    def regions(self, query: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """``(window, far)``: which of ``num_keys`` keys (last dimension) a query sees, and in which region.
+
+        Args:
+            query: positions of the queries, ``[T]`` for all samples or ``[B, T]``; one below 0 sees nothing.
+
+        Returns:
+            ``window``, boolean with the shape of ``query`` and ``num_keys`` behind it, and ``far``, boolean
+            ``[B, T, num_keys]``. No key is in both.
+        """
+        key = torch.arange(num_keys, device=query.device)
+        query = query[..., None]
+        start = window_start(query, *self.window(num_keys))
+        window = (key >= start) & (key <= query)
+        return window, self.is_pivot(num_keys)[:, None, :] & (key < start)
+
+    def sorted_pivots(self, padding: int) -> Tensor:
+        """int64 ``[B, P]``, ascending, with ``padding`` in place of -1.
+
+        If ``padding`` is at least the number of keys, the far keys of a query are a prefix of its row.
+        """
+        pivots = self.pivots.long()
+        return pivots.masked_fill(pivots < 0, padding).sort(1).values
+
+    def dense_mask(self, T: int) -> Tensor:
+        """Boolean ``[B, T, T]``: True where query (second dimension) sees key (third)."""
+        _checks.check_count("ThreeRegionLayout.dense_mask", "T", T, 0)
+        window, far = self.regions(torch.arange(T, device=self.pivots.device), T)
+        return window | far
+
+    def plan(self, T: int) -> ThreeRegionPlan:
+        """Counts keys and tiles at sequence length ``T`` and predicts the gain over dense causal attention.
+
+        Reads the pivots on the host, so it waits for the device: meant for choosing a setting, not for a
+        training step.
+        """
+        _checks.check_count("ThreeRegionLayout.plan", "T", T, 1)
+        size = self.block_size
+        pivots = self.pivots.cpu().long()
+        B = max(1, pivots.shape[0])
+        keys = tiles = 0
+        blocks = -(-T // size)
+        for block in range(blocks):
+            start = block * size
+            window = max(0, window_start(start, size, self.window_blocks))
+            rows = min(T, start + size) - start
+            far = ((pivots >= 0) & (pivots < window)).sum(1)
+            keys += int(far.sum()) * rows + B * (rows * (start - window) + rows * (rows + 1) // 2)
+            tiles += int(((far + size - 1) // size).sum()) + B * min(self.window_blocks, block + 1)
+        causal_tiles = blocks * (blocks + 1) // 2
+        gathered = tiles / B
+        return ThreeRegionPlan(
+            keys_per_query=keys / B / T,
+            causal_keys_per_query=(T + 1) / 2,
+            tiles_per_query_block=gathered / blocks,
+            gathered_tiles=gathered,
+            causal_tiles=causal_tiles,
+            predicted_gain=causal_tiles / (gathered + _BLOCK_OVERHEAD * blocks),
+        )
+
+    def check_pivots(self, op: str, num_keys: int) -> None:
+        """Where they can be read: pivots lie in [-1, ``num_keys``) and, -1 apart, differ within a sample."""
+        if not _torch_ops.values_are_readable(self.pivots):
+            return
+        outside = (self.pivots < -1) | (self.pivots >= num_keys)
+        if bool(outside.any()):
+            raise ValueError(
+                f"{op}: layout.pivots must lie in [0, {num_keys}) (-1 pads), "
+                f"got {int(self.pivots[outside][0])}; draw them for this sequence length"
+            )
+        ordered = self.pivots.sort(1).values
+        repeated = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+        if bool(repeated.any()):
+            raise ValueError(
+                f"{op}: layout.pivots must be unique within a sample, "
+                f"got {int(ordered[:, 1:][repeated][0])} twice"
+            )

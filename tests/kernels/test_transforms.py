@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every op under every transform: the right derivative, or NotImplementedError, never a wrong number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+from cogview_kernels import stable_softmax
+
+# Each op as a function of one tensor and the backend.
+OPS = {"stable_softmax": lambda x, backend=None: stable_softmax(x, alpha=2.0, backend=backend)}
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return OPS[request.param]
+
+
+@pytest.fixture
+def x():
+    return torch.randn(3, 8)
+
+
+def loss(op, backend=None):
+    return lambda x: op(x, backend).pow(2).sum()
+
+
+def test_reverse_mode_under_torch_func(op, x):
+    expected = grad(loss(op, "reference"))(x)
+    torch.testing.assert_close(grad(loss(op))(x), expected)
+    torch.testing.assert_close(vjp(loss(op), x)[1](torch.tensor(1.0))[0], expected)
+    torch.testing.assert_close(jacrev(op)(x), jacrev(lambda x: op(x, "reference"))(x))
+    torch.testing.assert_close(vmap(op)(x), vmap(lambda x: op(x, "reference"))(x))
+    torch.testing.assert_close(vmap(grad(loss(op)))(x), vmap(grad(loss(op, "reference")))(x))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: jvp(f, (x,), (torch.ones_like(x),)),
+        lambda f, x: jacfwd(f)(x),
+        lambda f, x: hessian(f)(x),
+        lambda f, x: grad(lambda x: grad(f)(x).sum())(x),
+        lambda f, x: jacrev(jacrev(f))(x),
+        lambda f, x: torch.autograd.functional.hessian(f, x),
+        lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    ],
+    ids=["jvp", "jacfwd", "hessian", "grad of grad", "jacrev of jacrev", "functional.hessian", "vectorized"],
+)
+def test_what_kernels_have_not_is_refused(op, x, transform):
+    with pytest.raises(NotImplementedError, match="use backend='reference'"):
+        transform(loss(op), x)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_dual_tensors_are_refused(op, x, requires_grad):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        op(forward_ad.make_dual(x.requires_grad_(requires_grad), torch.ones_like(x)))
+
+
+def test_second_derivatives_are_refused_and_only_those(op, x):
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(loss(op)(x), x, create_graph=True)
+    torch.testing.assert_close(first.detach(), grad(loss(op, "reference"))(x.detach()))
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        (first.pow(2).sum() + x.sum()).backward()

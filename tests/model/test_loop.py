@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop itself, with a trainer of two small networks and two optimizers."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+import cogview.training.loop
+from cogview.seeding import derive_seed
+from cogview.training.loop import StepResult, Trainer, descend, run_loop
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 10
+    checkpoint_every: int = 4
+
+
+class Duel(Trainer):
+    """One half learns to be 3, the other to be the negative of the first, from noise of the step's seed."""
+
+    label = "duel"
+    board = "duel"
+    checkpoints = "duel-checkpoints"
+    recorded = ("first", "second")
+
+    def __init__(self, steps, spoil=None, seed=0):
+        torch.manual_seed(seed)
+        self.model = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+        self.optimizers = {
+            "first": torch.optim.Adam(self.model["a"].parameters(), lr=0.1, fused=True),
+            "second": torch.optim.SGD(self.model["b"].parameters(), lr=0.1, momentum=0.9),
+        }
+        self.steps, self.spoil = steps, spoil
+
+    def batches(self, first):
+        for step in range(first, self.steps):
+            yield torch.randn(5, 4, generator=torch.Generator().manual_seed(step))
+
+    def step(self, step, batch):
+        torch.manual_seed(derive_seed(0, step))
+        noise = torch.randn(5, 1)
+        first = (self.model["a"](batch) - 3 + noise).square().mean()
+        if step == self.spoil:
+            first = first * float("nan")
+        outcome = descend(first, self.model, self.optimizers["first"], clip_norm=1.0)
+        second = (self.model["b"](batch) + self.model["a"](batch).detach()).square().mean()
+        descend(second, self.model, self.optimizers["second"])
+        values = {"first": first.item(), "second": second.item()}
+        return StepResult(values, f"first {first:.3f}", outcome.skipped, {"norm": outcome.gradient_norm})
+
+
+def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path):
+    whole, trainer = Duel(10), Duel(10)
+    expected = run_loop(whole, Config(), tmp_path / "whole", progress=False)
+    real = trainer.step
+
+    def dies(step, batch):
+        if step == 6:
+            raise RuntimeError("killed")
+        return real(step, batch)
+
+    trainer.step = dies
+    with pytest.raises(RuntimeError, match="killed"):
+        run_loop(trainer, Config(), tmp_path / "cut", progress=False)
+    other = Duel(10, seed=7)
+    assert run_loop(other, Config(), tmp_path / "cut", progress=False) == expected
+    for mine, theirs in zip(whole.model.parameters(), other.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    (folder,) = (tmp_path / "cut" / "duel-checkpoints").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "first.safetensors",
+        "model.safetensors",
+        "second.safetensors",
+        "state.json",
+    ]
+
+
+def test_a_finished_run_takes_no_step(tmp_path):
+    expected = run_loop(Duel(10), Config(), tmp_path, progress=False)
+    trainer = Duel(10)
+    trainer.step = None
+    assert run_loop(trainer, Config(), tmp_path, progress=False) == expected
+    assert not trainer.model.training
+
+
+def test_an_interrupt_ends_the_step_and_saves(tmp_path, monkeypatch):
+    trainer = Duel(10)
+    real = trainer.step
+    interrupts = []
+
+    class Interrupt(cogview.training.loop.DeferredInterrupt):
+        def __enter__(self):
+            interrupts.append(self)
+            return self
+
+        def __exit__(self, *details):
+            pass
+
+    def interrupted(step, batch):
+        interrupts[0].requested = step == 2
+        return real(step, batch)
+
+    monkeypatch.setattr(cogview.training.loop, "DeferredInterrupt", Interrupt)
+    trainer.step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run_loop(trainer, Config(), tmp_path, progress=False)
+    assert [path.name for path in (tmp_path / "duel-checkpoints").iterdir()] == ["step-00000003"]
+
+
+def test_a_skipped_step_is_reported_and_changes_only_what_it_must(tmp_path, capsys):
+    trainer = Duel(1, spoil=0)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    run_loop(trainer, Config(steps=1), tmp_path, progress=False)
+    changed = {
+        name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"b.weight", "b.bias"}
+    assert "step 0: loss nan, gradient norm nan; step skipped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["loss", "gradient"])
+def test_nothing_moves_where_the_loss_or_a_gradient_is_not_finite(at):
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.clone()
+    # The square root has the value 0 and an infinite slope at 0.
+    loss = model.weight.sum() * float("inf") if at == "loss" else (model.weight * 0).sum().sqrt()
+    outcome = descend(loss, model, optimizer)
+    assert "gradient norm nan" in outcome.skipped
+    assert torch.equal(model.weight, before)
+    assert model.weight.grad is None
+
+
+def test_the_gradient_is_clipped():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    outcome = descend((model.weight * torch.tensor([[3.0, 4.0]])).sum(), model, optimizer, clip_norm=1.0)
+    assert outcome.gradient_norm == pytest.approx(5.0)
+    torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]))

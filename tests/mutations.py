@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Breaks the kernels one by one in a copy of the tree, and says whether the tests notice.
+
+    python -m tests.mutations            all of them, with the tests first run unbroken
+    python -m tests.mutations --list     the names
+    python -m tests.mutations norm xent  those whose names contain one of the words
+
+A tool, not a test: it takes the better part of an hour. The working tree is only read; the copy lies in
+``build/mutations`` and keeps what it compiled. A mutation that is missed makes the exit status 1, and so does
+one whose text is no longer found in the kernels: keep the table in step with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutations"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``before`` becomes ``after`` in the one file of ``where`` (a glob) that has it, wherever it stands."""
+
+    name: str
+    where: str
+    before: str
+    after: str
+    tests: str  # a file of tests/kernels, then words that pytest -k joins with "and"
+
+
+# Few tests, and quick ones, that run the code in question.
+_ATTENTION = "three_region_attention"
+_CPU_ATTENTION = (
+    f"{_ATTENTION} (test_forward_and_backward or test_dropout_and_lse) and cpu and "
+    "(any_order or D32 or past_an_edge or grouped_heads)"
+)
+_TRITON_ATTENTION = f"{_ATTENTION} test_small_triton_tiles or (test_dropout_and_lse and triton and any_order)"
+_CUDA_ATTENTION = "cuda_kernels test_forward_and_backward and (any_order or grouped_heads or D32)"
+_CPU_DECODE = "decode_attention (test_error_budget or test_edges) and cpu"
+_TRITON_DECODE = (
+    "decode_attention_triton test_dtypes or (test_edges_of_tiles_and_splits and (several or one-2))"
+)
+_CUDA_DECODE = "cuda_kernels test_decode and not properties"
+_CPU_NORM = "layer_norm (test_forward_and_backward or test_constant_rows or test_extreme_rows) and cpu"
+_CPU_SANDWICH = "sandwich_layer_norm (test_forward_and_backward or test_every_backend_draws) and cpu"
+_TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and triton and not two_tiles"
+_TRITON_SANDWICH = "sandwich_layer_norm test_forward_and_backward and triton and not two_tiles"
+_CUDA_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and cuda"
+_CUDA_SANDWICH = "sandwich_layer_norm test_forward_and_backward and cuda"
+_CPU_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cpu"
+_TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and triton"
+_CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
+_CPU_XENT = "linear_cross_entropy (test_forward_and_backward or test_one_chunk or test_steps) and cpu"
+_CHUNKED_XENT = "linear_cross_entropy (test_forward_and_backward or loss_scale) and chunked"
+_TRITON_XENT = "linear_cross_entropy (test_forward_and_backward or test_steps) and triton"
+
+MUTATIONS = [
+    # ---- three_region_attention, CPU
+    Mutation("attention-cpu-window", "csrc/three_region_attention/*_cpu.cpp",
+             "(query / a.w - a.W + 1) * a.w", "(query / a.w - a.W + 2) * a.w", _CPU_ATTENTION),
+    Mutation("attention-cpu-diagonal", "csrc/three_region_attention/*_cpu.cpp",
+             "(key <= last)", "(key < last)", _CPU_ATTENTION),
+    Mutation("attention-cpu-far-edge", "csrc/three_region_attention/*_cpu.cpp",
+             "VecI(key < start)", "VecI(key <= start)", _CPU_ATTENTION),
+    Mutation("attention-cpu-bias-twice", "csrc/three_region_attention/*_cpu.cpp",
+             "const float add = far ? bias : 0.0f;", "const float add = far ? 2.0f * bias : 0.0f;",
+             _CPU_ATTENTION),
+    Mutation("attention-cpu-no-rescale", "csrc/three_region_attention/*_cpu.cpp",
+             "raise ? exp2(old - wanted) : broadcast(1.0f)", "broadcast(1.0f)",
+             f"{_ATTENTION} test_logits_past_the_fp16_limit and cpu"),
+    Mutation("attention-cpu-keep-scale", "csrc/three_region_attention/*_cpu.cpp",
+             "load(lanes.sum + c) * (1.0f - a.dropout_p)", "load(lanes.sum + c)", _CPU_ATTENTION),
+    Mutation("attention-cpu-keep-scale-backward", "csrc/three_region_attention/*_cpu.cpp",
+             "1.0f / (1.0f - plan.a.dropout_p)", "1.0f", _CPU_ATTENTION),
+    Mutation("attention-cpu-no-delta", "csrc/three_region_attention/*_cpu.cpp",
+             "ds = p * (dp - delta[i]);", "ds = p * dp;", _CPU_ATTENTION),
+    Mutation("attention-cpu-no-dlse", "csrc/three_region_attention/*_cpu.cpp",
+             "(args.dlse == nullptr ? 0.0f : args.dlse[row + c])", "0.0f", _CPU_ATTENTION),
+    Mutation("attention-cpu-pivot-dk", "csrc/three_region_attention/*_cpu.cpp",
+             "sum_k += load(part_k + pivot * Dp + d);", "", _CPU_ATTENTION),
+    Mutation("attention-cpu-dq-scale", "csrc/three_region_attention/*_cpu.cpp",
+             "store_rows(dq, s.queries, N, a.D, Dp, a.scale,", "store_rows(dq, s.queries, N, a.D, Dp, 1.0f,",
+             _CPU_ATTENTION),
+    Mutation("attention-cpu-exponential", "csrc/three_region_attention/*_cpu.cpp",
+             "p = broadcast(0.00015461444854736328f);", "p = broadcast(0.0f);", _CPU_ATTENTION),
+    Mutation("attention-cpu-exponential-of-bf16", "csrc/three_region_attention/*_cpu.cpp",
+             "if (kBf16) {\n        p = broadcast", "if (true) {\n        p = broadcast", _CPU_ATTENTION),
+    Mutation("attention-cpu-bf16-weights", "csrc/three_region_attention/*_cpu.cpp",
+             "p = dropped;", "p = round_to_bfloat16(dropped);", _CPU_ATTENTION),
+    Mutation("attention-cpu-lse-low", "csrc/three_region_attention/*_cpu.cpp",
+             "lanes.lse_low[c] = float(lse - lanes.lse[c]);", "lanes.lse_low[c] = 0.0f;", _CPU_ATTENTION),
+    Mutation("attention-cpu-factor-low", "csrc/three_region_attention/*_cpu.cpp",
+             "factor_low = float(wanted - factor);", "factor_low = 0.0f;", _CPU_ATTENTION),
+    # ---- three_region_attention, Triton
+    Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
+             "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
+    Mutation("attention-triton-bias", "cogview_kernels/three_region_attention/*.py",
+             "(new_peak - bias)[:, None]", "new_peak[:, None]", _TRITON_ATTENTION),
+    Mutation("attention-triton-bias-of-the-gradient", "cogview_kernels/three_region_attention/*.py",
+             "far_lse2 = lse2 - bias", "far_lse2 = lse2", _TRITON_ATTENTION),
+    Mutation("attention-triton-window", "cogview_kernels/three_region_attention/*.py",
+             "near = tl.maximum(rows // w - W + 1, 0) * w", "near = tl.maximum(rows // w - W + 2, 0) * w",
+             _TRITON_ATTENTION),
+    Mutation("attention-triton-prefix", "cogview_kernels/three_region_attention/*.py",
+             "index[None, :] < prefix[:, None]", "index[None, :] <= prefix[:, None]", _TRITON_ATTENTION),
+    Mutation("attention-triton-far-first", "cogview_kernels/three_region_attention/*.py",
+             "first = (columns // w + W) * w", "first = (columns // w + W - 1) * w", _TRITON_ATTENTION),
+    Mutation("attention-triton-keep-scale", "cogview_kernels/three_region_attention/*.py",
+             "dp = tl.where(keeps, dp * keep_scale, 0.0)", "dp = tl.where(keeps, dp, 0.0)",
+             _TRITON_ATTENTION),
+    Mutation("attention-triton-lse", "cogview_kernels/three_region_attention/*.py",
+             "(peak + tl.log2(total)) * LN2", "peak * LN2 + tl.log2(total)", _TRITON_ATTENTION),
+    Mutation("attention-triton-bf16-weights", "cogview_kernels/three_region_attention/*.py",
+             "ds.to(k.dtype), k, dq", "ds.to(tl.float16).to(k.dtype), k, dq", _TRITON_ATTENTION),
+    # ---- three_region_attention, CUDA
+    Mutation("attention-cuda-no-rescale", "csrc/three_region_attention/*.cuh",
+             "out[m][d].x[i] *= f;", "out[m][d].x[i] *= 1.0f;", _CUDA_ATTENTION),
+    Mutation("attention-cuda-dq-scale", "csrc/three_region_attention/*.cuh",
+             "eight[i] *= a.scale;\n            if (at <= last) *reinterpret_cast<uint4*>(to + at * args.dq",
+             "eight[i] *= 1.0f;\n            if (at <= last) *reinterpret_cast<uint4*>(to + at * args.dq",
+             _CUDA_ATTENTION),
+    Mutation("attention-cuda-bias", "csrc/three_region_attention/backward.cuh",
+             "const float bias = FAR ? a.bias : 0.0f;", "const float bias = 0.0f;", _CUDA_ATTENTION),
+    Mutation("attention-cuda-dlse", "csrc/three_region_attention/*.cuh",
+             "args.dlse == nullptr ? dot : dot - args.dlse[at]", "dot", _CUDA_ATTENTION),
+    # ---- decode_attention
+    Mutation("decode-cpu-bias", "csrc/decode_attention/*_cpu.cpp",
+             "logits[j] += a.bias;", "logits[j] += a.bias * a.scale;", _CPU_DECODE),
+    Mutation("decode-cpu-window", "csrc/decode_attention/*_cpu.cpp",
+             "(i / a.w - a.W + 1) * a.w", "(i / a.w - a.W + 2) * a.w", _CPU_DECODE),
+    Mutation("decode-cpu-no-rescale", "csrc/decode_attention/*_cpu.cpp",
+             "store(out + d, load(out + d) * rescale)", "store(out + d, load(out + d))", _CPU_DECODE),
+    Mutation("decode-cpu-last-key", "csrc/decode_attention/*_cpu.cpp",
+             "block.at[j] > position[r]", "block.at[j] >= position[r]", _CPU_DECODE),
+    Mutation("decode-cpu-merge", "csrc/decode_attention/*_cpu.cpp",
+             "exp(broadcast(part[0] - top))[0]", "1.0f", _CPU_DECODE),
+    Mutation("decode-cpu-exponential", "csrc/decode_attention/*_cpu.cpp",
+             "float(kLog2e - high)", "0.0f", _CPU_DECODE),
+    Mutation("decode-triton-no-rescale", "cogview_kernels/decode_attention/*.py",
+             "total = total * shrink + p\n", "total = total + p\n", _TRITON_DECODE),
+    Mutation("decode-triton-merge", "cogview_kernels/decode_attention/*.py",
+             "other=0.0) * weight[:, None]", "other=0.0)", _TRITON_DECODE),
+    Mutation("decode-triton-latest", "cogview_kernels/decode_attention/*.py",
+             "(at < latest)", "(at <= latest)", _TRITON_DECODE),
+    Mutation("decode-triton-last-key", "cogview_kernels/decode_attention/*.py",
+             "at[None, :] <= position[:, None]", "at[None, :] < position[:, None]", _TRITON_DECODE),
+    Mutation("decode-cuda-no-rescale", "csrc/decode_attention/*.cuh",
+             "sum[r][i] * old + p", "sum[r][i] + p", _CUDA_DECODE),
+    Mutation("decode-cuda-merge", "csrc/decode_attention/*.cuh",
+             "partial[s * (a.D + 2) + 2 + d] * power(partial[s * (a.D + 2)] - base)",
+             "partial[s * (a.D + 2) + 2 + d]", _CUDA_DECODE),
+    # ---- layer_norm and sandwich_layer_norm, CPU
+    Mutation("norm-cpu-mean-correction", "csrc/*/norm_row.h",
+             "const float mean = first + correction;", "const float mean = first;", _CPU_NORM),
+    Mutation("norm-cpu-eps", "csrc/*/norm_row.h", "eps * relaxed * relaxed", "eps", _CPU_NORM),
+    Mutation("norm-cpu-rstd-of-low-precision", "csrc/*/norm_row.h",
+             "1.0f / __builtin_sqrtf(variance)", "1.000001f / __builtin_sqrtf(variance)", _CPU_NORM),
+    Mutation("norm-cpu-last-partial", "csrc/*/norm_row.h",
+             "for (int64_t i = 0; i < chunks; ++i) sum +=", "for (int64_t i = 0; i + 1 < chunks; ++i) sum +=",
+             _CPU_NORM),
+    Mutation("norm-cpu-no-hat", "csrc/*/norm_row.h", "t.sum[1] += g * xhat;", "", _CPU_NORM),
+    Mutation("norm-cpu-bf16-dweight", "csrc/*/norm_row.h",
+             "load(dweight + j, tag) + dy * xhat", "round_to_bfloat16(load(dweight + j, tag) + dy * xhat)",
+             _CPU_NORM),
+    Mutation("norm-cpu-peak-of-the-last-row", "csrc/*/norm_row.h",
+             "peak = own > peak ? own : peak;", "peak = own;", _CPU_NORM),
+    Mutation("sandwich-cpu-keep-scale", "csrc/*/norm_row.h", "? x * dropout.scale : VecF{}", "? x : VecF{}",
+             _CPU_SANDWICH),
+    Mutation("sandwich-cpu-unrounded-residual", "csrc/sandwich_layer_norm/*_cpu.cpp",
+             "rounded<T>(only(sum, tag))", "only(sum, tag)", _CPU_SANDWICH),
+    Mutation("sandwich-cpu-direct-gradient", "csrc/sandwich_layer_norm/*_cpu.cpp",
+             "if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);", "", _CPU_SANDWICH),
+    # ---- layer_norm and sandwich_layer_norm, Triton and CUDA
+    Mutation("norm-triton-mean-correction", "cogview_kernels/**/*.py",
+             "    rest = rest / C\n", "    rest = rest * 0.0\n", _TRITON_NORM),
+    Mutation("norm-triton-no-plain", "cogview_kernels/**/*.py",
+             "rstd * (g[i] - plain - xhat[i] * hat)", "rstd * (g[i] - xhat[i] * hat)", _TRITON_NORM),
+    Mutation("norm-triton-eps", "cogview_kernels/**/*.py", "eps * relaxed * relaxed", "eps", _TRITON_NORM),
+    Mutation("norm-triton-last-partial", "cogview_kernels/**/*.py",
+             "for start in range(0, P, BLOCK_P):\n        p = start", 
+             "for start in range(0, P, BLOCK_P):\n        p = 1 + start", _TRITON_NORM),
+    Mutation("sandwich-triton-dropout-of-the-gradient", "cogview_kernels/sandwich_layer_norm/*.py",
+             "dx = drop(dx, row, columns, seed, threshold, scale)", "dx = dx", _TRITON_SANDWICH),
+    Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
+             "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
+    Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
+             "x.of[i] * dropout.scale : 0.0f", "x.of[i] : 0.0f", _CUDA_SANDWICH),
+    Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
+             "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
+    # ---- stable_softmax
+    Mutation("softmax-cpu-causal", "csrc/stable_softmax/*_cpu.cpp",
+             "std::min(a.N, t + 1)", "std::min(a.N, t + 2)", _CPU_SOFTMAX),
+    Mutation("softmax-cpu-exponent-low", "csrc/stable_softmax/*_cpu.cpp",
+             "factor_low = float(exact - factor)", "factor_low = 0.0f", _CPU_SOFTMAX),
+    Mutation("softmax-cpu-tail-of-the-dot", "csrc/stable_softmax/*_cpu.cpp",
+             "for (; j < a.N; ++j) dot += to_float(dprobs[j]) * to_float(probs[j]);", "", _CPU_SOFTMAX),
+    Mutation("softmax-cpu-one-running-sum", "csrc/stable_softmax/*_cpu.cpp",
+             "constexpr int64_t kSumBlock = 16 * kLanes;", "constexpr int64_t kSumBlock = 1 << 30;",
+             _CPU_SOFTMAX),
+    Mutation("softmax-triton-no-rescale", "cogview_kernels/stable_softmax/*.py",
+             "total = total * tl.exp2((peak - safe) * factor) +", "total = total +", _TRITON_SOFTMAX),
+    Mutation("softmax-triton-last-tile-alone", "cogview_kernels/stable_softmax/*.py",
+             "dot += tl.sum(p * dp, axis=1)", "dot = tl.sum(p * dp, axis=1)", _TRITON_SOFTMAX),
+    Mutation("softmax-cuda-merge", "csrc/stable_softmax/*.cuh",
+             "a.sum * exp2f(factor * (a.max - max))", "a.sum", _CUDA_SOFTMAX),
+    # ---- linear_cross_entropy
+    Mutation("xent-cpu-no-rescale", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "load(total + j) * exp_negative(before - max)", "load(total + j)", _CPU_XENT),
+    Mutation("xent-cpu-target", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "exp_negative(broadcast(x))[0] - a.coefficient[j]", "exp_negative(broadcast(x))[0]", _CPU_XENT),
+    Mutation("xent-cpu-kahan", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "lost = (next - sum) - term;", "lost = VecF{};", _CPU_XENT),
+    Mutation("xent-cpu-last-part", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "for (int64_t p = 0; p < parts; ++p) {\n            // Kahan",
+             "for (int64_t p = 0; p + 1 < parts; ++p) {\n            // Kahan", _CPU_XENT),
+    Mutation("xent-cpu-exponent-low", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "kFactorLow = float(kLog2e - kFactor)", "kFactorLow = 0.0f", _CPU_XENT),
+    Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
+             "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
+    Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
+             "coefficient * (self.scales.dlogits if held", "coefficient * (2 * self.scales.dlogits if held",
+             _CHUNKED_XENT),
+    Mutation("xent-triton-no-rescale", "cogview_kernels/linear_cross_entropy/*.py",
+             "total = total * tl.exp2((peak - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
+    Mutation("xent-triton-merge", "cogview_kernels/linear_cross_entropy/*.py",
+             "tl.sum(totals * tl.exp2((peaks - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
+             _TRITON_XENT),
+    Mutation("xent-triton-target", "cogview_kernels/linear_cross_entropy/*.py",
+             "p - coefficient[None, :], p)", "p, p)", _TRITON_XENT),
+]  # fmt: skip
+
+
+def find(mutation: Mutation, root: Path) -> Path | None:
+    """The file of ``root`` that has the text; the copy may hold the broken one."""
+    found = [p for p in sorted(root.glob(mutation.where)) if mutation.before in p.read_text()]
+    return found[0].relative_to(root) if len(found) == 1 else None
+
+
+def copy_tree() -> None:
+    """Brings the copy up to date; unchanged files keep their times, so that little is compiled again."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    wanted = {line for line in listed.stdout.splitlines() if (ROOT / line).is_file()}
+    for path in COPY.rglob("*"):
+        name = str(path.relative_to(COPY))
+        if path.is_file() and not name.startswith("build/") and path.suffix != ".so" and name not in wanted:
+            path.unlink()
+    for name in wanted:
+        target = COPY / name
+        if not target.exists() or not filecmp.cmp(ROOT / name, target, shallow=False):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"COGVIEW_CUDA": "0", "PYTHONPATH": str(COPY), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=COPY, env=environment, capture_output=True, text=True
+    )
+
+
+def build() -> None:
+    done = run("setup.py", "-q", "build_ext", "--inplace")
+    if done.returncode != 0:
+        sys.exit(f"does not compile:\n{(done.stdout + done.stderr)[-3000:]}")
+
+
+def fails(tests: str) -> bool:
+    """Whether one of the tests does; without any test that is an error."""
+    file, words = tests.split(" ", 1)
+    done = run(
+        *("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"),
+        *(f"tests/kernels/test_{file}.py", "-k", words),
+    )
+    if done.returncode not in (0, 1):
+        sys.exit(f"pytest {tests}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.returncode == 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only mutations whose names contain one of these")
+    parser.add_argument("--list", action="store_true", help="print the names and stop")
+    parser.add_argument("--trust", action="store_true", help="do not run the tests unbroken first")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if not options.words or any(w in m.name for w in options.words)]
+    if options.list:
+        print("\n".join(m.name for m in chosen))
+        return
+    copy_tree()
+    build()
+    if not options.trust:
+        for tests in dict.fromkeys(m.tests for m in chosen):
+            if fails(tests):
+                sys.exit(f"fails without a mutation: {tests}")
+    wrong = 0
+    for mutation in chosen:
+        began = time.monotonic()
+        path = find(mutation, ROOT)
+        if path is None:
+            verdict = "STALE: its text is not in one file"
+        else:
+            text = (ROOT / path).read_text()
+            (COPY / path).write_text(text.replace(mutation.before, mutation.after))
+            if path.suffix != ".cuh" and path.parts[0] == "csrc":
+                build()
+            verdict = "caught" if fails(mutation.tests) else "MISSED"
+            (COPY / path).write_text(text)
+        wrong += verdict != "caught"
+        print(f"{mutation.name:45} {verdict:8} {time.monotonic() - began:5.0f} s", flush=True)
+    print(f"{len(chosen) - wrong} of {len(chosen)} caught")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
