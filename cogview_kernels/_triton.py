@@ -62,7 +62,7 @@ def store_rounded(pointer, value, mask, dtype: tl.constexpr):
 
 @triton.jit
 def dropout_rows(seed, c0, c1, c2):
-    """The two words of a row for :func:`dropout_keeps`: Philox4x32-10 of (c0, c1, c2, 0), see ``_random``,
+    """The two words of a row for :func:`dropout_keeps`: Philox4x32-10 of (c0, c1, c2, 0), see ``_dropout``,
     each already xored with itself shifted, as :func:`dropout_keeps` would for every element.
 
     ``seed`` is an integer or a pointer to one; ``c0`` an int32 tensor, the others int32 scalars."""

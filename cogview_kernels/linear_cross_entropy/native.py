@@ -3,32 +3,37 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cogview_kernels import _extension
+from cogview_kernels import _checks, _extension
 from cogview_kernels.linear_cross_entropy import chunked
+
+
+def limit(backend: str, hidden: Tensor) -> str:
+    """Why the steps cannot take ``hidden``; empty when they can."""
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
 
 
 def reduce(logits: Tensor, target: Tensor, stats: Tensor) -> None:
     """See :class:`pieces.Steps`."""
     logit_max, total, picked = stats
     picked.copy_(chunked.picked_logits(logits, target))
-    _extension.native.linear_cross_entropy_reduce_cpu(
-        _described(logits), logit_max.data_ptr(), total.data_ptr(), torch.get_num_threads()
+    _extension.call(
+        "linear_cross_entropy_reduce", "cpu", _described(logits), logit_max.data_ptr(), total.data_ptr()
     )
 
 
 def gradient(logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor) -> None:
     """See :class:`pieces.Steps`."""
-    _extension.native.linear_cross_entropy_gradient_cpu(
+    _extension.call(
+        "linear_cross_entropy_gradient",
+        "cpu",
         _described(logits),
         first,
         target.data_ptr(),
         coefficient.data_ptr(),
         stats[0].data_ptr(),
         stats[1].data_ptr(),
-        torch.get_num_threads(),
     )
 
 
