@@ -7,7 +7,7 @@ OUT    ?= build/gpu-check
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo test sanitize lint format bench gpu-check wheel-check clean
+.PHONY: help setup build demo test seeds sanitize lint format bench bounds gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -17,8 +17,8 @@ setup: build  ## virtual environment, pinned dependencies, compiled extension
 # The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
 $(VENV)/.ready: constraints.txt pyproject.toml
 	@echo "[setup] virtual environment in $(VENV) (a few minutes the first time)"
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
-	  || { echo "[setup] Python 3.10 to 3.13 is needed; choose one with make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' \
+	  || { echo "[setup] Python 3.10 to 3.14 is needed; choose one with make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q -c constraints.txt torch; else \
 	  $(PIP) install -q -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
@@ -35,8 +35,19 @@ build: $(VENV)/.ready  ## (re)compile the extension in place
 demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
 	$(BIN)/cogview demo
 
+# A worker a core: each has its share of the threads (tests/conftest.py), and takes over what another has left.
 test: build  ## every test that this machine can run
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use.
+SEEDS ?= 50
+BUDGET := test_forward_and_backward or test_error_budget or test_edges or test_every_instruction_set
+BUDGET := $(BUDGET) or test_extreme_rows or test_dropout_and_lse or test_widths or test_one_chunk or test_long_rows
+BUDGET := $(BUDGET) or test_head_sizes or test_dtypes or test_windows or test_maxima or test_small_triton_tiles
+BUDGET := $(BUDGET) or test_float16_under_a_loss_scale or test_decode or test_flex_attention
+seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most
+	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n auto --dist worksteal \
+	  tests/kernels --seeds $(SEEDS) -k "($(BUDGET))$(if $(ONLY), and ($(ONLY)))"
 
 # The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
@@ -64,9 +75,12 @@ bench: build  ## time every op against its rivals on this machine, then write th
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks.report
 
+bounds: build  ## wall-clock bounds that the project promises; wants a quiet machine
+	$(BIN)/python -m benchmarks.bounds
+
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
 gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)
-	@$(PYTHON) -m benchmarks.gpu_check --out "$(OUT)"
+	@$(PYTHON) .ci/gpu_check.py --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there

@@ -1,66 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks [op ...]``: runs the benchmarks on the machine at hand and prints the outcome."""
+"""``python -m benchmarks [op ...]``: times the ops against their rivals on the machine at hand.
+
+Per op, its tests run first. Figures of an op whose tests are red, of tiny shapes and of a selection are kept
+apart from the results that the report quotes. Exit status 1: tests are red, or a backend of ours failed.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from benchmarks import OPS, environment, report, results
+from benchmarks import OPS, environment, harness, report, results, verdict
+from benchmarks.definitions import benchmark_of
 
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def bench_file(op: str) -> str:
-    return f"benchmarks/bench_{op}.py"
-
-
-def command(op: str, save: Path, *options: str) -> list[str]:
-    """Runs one op's bench file; its rows go to ``save/<device>/<op>.json``."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-rfEs", "-W", "ignore", "-p", "no:cacheprovider"]
-    return [*pytest, "--benchmark-columns=median,iqr,rounds", "--save", str(save), *options, bench_file(op)]
+# For results that are not to be quoted.
+APART = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 
 
-def child_environment(device: torch.device) -> dict[str, str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if device.type == "cpu" and not any(name.startswith(("MALLOC_", "LD_PRELOAD")) for name in env):
-        env |= environment.ALLOCATOR
-    return env
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all when none is named")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument(
+        "--select",
+        default="",
+        metavar="REGEX",
+        help='only what this is found in: "<shape>-<dtype>-<direction> <variant>"',
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny shapes, no tests: to see that everything runs"
+    )
+    parser.add_argument(
+        "--tested", type=Path, metavar="JUNIT_XML", help="do not run the tests, read their outcome"
+    )
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="leave out what would begin later",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="of the results; default: benchmarks/results for what may be quoted, else build/benchmarks",
+    )
+    chosen = parser.parse_args(arguments)
+    if unknown := [op for op in chosen.ops if op not in OPS]:
+        parser.error(f"no op is called {', '.join(unknown)}; there are {', '.join(OPS)}")
+    return chosen
+
+
+def device_named(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", 0) if name == "cuda" else torch.device("cpu")
+
+
+def keep_pages(device: torch.device) -> None:
+    """Starts this program again with the allocator's settings, which are read before ``main`` runs."""
+    if device.type == "cpu" and not any(name.startswith(("MALLOC_", "LD_PRELOAD")) for name in os.environ):
+        os.environ.update(environment.ALLOCATOR)
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]])
+
+
+def tests_of(op: str, chosen: argparse.Namespace) -> str:
+    if chosen.tested is not None:
+        return verdict.of_report(op, chosen.tested)
+    if chosen.tiny:
+        return ""
+    print(f"{op}: its tests", flush=True)
+    return verdict.of_tests(op)
+
+
+def run(op: str, device: torch.device, options: harness.Options, save: Path | None) -> bool:
+    """Measures one op and saves its document anew after each variant. False: a backend of ours failed."""
+    bench = benchmark_of(op)
+    wanted = harness.wanted(bench, device, options)
+    if not wanted:
+        print(f"{op}: nothing is called {options.select!r}")
+        return True
+    print(f"{op}: {'tiny shapes' if options.tiny else 'its benchmark'}", flush=True)
+    folder = save or (APART if options.red_tests or options.tiny or options.select else results.FOLDER)
+    good = True
+    with tqdm(total=len(wanted), unit="variant", leave=False, disable=None) as bar:
+        for document, outcome in harness.measure(bench, device, options):
+            results.save(document, folder)
+            bar.set_description(str(outcome.case), refresh=False)
+            bar.update()
+            if outcome.failed:
+                good = False
+                bar.write(f"FAILED: {outcome.case} {outcome.variant.name}: {outcome.reason}")
+    path = results.save(document, folder)
+    print(f"{report.text_table(document)}\n\nsaved: {path}\n", flush=True)
+    return good
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all when none is named")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
-    parser.add_argument("--save", type=Path, default=results.FOLDER, help="folder of the results")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to see that everything runs")
-    arguments = parser.parse_args()
-    if unknown := [op for op in arguments.ops if op not in OPS]:
-        parser.error(f"no op is called {', '.join(unknown)}; there are {', '.join(OPS)}")
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = environment.device_folder(environment.device_name(device))
-    logs = ROOT / "build" / "benchmarks"
-    logs.mkdir(parents=True, exist_ok=True)
+    chosen = parse()
+    device = device_named(chosen.device)
+    keep_pages(device)
+    deadline = time.monotonic() + chosen.stop_after
     failed = []
-    for op in arguments.ops or OPS:
-        steps = "its benchmark on tiny shapes" if arguments.tiny else "its tests, then its benchmark"
-        print(f"{op}: {steps}; log in {logs.relative_to(ROOT)}/{op}.log", flush=True)
-        options = ["--device", device.type, "--bar", "--capture=sys", *(["--tiny"] if arguments.tiny else [])]
-        with open(logs / f"{op}.log", "w") as log:
-            done = subprocess.run(
-                command(op, arguments.save, *options), cwd=ROOT, stdout=log, env=child_environment(device)
-            )
-        if done.returncode:
+    for op in chosen.ops or OPS:
+        red = tests_of(op, chosen)
+        options = harness.Options(chosen.tiny, chosen.select, deadline, red)
+        # Whoever brings the tests' outcome has judged it already.
+        if not run(op, device, options, chosen.save) or (red and chosen.tested is None):
             failed.append(op)
-            print((logs / f"{op}.log").read_text()[-3000:])
-        path = arguments.save / folder / f"{op}.json"
-        if path.exists():
-            print(report.text_table(results.load(path)), flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0

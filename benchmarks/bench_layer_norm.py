@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import norms
-from cogview_kernels.layer_norm.reference import layer_norm_reference
+from cogview_kernels import layer_norm
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.ROWS, shapes.ROWS_CPU, shapes.ROWS_TINY, device.type, tiny)
+    chosen = shapes.ROWS.on(device, tiny)
     dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
 
@@ -28,7 +26,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: layer_norm_reference(wide.x, wide.weight, wide.bias, eps=norms.EPS)
+    return wide, lambda: layer_norm(wide.x, wide.weight, wide.bias, eps=norms.EPS, backend="reference")
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -43,15 +41,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    variants=(
-        *backends("layer_norm", lambda op, x: op(x.x, x.weight, x.bias, eps=norms.EPS), norms.BACKENDS),
-        *norms.SINGLE,
-    ),
+    backends=("triton", "cuda", "cpu"),
+    call=lambda op, x: op(x.x, x.weight, x.bias, eps=norms.EPS),
+    rivals=norms.SINGLE,
     work=work,
     baseline="eager PB-relax",
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_layer_norm(replay, case, variant):
-    replay(case, variant)

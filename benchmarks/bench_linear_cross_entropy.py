@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BOTH, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import cross_entropy
-from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from cogview_kernels import linear_cross_entropy
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.LOSS, shapes.LOSS_CPU, shapes.LOSS_TINY, device.type, tiny)
+    chosen = shapes.LOSS.on(device, tiny)
     dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (BOTH, FORWARD)]
 
@@ -30,7 +28,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: linear_cross_entropy_reference(wide.hidden, wide.weight, wide.target)[0]
+    return wide, lambda: linear_cross_entropy(wide.hidden, wide.weight, wide.target, backend="reference")
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -44,15 +42,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    variants=(
-        *backends("linear_cross_entropy", lambda op, x: op(x.hidden, x.weight, x.target)),
-        *cross_entropy.VARIANTS,
-    ),
+    backends=("triton", "cpu", "chunked"),
+    call=lambda op, x: op(x.hidden, x.weight, x.target),
+    rivals=cross_entropy.VARIANTS,
     work=work,
     baseline="eager",
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_linear_cross_entropy(replay, case, variant):
-    replay(case, variant)

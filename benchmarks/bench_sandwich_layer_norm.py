@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import norms
-from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
+from cogview_kernels import sandwich_layer_norm
 
 NAMES = ("branch", "residual", "post_weight", "post_bias", "pre_weight", "pre_bias")
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.ROWS, shapes.ROWS_CPU, shapes.ROWS_TINY, device.type, tiny)
+    chosen = shapes.ROWS.on(device, tiny)
     dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
 
@@ -31,7 +29,7 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: sandwich_layer_norm_reference(*wide.values.values(), eps=norms.EPS)
+    return wide, lambda: sandwich_layer_norm(*wide.values.values(), eps=norms.EPS, backend="reference")
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -47,15 +45,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    variants=(
-        *backends("sandwich_layer_norm", lambda op, x: op(*x.values.values(), eps=norms.EPS), norms.BACKENDS),
-        *norms.SANDWICH,
-    ),
+    backends=("triton", "cuda", "cpu"),
+    call=lambda op, x: op(*x.values.values(), eps=norms.EPS),
+    rivals=norms.SANDWICH,
     work=work,
     baseline="eager PB-relax",
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_sandwich_layer_norm(replay, case, variant):
-    replay(case, variant)

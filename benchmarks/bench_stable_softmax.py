@@ -3,21 +3,19 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BACKWARD, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import softmax
-from cogview_kernels.stable_softmax.reference import stable_softmax_reference
+from cogview_kernels import stable_softmax
 
 ALPHA = 2.0
 CHECKED_ROWS = 256
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.SOFTMAX, shapes.SOFTMAX_CPU, shapes.SOFTMAX_TINY, device.type, tiny)
+    chosen = shapes.SOFTMAX.on(device, tiny)
     dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
     return [Case(s, dtype, way) for dtype in dtypes for s in chosen for way in (FORWARD, BACKWARD)]
 
@@ -40,7 +38,7 @@ def part(results: tuple[torch.Tensor, ...], case: Case) -> tuple[torch.Tensor, .
 def truth(inputs: Inputs, case: Case):
     scores, dprobs = (x.detach().float() for x in part((inputs.scores, *inputs.douts), case))
     some = Inputs({"scores": scores.requires_grad_()}, ("scores",), (dprobs,))
-    return some, lambda: stable_softmax_reference(scores, alpha=ALPHA, causal=inputs.causal)
+    return some, lambda: stable_softmax(scores, alpha=ALPHA, causal=inputs.causal, backend="reference")
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -57,16 +55,10 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    variants=(
-        *backends("stable_softmax", lambda op, x: op(x.scores, alpha=ALPHA, causal=x.causal)),
-        *softmax.VARIANTS,
-    ),
+    backends=("triton", "cuda", "cpu"),
+    call=lambda op, x: op(x.scores, alpha=ALPHA, causal=x.causal),
+    rivals=softmax.VARIANTS,
     work=work,
     baseline="eager PB-relax",
     part=part,
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_stable_softmax(replay, case, variant):
-    replay(case, variant)

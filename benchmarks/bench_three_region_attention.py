@@ -6,35 +6,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import pytest
 import torch
 
 from benchmarks import shapes
-from benchmarks.conftest import CLOCK
-from benchmarks.harness import BACKWARD, BOTH, FORWARD, Benchmark, Case, Inputs, Work, backends
+from benchmarks.definitions import BACKWARD, BOTH, FORWARD, Benchmark, Case, Inputs, Work
 from benchmarks.rivals import attention
-from cogview_kernels import ThreeRegionLayout
-from cogview_kernels.three_region_attention.reference import three_region_attention_reference
+from cogview_kernels import three_region_attention
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    chosen = shapes.choose(shapes.ATTENTION, shapes.ATTENTION_CPU, shapes.ATTENTION_TINY, device.type, tiny)
+    chosen = shapes.ATTENTION.on(device, tiny)
     if device.type == "cuda":
         ways = (FORWARD, BACKWARD, BOTH)
         found = [Case(s, torch.bfloat16, way) for s in chosen for way in ways]
         return found + [Case(chosen[0], d, way) for d in (torch.float16, torch.float32) for way in ways]
-    # The longest shape takes minutes a variant here.
-    chosen = tuple(s for s in chosen if s.T <= 8192)
     return [Case(s, d, way) for s in chosen for d in shapes.CPU_DTYPES for way in (FORWARD, BOTH)]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     s = case.shape
     q, k, v, dout = (torch.randn(s.B, s.H, s.T, s.D, device=device).to(case.dtype) for _ in range(4))
-    text = torch.zeros(s.B, s.T, dtype=torch.bool, device=device)
-    text[:, : s.text] = True
-    layout = ThreeRegionLayout.sample(text, s.P, block_size=s.w, window_blocks=s.W)
-    return Inputs({"q": q, "k": k, "v": v, "layout": layout}, ("q", "k", "v"), (dout,))
+    return Inputs(
+        {"q": q, "k": k, "v": v, "layout": s.regions.sample(s.B, s.T, device)}, ("q", "k", "v"), (dout,)
+    )
 
 
 def part(results: tuple[torch.Tensor, ...], case: Case) -> tuple[torch.Tensor, ...]:
@@ -46,15 +40,10 @@ def truth(inputs: Inputs, case: Case, *, dense: bool):
     q, k, v, dout = (x.detach().float() for x in part((inputs.q, inputs.k, inputs.v, *inputs.douts), case))
     leaves = [x.requires_grad_() for x in (q, k, v)]
     some = Inputs(dict(zip("qkv", leaves, strict=True)), ("q", "k", "v"), (dout,))
-    layout = inputs.layout
-    pivots = layout.pivots[[0, -1]]
-    window, bias = layout.window_blocks, layout.pivot_bias
+    layout = dataclasses.replace(inputs.layout, pivots=inputs.layout.pivots[[0, -1]])
     if dense:
-        window, bias = -(-case.shape.T // layout.block_size), 0.0
-    scale = case.shape.D**-0.5
-    return some, lambda: three_region_attention_reference(
-        q, k, v, pivots, layout.block_size, window, bias, scale
-    )[0]
+        layout = dataclasses.replace(layout, window_blocks=-(-case.shape.T // layout.block_size))
+    return some, lambda: three_region_attention(q, k, v, layout, backend="reference")
 
 
 _FACTOR = {FORWARD: 4, BACKWARD: 10, BOTH: 14}
@@ -78,8 +67,9 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": functools.partial(truth, dense=False), "dense": functools.partial(truth, dense=True)},
-    variants=(
-        *backends("three_region_attention", lambda op, x: op(x.q, x.k, x.v, x.layout)),
+    backends=("triton", "cuda", "cpu", "sdpa"),
+    call=lambda op, x: op(x.q, x.k, x.v, x.layout),
+    rivals=(
         *(dataclasses.replace(variant, work=dense_work) for variant in attention.DENSE_VARIANTS),
         *attention.SPARSE_VARIANTS,
     ),
@@ -87,8 +77,3 @@ BENCHMARK = Benchmark(
     baseline=attention.DENSE,
     part=part,
 )
-
-
-@pytest.mark.benchmark(timer=CLOCK)
-def test_three_region_attention(replay, case, variant):
-    replay(case, variant)

@@ -1,144 +1,262 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One op's benchmark: cases, variants that race on the same tensors, and the rows that come out.
+"""Runs one op's benchmark in this process: checks every variant, then times those that are right in turns.
 
-A bench file names a ``Benchmark``. Per case (shape, dtype, direction) the harness makes the inputs, checks
-every variant against the reference, then times those that are right in turns (``benchmarks.timing``).
+``measure`` yields the growing results document after each variant, so that whoever saves what it yields
+keeps everything that was measured, however the run ends.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import environment, timing
+from benchmarks.definitions import (
+    BACKWARD,
+    BOTH,
+    FORWARD,
+    Benchmark,
+    Case,
+    Forward,
+    Inputs,
+    Variant,
+    dtype_name,
+)
 from benchmarks.timing import Job, Limits
-from cogview_kernels import _backends
-
-FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
 
 # Largest relative error (of norms) at which a variant still computes the same function. Gradients get three
 # times as much. float32 allows for sums in another order over long rows.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
-
-@dataclass(frozen=True)
-class Case:
-    shape: Any
-    dtype: torch.dtype
-    direction: str
-
-    def __str__(self) -> str:
-        return f"{self.shape.name}-{str(self.dtype).removeprefix('torch.')}-{self.direction}"
+Row = dict[str, Any]
+Document = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a variant must do: ``amount`` floating-point operations ("matmul") or bytes ("copy")."""
+class Options:
+    """How a benchmark is run.
 
-    amount: float
-    bound: str
-    formula: str
-
-
-@dataclass
-class Inputs:
-    """Tensors and numbers by name. ``leaves`` are differentiated; ``results`` match ``douts`` in order."""
-
-    values: dict[str, Any]
-    leaves: tuple[str, ...] = ()
-    douts: tuple[Tensor, ...] = ()
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.values[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def float_copy(self) -> Inputs:
-        """Leaves and gradients in float32, for a reference."""
-        wide = {name: self.values[name].detach().float().requires_grad_() for name in self.leaves}
-        return Inputs({**self.values, **wide}, self.leaves, tuple(dout.float() for dout in self.douts))
-
-    def gradients_of(self) -> tuple[Tensor, ...]:
-        return tuple(self.values[name] for name in self.leaves)
-
-
-Forward = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """``prepare(inputs, case)`` does what a user does once (building masks, compiling) and gives the forward.
-
-    ``why_not(case, device)`` is the reason why it cannot run there, or "". ``truth`` names what it is checked
-    against where that is not the op itself (dense attention computes something else); ``work`` likewise.
-    Kinds: "backend" is ours, "rival" is not, "bound" is work that no variant can do without: it is not
-    checked, and its forward is timed whatever the direction.
+    ``tiny``: tiny shapes and one round, to see that everything runs. ``select``: a regular expression that
+    is searched for in "<shape>-<dtype>-<direction> <variant>". ``deadline``, on the clock of
+    ``time.monotonic``: whatever would begin later is left out. ``red_tests``: why the figures are not to be
+    quoted, "" where the op's tests are green.
     """
 
-    name: str
-    prepare: Callable[[Inputs, Case], Forward]
-    kind: str = "rival"
-    note: str = ""
-    why_not: Callable[[Case, torch.device], str] = lambda case, device: ""
-    truth: str = "op"
-    work: Callable[[Case, Inputs], Work] | None = None
+    tiny: bool = False
+    select: str = ""
+    deadline: float = math.inf
+    red_tests: str = ""
+
+    def wants(self, case: Case, variant: Variant) -> bool:
+        return re.search(self.select, f"{case} {variant.name}") is not None
+
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """``truths[name](inputs, case)`` gives the forward of a reference in float32, on the part of the inputs
-    that ``part`` keeps; ``part(results)`` takes the matching part of a variant's results."""
+class Outcome:
+    """What became of one variant in one case: its row, or the reason why it has none.
 
-    op: str
-    cases: Callable[[torch.device, bool], list[Case]]
-    inputs: Callable[[Case, torch.device], Inputs]
-    truths: dict[str, Callable[[Inputs, Case], tuple[Inputs, Forward]]]
-    variants: tuple[Variant, ...]
-    work: Callable[[Case, Inputs], Work]
-    baseline: str
-    part: Callable[[tuple[Tensor, ...], Case], tuple[Tensor, ...]] = lambda results, case: results
-    limits: Callable[[Case, torch.device], Limits] = field(
-        default=lambda case, device: Limits(1.0, 10, 200) if device.type == "cuda" else Limits(2.0, 5, 40)
-    )
+    ``failed``: a backend of ours raised an error or computed something else, so the run is red. A rival may.
+    """
+
+    case: Case
+    variant: Variant
+    row: Row | None = None
+    reason: str = ""
+    failed: bool = False
 
 
-def backends(
-    op: str, call: Callable[[Callable[..., Any], Inputs], Any], names: tuple[str, ...] | None = None
-) -> tuple[Variant, ...]:
-    """A variant per backend written for ``op``; ``call(function, inputs)`` calls it. ``names`` where the op
-    has no one list of them."""
-    function = getattr(importlib.import_module("cogview_kernels"), op)
-    names = names or importlib.import_module(f"cogview_kernels.{op}.api")._SUPPORTED
+@dataclass(frozen=True)
+class Ready:
+    """A variant that is right: what is timed, its relative error (None where nothing is compared), and the
+    bytes of its results."""
 
-    def variant(name: str) -> Variant:
-        chosen = functools.partial(function, backend=name)
-        return Variant(
-            name,
-            lambda inputs, case: lambda: call(chosen, inputs),
-            kind="backend",
-            why_not=lambda case, device: _backends.why_not(name, device),
-        )
-
-    return tuple(variant(name) for name in names if name != "reference")
+    job: Job
+    error: float | None
+    result_bytes: int
 
 
-def _tuple(x: Any) -> tuple[Tensor, ...]:
-    return x if isinstance(x, tuple) else (x,)
+def measure(bench: Benchmark, device: torch.device, options: Options) -> Iterator[tuple[Document, Outcome]]:
+    """Yields the document, one outcome longer each time, and that outcome.
+
+    The document is a results file (see ``benchmarks.results``); "finished" becomes true after the last
+    outcome was yielded.
+    """
+    cases = list(dict.fromkeys(case for case, _ in wanted(bench, device, options)))
+    dtypes = list(dict.fromkeys(case.dtype for case in cases))
+    document: Document = {
+        "op": bench.op,
+        "baseline": bench.baseline,
+        "environment": environment.describe(device),
+        "tiny": options.tiny,
+        "finished": False,
+        "ceilings": timing.ceilings(device, dtypes, tiny=options.tiny),
+        "red_tests": options.red_tests,
+        "rows": [],
+        "skipped": [],
+    }
+    for together in alike(cases):
+        for outcome in Race(bench, device, document["ceilings"], options).run(together):
+            if outcome.row is not None:
+                document["rows"].append(outcome.row)
+            else:
+                entry = {"case": str(outcome.case), "variant": outcome.variant.name, "reason": outcome.reason}
+                document["skipped"].append(entry)
+            yield document, outcome
+    document["finished"] = True
+
+
+def wanted(bench: Benchmark, device: torch.device, options: Options) -> list[tuple[Case, Variant]]:
+    pairs = [(case, v) for case in bench.cases(device, options.tiny) for v in bench.variants]
+    return [(case, variant) for case, variant in pairs if options.wants(case, variant)]
+
+
+def alike(cases: list[Case]) -> list[list[Case]]:
+    """Cases that differ in direction alone, together: they race on one set of inputs."""
+    groups: dict[tuple[Any, torch.dtype], list[Case]] = {}
+    for case in cases:
+        groups.setdefault((case.shape, case.dtype), []).append(case)
+    return list(groups.values())
+
+
+class Race:
+    """Checks and times variants on cases that differ in direction alone."""
+
+    def __init__(
+        self, bench: Benchmark, device: torch.device, ceilings: dict[str, Any], options: Options
+    ) -> None:
+        self.bench, self.device, self.ceilings, self.options = bench, device, ceilings, options
+        self.inputs: Inputs | None = None
+        self.forwards: dict[str, Forward] = {}  # what a variant prepared serves every direction
+
+    def run(self, cases: list[Case]) -> Iterator[Outcome]:
+        # Dynamo gives up on a function, silently, after a few shapes; each race starts afresh.
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        for case in cases:
+            left = {v.name: v for v in self.bench.variants if self.options.wants(case, v)}
+            try:
+                for outcome in self._one(case, list(left.values())):
+                    del left[outcome.variant.name]
+                    yield outcome
+            except Exception as failure:  # of the inputs, a reference or the timing: the other cases go on
+                for variant in left.values():
+                    yield _refusal(case, variant, _one_line(failure))
+            gc.collect()
+
+    def _one(self, case: Case, variants: list[Variant]) -> Iterator[Outcome]:
+        if self.options.late():
+            yield from (Outcome(case, variant, reason="out of time") for variant in variants)
+            return
+        if self.inputs is None:
+            self.inputs = self.bench.inputs(case, self.device)
+        for tensor in self.inputs.differentiated():
+            tensor.requires_grad_(case.direction != FORWARD)
+        ready: dict[str, Ready] = {}
+        truths: dict[str, tuple[Tensor, ...]] = {}
+        for variant in variants:
+            if self.options.late():
+                yield Outcome(case, variant, reason="out of time")
+                continue
+            if reason := variant.why_not(case, self.device):
+                yield Outcome(case, variant, reason=reason)
+                continue
+            if variant.truth not in truths:
+                truths[variant.truth] = self._truth(variant.truth, case)
+            checked = self._checked(case, variant, truths[variant.truth])
+            if isinstance(checked, Outcome):
+                yield checked
+            else:
+                ready[variant.name] = checked
+        del truths
+        gc.collect()
+        if not ready:
+            return
+        limits = Limits(0.0, 1, 1) if self.options.tiny else self.bench.limits(case, self.device)
+        jobs = {name: one.job for name, one in ready.items()}
+        times_ms = timing.interleave(jobs, self.device, limits)
+        for variant in variants:
+            if one := ready.get(variant.name):
+                yield Outcome(
+                    case, variant, self._row(case, variant, one, timing.spread(times_ms[variant.name]))
+                )
+
+    def _truth(self, name: str, case: Case) -> tuple[Tensor, ...]:
+        part, forward = self.bench.truths[name](self.inputs, case)
+        direction = FORWARD if case.direction == FORWARD else BOTH
+        return tuple(x.detach() for x in _tuple(job(forward, part, direction)()))
+
+    def _checked(self, case: Case, variant: Variant, truth: tuple[Tensor, ...]) -> Ready | Outcome:
+        """The variant ready to be timed, or why it is not to be timed."""
+        try:
+            if variant.kind == "bound":
+                forward, error = variant.prepare(self.inputs, case), None
+                candidate = Job(lambda _: forward())
+                found = _tuple(candidate())
+            else:
+                if variant.name not in self.forwards:
+                    self.forwards[variant.name] = variant.prepare(self.inputs, case)
+                candidate = job(self.forwards[variant.name], self.inputs, case.direction)
+                found = _tuple(candidate())
+                error = relative_error(self.bench.part(found, case), truth)
+        except Exception as failure:  # whatever a rival raises is its own reason to be left out
+            return _refusal(case, variant, _one_line(failure), limit=isinstance(failure, NotImplementedError))
+        allowed = TOLERANCE[case.dtype] * (1 if case.direction == FORWARD else 3)
+        if error is not None and error > allowed:
+            return _refusal(case, variant, f"wrong by {error:.1e}, allowed {allowed:.1e}")
+        return Ready(candidate, error, sum(x.numel() * x.element_size() for x in found))
+
+    def _row(self, case: Case, variant: Variant, ready: Ready, spread: timing.Spread) -> Row:
+        work = (variant.work or self.bench.work)(case, self.inputs)
+        matmul = work.bound == "matmul"
+        rate = work.amount / spread.median / (1e9 if matmul else 1e6)
+        copy, products = self.ceilings["copy_gb_s"], self.ceilings["matmul_tflop_s"]
+        ceiling = products[dtype_name(case.dtype)] if matmul else copy
+        row: Row = {
+            "shape": case.shape.name,
+            "sizes": str(case.shape),
+            "dtype": dtype_name(case.dtype),
+            "direction": case.direction,
+            "variant": variant.name,
+            "kind": variant.kind,
+            "note": variant.note,
+            "ms": _digits(spread.median),
+            "ms_quartiles": [_digits(spread.low), _digits(spread.high)],
+            "rounds": spread.rounds,
+            "rate": _digits(rate),
+            "rate_unit": "TFLOP/s" if matmul else "GB/s",
+            "formula": work.formula,
+            "share_of_ceiling": _digits(rate / ceiling),
+            "peak_bytes": timing.peak_bytes(ready.job, self.device),
+            "result_bytes": ready.result_bytes,
+            "relative_error": None if ready.error is None else _digits(ready.error),
+        }
+        if self.device.type == "cuda":
+            row["host_us"] = _digits(timing.host_us(ready.job, self.device))
+            if spread.median < 0.05 and case.direction == FORWARD:
+                try:
+                    row["graph_ms"] = _digits(timing.graph_ms(ready.job))
+                except RuntimeError as failure:
+                    row["graph_ms"] = None
+                    row["graph_reason"] = " ".join(str(failure).split())[:200]
+        return row
 
 
 def job(forward: Forward, inputs: Inputs, direction: str) -> Job:
     """The repetition that is timed: gradients are returned, not accumulated; no graph is kept."""
 
     def gradients(outputs: Any) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(_tuple(outputs), inputs.gradients_of(), inputs.douts)
+        return torch.autograd.grad(_tuple(outputs), inputs.differentiated(), inputs.douts)
 
     def no_grad(_: Any) -> Any:
         with torch.no_grad():
@@ -163,138 +281,17 @@ def relative_error(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> flo
     return worst
 
 
-@dataclass
-class Outcome:
-    """Of one case. ``skipped`` and ``wrong`` give a reason per variant that was not timed."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    times_ms: dict[str, list[float]] = field(default_factory=dict)
+def _refusal(case: Case, variant: Variant, reason: str, *, limit: bool = False) -> Outcome:
+    """``limit``: the variant said beforehand that it does not do this, which is no failure."""
+    return Outcome(case, variant, reason=reason, failed=variant.kind == "backend" and not limit)
 
 
-def race(
-    bench: Benchmark,
-    cases: list[Case],
-    device: torch.device,
-    ceilings: dict[str, Any],
-    *,
-    variants: tuple[Variant, ...],
-    limits: Limits | None = None,
-) -> dict[Case, Outcome]:
-    """Checks and times ``variants`` on cases that differ in direction alone, on one set of inputs."""
-    # Dynamo gives up on a function, silently, after a few shapes; each race starts afresh.
-    torch.compiler.reset()
-    torch.manual_seed(0)
-    inputs = bench.inputs(cases[0], device)
-    forwards: dict[str, Forward] = {}
-    outcomes: dict[Case, Outcome] = {}
-    for case in cases:
-        outcomes[case] = outcome = Outcome()
-        for tensor in inputs.gradients_of():
-            tensor.requires_grad_(case.direction != FORWARD)
-        jobs = _checked_jobs(bench, case, device, inputs, variants, forwards, outcome)
-        gc.collect()
-        if not jobs:
-            continue
-        outcome.times_ms = timing.interleave(jobs, device, limits or bench.limits(case, device))
-        for variant in variants:
-            if variant.name in jobs:
-                spread = timing.spread(outcome.times_ms[variant.name])
-                row = _row(bench, variant, case, inputs, device, jobs[variant.name], spread, ceilings)
-                error = outcome.errors.get(variant.name)
-                outcome.rows.append({**row, "relative_error": None if error is None else _digits(error)})
-    return outcomes
+def _one_line(failure: Exception) -> str:
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
 
 
-def _checked_jobs(
-    bench: Benchmark,
-    case: Case,
-    device: torch.device,
-    inputs: Inputs,
-    variants: tuple[Variant, ...],
-    forwards: dict[str, Forward],
-    outcome: Outcome,
-) -> dict[str, Job]:
-    """The variants that can run and are right. ``forwards`` keeps what was prepared for the next call."""
-    truths: dict[str, tuple[Tensor, ...]] = {}
-    jobs: dict[str, Job] = {}
-    allowed = TOLERANCE[case.dtype] * (1 if case.direction == FORWARD else 3)
-    for variant in variants:
-        # A rival may fail; a backend of ours that fails or errs turns the run red.
-        refused = outcome.skipped if variant.kind == "rival" else outcome.wrong
-        if reason := variant.why_not(case, device):
-            outcome.skipped[variant.name] = reason
-            continue
-        if variant.kind == "bound":
-            forward = variant.prepare(inputs, case)
-            jobs[variant.name] = Job(lambda _, forward=forward: forward())
-            continue
-        if variant.truth not in truths:
-            part, forward = bench.truths[variant.truth](inputs, case)
-            direction = FORWARD if case.direction == FORWARD else BOTH
-            truths[variant.truth] = tuple(x.detach() for x in _tuple(job(forward, part, direction)()))
-        try:
-            if variant.name not in forwards:
-                forwards[variant.name] = variant.prepare(inputs, case)
-            candidate = job(forwards[variant.name], inputs, case.direction)
-            results = bench.part(_tuple(candidate()), case)
-        except Exception as failure:  # whatever a rival raises is its own reason to be left out
-            refused[variant.name] = f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
-            continue
-        error = outcome.errors[variant.name] = relative_error(results, truths[variant.truth])
-        del results
-        if error > allowed:
-            refused[variant.name] = f"wrong by {error:.1e}, allowed {allowed:.1e}"
-            continue
-        jobs[variant.name] = candidate
-    return jobs
-
-
-def _row(
-    bench: Benchmark,
-    variant: Variant,
-    case: Case,
-    inputs: Inputs,
-    device: torch.device,
-    candidate: Job,
-    spread: timing.Spread,
-    ceilings: dict[str, Any],
-) -> dict[str, Any]:
-    work = (variant.work or bench.work)(case, inputs)
-    rate = work.amount / spread.median / (1e9 if work.bound == "matmul" else 1e6)
-    if work.bound == "matmul":
-        ceiling = ceilings["matmul_tflop_s"][str(case.dtype).removeprefix("torch.")]
-    else:
-        ceiling = ceilings["copy_gb_s"]
-    row: dict[str, Any] = {
-        "shape": case.shape.name,
-        "sizes": str(case.shape),
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "direction": case.direction,
-        "variant": variant.name,
-        "kind": variant.kind,
-        "note": variant.note,
-        "ms": _digits(spread.median),
-        "ms_quartiles": [_digits(spread.low), _digits(spread.high)],
-        "rounds": spread.rounds,
-        "rate": _digits(rate),
-        "rate_unit": "TFLOP/s" if work.bound == "matmul" else "GB/s",
-        "formula": work.formula,
-        "share_of_ceiling": _digits(rate / ceiling),
-        "peak_bytes": timing.peak_bytes(candidate, device),
-        "result_bytes": sum(x.numel() * x.element_size() for x in _tuple(candidate())),
-    }
-    if device.type == "cuda":
-        row["host_us"] = _digits(timing.host_us(candidate, device))
-        if spread.median < 0.05 and case.direction == FORWARD:
-            try:
-                row["graph_ms"] = _digits(timing.graph_ms(candidate))
-            except RuntimeError as failure:
-                row["graph_ms"] = None
-                row["graph_reason"] = " ".join(str(failure).split())[:200]
-    return row
+def _tuple(x: Any) -> tuple[Tensor, ...]:
+    return x if isinstance(x, tuple) else (x,)
 
 
 def _digits(value: float) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables and plots from the results files; nothing in them is typed by hand.
 
-``python -m benchmarks.report``            README.md between its markers, results/<device>/README.md, plots
+``python -m benchmarks.report``            README.md between its markers, the pages under results/, the plots
 ``python -m benchmarks.report --check``    exit status 1 if any of these does not match the results files
 ``python -m benchmarks.report --import F`` first take the results in F, as ``make gpu-check`` writes them
 """
@@ -9,49 +9,37 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
-from benchmarks import OPS, results, tiles
+from tabulate import tabulate
+
+from benchmarks import OPS, plots, results, tiles
+from benchmarks.results import Document, Row
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- benchmarks: written by `python -m benchmarks.report` -->", "<!-- /benchmarks -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo: written by `python -m benchmarks.report` -->", "<!-- /demo -->"
 UNMEASURED = "unmeasured"
+CHART = "summary.png"
 
-COLOURS = {"backend": "#c2410c", "rival": "#94a3b8", "bound": "#e2e8f0"}
-
-Document = dict[str, Any]
-Row = dict[str, Any]
-
-
-def on_gpu(document: Document) -> bool:
-    return "capability" in document["environment"]
-
-
-def by_case(document: Document) -> dict[tuple[str, str, str, str], list[Row]]:
-    """(shape, sizes, dtype, direction) -> rows, fastest first."""
-    cases: dict[tuple[str, str, str, str], list[Row]] = {}
-    for row in document["rows"]:
-        cases.setdefault((row["shape"], row["sizes"], row["dtype"], row["direction"]), []).append(row)
-    return {key: sorted(rows, key=lambda row: row["ms"]) for key, rows in cases.items()}
-
-
-def speed(row: Row, rows: list[Row], baseline: str) -> float | None:
-    """How many times faster than the baseline of the same case, or None."""
-    base = next((r["ms"] for r in rows if r["variant"] == baseline), None)
-    return None if base is None else base / row["ms"]
+# README.md's few rows, of each the first shape that a device has. The last op is slower than its rivals on
+# some devices and takes a fraction of their memory.
+FEW = (
+    ("three_region_attention", ("paper",), "fwd+bwd"),
+    ("sandwich_layer_norm", ("width",), "fwd"),
+    ("stable_softmax", ("causal",), "fwd"),
+    ("decode_attention", ("paper",), "fwd"),
+    ("linear_cross_entropy", ("cogview", "quarter"), "fwd+bwd"),
+)
 
 
 def speed_text(row: Row, rows: list[Row], baseline: str) -> str:
     """With "~" where the quartiles of either time lie more than a fifth of the median apart."""
     pair = [r for r in rows if r is row or r["variant"] == baseline]
     unsteady = any(r["ms_quartiles"][1] - r["ms_quartiles"][0] > 0.2 * r["ms"] for r in pair)
-    return ("~" if unsteady else "") + _number(speed(row, rows, baseline), "x")
+    return ("~" if unsteady else "") + _number(results.speed(row, rows, baseline), "x")
 
 
 def extra_bytes(row: Row) -> int | None:
@@ -74,7 +62,7 @@ def _memory(value: int | None) -> str:
 
 def columns(document: Document, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Times in milliseconds only where they hold beyond this run, that is on a GPU."""
-    gpu = on_gpu(document)
+    gpu = results.on_gpu(document)
     header = ["variant", f"speed, {document['baseline']} = 1", "share of ceiling", "extra memory"]
     if gpu:
         header[1:1] = ["ms", "rate", "host us"]
@@ -92,29 +80,24 @@ def columns(document: Document, rows: list[Row]) -> tuple[list[str], list[list[s
 
 def text_table(document: Document) -> str:
     """For a terminal."""
-    lines = [f"\nNOT TO BE QUOTED: {document['red_tests']}"] if document.get("red_tests") else []
-    for (shape, sizes, dtype, direction), rows in by_case(document).items():
+    lines = [f"\nNOT TO BE QUOTED: {document['red_tests']}"] if document["red_tests"] else []
+    for (shape, sizes, dtype, direction), rows in results.by_case(document).items():
         header, table = columns(document, rows)
-        widths = [max(len(line[i]) for line in [header, *table]) for i in range(len(header))]
         lines.append(f"\n{document['op']}, {shape} ({sizes}), {dtype}, {direction}")
-        for line in [header, *table]:
-            cells = [
-                line[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-            lines.append("  " + "  ".join(cells))
+        align = ("left", *["right"] * (len(header) - 1))
+        lines.append(tabulate(table, header, "simple", colalign=align, disable_numparse=True))
     return "\n".join(lines)
 
 
 def short_lines(document: Document) -> list[str]:
-    """One line per case of :func:`headline`."""
+    """One line per case of :func:`results.headline`."""
     lines = []
-    for (shape, _, dtype, direction), ours, rows in headline(document):
-        rival = next((row for row in rows if row["kind"] == "rival"), None)
+    for (shape, _, dtype, direction), ours, rows in results.headline(document):
+        rival = results.fastest_rival(rows)
         against = f", {_number(rival['ms'] / ours['ms'])}x as fast as {rival['variant']}" if rival else ""
         share = f"{100 * ours['share_of_ceiling']:.0f} % of ceiling"
         name = f"{document['op']} {shape} {dtype} {direction}"
-        share += " (its tests are RED)" if document.get("red_tests") else ""
+        share += " (its tests are RED)" if document["red_tests"] else ""
         lines.append(f"  {name}: {ours['variant']} {_number(ours['ms'])} ms, {share}{against}")
     return lines
 
@@ -129,7 +112,7 @@ def _environment_lines(document: Document) -> list[str]:
     e = document["environment"]
     ceilings = document["ceilings"]
     software = f"Python {e['python']}, PyTorch {e['torch']}, Triton {e['triton'] or 'not installed'}"
-    if on_gpu(document):
+    if results.on_gpu(document):
         software += f", CUDA {e['cuda']}, driver {e['driver']}; clocks and limits {e['clocks']}"
     else:
         software += f", {e['cpu_threads']} threads, allocator: {e['allocator']}"
@@ -142,7 +125,7 @@ def _environment_lines(document: Document) -> list[str]:
     ]
 
 
-def device_page(folder: str, documents: dict[str, Document]) -> str:
+def device_page(documents: dict[str, Document]) -> str:
     """``benchmarks/results/<device>/README.md``: every row and every reason."""
     first = next(iter(documents.values()))
     lines = [
@@ -158,7 +141,9 @@ def device_page(folder: str, documents: dict[str, Document]) -> str:
             continue
         document = documents[op]
         lines += [*_environment_lines(document), "", f"![{op}]({op}.png)"]
-        for (shape, sizes, dtype, direction), rows in by_case(document).items():
+        if not document["finished"]:
+            lines += ["", "This run was cut short."]
+        for (shape, sizes, dtype, direction), rows in results.by_case(document).items():
             lines += [
                 "",
                 f"### {shape}, {dtype}, {direction}",
@@ -180,31 +165,54 @@ def device_page(folder: str, documents: dict[str, Document]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def headline(document: Document) -> list[tuple[tuple[str, str, str, str], Row, list[Row]]]:
-    """Per shape and direction of the first dtype: our fastest backend and the rows it races."""
-    cases = by_case(document)
-    dtype = document["rows"][0]["dtype"] if document["rows"] else ""
-    found = []
-    for key, rows in cases.items():
-        ours = [row for row in rows if row["kind"] == "backend"]
-        if key[2] == dtype and ours:
-            found.append((key, ours[0], rows))
-    return found
+def unmeasured_gpu(everything: dict[str, dict[str, Document]]) -> list[str]:
+    if any(results.on_gpu(next(iter(documents.values()))) for documents in everything.values()):
+        return []
+    return [f"GPU: {UNMEASURED}. `make gpu-check OUT=folder` measures it where there is one.", ""]
 
 
-def summary(all_documents: dict[str, dict[str, Document]]) -> str:
-    """The block between README.md's markers."""
-    lines = []
-    if not any(on_gpu(next(iter(documents.values()))) for documents in all_documents.values()):
-        lines += [f"GPU: {UNMEASURED}. `make gpu-check OUT=folder` measures it where there is one.", ""]
-    for folder, documents in all_documents.items():
+def summary(everything: dict[str, dict[str, Document]]) -> str:
+    """The block between README.md's markers: a few rows a device."""
+    lines = unmeasured_gpu(everything)
+    for folder, documents in everything.items():
+        device = next(iter(documents.values()))["environment"]["device"]
+        table = [row for op, shapes, way in FEW if (row := _few_row(documents.get(op), shapes, way))]
+        header = ["op", "case", "against its fastest rival", "extra memory: ours, the rival's"]
+        lines += [f"**{device}** ([every row](benchmarks/results/{folder}/README.md))", ""]
+        lines += [*_markdown_table(header, table, text=3), ""]
+    lines.append("[The whole table and its chart](benchmarks/results/README.md).")
+    return "\n".join(lines) + "\n"
+
+
+def _few_row(document: Document | None, shapes: tuple[str, ...], direction: str) -> list[str]:
+    for (shape, _, dtype, way), ours, rows in results.headline(document) if document else []:
+        rival = results.fastest_rival(rows)
+        if shape in shapes and way == direction and rival:
+            against = f"{speed_text(ours, rows, rival['variant'])} as fast as {rival['variant']}"
+            memory = f"{_memory(extra_bytes(ours))}, {_memory(extra_bytes(rival))}"
+            return [f"`{document['op']}`", f"{shape}, {dtype}, {way}", against, memory]
+    return []
+
+
+def results_page(everything: dict[str, dict[str, Document]]) -> str:
+    """``benchmarks/results/README.md``: our fastest backend in every case of the first dtype, by device."""
+    lines = [
+        "# Results",
+        "",
+        "Written by `python -m benchmarks.report` from the JSON files below this folder.",
+        "[How it is measured](../README.md).",
+        "",
+        *unmeasured_gpu(everything),
+    ]
+    for folder, documents in everything.items():
         first = next(iter(documents.values()))
-        device = first["environment"]["device"]
-        lines += [f"**{device}** ([all rows](benchmarks/results/{folder}/README.md))", ""]
-        table = [row for op in OPS for row in _summary_rows(op, documents.get(op), on_gpu(first))]
+        gpu = results.on_gpu(first)
+        lines += [f"## {first['environment']['device']}", "", f"[Every row]({folder}/README.md).", ""]
+        lines += [f"![Times faster than the fastest rival]({folder}/{CHART})", ""]
+        table = [row for op in OPS for row in _summary_rows(op, documents.get(op), gpu)]
         header = ["op", "shape, dtype, direction", "backend", "fastest rival", "times faster", "against"]
-        lines += [*_markdown_table([*header, *(["ms"] if on_gpu(first) else [])], table, text=4), ""]
-    lines += [tiles.markdown()]
+        lines += [*_markdown_table([*header, *(["ms"] if gpu else [])], table, text=4), ""]
+    lines += ["## What there is to gain", "", tiles.markdown()]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -212,79 +220,13 @@ def _summary_rows(op: str, document: Document | None, gpu: bool) -> list[list[st
     if document is None:
         return [[op, UNMEASURED, *[""] * (5 if gpu else 4)]]
     rows = []
-    for (shape, _, dtype, direction), ours, raced in headline(document):
-        rival = next((row for row in raced if row["kind"] == "rival"), None)
+    for (shape, _, dtype, direction), ours, raced in results.headline(document):
+        rival = results.fastest_rival(raced)
         line = [op, f"{shape}, {dtype}, {direction}", ours["variant"]]
         line += [rival["variant"], speed_text(ours, raced, rival["variant"])] if rival else ["", UNMEASURED]
         line.append(f"{document['baseline']}: {speed_text(ours, raced, document['baseline'])}")
         rows.append([*line, _number(ours["ms"])] if gpu else line)
     return rows
-
-
-def fingerprint(document: Document) -> str:
-    """Kept in a plot's metadata, so that a stale plot is known."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def plot(document: Document, path: Path) -> None:
-    """One panel per shape and direction of the first dtype: how many times faster than the baseline."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    dtype = document["rows"][0]["dtype"]
-    cases = {key: rows for key, rows in by_case(document).items() if key[2] == dtype}
-    shapes = list(dict.fromkeys(key[0] for key in cases))
-    directions = list(dict.fromkeys(key[3] for key in cases))
-    most = max(len(rows) for rows in cases.values())
-    plt.rcParams.update({"font.size": 9, "font.family": "DejaVu Sans"})
-    figure, axes = plt.subplots(
-        len(shapes),
-        len(directions),
-        figsize=(4.6 * len(directions) + 1, (0.27 * most + 0.75) * len(shapes) + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
-    for (shape, _, _, direction), rows in cases.items():
-        axis = axes[shapes.index(shape)][directions.index(direction)]
-        speeds = [speed(row, rows, document["baseline"]) or 0.0 for row in rows]
-        colours = [COLOURS[row["kind"]] for row in rows]
-        axis.barh(range(len(rows)), speeds, color=colours, height=0.72)
-        axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-        for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-            tick.set_fontweight("bold" if row["kind"] == "backend" else "normal")
-        axis.invert_yaxis()
-        axis.axvline(1.0, color="#334155", linewidth=0.8, linestyle=":", zorder=0)
-        axis.set_xlim(0, max(speeds) * (1.45 if on_gpu(document) else 1.25))
-        for i, (value, row) in enumerate(zip(speeds, rows, strict=True)):
-            label = f" {value:.2f}x" + (f"  {_number(row['ms'])} ms" if on_gpu(document) else "")
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            axis.text(value, i, label, va="center", fontsize=8, color="#334155", bbox=box)
-        axis.set_title(f"{shape}, {direction}", fontsize=10, loc="left")
-        axis.tick_params(axis="y", length=0)
-        axis.spines[["top", "right", "left"]].set_visible(False)
-    for axis in axes.flat:
-        axis.set_visible(bool(axis.has_data()))
-    for axis in axes[-1]:
-        axis.set_xlabel(f"times faster than {document['baseline']}")
-    e = document["environment"]
-    figure.suptitle(f"{document['op']}, {dtype}, {e['device']}", x=0.01, ha="left", fontweight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".part")
-    metadata = {"Software": None, "Source": fingerprint(document)}
-    figure.savefig(aside, format="png", dpi=110, metadata=metadata)
-    plt.close(figure)
-    aside.replace(path)
-
-
-def plot_is_current(document: Document, path: Path) -> bool:
-    from PIL import Image
-
-    if not path.exists():
-        return False
-    with Image.open(path) as image:
-        return image.info.get("Source") == fingerprint(document)
 
 
 def demo_section(folder: Path) -> str:
@@ -321,27 +263,40 @@ def put_between_markers(text: str, block: str, begin: str = BEGIN, end: str = EN
 def generate(*, check: bool = False, root: Path = ROOT) -> list[str]:
     """Writes what does not match the results files, or only names it under ``check``."""
     folder = root / "benchmarks" / "results"
-    everything = results.load_all(folder)
+    everything = {name: quotable(documents) for name, documents in results.load_all(folder).items()}
+    everything = {name: documents for name, documents in everything.items() if documents}
     readme = root / "README.md"
     text = put_between_markers(readme.read_text(), summary(everything))
-    wanted = {readme: put_between_markers(text, demo_section(folder), DEMO_BEGIN, DEMO_END)}
+    pages = {readme: put_between_markers(text, demo_section(folder), DEMO_BEGIN, DEMO_END)}
+    pages[folder / "README.md"] = results_page(everything)
+    pages |= {folder / name / "README.md": device_page(documents) for name, documents in everything.items()}
     stale = []
     for name, documents in everything.items():
-        wanted[folder / name / "README.md"] = device_page(name, documents)
-        for op, document in documents.items():
-            path = folder / name / f"{op}.png"
-            if document["rows"] and not plot_is_current(document, path):
-                stale.append(str(path.relative_to(root)))
+        drawn = {op: (plots.of_op, document) for op, document in documents.items() if document["rows"]}
+        drawn[CHART.removesuffix(".png")] = (plots.of_device, documents)
+        for stem, (draw, source) in drawn.items():
+            path = folder / name / f"{stem}.png"
+            if not plots.is_current(path, source):
+                stale.append(path)
                 if not check:
-                    plot(document, path)
-    for path, text in wanted.items():
+                    draw(source, path)
+    for path, text in pages.items():
         if not path.exists() or path.read_text() != text:
-            stale.append(str(path.relative_to(root)))
+            stale.append(path)
             if not check:
-                aside = path.with_name(path.name + ".part")
-                aside.write_text(text)
-                aside.replace(path)
-    return stale
+                results.write(path, text)
+    return [str(path.relative_to(root)) for path in stale]
+
+
+def quotable(documents: dict[str, Document]) -> dict[str, Document]:
+    """Without those that may not be quoted; each of these is named with the reason."""
+    kept = {}
+    for op, document in documents.items():
+        if reason := results.not_quotable(document):
+            print(f"left, not to be quoted: {op}: {reason}")
+        else:
+            kept[op] = document
+    return kept
 
 
 def main() -> int:
@@ -350,11 +305,8 @@ def main() -> int:
     parser.add_argument("--import", dest="source", type=Path, help="results.json of make gpu-check")
     arguments = parser.parse_args()
     if arguments.source:
-        for document in results.load(arguments.source).values():
-            if document.get("red_tests"):
-                print(f"left, not to be quoted: {document['red_tests']}")
-            else:
-                print(f"taken: {results.save(document)}")
+        for document in quotable(results.load(arguments.source)).values():
+            print(f"taken: {results.save(document)}")
     stale = generate(check=arguments.check)
     for path in stale:
         print(f"{'stale' if arguments.check else 'written'}: {path}")

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The named shapes. Letters: B batch, H heads, T length, D head size, w block, W window blocks, P pivots,
+"""The named shapes. Letters: B batch, H heads, T length, S keys of a cache, D head size, P pivots a sample,
 N rows or tokens, C width, V vocabulary."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from cogview.config import PRESETS, ThreeRegionConfig
+from cogview.config import ThreeRegionConfig
+from cogview.presets import PRESETS
+from cogview_kernels import ThreeRegionLayout
 
 GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -16,7 +19,31 @@ _MODEL = PRESETS["base"].model
 _REGIONS = ThreeRegionConfig()
 WIDTH, VOCABULARY, HEADS = _MODEL.hidden_size, _MODEL.vocab_size, _MODEL.num_heads
 HEAD, LENGTH = WIDTH // HEADS, _MODEL.max_positions - 1
-TEXT = 64
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What a layout is drawn from: the first ``text`` positions are pivots, random ones fill up to P."""
+
+    block_size: int
+    window_blocks: int
+    P: int
+    text: int = 64
+
+    def __str__(self) -> str:
+        return f"blocks of {self.block_size}, a window of {self.window_blocks}, {self.P} pivots"
+
+    def window_start(self, query: int) -> int:
+        """The first key of the window that ``query`` sees."""
+        return max(0, (query // self.block_size - self.window_blocks + 1) * self.block_size)
+
+    def sample(
+        self, B: int, T: int, device: torch.device, generator: torch.Generator | None = None
+    ) -> ThreeRegionLayout:
+        text = torch.zeros(B, T, dtype=torch.bool, device=device)
+        text[:, : self.text] = True
+        sizes = {"block_size": self.block_size, "window_blocks": self.window_blocks}
+        return ThreeRegionLayout.sample(text, self.P, **sizes, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -26,13 +53,10 @@ class AttentionShape:
     H: int
     T: int
     D: int
-    w: int
-    W: int
-    P: int
-    text: int = TEXT
+    regions: Regions
 
     def __str__(self) -> str:
-        return f"B={self.B} H={self.H} T={self.T} D={self.D} w={self.w} W={self.W} P={self.P}"
+        return f"B={self.B} H={self.H} T={self.T} D={self.D}, {self.regions}"
 
 
 @dataclass(frozen=True)
@@ -73,69 +97,90 @@ class LossShape:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """One new query per sequence against a cache of S keys, all of them or those of three regions."""
+    """One new query a sequence against a cache of S keys: all of them, or those of three regions."""
 
     name: str
     B: int
     H: int
     S: int
     D: int
-    w: int
-    W: int
-    P: int
-    regions: bool
-    text: int = TEXT
+    regions: Regions | None = None
 
     def __str__(self) -> str:
-        return f"B={self.B} H={self.H} S={self.S} D={self.D} w={self.w} W={self.W} P={self.P}"
+        sizes = f"B={self.B} H={self.H} S={self.S} D={self.D}"
+        return sizes if self.regions is None else f"{sizes}, {self.regions}"
 
 
-# In order of importance: a run that is short of time leaves out the last ones.
-_WIDE = {"w": _REGIONS.block_size, "W": _REGIONS.window_blocks, "P": _REGIONS.num_pivots}
-_NARROW = {"w": 64, "W": 4, "P": 256}  # as the released scripts set it
-ATTENTION = (
-    AttentionShape("paper", B=4, H=HEADS, T=4224, D=HEAD, **_WIDE),
-    AttentionShape("cogview", B=8, H=HEADS, T=LENGTH, D=HEAD, **_NARROW),
-    AttentionShape("long", B=4, H=HEADS, T=4224, D=HEAD, **_NARROW),
-    AttentionShape("16k", B=1, H=HEADS, T=16384, D=HEAD, **_WIDE),
+@dataclass(frozen=True)
+class ShapesOf:
+    """An op's shapes on a GPU, on a CPU, and those that only show that everything runs. In order of
+    importance: a run that is short of time leaves out the last ones."""
+
+    gpu: tuple[Any, ...]
+    cpu: tuple[Any, ...]
+    tiny: tuple[Any, ...]
+
+    def on(self, device: torch.device, tiny: bool) -> tuple[Any, ...]:
+        if tiny:
+            return self.tiny
+        return self.gpu if device.type == "cuda" else self.cpu
+
+
+PAPER = Regions(_REGIONS.block_size, _REGIONS.window_blocks, _REGIONS.num_pivots)
+RELEASED = Regions(64, 4, 256)  # as the released scripts set it
+TINY = Regions(16, 2, 24, text=8)
+
+_ATTENTION = (
+    AttentionShape("paper", B=4, H=HEADS, T=4224, D=HEAD, regions=PAPER),
+    AttentionShape("cogview", B=8, H=HEADS, T=LENGTH, D=HEAD, regions=RELEASED),
+    AttentionShape("long", B=4, H=HEADS, T=4224, D=HEAD, regions=RELEASED),
+    AttentionShape("16k", B=1, H=HEADS, T=16384, D=HEAD, regions=PAPER),
 )
-ATTENTION_CPU = tuple(replace(shape, B=1, H=8) for shape in ATTENTION)
-ATTENTION_TINY = (AttentionShape("tiny", B=2, H=2, T=96, D=32, w=16, W=2, P=24, text=8),)
-
-ROWS = (RowShape("width", N=16896, C=WIDTH), RowShape("few", N=64, C=WIDTH))
-ROWS_CPU = (RowShape("width", N=4352, C=WIDTH),)
-ROWS_TINY = (RowShape("tiny", N=6, C=96),)
-
-SOFTMAX = (
-    ROWS[0],
-    RowShape("vocabulary", N=2048, C=VOCABULARY),
-    ScoreShape("causal", B=4, H=HEADS, T=LENGTH),
+ATTENTION = ShapesOf(
+    gpu=_ATTENTION,
+    # The longest shape takes minutes a variant there.
+    cpu=tuple(replace(shape, B=1, H=8) for shape in _ATTENTION if shape.T <= 8192),
+    tiny=(AttentionShape("tiny", B=2, H=2, T=96, D=32, regions=TINY),),
 )
-SOFTMAX_CPU = (
-    *ROWS_CPU,
-    RowShape("vocabulary", N=192, C=VOCABULARY),
-    ScoreShape("causal", B=1, H=8, T=LENGTH),
+
+ROWS = ShapesOf(
+    gpu=(RowShape("width", N=16896, C=WIDTH), RowShape("few", N=64, C=WIDTH)),
+    cpu=(RowShape("width", N=4352, C=WIDTH),),
+    tiny=(RowShape("tiny", N=6, C=96),),
 )
-SOFTMAX_TINY = (*ROWS_TINY, ScoreShape("tiny-causal", B=1, H=2, T=20))
 
-LOSS = (LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),)
-LOSS_CPU = (
-    LossShape("vocabulary", N=512, C=512, V=VOCABULARY),
-    LossShape("quarter", N=2 * LENGTH, C=WIDTH // 4, V=VOCABULARY),  # of the GPU's tokens and of its width
+SOFTMAX = ShapesOf(
+    gpu=(
+        ROWS.gpu[0],
+        RowShape("vocabulary", N=2048, C=VOCABULARY),
+        ScoreShape("causal", B=4, H=HEADS, T=LENGTH),
+    ),
+    cpu=(
+        ROWS.cpu[0],
+        RowShape("vocabulary", N=192, C=VOCABULARY),
+        ScoreShape("causal", B=1, H=8, T=LENGTH),
+    ),
+    tiny=(ROWS.tiny[0], ScoreShape("tiny-causal", B=1, H=2, T=20)),
 )
-LOSS_TINY = (LossShape("tiny", N=12, C=16, V=100),)
 
-DECODE = (
-    DecodeShape("cogview", B=1, H=HEADS, S=LENGTH, D=HEAD, **_NARROW, regions=False),
-    DecodeShape("cogview-16", B=16, H=HEADS, S=LENGTH, D=HEAD, **_NARROW, regions=False),
-    DecodeShape("paper", B=1, H=HEADS, S=4224, D=HEAD, **_WIDE, regions=True),
-    DecodeShape("16k", B=1, H=HEADS, S=16384, D=HEAD, **_WIDE, regions=True),
+LOSS = ShapesOf(
+    gpu=(LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),),
+    cpu=(
+        LossShape("vocabulary", N=512, C=512, V=VOCABULARY),
+        # A quarter of the GPU's tokens and of its width.
+        LossShape("quarter", N=2 * LENGTH, C=WIDTH // 4, V=VOCABULARY),
+    ),
+    tiny=(LossShape("tiny", N=12, C=16, V=100),),
 )
-DECODE_CPU = tuple(replace(shape, H=8) for shape in DECODE)
-DECODE_TINY = (DecodeShape("tiny", B=2, H=2, S=96, D=32, w=16, W=2, P=24, regions=True, text=8),)
 
-
-def choose(gpu: tuple, cpu: tuple, tiny: tuple, device_type: str, is_tiny: bool) -> tuple:
-    if is_tiny:
-        return tiny
-    return gpu if device_type == "cuda" else cpu
+_DECODE = (
+    DecodeShape("cogview", B=1, H=HEADS, S=LENGTH, D=HEAD),
+    DecodeShape("cogview-16", B=16, H=HEADS, S=LENGTH, D=HEAD),
+    DecodeShape("paper", B=1, H=HEADS, S=4224, D=HEAD, regions=PAPER),
+    DecodeShape("16k", B=1, H=HEADS, S=16384, D=HEAD, regions=PAPER),
+)
+DECODE = ShapesOf(
+    gpu=_DECODE,
+    cpu=tuple(replace(shape, H=8) for shape in _DECODE),
+    tiny=(DecodeShape("tiny", B=2, H=2, S=96, D=32, regions=TINY),),
+)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much of the causal triangle each method must compute: the reason why gathering wins.
 
-Counted, not timed: from ``ThreeRegionLayout.plan`` for one sample drawn with a fixed seed.
+``ThreeRegionLayout.plan`` counts the tiles for one sample that is drawn with a fixed seed; nothing is timed.
 """
 
 from __future__ import annotations
@@ -10,42 +10,33 @@ from functools import lru_cache
 
 import torch
 
-from benchmarks.shapes import ATTENTION, AttentionShape
+from benchmarks.shapes import ATTENTION, AttentionShape, Regions
 from cogview_kernels import ThreeRegionLayout
 
 # CogView's defaults on its short training sequence: here dense attention must win.
-SHORT = AttentionShape("cogview, 6 x 128", B=1, H=1, T=1088, D=64, w=128, W=6, P=256)
-
-
-def layout_of(shape: AttentionShape) -> ThreeRegionLayout:
-    text = torch.zeros(1, shape.T, dtype=torch.bool)
-    text[:, : shape.text] = True
-    generator = torch.Generator().manual_seed(0)
-    return ThreeRegionLayout.sample(
-        text, shape.P, block_size=shape.w, window_blocks=shape.W, generator=generator
-    )
+SHORT = AttentionShape("cogview, 6 x 128", B=1, H=1, T=1088, D=64, regions=Regions(128, 6, 256))
 
 
 def touched_by_a_block_mask(layout: ThreeRegionLayout, T: int) -> int:
     """Tiles of the causal triangle that hold at least one visible pair."""
-    w, W = layout.block_size, layout.window_blocks
-    blocks = -(-T // w)
+    blocks = -(-T // layout.block_size)
     has_pivot = torch.zeros(blocks, dtype=torch.bool)
-    has_pivot[layout.pivots[layout.pivots >= 0] // w] = True
+    has_pivot[layout.pivots[layout.pivots >= 0] // layout.block_size] = True
     row, column = torch.arange(blocks)[:, None], torch.arange(blocks)[None, :]
-    return int(((column <= row) & ((column > row - W) | has_pivot)).sum())
+    return int(((column <= row) & ((column > row - layout.window_blocks) | has_pivot)).sum())
 
 
 @lru_cache
 def table() -> list[dict[str, float | str | int]]:
     rows = []
-    for shape in (*ATTENTION, SHORT):
-        layout = layout_of(shape)
+    for shape in (*ATTENTION.gpu, SHORT):
+        generator = torch.Generator().manual_seed(0)
+        layout = shape.regions.sample(1, shape.T, torch.device("cpu"), generator)
         plan = layout.plan(shape.T)
         rows.append(
             {
                 "shape": shape.name,
-                "sizes": f"T={shape.T} w={shape.w} W={shape.W} P={shape.P}",
+                "sizes": f"T={shape.T}, {shape.regions}",
                 "visible_pairs": plan.keys_per_query / plan.causal_keys_per_query,
                 "causal_tiles": plan.causal_tiles,
                 "block_mask_tiles": touched_by_a_block_mask(layout, shape.T),
@@ -58,9 +49,11 @@ def table() -> list[dict[str, float | str | int]]:
 
 def markdown() -> str:
     lines = [
-        "Tiles of `w x w` that are computed, counted by `layout.plan()` for one drawn sample:",
+        "A tile is a block of queries by a block of keys. `layout.plan()` counts how many of them must be",
+        "computed for one drawn sample: densely, with a block mask, and with the keys gathered. The gain over",
+        "dense causal attention is predicted from these counts.",
         "",
-        "| shape | visible / causal pairs | causal tiles | block mask | gathered | predicted gain |",
+        "| shape | visible / causal pairs | tiles, dense | block mask | gathered | predicted gain |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in table():

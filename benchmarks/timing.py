@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times callables and measures the machine's ceilings.
 
-GPU: CUDA events around each call. Before each repetition a buffer of twice the L2 is read, so the cache
-is cold and holds no dirty lines, and the device is kept busy for longer than the host needs to queue the
-call, so what is timed is the device alone; the host's own time is measured apart.
+On a GPU, CUDA events stand around each call. Before each repetition a buffer of twice the L2 is read, so the
+cache is cold and holds no dirty lines. The device is then kept busy for longer than the host needs to queue
+the call, so only the device is timed; the host's own time is measured apart.
 
-CPU: ``perf_counter``. Absolute times drift on shared machines, ratios from one interleaved run hold.
+On a CPU, the clock is ``perf_counter``. Absolute times drift on shared machines; ratios from one interleaved
+run hold.
 
-Both: variants take turns, round by round, in one process on the same tensors; each round begins with
+On both, variants take turns, round by round, in one process on the same tensors, and each round begins with
 another variant. The median is reported, with the quartiles as the spread.
 """
 
@@ -180,9 +181,9 @@ def _status_kb(field: str) -> int:
 def peak_bytes(job: Job, device: torch.device) -> int | None:
     """Most memory held at once beyond what was held before, results included; None where it cannot be had.
 
-    GPU: PyTorch's allocator. CPU: the kernel's record of the process's peak resident set, which counts
-    native buffers too and is right to about a megabyte (Linux only). What our kernels keep between calls is
-    freed before, so it counts.
+    On a GPU, PyTorch's allocator tells. On a CPU, Linux keeps a record of the process's peak resident set,
+    which counts native buffers too and is right to about a megabyte. What our kernels keep between calls is
+    freed before the call, so that it counts.
     """
     if device.type == "cuda":
         state = job.setup()

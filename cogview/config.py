@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -50,6 +50,11 @@ class ImageTokenizerTrainConfig:
     commitment: float = 0.25
     checkpoint_every: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", "at least 1", self.steps)
+        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
+        _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1
@@ -136,12 +142,26 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """Everything that a run needs to know except its data and its folder."""
+    """Everything that a run needs to know except its data and its folder.
+
+    Vocabulary, positions and the room for text of a run follow from its data; here they are what data of
+    the full size give.
+    """
 
     model: ModelConfig
     train: TrainConfig
     image_tokenizer: ImageTokenizerConfig = ImageTokenizerConfig()
     image_tokenizer_train: ImageTokenizerTrainConfig = ImageTokenizerTrainConfig()
-    text_pieces: int = 50_000  # size of a newly trained text tokenizer
+    text_pieces: int = 50_000  # of a newly trained text tokenizer; fewer where the captions hold no more
+    min_text_tokens: int = 60  # room for a text, however short the captions are
     max_text_tokens: int = 60  # a longer caption loses its end, never the image its tail
     sampling: SamplingConfig = SamplingConfig()
+    name: str = field(default="", compare=False)  # under which ``presets`` lists it
+
+    def __post_init__(self) -> None:
+        _require(self.text_pieces >= 1, "text_pieces", "at least 1", self.text_pieces)
+        _require(self.min_text_tokens >= 1, "min_text_tokens", "at least 1", self.min_text_tokens)
+        at_least = f"at least min_text_tokens {self.min_text_tokens}"
+        _require(
+            self.max_text_tokens >= self.min_text_tokens, "max_text_tokens", at_least, self.max_text_tokens
+        )

@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import types
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ class TokenizerSettings:
     text_pieces: int
     image_tokenizer: ImageTokenizerConfig
     image_tokenizer_train: ImageTokenizerTrainConfig
+    preset: str = field(default="", compare=False)  # name of the preset that these come from
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 def check_settings(path: StrPath, settings: Any) -> None:
     """ValueError that names the first difference if the file ``path`` holds other settings.
 
-    Writes nothing; no file, no difference.
+    Writes nothing; no file, no difference. A dataclass field with ``compare=False`` is no setting of the
+    run, so it may differ.
     """
     path = Path(path)
     if not path.exists():
@@ -106,7 +108,10 @@ def check_settings(path: StrPath, settings: Any) -> None:
         # file does not fit the dataclass at all, the comparison below names what differs.
         with contextlib.suppress(TypeError, ValueError):
             content = plain(build(type(settings), content))
-    then, now = _flat(content), _flat(plain(settings))
+        passing = [field.name for field in dataclasses.fields(settings) if not field.compare]
+        content = {name: value for name, value in content.items() if name not in passing}
+    then = _flat(content)
+    now = {key: value for key, value in _flat(plain(settings)).items() if key in then or key not in passing}
     for key in [*now, *(key for key in then if key not in now)]:
         if then.get(key) != now.get(key):
             raise ValueError(
@@ -115,14 +120,16 @@ def check_settings(path: StrPath, settings: Any) -> None:
             )
 
 
-def claim_settings(path: StrPath, settings: Any) -> None:
-    """Write a run's settings, or check that a run to be resumed has the same ones.
+def write_settings(path: StrPath, settings: Any) -> None:
+    """Write a run's settings: to be called once training can start, so that a mistake binds no folder."""
+    write_json(path, plain(settings))
 
-    To be called once training can start, so that a command that fails before it does not bind the folder.
-    """
+
+def claim_settings(path: StrPath, settings: Any) -> None:
+    """Write a run's settings, or check that a run to be resumed has the same ones."""
     check_settings(path, settings)
     if not Path(path).exists():
-        write_json(path, plain(settings))
+        write_settings(path, settings)
 
 
 def _load(kind: type[T], path: Path, hint: str) -> T:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.harness import FORWARD, Case, Forward, Inputs, Variant
+from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 
 FLEX_BLOCK = 128
 
@@ -42,7 +42,7 @@ def _dense(*kernels: SDPBackend) -> Any:
 # ---- the loop of SDPA calls
 
 
-def sorted_pivots(x: Inputs, case: Case) -> Tensor:
+def sort_pivots(x: Inputs, case: Case) -> Tensor:
     """``[B, P]``, ascending, T where padded."""
     pivots = x.layout.pivots.long()
     return pivots.masked_fill(pivots < 0, case.shape.T).sort(1).values
@@ -55,33 +55,32 @@ def gather_keys(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _loop(x: Inputs, case: Case) -> Forward:
-    """One call per query block over [its prefix of the pivots, its window]; the first W blocks share one."""
-    T, w, W = case.shape.T, case.shape.w, case.shape.W
-    ordered = sorted_pivots(x, case)
-    bias = x.layout.pivot_bias
-    first = min(T, w * W)
+    """One call a query block over [its prefix of the sorted pivots, its window]. Query blocks that see no far
+    key share one call."""
+    T, regions, device = case.shape.T, case.shape.regions, x.q.device
+    sorted_pivots = sort_pivots(x, case)
+    dense = min(T, regions.block_size * regions.window_blocks)
     plan = []
-    for start in range(first, T, w):
-        stop, left = min(T, start + w), start - (W - 1) * w
-        seen = ordered < left
-        prefix = int(seen.sum(1).max())
-        near = torch.ones(stop - start, stop - left, dtype=torch.bool, device=ordered.device).tril(
-            start - left
-        )
-        far = seen[:, None, None, :prefix].expand(-1, 1, stop - start, -1)
+    for start in range(dense, T, regions.block_size):
+        stop, window_start = min(T, start + regions.block_size), regions.window_start(start)
+        is_far = sorted_pivots < window_start
+        prefix = int(is_far.sum(1).max())
+        near = torch.ones(stop - start, stop - window_start, dtype=torch.bool, device=device)
+        near = near.tril(start - window_start)
+        far = is_far[:, None, None, :prefix].expand(-1, 1, stop - start, -1)
         visible = torch.cat([far, near.expand(far.shape[0], 1, -1, -1)], 3)
-        mask = torch.zeros(visible.shape, dtype=case.dtype, device=ordered.device)
-        mask[..., :prefix] = bias
-        plan.append((start, stop, left, prefix, mask.masked_fill(~visible, float("-inf"))))
+        mask = torch.zeros(visible.shape, dtype=case.dtype, device=device)
+        mask[..., :prefix] = x.layout.pivot_bias
+        plan.append((start, stop, window_start, prefix, mask.masked_fill(~visible, float("-inf"))))
 
     def forward() -> Tensor:
         q, k, v = x.q, x.k, x.v
-        k_far, v_far = gather_keys(k, ordered), gather_keys(v, ordered)
-        head = (q[:, :, :first], k[:, :, :first], v[:, :, :first])
+        k_far, v_far = gather_keys(k, sorted_pivots), gather_keys(v, sorted_pivots)
+        head = (q[:, :, :dense], k[:, :, :dense], v[:, :, :dense])
         parts = [F.scaled_dot_product_attention(*head, is_causal=True)]
-        for start, stop, left, prefix, mask in plan:
-            keys = torch.cat([k_far[:, :, :prefix], k[:, :, left:stop]], 2)
-            values = torch.cat([v_far[:, :, :prefix], v[:, :, left:stop]], 2)
+        for start, stop, window_start, prefix, mask in plan:
+            keys = torch.cat([k_far[:, :, :prefix], k[:, :, window_start:stop]], 2)
+            values = torch.cat([v_far[:, :, :prefix], v[:, :, window_start:stop]], 2)
             parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], keys, values, attn_mask=mask))
         return torch.cat(parts, 2)
 
@@ -99,37 +98,43 @@ def _flex_why_not(case: Case, device: torch.device) -> str:
 
 def _flex_mask(x: Inputs, case: Case) -> Forward:
     """The two-line rule as a mask_mod; its block mask covers every causal tile."""
-    B, T, w, W = case.shape.B, case.shape.T, case.shape.w, case.shape.W
-    bias = x.layout.pivot_bias
+    B, T, bias = case.shape.B, case.shape.T, x.layout.pivot_bias
+    block_size, window_blocks = case.shape.regions.block_size, case.shape.regions.window_blocks
     is_pivot = torch.zeros(B, T + 1, dtype=torch.bool, device=x.q.device)
-    is_pivot = is_pivot.scatter(1, sorted_pivots(x, case), True)
+    is_pivot = is_pivot.scatter(1, sort_pivots(x, case), True)
+
+    def in_window(i: Tensor, j: Tensor) -> Tensor:
+        return j // block_size > i // block_size - window_blocks
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & ((j // w > i // w - W) | is_pivot[b, j])
+        return (j <= i) & (in_window(i, j) | is_pivot[b, j])
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return torch.where(j // w > i // w - W, score, score + bias)
+        return torch.where(in_window(i, j), score, score + bias)
 
     block_mask = create_block_mask(mask_mod, B, None, T, T, device=x.q.device, BLOCK_SIZE=FLEX_BLOCK)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(x.q, x.k, x.v, score_mod=score_mod if bias else None, block_mask=block_mask)
 
 
-def gathered_block_mask(ordered: Tensor, T: int, w: int, W: int) -> tuple[BlockMask, int]:
+def gathered_block_mask(
+    sorted_pivots: Tensor, T: int, block_size: int, window_blocks: int
+) -> tuple[BlockMask, int]:
     """Block mask over the keys [sorted pivots, padded to whole blocks; sequence], from prefix lengths alone.
 
-    Returns it with the number of gathered columns. No ``[T, T]`` mask is built.
+    Returns the block mask and the number of gathered columns. No ``[T, T]`` mask is built.
     """
-    B, P = ordered.shape
-    device, block = ordered.device, FLEX_BLOCK
+    B, P = sorted_pivots.shape
+    device, block = sorted_pivots.device, FLEX_BLOCK
     columns = -(-max(P, 1) // block) * block
-    lefts = ((torch.arange(T, device=device) // w - (W - 1)) * w).clamp(min=0)
-    # prefix[b, i]: pivots that query i sees
-    prefix = torch.searchsorted(ordered, lefts.expand(B, T).contiguous())
+    first_block = torch.arange(T, device=device) // block_size - (window_blocks - 1)
+    window_start = (first_block * block_size).clamp(min=0)
+    # prefix[b, i]: how many pivots query i sees
+    prefix = torch.searchsorted(sorted_pivots, window_start.expand(B, T).contiguous())
 
     def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         position = j - columns
-        near = (position >= lefts[i]) & (position <= i)
+        near = (position >= window_start[i]) & (position <= i)
         return torch.where(j < columns, j < prefix[b, i], near)
 
     rows = -(-T // block)
@@ -138,18 +143,18 @@ def gathered_block_mask(ordered: Tensor, T: int, w: int, W: int) -> tuple[BlockM
     far_start = torch.arange(columns // block, device=device) * block
     near_start = torch.arange(rows, device=device) * block
     near_last = (near_start + block).clamp(max=T) - 1
-    # Prefix and left edge grow with the row, so a tile's first and last row decide.
+    # Prefix and start of the window grow with the row, so a tile's first and last row decide.
     touched = torch.cat(
         [
             prefix[:, last, None] > far_start,
-            ((near_last >= lefts[start, None]) & (near_start <= last[:, None])).expand(B, -1, -1),
+            ((near_last >= window_start[start, None]) & (near_start <= last[:, None])).expand(B, -1, -1),
         ],
         2,
     )
     full = torch.cat(
         [
             prefix[:, start, None] >= far_start + block,
-            ((near_start >= lefts[last, None]) & (near_last <= start[:, None])).expand(B, -1, -1)
+            ((near_start >= window_start[last, None]) & (near_last <= start[:, None])).expand(B, -1, -1)
             & (near_last - near_start == block - 1),
         ],
         2,
@@ -172,9 +177,11 @@ def gathered_block_mask(ordered: Tensor, T: int, w: int, W: int) -> tuple[BlockM
 
 def _flex_gathered(x: Inputs, case: Case) -> Forward:
     """Gather, concatenate and attend; the gather is timed, the block mask is not."""
-    ordered = sorted_pivots(x, case)
-    block_mask, columns = gathered_block_mask(ordered, case.shape.T, case.shape.w, case.shape.W)
-    index = F.pad(ordered, (0, columns - ordered.shape[1]), value=case.shape.T)
+    sorted_pivots, regions = sort_pivots(x, case), case.shape.regions
+    block_mask, columns = gathered_block_mask(
+        sorted_pivots, case.shape.T, regions.block_size, regions.window_blocks
+    )
+    index = F.pad(sorted_pivots, (0, columns - sorted_pivots.shape[1]), value=case.shape.T)
     bias = x.layout.pivot_bias
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -194,47 +201,52 @@ def _flex_gathered(x: Inputs, case: Case) -> Forward:
 
 
 def _eager_chunks(x: Inputs, case: Case) -> Forward:
-    """As CogView was trained: scores against all pivots and against blocks of W windows, stored, one softmax
-    over both, masked by -10000. An overlapping strided view spares the copy of the windows forward."""
+    """As CogView was trained. Scores against all pivots and against each query block's window are stored,
+    hidden ones set to -10000, and one softmax runs over both. An overlapping strided view spares the forward
+    pass a copy of the windows."""
     B, H, T, D = x.q.shape
-    w, W, P = case.shape.w, case.shape.W, case.shape.P
-    n, span = T // w, W * w
+    regions, P = case.shape.regions, case.shape.regions.P
+    block_size, window_blocks = regions.block_size, regions.window_blocks
+    blocks, span = T // block_size, window_blocks * block_size
     device, dtype = x.q.device, x.q.dtype
     hidden = -10000.0
     pivots = x.layout.pivots.long()
-    block = torch.arange(T, device=device) // w
-    far = (pivots[:, None, :] // w <= block[None, :, None] - W) & (pivots >= 0)[:, None, :]
+    block = torch.arange(T, device=device) // block_size
+    far = pivots[:, None, :] // block_size <= block[None, :, None] - window_blocks
+    far = far & (pivots >= 0)[:, None, :]
     far_bias = torch.where(far, x.layout.pivot_bias, hidden).to(dtype)[:, None]
-    row = torch.arange(w, device=device)[None, :, None]
-    column = torch.arange(span, device=device)[None, None, :] - (W - 1) * w
-    at = torch.arange(n, device=device)[:, None, None] * w
-    near_bias = torch.where((column <= row) & (column + at >= 0), 0.0, hidden).to(dtype)
+    row = torch.arange(block_size, device=device)[None, :, None]
+    column = torch.arange(span, device=device)[None, None, :] - (span - block_size)
+    block_start = torch.arange(blocks, device=device)[:, None, None] * block_size
+    near_bias = torch.where((column <= row) & (column + block_start >= 0), 0.0, hidden).to(dtype)
     index = pivots.clamp(min=0)
     scale = D**-0.5
 
     def windows(y: Tensor) -> Tensor:
-        padded = F.pad(y, (0, 0, span - w, 0))
+        padded = F.pad(y, (0, 0, span - block_size, 0))
         b, h, t, d = padded.stride()
-        return padded.as_strided((B, H, n, span, D), (b, h, w * t, t, d))
+        return padded.as_strided((B, H, blocks, span, D), (b, h, block_size * t, t, d))
 
     def forward() -> Tensor:
         q = x.q * scale
         far_scores = q @ gather_keys(x.k, index).transpose(-1, -2) + far_bias
-        near_scores = q.view(B, H, n, w, D) @ windows(x.k).transpose(-1, -2) + near_bias
+        near_scores = q.view(B, H, blocks, block_size, D) @ windows(x.k).transpose(-1, -2) + near_bias
         scores = torch.cat([far_scores, near_scores.view(B, H, T, span)], -1)
         probs = torch.softmax(scores, -1)
         out = probs[..., :P] @ gather_keys(x.v, index)
-        return out + (probs[..., P:].view(B, H, n, w, span) @ windows(x.v)).view(B, H, T, D)
+        near_probs = probs[..., P:].view(B, H, blocks, block_size, span)
+        return out + (near_probs @ windows(x.v)).view(B, H, T, D)
 
     return forward
 
 
 def _chunks_why_not(case: Case, device: torch.device) -> str:
-    return "" if case.shape.T % case.shape.w == 0 else "the original needs T to be a multiple of w"
+    fits = case.shape.T % case.shape.regions.block_size == 0
+    return "" if fits else "the original needs T to be a multiple of the block size"
 
 
 def _gpu_only(case: Case, device: torch.device) -> str:
-    return "" if device.type == "cuda" else "on a CPU PyTorch has but one kernel, the default"
+    return "" if device.type == "cuda" else "on a CPU PyTorch has only one kernel, the default"
 
 
 DENSE = "dense causal SDPA"

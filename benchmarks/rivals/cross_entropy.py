@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import FORWARD, Case, Forward, Inputs, Variant
+from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.harness import Case, Forward, Inputs, Variant
+from benchmarks.definitions import Case, Forward, Inputs, Variant
 from benchmarks.rivals.attention import gather_keys
 
 CACHE = "SDPA over the cache"
@@ -43,9 +43,9 @@ def _flex(x: Inputs, case: Case) -> Forward:
 def _gathered(x: Inputs, case: Case) -> Forward:
     """Pivots left of the window and the window, gathered at each step."""
     s, pivots = case.shape, x.layout.pivots.long()
-    left = ((s.S - 1) // s.w - s.W + 1) * s.w
-    far = (pivots >= 0) & (pivots < left)
-    window = torch.arange(max(left, 0), s.S, device=pivots.device)
+    window_start = s.regions.window_start(s.S - 1)
+    far = (pivots >= 0) & (pivots < window_start)
+    window = torch.arange(window_start, s.S, device=pivots.device)
     index = torch.cat([pivots.clamp(min=0), window.expand(s.B, -1)], 1)
     bias = torch.where(far, x.layout.pivot_bias, float("-inf"))
     bias = F.pad(bias, (0, window.numel())).to(case.dtype)[:, None, None]

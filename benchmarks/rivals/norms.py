@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import FORWARD, Case, Forward, Inputs, Variant
+from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
 
 EPS = 1e-5
-# Which backends there are depends on the width.
-BACKENDS = ("triton", "cuda", "cpu", "reference")
 PLAIN = "without PB-relax: overflows where PB-relax does not"
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]

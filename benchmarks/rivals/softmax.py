@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Forward, Inputs, Variant
+from benchmarks.definitions import Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
 
 

@@ -92,11 +92,15 @@ class DigitPairs:
 
     def image(self, index: int, size: int) -> Tensor:
         """``[3, size, size]`` in [0, 1], enlarged by repeating pixels; size a multiple of 8."""
-        if size % SCAN_SIDE:
-            raise ValueError(f"size must be a multiple of {SCAN_SIDE} for digits, got {size}")
+        self.check(size)
         factor = size // SCAN_SIDE
         scan = self._scans[index].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         return scan.expand(3, size, size).clone()
+
+    def check(self, size: int, *, progress: bool = True) -> None:
+        """ValueError unless scans can be enlarged to ``size``."""
+        if size % SCAN_SIDE:
+            raise ValueError(f"size must be a multiple of {SCAN_SIDE} for digits, got {size}")
 
     def captions(self, index: int) -> list[str]:
         """All training phrasings of the digit shown."""
@@ -111,7 +115,7 @@ def training_pairs() -> DigitPairs:
 def _jitter(images: Tensor) -> Tensor:
     """Each image turned by up to 10 degrees, scaled by up to 8 % and moved by up to 0.6 px."""
     generator = torch.Generator().manual_seed(SPLIT_SEED)
-    uniform = 2 * torch.rand(4, len(images), generator=generator) - 1
+    uniform = 2 * torch.rand(4, len(images), generator=generator, dtype=torch.float32) - 1
     angle, scale = uniform[0] * math.radians(10), 1 + 0.08 * uniform[1]
     shift = 0.6 * 2 / SCAN_SIDE * uniform[2:]
     cos, sin = scale * angle.cos(), scale * angle.sin()

@@ -9,12 +9,24 @@ UTF-8, file names relative to the folder.
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from cogview.data.image_files import read_image
+from cogview.data.image_files import read_pixels, to_unit_range
 from cogview.files import StrPath
+from cogview.progress import Progress
+
+CACHE_BYTES = 1 << 30  # pictures at training size that are kept in memory
+MANY = 20
+
+
+def _listing(entries: list[str]) -> str:
+    more = f"; and {len(entries) - MANY} more" if len(entries) > MANY else ""
+    return "; ".join(entries[:MANY]) + more
 
 
 class FolderPairs:
@@ -28,9 +40,12 @@ class FolderPairs:
         self._items = sorted(table.items())
         if not self._items:
             raise ValueError(f"{self.folder}: the caption list is empty")
-        for name, _ in self._items:
-            if not (self.folder / name).is_file():
-                raise FileNotFoundError(f"{self.folder}: the caption list names {name}, which is not there")
+        self._pictures: dict[tuple[int, int], Tensor] = {}  # by index and size, read before
+        absent = [name for name, _ in self._items if not (self.folder / name).is_file()]
+        if absent:
+            raise FileNotFoundError(
+                f"{self.folder}: the caption list names files that are not there: {_listing(absent)}"
+            )
 
     def _read_captions(self) -> dict[str, list[str]]:
         table: dict[str, list[str]] = {}
@@ -71,7 +86,35 @@ class FolderPairs:
 
     def image(self, index: int, size: int) -> Tensor:
         """``[3, size, size]`` in [0, 1]."""
-        return read_image(self.folder / self._items[index][0], size)
+        pixels = self._pictures.get((index, size))
+        if pixels is None:
+            pixels = read_pixels(self.folder / self._items[index][0], size)
+            if pixels.numel() * (len(self._pictures) + 1) <= CACHE_BYTES:
+                self._pictures[index, size] = pixels
+        return to_unit_range(pixels)
+
+    def check(self, size: int, *, progress: bool = True) -> None:
+        """Read every image once. ValueError that lists those which cannot be read."""
+        bad = []
+        with (
+            Progress(len(self), "check images", unit="image", enabled=progress) as bar,
+            ThreadPoolExecutor(os.cpu_count()) as threads,
+        ):
+            for problem in threads.map(partial(self._problem, size=size), range(len(self))):
+                bad += [problem] if problem else []
+                bar.update()
+        if bad:
+            raise ValueError(
+                f"{len(bad)} of {len(self)} images in {self.folder} cannot be used; mend them or take them "
+                f"off the caption list: {_listing(bad)}"
+            )
+
+    def _problem(self, index: int, size: int) -> str:
+        try:
+            self.image(index, size)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
 
     def captions(self, index: int) -> list[str]:
         """The captions listed for the file."""

@@ -22,6 +22,9 @@ class Pairs(Protocol):
     def captions(self, index: int) -> list[str]:
         """At least one caption."""
 
+    def check(self, size: int, *, progress: bool = True) -> None:
+        """ValueError that lists every image which cannot be read at ``size``."""
+
 
 def open_pairs(data: StrPath) -> Pairs:
     """``"digits"`` for the training part of the built-in digits, anything else is a folder."""

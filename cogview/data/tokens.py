@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from cogview.tokens.sequence import (
     make_batch,
     text_to_image_row,
 )
-from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.text_tokenizer import UNKNOWN, TextTokenizer
 from cogview.tokens.vocab import Vocab
 from cogview.tokens.vqvae import ImageTokenizer
 
@@ -91,14 +93,40 @@ class TokenDataset:
         return make_batch(self.vocab, rows, self.length, text_weight)
 
 
-def tokenize_captions(
-    pairs: Pairs, tokenizer: TextTokenizer, max_text_tokens: int
-) -> tuple[list[list[list[int]]], int]:
-    """Every image's captions as piece ids, and how many lost their end to ``max_text_tokens``."""
-    cut = 0
-    captions = []
-    for index in range(len(pairs)):
-        texts = [tokenizer.encode(caption) for caption in pairs.captions(index)]
-        cut += sum(len(text) > max_text_tokens for text in texts)
-        captions.append([fit_text(text, max_text_tokens, truncate=True) for text in texts])
-    return captions, cut
+@dataclass(frozen=True)
+class Captions:
+    """Captions as piece ids."""
+
+    pieces: list[list[list[int]]]  # per image, each of its captions
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption."""
+        return max(len(text) for texts in self.pieces for text in texts)
+
+    @property
+    def count(self) -> int:
+        """How many captions there are."""
+        return sum(len(texts) for texts in self.pieces)
+
+    def longer_than(self, max_text_tokens: int) -> int:
+        """How many captions have more tokens."""
+        return sum(len(text) > max_text_tokens for texts in self.pieces for text in texts)
+
+    def with_unknown(self) -> int:
+        """How many captions have a part that the text tokenizer does not know."""
+        return sum(UNKNOWN in text for texts in self.pieces for text in texts)
+
+    def cut(self, max_text_tokens: int) -> Captions:
+        """The same captions without what goes beyond ``max_text_tokens``."""
+        if self.longest <= max_text_tokens:
+            return self
+        return Captions(
+            [[fit_text(text, max_text_tokens, truncate=True) for text in texts] for texts in self.pieces]
+        )
+
+
+def tokenize_captions(pairs: Pairs, tokenizer: TextTokenizer) -> Captions:
+    """Every image's captions as piece ids."""
+    encode = lru_cache(maxsize=1 << 16)(tokenizer.encode)  # Captions repeat: encode each one once.
+    return Captions([[encode(caption) for caption in pairs.captions(index)] for index in range(len(pairs))])

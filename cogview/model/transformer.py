@@ -36,6 +36,8 @@ from cogview_kernels import (
     three_region_attention,
 )
 
+DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
+
 
 class Attention(nn.Module):
     """Self-attention with one fused projection; Q, K and V are its three thirds."""
@@ -44,8 +46,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.dropout = config.dropout
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size, dtype=DTYPE)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, dtype=DTYPE)
 
     def forward(
         self, x: Tensor, layout: ThreeRegionLayout | None, cache: KVCache | None = None, layer: int = 0
@@ -72,8 +74,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size, dtype=DTYPE)
+        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size, dtype=DTYPE)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
@@ -86,12 +88,12 @@ class Layer(nn.Module):
         super().__init__()
         self.pb_relax = config.pb_relax
         self.dropout = config.dropout
-        self.input_layernorm = nn.LayerNorm(config.hidden_size)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.attention = Attention(config)
-        self.third_layernorm = nn.LayerNorm(config.hidden_size)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size)
+        self.third_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
+        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.mlp = MLP(config)
-        self.fourth_layernorm = nn.LayerNorm(config.hidden_size)
+        self.fourth_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
 
     def _sandwich(
         self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm
@@ -122,9 +124,9 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size, dtype=DTYPE)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size)
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
 
 
 class CogView(nn.Module):
@@ -137,7 +139,7 @@ class CogView(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, dtype=DTYPE)
         self.transformer = Trunk(config)
         self._init_weights()
 

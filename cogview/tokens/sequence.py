@@ -109,5 +109,6 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
     inputs, targets = padded[:, :-1].contiguous(), padded[:, 1:].contiguous()
     image = inputs < vocab.num_image_codes
     valid = inputs != vocab.pad
-    weight = torch.where(image, 1.0, text_weight) * (targets != vocab.pad)
+    one, text = torch.tensor([1.0, text_weight], dtype=torch.float32)
+    weight = torch.where(image, one, text) * (targets != vocab.pad)
     return Batch(inputs, targets, weight, valid & ~image, valid)

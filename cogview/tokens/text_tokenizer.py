@@ -12,6 +12,21 @@ import sentencepiece
 from cogview.files import StrPath, write_bytes
 
 UNKNOWN = 0
+RESERVED = 4  # <unk>, <s>, </s>, <n>
+NORMALIZATION = "nmt_nfkc"  # of the released tokenizer
+MANY_LINES = 100_000
+MAX_LINE_BYTES = 1 << 16  # SentencePiece leaves a longer line out without a word
+
+
+def _lines(captions: Iterable[str]) -> list[str]:
+    return [line for caption in captions if (line := " ".join(caption.split()))]
+
+
+def required_pieces(captions: Iterable[str]) -> int:
+    """The fewest pieces that hold every character of the captions: one each, and the reserved ones."""
+    normalize = sentencepiece.SentencePieceNormalizer(rule_name=NORMALIZATION).normalize
+    characters = {character for line in set(_lines(captions)) for character in normalize(line)}
+    return RESERVED + len(characters)
 
 
 class TextTokenizer:
@@ -37,11 +52,19 @@ class TextTokenizer:
         """Learn at most ``num_pieces`` BPE pieces from captions; fewer if the captions hold no more.
 
         Same normalisation and reserved ids as the released tokenizer: NFKC, ``<unk>`` 0, ``<s>`` 1,
-        ``</s>`` 2, ``<n>`` 3. ValueError for no captions or for too few pieces to hold the characters.
+        ``</s>`` 2, ``<n>`` 3. ValueError for no captions or for fewer than :func:`required_pieces`.
         """
-        lines = [line for caption in captions if (line := " ".join(caption.split()))]
+        lines = _lines(captions)
         if not lines:
             raise ValueError("captions must hold at least one non-empty text to train a tokenizer on")
+        required = required_pieces(lines)
+        # Of many captions the rarest characters are left out, so fewer pieces can do.
+        covers_all = len(lines) <= MANY_LINES
+        if covers_all and num_pieces < required:
+            raise ValueError(
+                f"num_pieces must be at least {required} for these captions, which have "
+                f"{required - RESERVED} different characters, got {num_pieces}"
+            )
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -50,8 +73,9 @@ class TextTokenizer:
                 model_type="bpe",
                 vocab_size=num_pieces,
                 hard_vocab_limit=False,
-                character_coverage=0.9995 if len(lines) > 100_000 else 1.0,
-                normalization_rule_name="nmt_nfkc",
+                character_coverage=1.0 if covers_all else 0.9995,
+                max_sentence_length=MAX_LINE_BYTES,
+                normalization_rule_name=NORMALIZATION,
                 user_defined_symbols=["<n>"],
                 num_threads=1,
                 minloglevel=2,

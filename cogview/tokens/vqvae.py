@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from cogview.config import ImageTokenizerConfig
 
+DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
+
 
 class Encoder(nn.Module):
     """``stages`` stride-2 convolutions with ReLU, then a 1x1 convolution to the code size."""
@@ -25,9 +27,9 @@ class Encoder(nn.Module):
         layers: list[nn.Module] = []
         channels = 3
         for _ in range(config.stages):
-            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE), nn.ReLU()]
             channels = config.channels
-        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, config.code_dim, 1))
+        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, config.code_dim, 1, dtype=DTYPE))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.blocks(images)
@@ -41,9 +43,12 @@ class Decoder(nn.Module):
         layers: list[nn.Module] = []
         channels = config.code_dim
         for _ in range(config.stages):
-            layers += [nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1), nn.ReLU()]
+            layers += [
+                nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
+                nn.ReLU(),
+            ]
             channels = config.channels
-        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, 3, 1))
+        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, 3, 1, dtype=DTYPE))
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.blocks(codes)
@@ -67,10 +72,10 @@ class Quantizer(nn.Module):
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
-        embed = torch.empty(config.code_dim, config.num_codes)
+        embed = torch.empty(config.code_dim, config.num_codes, dtype=DTYPE)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         self.register_buffer("embed", embed)
-        self.register_buffer("cluster_size", torch.zeros(config.num_codes))
+        self.register_buffer("cluster_size", torch.zeros(config.num_codes, dtype=DTYPE))
         self.register_buffer("embed_avg", embed.clone())
 
     def nearest(self, z: Tensor) -> Tensor:
@@ -128,8 +133,8 @@ class ImageTokenizer(nn.Module):
         self.quantize_t = Quantizer(config)
         self.dec = Decoder(config)
         # Not part of the state dict of the released tokenizer.
-        self.register_buffer("mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+        for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
+            self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
 
     def _encode(self, images: Tensor) -> Tensor:
         if images.dim() != 4 or images.shape[1] != 3:

@@ -48,6 +48,9 @@ DOCUMENT = {
     "op": "three_region_attention",
     "baseline": "dense",
     "environment": ENVIRONMENT,
+    "tiny": False,
+    "finished": True,
+    "red_tests": "",
     "ceilings": {"copy_gb_s": 20.0, "matmul_tflop_s": {"bfloat16": 700.0}},
     "rows": [row("dense", "rival", 2.0), row("cpu", "backend", 0.5), row("loop", "rival", 1.0)],
     "skipped": [{"case": "paper-bfloat16-fwd", "variant": "Liger", "reason": "not installed"}],
@@ -72,6 +75,7 @@ def test_written_once_and_then_up_to_date(checkout):
     written = report.generate(root=checkout)
     assert "README.md" in written
     assert "benchmarks/results/some-cpu/three_region_attention.png" in written
+    assert "benchmarks/results/some-cpu/summary.png" in written and "benchmarks/results/README.md" in written
     assert report.generate(root=checkout, check=True) == []
     text = (checkout / "README.md").read_text()
     assert "stale" not in text and text.endswith("\n\nafter\n")
@@ -84,14 +88,15 @@ def test_changed_results_are_noticed(checkout):
     changed["rows"][1]["ms"] = 0.25
     results.write_json(checkout / "benchmarks/results/some-cpu/three_region_attention.json", changed)
     assert set(report.generate(root=checkout, check=True)) == {
-        "README.md",
+        "benchmarks/results/README.md",
         "benchmarks/results/some-cpu/README.md",
+        "benchmarks/results/some-cpu/summary.png",
         "benchmarks/results/some-cpu/three_region_attention.png",
     }
 
 
 def test_ratios_everywhere_milliseconds_for_a_gpu_alone():
-    cpu, gpu = report.device_page("some-cpu", {"three_region_attention": DOCUMENT}), report.text_table(GPU)
+    cpu, gpu = report.device_page({"three_region_attention": DOCUMENT}), report.text_table(GPU)
     assert "4.00x" in cpu and "| ms |" not in cpu and "0.50" not in cpu
     assert " ms " in gpu and "0.50" in gpu and "4.00x" in gpu
     assert "32 MiB" in cpu and "Liger, 1 cases: not installed" in cpu
@@ -99,11 +104,29 @@ def test_ratios_everywhere_milliseconds_for_a_gpu_alone():
 
 
 def test_summary_names_the_fastest_rival_and_what_is_unmeasured():
-    text = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
+    text = report.results_page({"some-cpu": {"three_region_attention": DOCUMENT}})
     assert "GPU: unmeasured" in text
     assert "| cpu | loop | 2.00x | dense: 4.00x |" in text
     assert "| decode_attention | unmeasured |" in text
+    assert "GPU: unmeasured" not in report.results_page({"some-gpu": {"three_region_attention": GPU}})
+
+
+def test_readme_keeps_a_few_rows_with_the_memory_of_both():
+    both = copy.deepcopy(DOCUMENT)
+    for row in both["rows"]:
+        row["direction"] = "fwd+bwd"
+    both["rows"][1]["peak_bytes"] = 40 << 20
+    text = report.summary({"some-cpu": {"three_region_attention": both}})
+    assert "GPU: unmeasured" in text and "[every row](benchmarks/results/some-cpu/README.md)" in text
+    row = "| `three_region_attention` | paper, bfloat16, fwd+bwd | 2.00x as fast as loop | 8 MiB, 32 MiB |"
+    assert row in text
     assert "GPU: unmeasured" not in report.summary({"some-gpu": {"three_region_attention": GPU}})
+
+
+def test_a_run_that_was_cut_short_says_so():
+    cut = DOCUMENT | {"finished": False}
+    assert "This run was cut short." in report.device_page({"three_region_attention": cut})
+    assert "This run was cut short." not in report.device_page({"three_region_attention": DOCUMENT})
 
 
 def test_unsteady_times_are_marked():
@@ -129,13 +152,26 @@ def test_this_repository_is_up_to_date():
     assert report.generate(check=True) == [], "run `python -m benchmarks.report`"
 
 
-def test_figures_of_an_op_with_red_tests_are_not_taken(tmp_path, monkeypatch, capsys):
-    red = GPU | {"red_tests": "2 tests of three_region_attention are red: a, b"}
-    assert "NOT TO BE QUOTED: 2 tests" in report.text_table(red)
-    assert all("(its tests are RED)" in line for line in report.short_lines(red))
-    (tmp_path / "results.json").write_text(json.dumps({"three_region_attention": red}))
+RED = "2 tests of three_region_attention are red: a, b"
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "reason"), [({"red_tests": RED}, RED), ({"tiny": True}, "the shapes are tiny")]
+)
+def test_figures_that_may_not_be_quoted_are_not_taken(spoilt, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.json").write_text(json.dumps({"three_region_attention": GPU | spoilt}))
     monkeypatch.setattr(results, "save", lambda document: pytest.fail("was taken"))
     monkeypatch.setattr(report, "generate", lambda check: [])
     monkeypatch.setattr("sys.argv", ["report", "--import", str(tmp_path / "results.json")])
     assert report.main() == 0
-    assert "left, not to be quoted: 2 tests" in capsys.readouterr().out
+    assert f"left, not to be quoted: three_region_attention: {reason}" in capsys.readouterr().out
+
+
+def test_figures_of_an_op_with_red_tests_are_marked_in_a_terminal_and_not_written(checkout, capsys):
+    red = GPU | {"red_tests": RED}
+    assert "NOT TO BE QUOTED: 2 tests" in report.text_table(red)
+    assert all("(its tests are RED)" in line for line in report.short_lines(red))
+    results.write_json(checkout / "benchmarks/results/some-gpu/three_region_attention.json", red)
+    assert not any("some-gpu" in path for path in report.generate(root=checkout))
+    assert "Some GPU" not in (checkout / "README.md").read_text()
+    assert f"left, not to be quoted: three_region_attention: {RED}" in capsys.readouterr().out

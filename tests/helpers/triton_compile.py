@@ -107,14 +107,14 @@ def _compile(spec: Spec) -> Report:
 
 
 def _ptxas(ptx: str, arch: int) -> str:
-    """What ptxas -v prints; the ptxas is the one that Triton ships."""
-    from triton import knobs
+    """What ptxas -v prints; the ptxas is the one for which Triton wrote the PTX."""
+    from triton.backends.nvidia.compiler import get_ptxas
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
         target = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"-arch={target}", str(path), "-o", str(path) + ".cubin"]
+        command = [get_ptxas(arch).path, "-v", f"-arch={target}", str(path), "-o", str(path) + ".cubin"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

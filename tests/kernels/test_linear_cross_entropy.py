@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cogview_kernels import _extension, linear_cross_entropy
 from cogview_kernels.linear_cross_entropy import pieces
 from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
-from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as full_reference
+from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as reference
 from tests.helpers.tolerance import GRADIENT, assert_within_budget, judge
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
 
@@ -55,9 +55,9 @@ def _tensors_where_the_backend_runs(request, backend_device):
             yield
 
 
-def linear_cross_entropy_reference(*inputs, **arguments):
+def loss_of_reference(*inputs, **arguments):
     """The reference's loss alone."""
-    return full_reference(*inputs, **arguments)[0]
+    return reference(*inputs, **arguments)[0]
 
 
 def make_case(name: str, dtype: torch.dtype):
@@ -88,7 +88,7 @@ def test_reference_by_hand():
         torch.tensor([[1.0, 0.0], [0.0, 2.0]]),
         torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]),
     )
-    losses = linear_cross_entropy_reference(hidden, weight, torch.tensor([0, 2]), reduction="none")
+    losses = loss_of_reference(hidden, weight, torch.tensor([0, 2]), reduction="none")
     e = torch.e
     torch.testing.assert_close(losses, torch.tensor([e + 2, e**2 + 2]).log() - torch.tensor([1.0, 0.0]))
 
@@ -96,7 +96,7 @@ def test_reference_by_hand():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_reference_equals_torch(reduction):
     (hidden, weight), target, arguments = make_case("past_a_chunk", torch.float64)
-    ours = linear_cross_entropy_reference(hidden, weight, target, reduction=reduction, **arguments)
+    ours = loss_of_reference(hidden, weight, target, reduction=reduction, **arguments)
     torch.testing.assert_close(ours, F.cross_entropy(hidden @ weight.T, target, reduction=reduction))
 
 
@@ -104,7 +104,7 @@ def test_reference_equals_torch(reduction):
 @pytest.mark.parametrize("case", ["a_chunk", "past_a_chunk", "range"])
 def test_reference_gradient(case, reduction):
     (hidden, weight), target, arguments = make_case(case, torch.float64)
-    call = lambda h, w: linear_cross_entropy_reference(  # noqa: E731
+    call = lambda h, w: loss_of_reference(  # noqa: E731
         h, w, target, reduction=reduction, **arguments
     )
     inputs = hidden[:, :5].clone().requires_grad_(), weight[:, :5].clone().requires_grad_()
@@ -143,8 +143,7 @@ def check(backend, dtype, case, reduction):
     inputs, target, arguments = make_case(case, dtype)
     arguments["reduction"] = reduction
     ours = with_gradients(linear_cross_entropy, inputs, target, backend=backend, **arguments)
-    reference = lambda *x: with_gradients(linear_cross_entropy_reference, x, target, **arguments)  # noqa: E731
-    truth, eager = judge(reference, inputs)
+    truth, eager = judge(lambda *x: with_gradients(loss_of_reference, x, target, **arguments), inputs)
     # A sum may be right by luck in eager arithmetic; it is judged by its parts.
     if reduction == "none":
         assert_within_budget(ours[0], eager[0], truth[0], dtype=torch.float32, name="loss")
@@ -451,12 +450,12 @@ def test_float16_under_a_loss_scale(backend, scale, reduction, monkeypatch):
     call = lambda f, *xs, **k: torch.autograd.grad(f(*xs, target, **k).mean() * scale, xs)  # noqa: E731
     leaves = [x.requires_grad_() for x in (hidden, weight)]
 
-    def reference(*inputs):
+    def of_reference(*inputs):
         widened = torch.promote_types(inputs[0].dtype, torch.float32)
         eager = lambda h, w, t: F.cross_entropy(F.linear(h, w).to(widened), t)  # noqa: E731
         return call(eager, *(x.requires_grad_() for x in inputs))
 
-    truth, eager = judge(reference, leaves)
+    truth, eager = judge(of_reference, leaves)
     ours = call(linear_cross_entropy, *leaves, reduction=reduction, backend=backend)
     for a, e, t in zip(ours, eager, truth, strict=True):
         assert_within_budget(a, e, t, dtype=torch.float16, factor=GRADIENT)
@@ -616,7 +615,7 @@ def test_a_target_out_of_range_has_an_infinite_loss_where_it_is_not_checked(back
     hidden, weight = torch.randn(2, 4), torch.randn(6, 4)
     target = torch.tensor([1, 6])
     ours = linear_cross_entropy_op(hidden, weight, target, torch.ones(2), (0, 6), False, backend)[0]
-    expected = linear_cross_entropy_reference(hidden, weight, target, reduction="none")
+    expected = loss_of_reference(hidden, weight, target, reduction="none")
     assert ours[1] == expected[1] == torch.inf
     torch.testing.assert_close(ours[0], expected[0])
 

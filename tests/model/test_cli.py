@@ -124,7 +124,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, tutorial, base, fashion" in mistake(
+    assert "unknown preset 'huge'; known presets: digits, small, tutorial, base, fashion" in mistake(
         capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
@@ -133,7 +133,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
     )
     assert "the text is empty" in mistake(capsys, "generate", "--run", run_folder, " ")
-    assert f"at most {PRESETS['digits'].max_text_tokens} fit" in mistake(
+    assert f"at most {PRESETS['digits'].min_text_tokens} fit" in mistake(
         capsys, "generate", "--run", run_folder, "seven " * 20
     )
     assert "temperature must be above 0" in mistake(

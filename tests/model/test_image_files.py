@@ -19,6 +19,16 @@ def test_images_of_every_kind_become_rgb(tmp_path):
     torch.testing.assert_close(read_image(tmp_path / "alpha.png", 8), torch.full((3, 8, 8), 0.8))
 
 
+def test_a_photo_taken_sideways_stands_upright(tmp_path):
+    picture = Image.fromarray(np.full((8, 8, 3), 255, dtype=np.uint8))
+    picture.paste((0, 0, 0), (0, 0, 8, 4))  # dark above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    picture.save(tmp_path / "turned.png", exif=exif)
+    image = read_image(tmp_path / "turned.png", 8)
+    assert torch.all(image[..., :4] == 1) and torch.all(image[..., 4:] == 0)
+
+
 def test_the_centre_is_kept(tmp_path):
     wide = np.zeros((8, 24, 3))
     wide[:, 8:16] = 255

@@ -12,7 +12,7 @@ from cogview.data.digits import (
     phrase,
 )
 from cogview.presets import PRESETS
-from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.text_tokenizer import TextTokenizer, required_pieces
 
 TEST_DATA = Path(os.environ.get("COGVIEW_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 RELEASED = TEST_DATA / "cog-pretrain.model"
@@ -39,7 +39,7 @@ def test_every_digit_is_a_piece_of_its_own(digits_tokenizer, template):
     for digit in range(10):
         pieces = [piece.lstrip("▁") for piece in digits_tokenizer.pieces(phrase(template, digit))]
         assert ENGLISH[digit] in pieces or CHINESE[digit] in pieces
-        assert len(pieces) <= PRESETS["digits"].max_text_tokens
+        assert len(pieces) <= PRESETS["digits"].min_text_tokens
 
 
 def test_held_out_phrasings_are_held_out():
@@ -76,5 +76,23 @@ def test_errors(tmp_path):
         TextTokenizer.load(tmp_path / "bad.model")
     with pytest.raises(ValueError, match="at least one non-empty text"):
         TextTokenizer.train(["  "], 100)
-    with pytest.raises(ValueError, match="num_pieces=5 "):
-        TextTokenizer.train(["many different letters"], 5)
+    with pytest.raises(ValueError, match=r"at least 17 for these captions, .* 13 different .* got 16"):
+        TextTokenizer.train(["many different letters"], 16)
+
+
+@pytest.mark.parametrize(
+    "captions",
+    [["many different letters"], ["a cat", "a dog"] * 70, ["红色的圆", "Ａ １ ㍿"], ["x"], ["😀 é"]],
+)
+def test_the_fewest_pieces_are_enough_and_one_less_is_not(captions):
+    required = required_pieces(captions)
+    tokenizer = TextTokenizer.train(captions, required)
+    assert len(tokenizer) == required
+    assert not any(tokenizer.unknown_pieces(caption) for caption in captions)
+    with pytest.raises(ValueError, match=f"at least {required} "):
+        TextTokenizer.train(captions, required - 1)
+
+
+def test_a_long_caption_is_learned_too():
+    tokenizer = TextTokenizer.train(["short", "z" * 5000], 100)
+    assert tokenizer.unknown_pieces("z") == []

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+import json
+
+import pytest
+
+from cogview.config import Preset
+from cogview.presets import PRESETS
+from cogview.settings import (
+    MODEL_SETTINGS,
+    TOKENIZER_SETTINGS,
+    ModelSettings,
+    TokenizerSettings,
+    build,
+    check_settings,
+    claim_settings,
+    load_model_settings,
+    load_tokenizer_settings,
+    plain,
+    write_settings,
+)
+
+
+def tokenizer_settings(name="digits"):
+    preset = PRESETS[name]
+    return TokenizerSettings(
+        "digits", preset.text_pieces, preset.image_tokenizer, preset.image_tokenizer_train, name
+    )
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name):
+    content = json.loads(json.dumps(plain(PRESETS[name])))
+    assert build(Preset, content) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "missing"),
+        ({"model": {"num_layers": 1}}, "missing"),
+        ({"model": 3}, "must be a table"),
+        ({"nonsense": 1}, "no field 'nonsense'"),
+        ([], "must be a table"),
+    ],
+)
+def test_content_that_is_no_preset_is_an_error(content, message):
+    with pytest.raises(TypeError, match=message):
+        build(Preset, content)
+
+
+def test_settings_are_written_and_read_back(tmp_path):
+    settings = tokenizer_settings()
+    write_settings(tmp_path / TOKENIZER_SETTINGS, settings)
+    assert load_tokenizer_settings(str(tmp_path)) == settings
+    preset = PRESETS["digits"]
+    model = ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
+    write_settings(tmp_path / MODEL_SETTINGS, model)
+    assert load_model_settings(tmp_path) == model
+
+
+def test_the_first_difference_is_named(tmp_path):
+    path, settings = tmp_path / TOKENIZER_SETTINGS, tokenizer_settings()
+    check_settings(path, settings)
+    assert not path.exists()
+    claim_settings(path, settings)
+    claim_settings(path, settings)
+    shape = dataclasses.replace(settings.image_tokenizer, num_codes=64)
+    with pytest.raises(ValueError, match=r"started with image_tokenizer.num_codes = 48, now 64"):
+        check_settings(path, dataclasses.replace(settings, image_tokenizer=shape))
+    check_settings(path, dataclasses.replace(settings, preset="of another name"))
+    claim_settings(tmp_path / "demo.json", {"seed": 0, "draws": (1, 2)})
+    with pytest.raises(ValueError, match="seed = 0, now 1"):
+        claim_settings(tmp_path / "demo.json", {"seed": 1, "draws": [1, 2]})
+
+
+def test_fields_that_an_earlier_version_did_not_have_are_no_difference(tmp_path):
+    settings = tokenizer_settings()
+    content = plain(settings)
+    del content["preset"], content["image_tokenizer_train"]["seed"]
+    (tmp_path / TOKENIZER_SETTINGS).write_text(json.dumps(content))
+    check_settings(tmp_path / TOKENIZER_SETTINGS, settings)
+    assert load_tokenizer_settings(tmp_path).image_tokenizer_train.seed == 0
+
+
+def test_what_is_missing_or_damaged_is_one_clear_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run folder not found"):
+        load_model_settings(tmp_path / "absent")
+    folder = tmp_path / "with a space"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no model\.json; .* cogview train --out '.*with a space'"):
+        load_model_settings(folder)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizers\.json; .* cogview train-tokenizer --out"):
+        load_tokenizer_settings(folder)
+    for damaged in ("[1]", "{}", '{"data": "x", "model": 3}'):
+        (folder / "model.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"model\.json is damaged"):
+            load_model_settings(folder)
