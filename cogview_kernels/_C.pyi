@@ -15,6 +15,12 @@ _Integers: TypeAlias = tuple[_Address, int]
 _Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
+# Rows, C, dtype; eps, mode of PB-Relax; address and number of blocks of a CUDA workspace, zeros for the CPU.
+_RowShape: TypeAlias = tuple[int, int, int]
+_Norm: TypeAlias = tuple[float, int]
+_Workspace: TypeAlias = tuple[_Address, int]
+# Address, stride of a row, ids, tokens, dtype.
+_Logits: TypeAlias = tuple[_Address, int, int, int, int]
 # Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
 _Layout: TypeAlias = tuple[_Integers, int, int, int, float]
 
@@ -53,13 +59,9 @@ def layer_norm_fwd_cpu(
     weight: _Parameter,
     bias: _Parameter,
     stats: _Address,
-    peaks: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    eps: float,
-    pb_relax: int,
-    dtype: int,
+    shape: _RowShape,
+    options: _Norm,
+    workspace: _Workspace,
     threads: int,
 ) -> None: ...
 def layer_norm_bwd_cpu(
@@ -70,61 +72,51 @@ def layer_norm_bwd_cpu(
     dweight: _Parameter,
     dbias: _Parameter,
     stats: _Address,
-    partials: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    dtype: int,
+    shape: _RowShape,
+    workspace: _Workspace,
     threads: int,
 ) -> None: ...
 def sandwich_layer_norm_fwd_cpu(
-    tensors: tuple[_Address, _Address, _Address, _Address],
+    branch: _Address,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
-    peaks: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    eps: float,
-    pb_relax: int,
+    shape: _RowShape,
+    options: _Norm,
     dropout: _Dropout,
-    dtype: int,
+    workspace: _Workspace,
     threads: int,
 ) -> None: ...
 def sandwich_layer_norm_bwd_cpu(
-    tensors: tuple[_Address, ...],
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: _Address,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
     weights: tuple[_Parameter, _Parameter],
     gradients: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
-    partials: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
+    shape: _RowShape,
     dropout: _Dropout,
-    dtype: int,
+    workspace: _Workspace,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_reduce_cpu(
-    logits: _Address,
-    stride: int,
-    V: int,
-    n: int,
-    peak: _Address,
+    logits: _Logits,
+    logit_max: _Address,
     total: _Address,
-    dtype: int,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_gradient_cpu(
-    logits: _Address,
-    stride: int,
-    v: int,
-    n: int,
+    logits: _Logits,
     first: int,
     target: _Address,
     coefficient: _Address,
-    peak: _Address,
+    logit_max: _Address,
     total: _Address,
-    dtype: int,
     threads: int,
 ) -> None: ...
 def three_region_attention_fwd_cpu(
@@ -197,13 +189,9 @@ def layer_norm_fwd_cuda(
     weight: _Parameter,
     bias: _Parameter,
     stats: _Address,
-    peaks: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    eps: float,
-    pb_relax: int,
-    dtype: int,
+    shape: _RowShape,
+    options: _Norm,
+    workspace: _Workspace,
     stream: int,
 ) -> None: ...
 def layer_norm_bwd_cuda(
@@ -214,38 +202,36 @@ def layer_norm_bwd_cuda(
     dweight: _Parameter,
     dbias: _Parameter,
     stats: _Address,
-    partials: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    dtype: int,
+    shape: _RowShape,
+    workspace: _Workspace,
     stream: int,
 ) -> None: ...
 def sandwich_layer_norm_fwd_cuda(
-    tensors: tuple[_Address, _Address, _Address, _Address],
+    branch: _Address,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
-    peaks: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
-    eps: float,
-    pb_relax: int,
+    shape: _RowShape,
+    options: _Norm,
     dropout: _Dropout,
-    dtype: int,
+    workspace: _Workspace,
     stream: int,
 ) -> None: ...
 def sandwich_layer_norm_bwd_cuda(
-    tensors: tuple[_Address, ...],
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: _Address,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
     weights: tuple[_Parameter, _Parameter],
     gradients: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
-    partials: _Address,
-    blocks: int,
-    rows: int,
-    C: int,
+    shape: _RowShape,
     dropout: _Dropout,
-    dtype: int,
+    workspace: _Workspace,
     stream: int,
 ) -> None: ...
 def three_region_attention_fwd_cuda(

@@ -88,7 +88,7 @@ class Op:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
         if torch.compiler.is_compiling():
             return self._overload(*arguments)
-        if _is_transformed():
+        if is_transformed():
             return self._function.apply(*arguments)
         if torch.is_grad_enabled():
             for x in arguments:
@@ -121,7 +121,7 @@ class Op:
         return self.kernel(*arguments)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` is active that differentiates or maps the ops in it."""
     transform = _transform()
     return transform is not None and transform.key() != TransformType.Functionalize

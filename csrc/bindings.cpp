@@ -38,92 +38,93 @@ Parameter parameter(ParameterAddress p) {
     return {pointer<void>(p.first), DType(p.second)};
 }
 
-// The fields of Dropout; 0 for a seed_data of nullptr.
+// Threshold, scale, seed, and where the seed lies if on the device (else 0).
 using DropoutArguments = std::tuple<uint32_t, float, uint64_t, Address>;
 
 Dropout dropout(DropoutArguments d) {
     return {std::get<0>(d), std::get<1>(d), std::get<2>(d), pointer<uint64_t>(std::get<3>(d))};
 }
 
+// Rows, C, dtype.
+using RowShapeArguments = std::tuple<int64_t, int64_t, int>;
+
+RowShape row_shape(RowShapeArguments x) {
+    return {std::get<0>(x), std::get<1>(x), DType(std::get<2>(x))};
+}
+
+// eps, mode of PB-Relax.
+using NormArguments = std::pair<float, int>;
+
+NormOptions norm_options(NormArguments x) {
+    return {x.first, PbRelax(x.second)};
+}
+
+// Where the workspace of CUDA's persistent blocks lies, and their number; (0, 0) for the CPU.
+using WorkspaceArguments = std::pair<Address, int64_t>;
+
+BlockWorkspace block_workspace(WorkspaceArguments x) {
+    return {pointer<float>(x.first), x.second};
+}
+
 LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
-                                    Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
-                                    float eps, int pb_relax, int dtype) {
-    return {pointer<void>(x),
-            pointer<void>(y),
-            parameter(weight),
-            parameter(bias),
-            pointer<float>(stats),
-            pointer<float>(peaks),
-            blocks,
-            rows,
-            C,
-            eps,
-            PbRelax(pb_relax),
-            DType(dtype)};
+                                    Address stats, RowShapeArguments shape, NormArguments options,
+                                    WorkspaceArguments workspace) {
+    return {pointer<void>(x),          pointer<void>(y), {parameter(weight), parameter(bias)},
+            pointer<float>(stats),     row_shape(shape), norm_options(options),
+            block_workspace(workspace)};
 }
 
 LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
                                       ParameterAddress dweight, ParameterAddress dbias, Address stats,
-                                      Address partials, int64_t blocks, int64_t rows, int64_t C, int dtype) {
+                                      RowShapeArguments shape, WorkspaceArguments workspace) {
     return {pointer<void>(dy),
             pointer<void>(x),
             pointer<void>(dx),
             parameter(weight),
-            parameter(dweight),
-            parameter(dbias),
+            {parameter(dweight), parameter(dbias)},
             pointer<float>(stats),
-            pointer<float>(partials),
-            blocks,
-            rows,
-            C,
-            DType(dtype)};
+            row_shape(shape),
+            block_workspace(workspace)};
 }
 
-SandwichForward sandwich_forward(std::array<Address, 4> tensors, std::array<ParameterAddress, 4> parameters,
-                                 Address stats, Address peaks, int64_t blocks, int64_t rows, int64_t C,
-                                 float eps, int pb_relax, DropoutArguments drop, int dtype) {
-    return {pointer<void>(tensors[0]),
-            pointer<void>(tensors[1]),
-            pointer<void>(tensors[2]),
-            pointer<void>(tensors[3]),
-            parameter(parameters[0]),
-            parameter(parameters[1]),
-            parameter(parameters[2]),
-            parameter(parameters[3]),
+// The parameters are those of the post norm, then of the pre norm: weight, bias, weight, bias.
+SandwichForward sandwich_forward(Address branch, Address residual, Address residual_out, Address normed,
+                                 std::array<ParameterAddress, 4> parameters, Address stats,
+                                 RowShapeArguments shape, NormArguments options, DropoutArguments drop,
+                                 WorkspaceArguments workspace) {
+    return {pointer<void>(branch),
+            pointer<void>(residual),
+            pointer<void>(residual_out),
+            pointer<void>(normed),
+            {parameter(parameters[0]), parameter(parameters[1])},
+            {parameter(parameters[2]), parameter(parameters[3])},
             pointer<float>(stats),
-            pointer<float>(peaks),
-            blocks,
-            rows,
-            C,
-            eps,
-            PbRelax(pb_relax),
+            row_shape(shape),
+            norm_options(options),
             dropout(drop),
-            DType(dtype)};
+            block_workspace(workspace)};
 }
 
-SandwichBackward sandwich_backward(std::array<Address, 6> tensors, std::array<ParameterAddress, 2> weights,
-                                   std::array<ParameterAddress, 4> gradients, Address stats, Address partials,
-                                   int64_t blocks, int64_t rows, int64_t C, DropoutArguments drop,
-                                   int dtype) {
-    return {pointer<void>(tensors[0]),
-            pointer<void>(tensors[1]),
-            pointer<void>(tensors[2]),
-            pointer<void>(tensors[3]),
-            pointer<void>(tensors[4]),
-            pointer<void>(tensors[5]),
+SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Address branch,
+                                   Address residual_out, Address dbranch, Address dresidual,
+                                   std::array<ParameterAddress, 2> weights,
+                                   std::array<ParameterAddress, 4> gradients, Address stats,
+                                   RowShapeArguments shape, DropoutArguments drop,
+                                   WorkspaceArguments workspace) {
+    return {pointer<void>(dresidual_out),
+            pointer<void>(dnormed),
+            pointer<void>(branch),
+            pointer<void>(residual_out),
+            pointer<void>(dbranch),
+            pointer<void>(dresidual),
             parameter(weights[0]),
             parameter(weights[1]),
-            parameter(gradients[0]),
-            parameter(gradients[1]),
-            parameter(gradients[2]),
-            parameter(gradients[3]),
+            {parameter(gradients[0]), parameter(gradients[1])},
+            {parameter(gradients[2]), parameter(gradients[3])},
             pointer<float>(stats),
-            pointer<float>(partials),
-            blocks,
-            rows,
-            C,
+            row_shape(shape),
             dropout(drop),
-            DType(dtype)};
+            block_workspace(workspace)};
 }
 
 SoftmaxForward softmax_forward(Address scores, Address mask, Address probs, std::array<int64_t, 4> shape,
@@ -150,24 +151,23 @@ SoftmaxBackward softmax_backward(Address dprobs, Address probs, Address dscores,
             DType(dtype)};
 }
 
-LinearCrossEntropyReduce cross_entropy_reduce(Address logits, int64_t stride, int64_t V, int64_t n,
-                                              Address peak, Address total, int dtype) {
-    return {pointer<void>(logits), stride, V, n, pointer<float>(peak), pointer<float>(total), DType(dtype)};
+// Where logits lie, the stride of a row, ids, tokens, dtype.
+using LogitsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+
+Logits cross_entropy_logits(LogitsArguments x) {
+    return {pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x),
+            DType(std::get<4>(x))};
 }
 
-LinearCrossEntropyGradient cross_entropy_gradient(Address logits, int64_t stride, int64_t v, int64_t n,
-                                                  int64_t first, Address target, Address coefficient,
-                                                  Address peak, Address total, int dtype) {
-    return {pointer<void>(logits),
-            stride,
-            v,
-            n,
-            first,
-            pointer<int64_t>(target),
-            pointer<float>(coefficient),
-            pointer<float>(peak),
-            pointer<float>(total),
-            DType(dtype)};
+LinearCrossEntropyReduce cross_entropy_reduce(LogitsArguments logits, Address logit_max, Address total) {
+    return {cross_entropy_logits(logits), pointer<float>(logit_max), pointer<float>(total)};
+}
+
+LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, int64_t first, Address target,
+                                                  Address coefficient, Address logit_max, Address total) {
+    return {cross_entropy_logits(logits), first,
+            pointer<int64_t>(target),     pointer<float>(coefficient),
+            pointer<float>(logit_max),    pointer<float>(total)};
 }
 
 // A tensor of attention: its address, and the strides of its first three dimensions.
@@ -296,17 +296,17 @@ template <typename Args, typename... Arguments>
 constexpr const char* kSoftmaxForward[] = {"scores",      "mask",  "probs", "shape",  "scores_stride",
                                            "mask_stride", "alpha", "scale", "causal", "dtype"};
 constexpr const char* kSoftmaxBackward[] = {"dprobs", "probs", "dscores", "rows", "N", "factor", "dtype"};
-constexpr const char* kLayerNormForward[] = {"x",      "y",    "weight", "bias", "stats",    "peaks",
-                                             "blocks", "rows", "C",      "eps",  "pb_relax", "dtype"};
-constexpr const char* kLayerNormBackward[] = {"dy",    "x",        "dx",     "weight", "dweight", "dbias",
-                                              "stats", "partials", "blocks", "rows",   "C",       "dtype"};
-constexpr const char* kSandwichForward[] = {"tensors", "parameters", "stats",    "peaks",   "blocks", "rows",
-                                            "C",       "eps",        "pb_relax", "dropout", "dtype"};
-constexpr const char* kSandwichBackward[] = {"tensors", "weights", "gradients", "stats",   "partials",
-                                             "blocks",  "rows",    "C",         "dropout", "dtype"};
-constexpr const char* kReduce[] = {"logits", "stride", "V", "n", "peak", "total", "dtype"};
-constexpr const char* kGradient[] = {"logits", "stride",      "v",    "n",     "first",
-                                     "target", "coefficient", "peak", "total", "dtype"};
+constexpr const char* kLayerNormForward[] = {"x",     "y",     "weight",  "bias",
+                                             "stats", "shape", "options", "workspace"};
+constexpr const char* kLayerNormBackward[] = {"dy",    "x",     "dx",    "weight",   "dweight",
+                                              "dbias", "stats", "shape", "workspace"};
+constexpr const char* kSandwichForward[] = {"branch", "residual", "residual_out", "normed",  "parameters",
+                                            "stats",  "shape",    "options",      "dropout", "workspace"};
+constexpr const char* kSandwichBackward[] = {"dresidual_out", "dnormed",   "branch",  "residual_out",
+                                             "dbranch",       "dresidual", "weights", "gradients",
+                                             "stats",         "shape",     "dropout", "workspace"};
+constexpr const char* kReduce[] = {"logits", "logit_max", "total"};
+constexpr const char* kGradient[] = {"logits", "first", "target", "coefficient", "logit_max", "total"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",

@@ -9,11 +9,17 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import _library, layer_norm
+from cogview_kernels import layer_norm
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.layer_norm.op import layer_norm_op
 
 
 class OnSecondGPU(torch.Tensor):
     device = torch.device("cuda", 1)
+    is_cuda = True
+
+    def get_device(self):
+        return 1
 
 
 @pytest.mark.parametrize(("current", "entered"), [(0, [1]), (1, [])])
@@ -28,9 +34,10 @@ def test_an_op_runs_on_the_device_of_its_first_tensor(current, entered, monkeypa
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    run = _library._on_its_device(lambda *arguments: (len(arguments), list(inside)))
-    assert run(None, torch.ones(2).as_subclass(OnSecondGPU), 0.5) == (3, entered)
-    assert run(torch.ones(2)) == (1, [])
+    op = Op.__new__(Op)
+    op.kernel = lambda *arguments: (len(arguments), list(inside))
+    assert op._on_its_device(None, torch.ones(2).as_subclass(OnSecondGPU), 0.5) == (3, entered)
+    assert op._on_its_device(torch.ones(2)) == (1, [])
 
 
 OP = "cogview_kernels::layer_norm"
@@ -96,7 +103,8 @@ def test_who_watches_sees_the_op(watcher, gradient):
 
 def test_unwatched_nobody_pays_for_the_dispatcher(monkeypatch):
     called = []
-    kernel = _library._kernels["layer_norm"]
-    monkeypatch.setitem(_library._kernels, "layer_norm", lambda *a: called.append(1) or kernel(*a))
+    kernel, overload = layer_norm_op.kernel, layer_norm_op._overload
+    monkeypatch.setattr(layer_norm_op, "kernel", lambda *a: called.append("kernel") or kernel(*a))
+    monkeypatch.setattr(layer_norm_op, "_overload", lambda *a: called.append("overload") or overload(*a))
     layer_norm(torch.randn(3, 8), None, None)
-    assert called
+    assert called == ["kernel"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _norm
-from cogview_kernels.layer_norm.autograd import layer_norm_op
+from cogview_kernels import _backends, _checks
+from cogview_kernels.layer_norm.op import backend_module, layer_norm_op
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 
 _OP = "layer_norm"
-_SUPPORTED = _norm.BACKENDS
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
+def _limit(backend: str, x: Tensor) -> str:
+    return "" if backend == "reference" else backend_module(backend).limit(backend, x)
 
 
 def layer_norm(
@@ -24,20 +28,20 @@ def layer_norm(
 ) -> Tensor:
     """LayerNorm over the last dimension, in the PB-Relax form that survives large activations.
 
-    Equals ``F.layer_norm(x / (peak / 8), (C,), weight, bias, eps)``, where ``peak`` is
+    Equals ``F.layer_norm(x / (abs_max / 8), (C,), weight, bias, eps)``, where ``abs_max`` is
 
     - ``"row"``: ``x.abs().amax(-1, keepdim=True)``, the default: independent of the rest of the batch;
     - ``"tensor"``: ``x.abs().amax()``, as CogView's released weights were trained;
     - ``None``: 8, that is plain LayerNorm.
 
-    ``peak`` is a constant to the gradient. In exact arithmetic the division only turns ``eps`` into
-    ``eps * (peak / 8)^2``, so the three modes agree wherever a row's variance is far above that, and
+    ``abs_max`` is a constant to the gradient. In exact arithmetic the division only turns ``eps`` into
+    ``eps * (abs_max / 8)^2``. So the three modes agree wherever a row's variance is far above that, and
     differ where it is not: under ``"tensor"`` a row about 1e-3 of the tensor's maximum is damped, under
     ``None`` a row with a variance near ``eps`` is, under ``"row"`` only rows that are almost constant are.
 
     Args:
-        x: ``[..., C]``; float32, float16 or bfloat16 (float64 with ``backend="reference"``). Any strides;
-            rows that are not evenly spaced cost a copy.
+        x: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference). Any strides; rows
+            that are not evenly spaced cost a copy.
         weight, bias: ``[C]`` or None; the dtype of ``x`` or float32.
         eps: positive.
         pb_relax: "row", "tensor" or None, as above.
@@ -50,20 +54,20 @@ def layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
-        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
+        NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
+            "cuda"), a C above 4,096.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
     """
-    double = backend == "reference"
-    _checks.check_float(_OP, "x", x, double=double)
+    _checks.check_float(_OP, "x", x)
     _checks.check_rows(_OP, "x", x)
     _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
     _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    chosen = _backends.choose(_OP, _norm.supported(x), backend, x.device)
+    chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x
         return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
-    return layer_norm_op(x, weight, bias, float(eps), pb_relax, chosen)
+    return layer_norm_op(x, weight, bias, float(eps), pb_relax, chosen)[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogview_kernels._pb_relax import pb_relax as relax
+from cogview_kernels._norms.relax import relax
 
 
 def layer_norm_reference(

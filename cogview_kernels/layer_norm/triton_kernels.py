@@ -12,17 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview_kernels._norm import PB_RELAX_CODES
-from cogview_kernels._norm_triton import (
+from cogview_kernels._norms import rows
+from cogview_kernels._norms.rows import Affine, NormOptions
+from cogview_kernels._norms.rows_triton import (
     add_rows,
     affine,
     columns_of,
     fill_row,
     gradient_through,
-    launch_peaks,
+    launch_abs_max,
     launch_reduce_partials,
+    load_abs_max,
     load_parameter,
-    load_peak,
     load_row,
     normalise,
     programs,
@@ -36,19 +37,19 @@ FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 168
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, stats_ptr, peaks_ptr, R, PEAKS, eps,
+    x_ptr, y_ptr, weight_ptr, bias_ptr, stats_ptr, abs_maxima_ptr, R, COUNT, eps,
     PB_RELAX: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(variance + eps * (peak / 8)^2)."""
+    """y = (x - mean) * rstd * weight + bias, rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2)."""
     columns = columns_of(C, BLOCK_C)
     weight = load_parameter(weight_ptr, C, columns, 1.0)
     bias = load_parameter(bias_ptr, C, columns, 0.0)
-    peak = 8.0
+    abs_max = 8.0
     if PB_RELAX == 2:
-        peak = load_peak(peaks_ptr, PEAKS)
+        abs_max = load_abs_max(abs_maxima_ptr, COUNT)
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         x = load_row(x_ptr, row, C, columns)
-        xhat, mean, rstd = normalise(x, C, columns, peak, eps, PB_RELAX)
+        xhat, mean, rstd = normalise(x, C, columns, abs_max, eps, PB_RELAX)
         store_row(y_ptr, row, affine(xhat, weight, bias), C, columns)
         tl.store(stats_ptr + row, mean)
         tl.store(stats_ptr + offset(R, 1) + row, rstd)
@@ -76,41 +77,31 @@ def _layer_norm_bwd_kernel(
     store_row(partials_ptr, 2 * tl.program_id(0) + 1, dbias, C, columns)
 
 
-def launch_layer_norm_fwd(
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    eps: float,
-    pb_relax: str | None,
-) -> None:
-    """All contiguous; ``stats`` is [2, R]."""
+def limit(backend: str, x: Tensor) -> str:
+    """Why the kernels cannot take ``x``; empty when they can."""
+    return rows.limit(backend, "x", x)
+
+
+def forward(x: Tensor, y: Tensor, affine: Affine, stats: Tensor, options: NormOptions, _: str) -> None:
+    """Fills ``y`` and ``stats`` [2, R]; everything is contiguous."""
     C = x.shape[-1]
     R = x.numel() // C
-    peaks = launch_peaks(x, 0, 1.0, 0) if pb_relax == "tensor" else None
+    abs_maxima = launch_abs_max(x, None) if options.pb_relax == "tensor" else None
     tiles = tiling(C, x.element_size(), FORWARD_REGISTERS)
     _layer_norm_fwd_kernel[(programs(R, x.device, tiles),)](
-        x, y, weight, bias, stats, peaks, R, 0 if peaks is None else len(peaks), eps,
-        PB_RELAX=PB_RELAX_CODES[pb_relax], **tiles,
+        x, y, *affine, stats, abs_maxima, R, 0 if abs_maxima is None else len(abs_maxima), options.eps,
+        PB_RELAX=rows.PB_RELAX_CODES[options.pb_relax], **tiles,
     )  # fmt: skip
 
 
-def launch_layer_norm_bwd(
-    dy: Tensor,
-    x: Tensor,
-    dx: Tensor,
-    weight: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
-    stats: Tensor,
+def backward(
+    dy: Tensor, x: Tensor, dx: Tensor, weight: Tensor | None, gradients: Affine, stats: Tensor, _: str
 ) -> None:
-    """All contiguous; gradients of parameters may be None."""
+    """Fills ``dx`` and what there is of ``gradients``; everything is contiguous."""
     C = x.shape[-1]
     R = x.numel() // C
     tiles = tiling(C, x.element_size(), BACKWARD_REGISTERS)
     grid = programs(R, x.device, tiles)
     partials = torch.empty((grid, 2, C), dtype=torch.float32, device=x.device)
     _layer_norm_bwd_kernel[(grid,)](dy, x, dx, weight, stats, partials, R, **tiles)
-    if dweight is not None or dbias is not None:
-        launch_reduce_partials(partials, dweight, dbias)
+    launch_reduce_partials(partials, *gradients)

@@ -8,12 +8,17 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _torch_ops
-from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_op
+from cogview_kernels import _backends, _checks
+from cogview_kernels._torch_ops import values_are_readable
+from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 _OP = "linear_cross_entropy"
-_SUPPORTED = ("triton", "cpu", "chunked", "reference")
+_BACKENDS = ("triton", "cpu", "chunked", "reference")
+
+
+def _limit(backend: str, hidden: Tensor) -> str:
+    return "" if backend == "reference" else backend_module(backend).limit(backend, hidden)
 
 
 @overload
@@ -69,7 +74,7 @@ def linear_cross_entropy(
         weighted.sum() / token_weight[target != ignore_index].sum() # reduction="mean"
 
     Args:
-        hidden: ``[..., C]``; float32, float16 or bfloat16 (float64 with ``backend="reference"``).
+        hidden: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference).
         weight: ``[V, C]``, of the dtype of ``hidden``. Under autocast both are cast as ``F.linear`` would.
         target: ``[...]`` int64, each in the range of ids or ``ignore_index``. Checked on CPU tensors in eager
             mode; elsewhere a target outside has a loss of infinity.
@@ -93,6 +98,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: the named backend does not take float64.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens).
@@ -100,8 +106,8 @@ def linear_cross_entropy(
     if isinstance(hidden, Tensor) and _checks.is_autocast(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _check(hidden, weight, target, token_weight, reduction, ignore_index, vocab_range, backend)
-    chosen = _backends.choose(_OP, _SUPPORTED, backend, hidden.device)
+    _check(hidden, weight, target, token_weight, reduction, ignore_index, vocab_range)
+    chosen = _backends.choose(_OP, _BACKENDS, backend, hidden.device, _limit, hidden)
     if chosen == "reference":
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         loss, losses = linear_cross_entropy_reference(
@@ -125,13 +131,14 @@ def linear_cross_entropy(
         coefficient = coefficient / torch.where(nothing_counts, 1, total)
     elif reduction == "sum":
         nothing_counts = ~coefficient.any()
-    loss, losses = linear_cross_entropy_op(
+    loss, losses, *_ = linear_cross_entropy_op(
         hidden.flatten(0, -2) if hidden.dim() != 1 else hidden[None],
         weight,
         target.flatten(),
         coefficient.flatten(),
-        vocab_range or (0, weight.shape[0]),
+        *(vocab_range or (0, weight.shape[0])),
         reduction != "none",
+        torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
         chosen,
     )
     if nothing_counts is None:
@@ -139,7 +146,7 @@ def linear_cross_entropy(
     else:
         # Gradients of 0 go back from here even where the caller divides by a number of tokens that is 0.
         loss = loss.masked_fill(nothing_counts, torch.nan if reduction == "mean" else 0)
-    return (loss, losses.view(target.shape)) if return_losses else loss
+    return (loss, losses.detach().view(target.shape)) if return_losses else loss
 
 
 def _check(
@@ -150,9 +157,8 @@ def _check(
     reduction: str,
     ignore_index: int,
     vocab_range: tuple[int, int] | None,
-    backend: str | None,
 ) -> None:
-    _checks.check_float(_OP, "hidden", hidden, double=backend == "reference")
+    _checks.check_float(_OP, "hidden", hidden)
     _checks.check_rows(_OP, "hidden", hidden)
     if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -179,7 +185,7 @@ def _check(
     start, stop = vocab_range or (0, V)
     if not 0 <= start < stop <= V:
         raise ValueError(f"{_OP}: vocab_range must be 0 <= start < stop <= {V}, got {vocab_range}")
-    if _torch_ops.values_are_readable(target):
+    if values_are_readable(target):
         outside = (target != ignore_index) & ((target < start) | (target >= stop))
         if outside.any():
             raise ValueError(

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels.linear_cross_entropy import pieces
+
+
+def limit(backend: str, hidden: Tensor) -> str:
+    """Why the steps cannot take ``hidden``; empty when they can."""
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
 
 
 def picked_logits(logits: Tensor, target: Tensor) -> Tensor:

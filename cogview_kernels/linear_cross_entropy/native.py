@@ -3,46 +3,43 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from cogview_kernels import _extension
+from cogview_kernels import _checks, _extension
 from cogview_kernels.linear_cross_entropy import chunked
+
+
+def limit(backend: str, hidden: Tensor) -> str:
+    """Why the steps cannot take ``hidden``; empty when they can."""
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
 
 
 def reduce(logits: Tensor, target: Tensor, stats: Tensor) -> None:
     """See :class:`pieces.Steps`."""
-    V, n = logits.shape
     logit_max, total, picked = stats
     picked.copy_(chunked.picked_logits(logits, target))
-    _extension.native.linear_cross_entropy_reduce_cpu(
-        logits.data_ptr(),
-        logits.stride(0),
-        V,
-        n,
-        logit_max.data_ptr(),
-        total.data_ptr(),
-        _extension.DTYPE_CODES[logits.dtype],
-        torch.get_num_threads(),
+    _extension.call(
+        "linear_cross_entropy_reduce", "cpu", _described(logits), logit_max.data_ptr(), total.data_ptr()
     )
 
 
 def gradient(logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor) -> None:
     """See :class:`pieces.Steps`."""
-    v, n = logits.shape
-    _extension.native.linear_cross_entropy_gradient_cpu(
-        logits.data_ptr(),
-        logits.stride(0),
-        v,
-        n,
+    _extension.call(
+        "linear_cross_entropy_gradient",
+        "cpu",
+        _described(logits),
         first,
         target.data_ptr(),
         coefficient.data_ptr(),
         stats[0].data_ptr(),
         stats[1].data_ptr(),
-        _extension.DTYPE_CODES[logits.dtype],
-        torch.get_num_threads(),
     )
 
 
 scale = chunked.scale
+
+
+def _described(logits: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, stride of a row, ids, tokens, dtype."""
+    return logits.data_ptr(), logits.stride(0), *logits.shape, _extension.DTYPE_CODES[logits.dtype]

@@ -25,6 +25,9 @@ CHUNK_ELEMENTS = 14 * 2**20
 class Steps(Protocol):
     """What a backend, a module, does to logits ``[v, n]`` (rows of any stride) and to gradients."""
 
+    def limit(self, backend: str, hidden: Tensor) -> str:
+        """Why it cannot take ``hidden``; empty when it can."""
+
     def reduce(self, logits: Tensor, target: Tensor, stats: Tensor) -> None:
         """Fills ``stats`` ``[3, n]``: a token's largest logit, its sum of ``exp(logit - largest)``, and the
         logit of its target, -inf where that is no id."""

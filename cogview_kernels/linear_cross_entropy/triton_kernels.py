@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks, _device
 from cogview_kernels._triton import LOG2E, offset, store_rounded
 
 
@@ -146,10 +147,7 @@ _GRADIENT = {"BLOCK_V": 32, "BLOCK_N": 128, "num_warps": 4}
 
 def _splits(V: int, column_blocks: int, block_v: int, device: torch.device) -> tuple[int, int]:
     """Parts of the vocabulary and the rows of each: whole tiles, about four programs a multiprocessor."""
-    if device.type == "cuda":
-        programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        programs = 8
+    programs = 4 * _device.multiprocessors(device)
     tiles = triton.cdiv(V, block_v)
     splits = max(1, min(tiles, 64, programs // column_blocks))
     rows = triton.cdiv(tiles, splits) * block_v
@@ -163,6 +161,11 @@ def _merge(partial: Tensor, target: Tensor, stats: Tensor, V: int) -> None:
     _merge_kernel[(triton.cdiv(n, block_n),)](
         partial, target, stats, V, n, splits, stats.stride(0), BLOCK_S=block_s, BLOCK_N=block_n
     )
+
+
+def limit(backend: str, hidden: Tensor) -> str:
+    """Why the steps cannot take ``hidden``; empty when they can."""
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
 
 
 def reduce(logits: Tensor, target: Tensor, stats: Tensor) -> None:

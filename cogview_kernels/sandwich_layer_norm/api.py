@@ -6,12 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _norm, _random
-from cogview_kernels.sandwich_layer_norm.autograd import sandwich_layer_norm_op
+from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels.sandwich_layer_norm.op import backend_module, sandwich_layer_norm_op
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 
 _OP = "sandwich_layer_norm"
-_SUPPORTED = _norm.BACKENDS
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
+
+
+def _limit(backend: str, branch: Tensor) -> str:
+    return "" if backend == "reference" else backend_module(backend).limit(backend, branch)
 
 
 def sandwich_layer_norm(
@@ -38,8 +42,8 @@ def sandwich_layer_norm(
     both with ``eps`` and ``pb_relax`` (see there for what the three modes mean and where they differ).
 
     Args:
-        branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 with
-            ``backend="reference"``). Where their dtypes differ, as under autocast, both are promoted.
+        branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
+            reference). Where their dtypes differ, as under autocast, both are promoted.
         post_weight, post_bias: ``[C]`` or None, for the LayerNorm on the branch; the dtype of the
             activations or float32.
         pre_weight, pre_bias: the same for the LayerNorm that the next branch starts with.
@@ -57,14 +61,14 @@ def sandwich_layer_norm(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
-        NotImplementedError: C is above 4,096 for "triton" or "cuda", which hold a row in registers.
+        NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
+            "cuda"), a C above 4,096.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).
     """
-    double = backend == "reference"
-    _checks.check_float(_OP, "branch", branch, double=double)
-    _checks.check_float(_OP, "residual", residual, double=double)
+    _checks.check_float(_OP, "branch", branch)
+    _checks.check_float(_OP, "residual", residual)
     _checks.check_rows(_OP, "branch", branch)
     if branch.shape != residual.shape:
         raise ValueError(
@@ -81,8 +85,8 @@ def sandwich_layer_norm(
     _checks.check_norm_parameter(_OP, "pre_bias", pre_bias, "branch", branch)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    _checks.check_dropout(_OP, dropout_p, seed)
-    chosen = _backends.choose(_OP, _norm.supported(branch), backend, branch.device)
+    _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
+    chosen = _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)
     parameters = (post_weight, post_bias, pre_weight, pre_bias)
     if chosen == "reference":
         wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
@@ -96,7 +100,7 @@ def sandwich_layer_norm(
             seed=seed,
         )
         return residual_out.to(branch.dtype), normed.to(branch.dtype)
-    key = _random.as_seed(seed) if dropout_p > 0 else None
+    seed = _dropout.as_seed(dropout_p, seed)
     return sandwich_layer_norm_op(
-        branch, residual, *parameters, float(eps), pb_relax, float(dropout_p), key, chosen
-    )
+        branch, residual, *parameters, float(eps), pb_relax, float(dropout_p), seed, chosen
+    )[:2]

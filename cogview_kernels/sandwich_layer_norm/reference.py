@@ -7,21 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogview_kernels import _random
-from cogview_kernels._pb_relax import pb_relax as relax
+from cogview_kernels import _dropout
+from cogview_kernels._dropout import Dropout
+from cogview_kernels._norms.relax import relax
 
 
-def _dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+def _drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """Row r of ``x`` taken as ``[rows, C]`` draws from the counter (r mod 2^32, r div 2^32, 0)."""
-    if p == 0:
+    if dropout is None:
         return x
     C = x.shape[-1]
     rows = torch.arange(x.numel() // C, device=x.device)
-    key = _random.as_seed(seed).to(x.device)
-    words = _random.philox(key, rows & 0xFFFFFFFF, rows >> 32, torch.zeros_like(rows))
+    words = dropout.words(rows & 0xFFFFFFFF, rows >> 32, torch.zeros_like(rows))
     columns = torch.arange(C, device=x.device)
-    keep = _random.keep_mask(p, (words[0][:, None], words[1][:, None]), columns)
-    return torch.where(keep.view(x.shape), x / (1 - p), 0)
+    keep = _dropout.keep_mask(dropout, (words[0][:, None], words[1][:, None]), columns)
+    return torch.where(keep.view(x.shape), x / (1 - dropout.p), 0)
 
 
 def sandwich_layer_norm_reference(
@@ -44,5 +44,6 @@ def sandwich_layer_norm_reference(
         bias = None if bias is None else bias.to(x.dtype)
         return F.layer_norm(relax(x, pb_relax), x.shape[-1:], weight, bias, eps)
 
-    residual_out = residual + norm(_dropout(branch, dropout_p, seed), post_weight, post_bias)
+    dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed))
+    residual_out = residual + norm(_drop(branch, dropout), post_weight, post_bias)
     return residual_out, norm(residual_out, pre_weight, pre_bias)

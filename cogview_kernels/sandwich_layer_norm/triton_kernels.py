@@ -14,44 +14,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview_kernels._norm import PB_RELAX_CODES, dropout
-from cogview_kernels._norm_triton import (
+from cogview_kernels._dropout import Dropout
+from cogview_kernels._norms import rows as shared
+from cogview_kernels._norms.rows import NormOptions
+from cogview_kernels._norms.rows_triton import (
+    abs_max_of_pieces,
     add_rows,
     affine,
     columns_of,
     drop,
+    dropout_arguments,
     fill_row,
     gradient_through,
-    launch_peaks,
+    launch_abs_max,
     launch_reduce_partials,
+    load_abs_max,
     load_parameter,
-    load_peak,
     load_row,
     normalise,
-    peak_of_pieces,
     programs,
     round_row,
-    seed_argument,
     store_row,
     tiling,
 )
 from cogview_kernels._triton import offset
+from cogview_kernels.sandwich_layer_norm.native import BackwardRows, ForwardRows, Norms
 
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 168, 255
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "keep_threshold"])
 def _sandwich_layer_norm_fwd_kernel(
     branch_ptr, residual_ptr, residual_out_ptr, normed_ptr,
     post_weight_ptr, post_bias_ptr, pre_weight_ptr, pre_bias_ptr,
-    stats_ptr, peaks_ptr, out_peaks_ptr, R, PEAKS, eps, seed, threshold, scale,
+    stats_ptr, abs_maxima_ptr, out_abs_maxima_ptr, R, COUNT, eps, seed, keep_threshold, keep_scale,
     POST: tl.constexpr, PRE: tl.constexpr, PB_RELAX: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """POST: residual_out = residual + LN_post(dropout(branch)). PRE: normed = LN_pre(residual_out).
 
     Both at once, or, under pb_relax="tensor", one after the other, with the maximum of residual_out over
-    each program's rows going from the first to the second through out_peaks and peaks."""
+    each program's rows going from the first to the second through out_abs_maxima and abs_maxima."""
     columns = columns_of(C, BLOCK_C)
     dtype: tl.constexpr = residual_out_ptr.dtype.element_ty
     if POST:
@@ -60,38 +63,38 @@ def _sandwich_layer_norm_fwd_kernel(
     if PRE:
         pre_weight = load_parameter(pre_weight_ptr, C, columns, 1.0)
         pre_bias = load_parameter(pre_bias_ptr, C, columns, 0.0)
-    peak = 8.0
+    abs_max = 8.0
     if PB_RELAX == 2:
-        peak = load_peak(peaks_ptr, PEAKS)
-        out_peak = tl.zeros([BLOCK_C], tl.float32)
+        abs_max = load_abs_max(abs_maxima_ptr, COUNT)
+        out_abs_max = tl.zeros([BLOCK_C], tl.float32)
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         if POST:
             x = load_row(branch_ptr, row, C, columns)
             residual = load_row(residual_ptr, row, C, columns)
             if HAS_DROPOUT:
-                x = drop(x, row, columns, seed, threshold, scale)
-            xhat, mean, rstd = normalise(x, C, columns, peak, eps, PB_RELAX)
+                x = drop(x, row, columns, seed, keep_threshold, keep_scale)
+            xhat, mean, rstd = normalise(x, C, columns, abs_max, eps, PB_RELAX)
             out = round_row(add_rows(residual, affine(xhat, post_weight, post_bias)), C, columns, dtype)
             store_row(residual_out_ptr, row, out, C, columns)
             tl.store(stats_ptr + row, mean)
             tl.store(stats_ptr + offset(R, 1) + row, rstd)
             if PB_RELAX == 2:
-                out_peak = tl.maximum(out_peak, peak_of_pieces(out))
+                out_abs_max = tl.maximum(out_abs_max, abs_max_of_pieces(out))
         else:
             out = load_row(residual_out_ptr, row, C, columns)
         if PRE:
-            xhat, mean, rstd = normalise(out, C, columns, peak, eps, PB_RELAX)
+            xhat, mean, rstd = normalise(out, C, columns, abs_max, eps, PB_RELAX)
             store_row(normed_ptr, row, affine(xhat, pre_weight, pre_bias), C, columns)
             tl.store(stats_ptr + offset(R, 2) + row, mean)
             tl.store(stats_ptr + offset(R, 3) + row, rstd)
     if POST and PB_RELAX == 2:
-        tl.store(out_peaks_ptr + tl.program_id(0), tl.max(out_peak, axis=0))
+        tl.store(out_abs_maxima_ptr + tl.program_id(0), tl.max(out_abs_max, axis=0))
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
+@triton.jit(do_not_specialize=["seed", "keep_threshold"])
 def _sandwich_layer_norm_bwd_kernel(
     dresidual_out_ptr, dnormed_ptr, branch_ptr, residual_out_ptr, dbranch_ptr, dresidual_ptr,
-    post_weight_ptr, pre_weight_ptr, stats_ptr, partials_ptr, R, seed, threshold, scale,
+    post_weight_ptr, pre_weight_ptr, stats_ptr, partials_ptr, R, seed, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dresidual_out + dLN_pre(dnormed), dbranch = dropout(dLN_post(dresidual)), where with
@@ -117,11 +120,11 @@ def _sandwich_layer_norm_bwd_kernel(
         store_row(dresidual_ptr, row, trunk, C, columns)
         x = load_row(branch_ptr, row, C, columns)
         if HAS_DROPOUT:
-            x = drop(x, row, columns, seed, threshold, scale)
+            x = drop(x, row, columns, seed, keep_threshold, keep_scale)
         mean, rstd = tl.load(stats_ptr + row), tl.load(stats_ptr + offset(R, 1) + row)
         dx, product = gradient_through(trunk, x, mean, rstd, post_weight, C, columns)
         if HAS_DROPOUT:
-            dx = drop(dx, row, columns, seed, threshold, scale)
+            dx = drop(dx, row, columns, seed, keep_threshold, keep_scale)
         store_row(dbranch_ptr, row, dx, C, columns)
         dpost_weight = add_rows(dpost_weight, product)
         dpost_bias = add_rows(dpost_bias, trunk)
@@ -132,61 +135,48 @@ def _sandwich_layer_norm_bwd_kernel(
     store_row(partials_ptr, at + 3, dpre_bias, C, columns)
 
 
-def launch_sandwich_layer_norm_fwd(
-    tensors: tuple[Tensor | None, ...],
-    eps: float,
-    pb_relax: str | None,
-    dropout_p: float,
-    seed: Tensor | None,
+def limit(backend: str, branch: Tensor) -> str:
+    """Why the kernels cannot take ``branch``; empty when they can."""
+    return shared.limit(backend, "branch", branch)
+
+
+def forward(
+    rows: ForwardRows, norms: Norms, stats: Tensor, options: NormOptions, dropout: Dropout | None, _: str
 ) -> None:
-    """``tensors``: branch, residual, residual_out, normed, four parameters (or None), stats of [4, R]; all
-    contiguous."""
-    *rows, post_weight, post_bias, pre_weight, pre_bias, stats = tensors
-    branch, residual, residual_out, normed = rows
-    assert branch is not None
+    """Fills ``residual_out``, ``normed`` and ``stats`` [4, R]; everything is contiguous."""
+    branch = rows.branch
     C = branch.shape[-1]
     R = branch.numel() // C
-    threshold, scale, _, _ = dropout(dropout_p, seed)
-    key = seed_argument(seed)
     tiles = tiling(C, branch.element_size(), FORWARD_REGISTERS)
     grid = programs(R, branch.device, tiles)
-    peaks = out_peaks = None
-    if pb_relax == "tensor":
-        peaks = launch_peaks(branch, threshold, scale, key)
-        out_peaks = torch.empty(grid, dtype=torch.float32, device=branch.device)
-    passes = ((True, False), (False, True)) if pb_relax == "tensor" else ((True, True),)
+    abs_maxima = out_abs_maxima = None
+    passes = [(True, True)]
+    if options.pb_relax == "tensor":
+        abs_maxima = launch_abs_max(branch, dropout)
+        out_abs_maxima = torch.empty(grid, dtype=torch.float32, device=branch.device)
+        passes = [(True, False), (False, True)]
     for post, pre in passes:
-        given = peaks if post else out_peaks
+        given = abs_maxima if post else out_abs_maxima
         _sandwich_layer_norm_fwd_kernel[(grid,)](
-            branch, residual, residual_out, normed, post_weight, post_bias, pre_weight, pre_bias,
-            stats, given, out_peaks, R, 0 if given is None else len(given), eps, key, threshold, scale,
-            POST=post, PRE=pre, PB_RELAX=PB_RELAX_CODES[pb_relax], HAS_DROPOUT=threshold > 0, **tiles,
+            *rows, *norms.post, *norms.pre, stats, given, out_abs_maxima,
+            R, 0 if given is None else len(given), options.eps, *dropout_arguments(dropout),
+            POST=post, PRE=pre, PB_RELAX=shared.PB_RELAX_CODES[options.pb_relax],
+            HAS_DROPOUT=dropout is not None, **tiles,
         )  # fmt: skip
 
 
-def launch_sandwich_layer_norm_bwd(
-    tensors: tuple[Tensor | None, ...],
-    post_weight: Tensor | None,
-    pre_weight: Tensor | None,
-    gradients: list[Tensor | None],
-    stats: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
+def backward(
+    rows: BackwardRows, norms: Norms, gradients: Norms, stats: Tensor, dropout: Dropout | None, _: str
 ) -> None:
-    """``tensors``: dresidual_out and dnormed (either may be None), branch, residual_out, dbranch, dresidual;
-    ``gradients``: of the four parameters, None where not wanted. All contiguous."""
-    dresidual_out, dnormed, branch, residual_out, dbranch, dresidual = tensors
-    assert branch is not None
+    """Fills ``dbranch``, ``dresidual`` and what there is of ``gradients``; everything is contiguous."""
+    branch = rows.branch
     C = branch.shape[-1]
     R = branch.numel() // C
-    threshold, scale, _, _ = dropout(dropout_p, seed)
     tiles = tiling(C, branch.element_size(), BACKWARD_REGISTERS)
     grid = programs(R, branch.device, tiles)
     partials = torch.empty((grid, 4, C), dtype=torch.float32, device=branch.device)
     _sandwich_layer_norm_bwd_kernel[(grid,)](
-        dresidual_out, dnormed, branch, residual_out, dbranch, dresidual, post_weight, pre_weight,
-        stats, partials, R, seed_argument(seed), threshold, scale,
-        HAS_DROPOUT=threshold > 0, **tiles,
+        *rows, norms.post.weight, norms.pre.weight, stats, partials, R, *dropout_arguments(dropout),
+        HAS_DROPOUT=dropout is not None, **tiles,
     )  # fmt: skip
-    if any(g is not None for g in gradients):
-        launch_reduce_partials(partials, *gradients)
+    launch_reduce_partials(partials, *gradients.post, *gradients.pre)

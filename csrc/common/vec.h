@@ -265,7 +265,7 @@ inline VecF only(VecF v, Part part) {
 template <int K>
 struct Totals {
     VecF sum[K];
-    VecF peak;
+    VecF largest;
 };
 
 // step(j, tag, totals) for every vector of a row of n. Four sets of totals take turns, as one addition would
@@ -279,7 +279,7 @@ inline Totals<K> accumulate(int64_t n, const Step& step) {
     for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
     if (j < n) step(j, Part{int(n - j)}, t[3]);
     for (int k = 0; k < K; ++k) t[0].sum[k] = (t[0].sum[k] + t[1].sum[k]) + (t[2].sum[k] + t[3].sum[k]);
-    t[0].peak = maximum(maximum(t[0].peak, t[1].peak), maximum(t[2].peak, t[3].peak));
+    t[0].largest = maximum(maximum(t[0].largest, t[1].largest), maximum(t[2].largest, t[3].largest));
     return t[0];
 }
 

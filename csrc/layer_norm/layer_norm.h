@@ -1,25 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// y = (x - mean) * rstd * weight + bias over rows of C, rstd = 1 / sqrt(variance + eps * (peak / 8)^2).
+// y = (x - mean) * rstd * weight + bias over rows of C, rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2).
 #pragma once
 
 #include <cstdint>
 
 #include "common/isa.h"
-#include "common/norm.h"
+#include "norms/norm.h"
 
 namespace cogview {
 
 struct LayerNormForward {
-    const void* x;  // [rows, C], contiguous, as y
+    const void* x;
     void* y;
-    Parameter weight, bias;
-    float* stats;    // [2, rows]: mean, rstd
-    float* peaks;    // CUDA with kTensor: workspace of `blocks` floats
-    int64_t blocks;  // CUDA: persistent blocks
-    int64_t rows, C;
-    float eps;
-    PbRelax pb_relax;
-    DType dtype;
+    Affine affine;
+    float* stats;  // [2, rows]: mean, rstd
+    RowShape shape;
+    NormOptions options;
+    BlockWorkspace workspace;  // with kTensor a float a block: maxima
 };
 
 // With xhat = (x - mean) * rstd and g = dy * weight:
@@ -28,20 +25,18 @@ struct LayerNormBackward {
     const void* dy;
     const void* x;
     void* dx;
-    Parameter weight, dweight, dbias;
+    Parameter weight;
+    Affine gradients;
     const float* stats;
-    float* partials;  // CUDA: workspace of blocks * 2 * C floats
-    int64_t blocks;
-    int64_t rows, C;
-    DType dtype;
+    RowShape shape;
+    BlockWorkspace workspace;  // 2 * C floats a block: sums over its rows
 };
 
 COGVIEW_DECLARE_PER_ISA(void layer_norm_fwd_cpu(const LayerNormForward& args, int threads);
                         void layer_norm_bwd_cpu(const LayerNormBackward& args, int threads);)
 
 #if COGVIEW_HAS_CUDA
-// `stream` is a cudaStream_t. Rows of up to _norm.GPU_MAX_WIDTH. Throws std::runtime_error with the kernel's
-// name.
+// `stream` is a cudaStream_t. Rows of up to kMaxWidth. Throws std::runtime_error with the kernel's name.
 void layer_norm_fwd_cuda(const LayerNormForward& args, void* stream);
 void layer_norm_bwd_cuda(const LayerNormBackward& args, void* stream);
 #endif

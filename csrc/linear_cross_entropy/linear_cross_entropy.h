@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax part of linear cross-entropy, on logits held with a row per id and a column per token; the
-// matrix products around it are PyTorch's. Letters: V (or v) ids, n tokens.
+// The softmax part of linear cross-entropy; the matrix products around it are PyTorch's.
 #pragma once
 
 #include <cstdint>
@@ -10,26 +9,29 @@
 
 namespace cogview {
 
-// peak = max over ids, total = sum over ids of exp(logit - peak).
-struct LinearCrossEntropyReduce {
-    const void* logits;  // [V, n], rows `stride` elements apart
-    int64_t stride, V, n;
-    float* peak;   // [n]
-    float* total;  // [n]
+// A row for each of v ids, `stride` elements apart, and in it a column for each of n tokens.
+struct Logits {
+    void* data;
+    int64_t stride, v, n;
     DType dtype;
 };
 
-// In place of the logits: coefficient * (exp(logit - peak) / total - onehot(target)); 0 where coefficient is
-// 0.
+// logit_max = max over ids, total = sum over ids of exp(logit - logit_max).
+struct LinearCrossEntropyReduce {
+    Logits logits;
+    float* logit_max;  // [n]
+    float* total;      // [n]
+};
+
+// In place of the logits: coefficient * (exp(logit - logit_max) / total - onehot(target)); 0 where
+// coefficient is 0.
 struct LinearCrossEntropyGradient {
-    void* logits;  // [v, n], rows `stride` elements apart
-    int64_t stride, v, n;
+    Logits logits;
     int64_t first;             // the id of the first row
     const int64_t* target;     // [n]
     const float* coefficient;  // [n]
-    const float* peak;         // [n]
+    const float* logit_max;    // [n]
     const float* total;        // [n]
-    DType dtype;
 };
 
 COGVIEW_DECLARE_PER_ISA(void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args,

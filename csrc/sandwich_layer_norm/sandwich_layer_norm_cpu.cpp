@@ -2,7 +2,7 @@
 // One row at a time, in a float buffer that stays in the L1 cache. Bytes: forward reads branch and residual
 // and writes residual_out and normed, once each; under pb_relax="tensor" branch is read twice, as its maximum
 // must be known first, and so is residual_out. Backward reads four tensors and writes two.
-#include "common/norm_row.h"
+#include "norms/row.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 
 namespace cogview {
@@ -20,34 +20,37 @@ Moments add_post_norm(float* row, Statistics s, const float* weight, const float
         put_rounded(out + j, v, tag, streaming);
         store(row + j, v, tag);
         t.sum[0] += v;
-        t.peak = maximum(magnitude(v), t.peak);
+        t.largest = maximum(magnitude(v), t.largest);
     });
-    return {reduce_sum(total.sum[0]), reduce_max(total.peak)};
+    return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
 }
 
 template <bool kDropout, typename T>
 void forward(const SandwichForward& a, int threads) {
-    const int64_t rows = a.rows, C = a.C;
+    const int64_t rows = a.shape.rows, C = a.shape.C;
     const T* branch = static_cast<const T*>(a.branch);
     const T* residual = static_cast<const T*>(a.residual);
     T* residual_out = static_cast<T*>(a.residual_out);
     T* normed = static_cast<T*>(a.normed);
-    const bool by_row = a.pb_relax == PbRelax::kRow, by_tensor = a.pb_relax == PbRelax::kTensor;
+    const bool by_row = a.options.pb_relax == PbRelax::kRow,
+               by_tensor = a.options.pb_relax == PbRelax::kTensor;
     const Scratch parameters(4 * C);
     float *post_weight = parameters.data, *post_bias = post_weight + C;
     float *pre_weight = post_bias + C, *pre_bias = pre_weight + C;
-    widen_parameter(a.post_weight, C, 1.0f, post_weight);
-    widen_parameter(a.post_bias, C, 0.0f, post_bias);
-    widen_parameter(a.pre_weight, C, 1.0f, pre_weight);
-    widen_parameter(a.pre_bias, C, 0.0f, pre_bias);
+    widen_parameter(a.post.weight, C, 1.0f, post_weight);
+    widen_parameter(a.post.bias, C, 0.0f, post_bias);
+    widen_parameter(a.pre.weight, C, 1.0f, pre_weight);
+    widen_parameter(a.pre.bias, C, 0.0f, pre_bias);
 
-    const float post_peak = by_tensor ? tensor_peak<kDropout>(branch, rows, C, a.dropout, threads) : 8.0f;
+    const float post_abs_max =
+        by_tensor ? tensor_abs_max<kDropout>(branch, rows, C, a.dropout, threads) : 8.0f;
     const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
-    const Scratch peaks(chunks);
+    const Scratch abs_maxima(chunks);
     const bool streaming = streams(residual_out, rows, C) && streams(normed, rows, C);
-    const auto pre_norm = [&](int64_t r, float* row, Moments moments, float peak, const T* source) {
+    const auto pre_norm = [&](int64_t r, float* row, Moments moments, float abs_max, const T* source) {
         Statistics saved;
-        const Statistics s = statistics(row, C, moments, peak, a.eps, source + (r + 1) * C, &saved);
+        const Statistics s =
+            statistics(row, C, moments, abs_max, a.options.eps, source + (r + 1) * C, &saved);
         normalise_row(row, s, pre_weight, pre_bias, C, normed + r * C, streaming);
         a.stats[2 * rows + r] = saved.mean;
         a.stats[3 * rows + r] = saved.rstd;
@@ -59,25 +62,26 @@ void forward(const SandwichForward& a, int threads) {
             const RowWords words = kDropout ? row_words(a.dropout, r) : RowWords{};
             Moments m = widen_row<kDropout>(branch + r * C, C, a.dropout, words, row.data);
             Statistics saved;
-            const Statistics s =
-                statistics(row.data, C, m, by_row ? m.peak : post_peak, a.eps, residual + r * C, &saved);
+            const Statistics s = statistics(row.data, C, m, by_row ? m.abs_max : post_abs_max, a.options.eps,
+                                            residual + r * C, &saved);
             a.stats[r] = saved.mean;
             a.stats[rows + r] = saved.rstd;
             m = add_post_norm(row.data, s, post_weight, post_bias, residual + r * C, C, residual_out + r * C,
                               streaming);
-            largest = m.peak > largest ? m.peak : largest;
-            if (!by_tensor) pre_norm(r, row.data, m, by_row ? m.peak : 8.0f, branch);
+            largest = m.abs_max > largest ? m.abs_max : largest;
+            if (!by_tensor) pre_norm(r, row.data, m, by_row ? m.abs_max : 8.0f, branch);
         }
         stream_fence();
-        peaks.data[begin / grain] = largest;
+        abs_maxima.data[begin / grain] = largest;
     });
     if (!by_tensor) return;
-    float peak = 0.0f;
-    for (int64_t i = 0; i < chunks; ++i) peak = peaks.data[i] > peak ? peaks.data[i] : peak;
+    float abs_max = 0.0f;
+    for (int64_t i = 0; i < chunks; ++i)
+        abs_max = abs_maxima.data[i] > abs_max ? abs_maxima.data[i] : abs_max;
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch row(C);
         for (int64_t r = begin; r < end; ++r)
-            pre_norm(r, row.data, widen_row<false>(residual_out + r * C, C, a.dropout, {}, row.data), peak,
+            pre_norm(r, row.data, widen_row<false>(residual_out + r * C, C, a.dropout, {}, row.data), abs_max,
                      residual_out);
         stream_fence();
     });
@@ -85,7 +89,7 @@ void forward(const SandwichForward& a, int threads) {
 
 template <bool kDropout, typename T>
 void backward(const SandwichBackward& a, int threads) {
-    const int64_t rows = a.rows, C = a.C;
+    const int64_t rows = a.shape.rows, C = a.shape.C;
     const T* dresidual_out = static_cast<const T*>(a.dresidual_out);
     const T* dnormed = static_cast<const T*>(a.dnormed);
     const T* branch = static_cast<const T*>(a.branch);
@@ -146,22 +150,22 @@ void backward(const SandwichBackward& a, int threads) {
         }
         stream_fence();
     });
-    reduce_partials(partials.data, chunks, 4, 0, C, a.dpost_weight);
-    reduce_partials(partials.data, chunks, 4, 1, C, a.dpost_bias);
-    reduce_partials(partials.data, chunks, 4, 2, C, a.dpre_weight);
-    reduce_partials(partials.data, chunks, 4, 3, C, a.dpre_bias);
+    reduce_partials(partials.data, chunks, 4, 0, C, a.dpost.weight);
+    reduce_partials(partials.data, chunks, 4, 1, C, a.dpost.bias);
+    reduce_partials(partials.data, chunks, 4, 2, C, a.dpre.weight);
+    reduce_partials(partials.data, chunks, 4, 3, C, a.dpre.bias);
 }
 
 }  // namespace
 
 void sandwich_layer_norm_fwd_cpu(const SandwichForward& args, int threads) {
-    COGVIEW_DISPATCH_DTYPE(args.dtype, !args.dropout.drops() ? forward<false, scalar_t>(args, threads)
-                                                             : forward<true, scalar_t>(args, threads));
+    COGVIEW_DISPATCH_DTYPE(args.shape.dtype, !args.dropout.drops() ? forward<false, scalar_t>(args, threads)
+                                                                   : forward<true, scalar_t>(args, threads));
 }
 
 void sandwich_layer_norm_bwd_cpu(const SandwichBackward& args, int threads) {
-    COGVIEW_DISPATCH_DTYPE(args.dtype, !args.dropout.drops() ? backward<false, scalar_t>(args, threads)
-                                                             : backward<true, scalar_t>(args, threads));
+    COGVIEW_DISPATCH_DTYPE(args.shape.dtype, !args.dropout.drops() ? backward<false, scalar_t>(args, threads)
+                                                                   : backward<true, scalar_t>(args, threads));
 }
 
 }  // namespace COGVIEW_ISA

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block per row, the row in registers: see common/norm_block.cuh. Bytes: forward reads branch and residual
+// A block per row, the row in registers: see norms/block.cuh. Bytes: forward reads branch and residual
 // and writes residual_out and normed, once each; under pb_relax="tensor" branch is read once more for its
 // maximum, and residual_out again in a second pass. Backward reads four tensors and writes two.
 #pragma once
 
-#include "common/norm_block.cuh"
+#include "norms/block.cuh"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 
 namespace cogview {
@@ -12,11 +12,11 @@ namespace {
 
 // kPost: residual_out = residual + LN_post(dropout(branch)). kPre: normed = LN_pre(residual_out). Both at
 // once, or one after the other under pb_relax="tensor", with the maxima of residual_out going from the first
-// to the second through the latter half of `peaks`.
+// to the second through the latter half of the workspace.
 template <typename T, bool kPost, bool kPre>
 __global__ void __launch_bounds__(kMaxThreads)
     sandwich_layer_norm_fwd_kernel(SandwichForward a, bool vector) {
-    const int C = int(a.C);
+    const int C = int(a.shape.C);
     const T* branch = static_cast<const T*>(a.branch);
     const T* residual = static_cast<const T*>(a.residual);
     T* residual_out = static_cast<T*>(a.residual_out);
@@ -24,56 +24,57 @@ __global__ void __launch_bounds__(kMaxThreads)
     BlockReduction reduction;
     Row post_weight = {}, post_bias = {}, pre_weight = {}, pre_bias = {};
     if (kPost) {
-        post_weight = load_parameter(a.post_weight, C, 1.0f);
-        post_bias = load_parameter(a.post_bias, C, 0.0f);
+        post_weight = load_parameter(a.post.weight, C, 1.0f);
+        post_bias = load_parameter(a.post.bias, C, 0.0f);
     }
     if (kPre) {
-        pre_weight = load_parameter(a.pre_weight, C, 1.0f);
-        pre_bias = load_parameter(a.pre_bias, C, 0.0f);
+        pre_weight = load_parameter(a.pre.weight, C, 1.0f);
+        pre_bias = load_parameter(a.pre.bias, C, 0.0f);
     }
-    float* out_peaks = a.peaks + gridDim.x;
-    float peak = 8.0f, out_peak = 0.0f;
-    if (a.pb_relax == PbRelax::kTensor) peak = load_peak(kPost ? a.peaks : out_peaks, gridDim.x, reduction);
-    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    float* out_abs_maxima = a.workspace.data + gridDim.x;
+    float abs_max = 8.0f, out_abs_max = 0.0f;
+    if (a.options.pb_relax == PbRelax::kTensor)
+        abs_max = load_abs_max(kPost ? a.workspace.data : out_abs_maxima, gridDim.x, reduction);
+    for (int64_t r = blockIdx.x; r < a.shape.rows; r += gridDim.x) {
         Row out;
         if (kPost) {
             Row x = load_row(branch + r * C, C, vector);
             out = load_row(residual + r * C, C, vector);
             drop(x, a.dropout, r);
-            const Statistics s = normalise(x, C, a.pb_relax, peak, a.eps, reduction);
+            const Statistics s = normalise(x, C, a.options.pb_relax, abs_max, a.options.eps, reduction);
             x = affine(x, post_weight, post_bias);
 #pragma unroll
             for (int i = 0; i < kColumns; ++i)
                 out.of[i] = first_column() + i < C ? out.of[i] + x.of[i] : 0.0f;
             out = rounded<T>(out);
             store_row(residual_out + r * C, out, C, vector);
-            out_peak = fmaxf(out_peak, peak_of(out));
+            out_abs_max = fmaxf(out_abs_max, abs_max_of(out));
             if (threadIdx.x == 0) {
                 a.stats[r] = s.mean;
-                a.stats[a.rows + r] = s.rstd;
+                a.stats[a.shape.rows + r] = s.rstd;
             }
         } else {
             out = load_row(residual_out + r * C, C, vector);
         }
         if (kPre) {
-            const Statistics s = normalise(out, C, a.pb_relax, peak, a.eps, reduction);
+            const Statistics s = normalise(out, C, a.options.pb_relax, abs_max, a.options.eps, reduction);
             store_row(normed + r * C, affine(out, pre_weight, pre_bias), C, vector);
             if (threadIdx.x == 0) {
-                a.stats[2 * a.rows + r] = s.mean;
-                a.stats[3 * a.rows + r] = s.rstd;
+                a.stats[2 * a.shape.rows + r] = s.mean;
+                a.stats[3 * a.shape.rows + r] = s.rstd;
             }
         }
     }
     if (!kPre) {
-        out_peak = reduction.peak_and_sum(out_peak, 0.0f).x;
-        if (threadIdx.x == 0) out_peaks[blockIdx.x] = out_peak;
+        out_abs_max = reduction.max_and_sum(out_abs_max, 0.0f).x;
+        if (threadIdx.x == 0) out_abs_maxima[blockIdx.x] = out_abs_max;
     }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     sandwich_layer_norm_bwd_kernel(SandwichBackward a, bool vector) {
-    const int C = int(a.C);
+    const int C = int(a.shape.C);
     const T* dresidual_out = static_cast<const T*>(a.dresidual_out);
     const T* dnormed = static_cast<const T*>(a.dnormed);
     const T* branch = static_cast<const T*>(a.branch);
@@ -82,14 +83,14 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Row post_weight = load_parameter(a.post_weight, C, 1.0f);
     const Row pre_weight = load_parameter(a.pre_weight, C, 1.0f);
     Row dpost_weight = {}, dpost_bias = {}, dpre_weight = {}, dpre_bias = {};
-    for (int64_t r = blockIdx.x; r < a.rows; r += gridDim.x) {
+    for (int64_t r = blockIdx.x; r < a.shape.rows; r += gridDim.x) {
         // Through LN_pre: d residual_out in all, which is d residual too.
         Row trunk = {};
         if (dnormed != nullptr) {
             trunk = load_row(dnormed + r * C, C, vector);
             const Row out = load_row(residual_out + r * C, C, vector);
-            gradient_through(trunk, out, {a.stats[2 * a.rows + r], a.stats[3 * a.rows + r]}, pre_weight, C,
-                             dpre_weight, dpre_bias, reduction);
+            gradient_through(trunk, out, {a.stats[2 * a.shape.rows + r], a.stats[3 * a.shape.rows + r]},
+                             pre_weight, C, dpre_weight, dpre_bias, reduction);
         }
         if (dresidual_out != nullptr) {
             const Row direct = load_row(dresidual_out + r * C, C, vector);
@@ -103,12 +104,12 @@ __global__ void __launch_bounds__(kMaxThreads)
         // Through LN_post and dropout.
         Row x = load_row(branch + r * C, C, vector);
         drop(x, a.dropout, r);
-        gradient_through(trunk, x, {a.stats[r], a.stats[a.rows + r]}, post_weight, C, dpost_weight,
+        gradient_through(trunk, x, {a.stats[r], a.stats[a.shape.rows + r]}, post_weight, C, dpost_weight,
                          dpost_bias, reduction);
         drop(trunk, a.dropout, r);
         store_row(static_cast<T*>(a.dbranch) + r * C, trunk, C, vector);
     }
-    float* partial = a.partials + int64_t(blockIdx.x) * 4 * C;
+    float* partial = a.workspace.data + int64_t(blockIdx.x) * 4 * C;
     store_partial(partial, dpost_weight, C);
     store_partial(partial + C, dpost_bias, C);
     store_partial(partial + 2 * C, dpre_weight, C);

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // probs = softmax(alpha * (scale * scores - max(scale * scores))) over rows; masked keys give 0, a row with
-// no key gives zeros.                                              Letters: A, B, T lead, N is a row's
-// length.
+// no key gives zeros. Letters: [A, B, T, N] with rows of N.
 #pragma once
 
 #include <cstdint>

@@ -68,8 +68,8 @@ void forward_row(const T* scores, const uint8_t* mask, int64_t mask_stride, int6
         maxima = maximum(x, maxima);
         nans += x != x ? x : VecF{};  // a comparison drops NaN, a sum keeps it
     }
-    const float max = reduce_max(maxima) + reduce_sum(nans);
-    if (max == -kInf) {
+    const float row_max = reduce_max(maxima) + reduce_sum(nans);
+    if (row_max == -kInf) {
         for (int64_t j = 0; j < N; ++j) from_float(0.0f, &probs[j]);
         return;
     }
@@ -79,7 +79,7 @@ void forward_row(const T* scores, const uint8_t* mask, int64_t mask_stride, int6
     for (int64_t start = 0; start < padded; start += kSumBlock) {
         VecF block = VecF{};
         for (int64_t j = start; j < std::min(padded, start + kSumBlock); j += kLanes) {
-            const VecF e = exp2_product(load(row + j) - max, factor, factor_low);
+            const VecF e = exp2_product(load(row + j) - row_max, factor, factor_low);
             block += e;
             store(row + j, e);
         }

@@ -12,34 +12,36 @@ namespace cogview {
 namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
-// A mergeable softmax: sum of 2^(factor * (x - max)) over the keys seen so far.
+
+// A mergeable softmax: sum of 2^(factor * (x - row_max)) over the keys seen so far.
 struct State {
-    float max, sum;
+    float row_max, sum;
 };
 
 __device__ State merge(State a, State b, float factor) {
-    const float max = fmaxf(a.max, b.max);
-    // One empty: -inf minus -inf is NaN, and so is 0 times -inf (the backward merges with a factor of 0).
-    if (a.max == -INFINITY || b.max == -INFINITY) return {max, a.sum + b.sum};
-    return {max, a.sum * exp2f(factor * (a.max - max)) + b.sum * exp2f(factor * (b.max - max))};
+    const float row_max = fmaxf(a.row_max, b.row_max);
+    // Where one is empty, -inf minus -inf is NaN, and so is 0 times -inf (the backward's factor is 0).
+    if (a.row_max == -INFINITY || b.row_max == -INFINITY) return {row_max, a.sum + b.sum};
+    return {row_max,
+            a.sum * exp2f(factor * (a.row_max - row_max)) + b.sum * exp2f(factor * (b.row_max - row_max))};
 }
 
 __device__ State reduce_block(State s, float factor) {
     __shared__ float maxima[32], sums[32];
     for (int step = 16; step > 0; step /= 2) {
-        const State other = {__shfl_xor_sync(kAllLanes, s.max, step),
+        const State other = {__shfl_xor_sync(kAllLanes, s.row_max, step),
                              __shfl_xor_sync(kAllLanes, s.sum, step)};
         s = merge(s, other, factor);
     }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     if (lane == 0) {
-        maxima[warp] = s.max;
+        maxima[warp] = s.row_max;
         sums[warp] = s.sum;
     }
     __syncthreads();
     s = lane < warps ? State{maxima[lane], sums[lane]} : State{-INFINITY, 0.0f};
     for (int step = 16; step > 0; step /= 2) {
-        const State other = {__shfl_xor_sync(kAllLanes, s.max, step),
+        const State other = {__shfl_xor_sync(kAllLanes, s.row_max, step),
                              __shfl_xor_sync(kAllLanes, s.sum, step)};
         s = merge(s, other, factor);
     }
@@ -69,11 +71,11 @@ __global__ void stable_softmax_fwd_kernel(SoftmaxForward a) {
     }
     s.sum += nan;
     s = reduce_block(s, factor);
-    const float inverse = s.max == -INFINITY && s.sum == 0.0f ? 0.0f : 1.0f / s.sum;
+    const float inverse = s.row_max == -INFINITY && s.sum == 0.0f ? 0.0f : 1.0f / s.sum;
     for (int64_t j = threadIdx.x; j < a.N; j += blockDim.x) {
         const bool seen = j < visible && (mask == nullptr || mask[j * a.mask_stride[3]]);
         const bool empty = inverse == 0.0f;
-        narrow(seen && !empty ? exp2f(factor * (widen(scores[j]) * a.scale - s.max)) * inverse : 0.0f,
+        narrow(seen && !empty ? exp2f(factor * (widen(scores[j]) * a.scale - s.row_max)) * inverse : 0.0f,
                probs + j);
     }
 }

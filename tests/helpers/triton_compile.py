@@ -41,7 +41,7 @@ class Spec:
 def norm_spec(
     module: str, kernel: str, signature: dict[str, str], constexprs: dict[str, Any], arch: int
 ) -> Spec:
-    """Of a LayerNorm kernel; ``constexprs``: those of the kernel and what ``_norm_triton.tiling`` gives."""
+    """Of a LayerNorm kernel; ``constexprs``: those of the kernel and what ``rows_triton.tiling`` gives."""
     constexprs = dict(constexprs)
     warps, maxnreg = constexprs.pop("num_warps"), constexprs.pop("maxnreg")
     aligned = [name for name, kind in signature.items() if kind[0] == "*"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import _norm, layer_norm
+from cogview_kernels import _backends, _device, layer_norm
+from cogview_kernels._norms.rows import GPU_MAX_WIDTH
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
@@ -102,7 +103,7 @@ def test_reference_gradient(mode):
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(7, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    # eps is so small that the peak's own derivative, which is left out on purpose, does not show.
+    # eps is so small that the maximum's own derivative, which is left out on purpose, does not show.
     call = lambda *a: layer_norm_reference(*a, eps=1e-9, pb_relax=mode)  # noqa: E731
     assert torch.autograd.gradcheck(call, (x, weight, bias))
 
@@ -295,9 +296,8 @@ def test_empty(backend, shape, mode, backend_device):
 
 def test_triton_takes_the_maximum_over_many_programs(monkeypatch, backend_device):
     device = backend_device("triton")
-    from cogview_kernels import _norm_triton
-
-    monkeypatch.setattr(_norm_triton, "INTERPRETED_PROGRAMS", 257)  # one load is of 256
+    # A program for each row; one load is of 256 maxima.
+    monkeypatch.setattr(_device, "INTERPRETED", _device.Properties("many", (9, 0), 257))
     x = torch.randn(257, 4, device=device) * 1e-3
     x[256] *= 1e3
     expected = layer_norm_reference(x, pb_relax="tensor")
@@ -330,13 +330,27 @@ def test_every_instruction_set(isa, instruction_set):
             check("cpu", inputs, dy)
 
 
-def test_rows_too_wide_for_a_gpu_block_go_elsewhere():
-    fits, wide = (torch.empty(1, _norm.GPU_MAX_WIDTH + more, device="meta") for more in (0, 1))
-    assert "triton" in _norm.supported(fits) and "cuda" in _norm.supported(fits)
-    with pytest.raises(NotImplementedError, match="no triton backend; this op has cpu, reference"):
-        layer_norm(wide, backend="triton")
-    x = torch.randn(2, _norm.GPU_MAX_WIDTH + 1)
-    torch.testing.assert_close(layer_norm(x, pb_relax=None), F.layer_norm(x, x.shape[-1:]))
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_rows_too_wide_for_a_gpu_block(backend, backend_device, monkeypatch):
+    device = backend_device(backend)
+    widest, wide = (torch.randn(1, GPU_MAX_WIDTH + more, device=device) for more in (0, 1))
+    torch.testing.assert_close(
+        layer_norm(widest, pb_relax=None, backend=backend), F.layer_norm(widest, widest.shape[-1:])
+    )
+    message = f"the {backend} backend holds a row in registers and takes x of at most 4096 columns, got 4097"
+    with pytest.raises(NotImplementedError, match=message):
+        layer_norm(wide, backend=backend)
+    # Without backend= they go to the next one that takes them.
+    monkeypatch.setattr(_backends, "_preference", lambda device: (backend, "reference"))
+    monkeypatch.setattr(_backends, "_candidates", {})
+    torch.testing.assert_close(layer_norm(wide, pb_relax=None), F.layer_norm(wide, wide.shape[-1:]))
+
+
+def test_float64_goes_to_the_reference():
+    x, weight, bias = (torch.randn(n, dtype=torch.float64, requires_grad=True) for n in ((3, 7), 7, 7))
+    assert torch.equal(layer_norm(x, weight, bias), layer_norm_reference(x, weight, bias))
+    call = lambda *a: layer_norm(*a, eps=1e-9)  # noqa: E731
+    assert torch.autograd.gradcheck(call, (x, weight, bias))
 
 
 # ---- PyTorch integration
@@ -369,7 +383,11 @@ def test_compile_without_graph_break(backend, backend_device):
     ("arguments", "error", "message"),
     [
         ({"x": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "x must be float32"),
-        ({"x": torch.ones(2, 3, dtype=torch.float64)}, TypeError, "backend='reference' takes float64"),
+        (
+            {"x": torch.ones(2, 3, dtype=torch.float64), "backend": "cpu"},
+            NotImplementedError,
+            "the cpu backend takes x in float32, float16 or bfloat16, got torch.float64",
+        ),
         ({"x": torch.ones(())}, ValueError, r"x must be \[..., C\] with C of at least 1"),
         ({"x": torch.ones(3, 0)}, ValueError, r"got shape \(3, 0\)"),
         ({"weight": torch.ones(4)}, ValueError, r"weight must have shape \(3,\)"),
@@ -400,7 +418,7 @@ def test_results_past_the_caches_are_streamed(dtype):
 
 
 def test_triton_compiles_for_sm80_and_sm90():
-    from cogview_kernels._norm_triton import tiling
+    from cogview_kernels._norms.rows_triton import tiling
     from cogview_kernels.layer_norm import triton_kernels as launchers
 
     specs = []
@@ -409,8 +427,8 @@ def test_triton_compiles_for_sm80_and_sm90():
     ):
         forward = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
         forward |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
-        forward |= dict.fromkeys(("stats_ptr", "peaks_ptr"), "*fp32")
-        forward |= {"R": "i32", "PEAKS": "i32", "eps": "fp32"}
+        forward |= dict.fromkeys(("stats_ptr", "abs_maxima_ptr"), "*fp32")
+        forward |= {"R": "i32", "COUNT": "i32", "eps": "fp32"}
         backward = dict.fromkeys(("dy_ptr", "x_ptr", "dx_ptr"), f"*{dtype}")
         backward |= {"weight_ptr": f"*{parameter}", "stats_ptr": "*fp32", "partials_ptr": "*fp32"}
         backward |= {"R": "i32"}
@@ -427,7 +445,7 @@ def test_triton_compiles_for_sm80_and_sm90():
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
     types = ("float", "__half", "__nv_bfloat16")
-    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_peaks_kernel")
+    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_abs_max_kernel")
     kernels = [f"cogview::{kernel}<{t}>" for t in types for kernel in names]
     source = '#include "layer_norm/layer_norm_kernels.cuh"'
     for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():

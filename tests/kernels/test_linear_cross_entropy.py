@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from cogview_kernels import _extension, linear_cross_entropy
-from cogview_kernels.linear_cross_entropy import autograd, pieces
+from cogview_kernels.linear_cross_entropy import pieces
+from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as reference
 from tests.helpers.tolerance import GRADIENT, assert_within_budget, judge
 from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
@@ -208,7 +209,7 @@ def test_every_instruction_set(isa, backend, instruction_set):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_over_many_parts(backend):
     """More ids than one part of the vocabulary, in every part a target."""
-    steps = autograd.steps(backend)
+    steps = backend_module(backend)
     logits, target = 3 * torch.randn(2100, 21), torch.linspace(0, 2099, 21).long()
     wide, stats = torch.empty(2100, 30), torch.empty(3, 21)
     view = wide[:, 2:23]
@@ -233,7 +234,7 @@ def test_steps_over_many_parts(backend):
 def test_offsets_of_64_bits(backend, monkeypatch):
     """Rows 2^30 elements apart, in memory that is never touched between them."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    steps, results = autograd.steps(backend), []
+    steps, results = backend_module(backend), []
     near, target, coefficient = torch.randn(3, 20).bfloat16(), torch.arange(20) % 3, torch.randn(20)
     far = torch.empty(2**31 + 20, dtype=torch.bfloat16).as_strided((3, 20), (2**30, 1))
     far.copy_(near)
@@ -508,6 +509,11 @@ def test_opcheck(backend, summed):
     target, coefficient = torch.randint(0, 30, (20,)), torch.rand(20)
     op = torch.ops.cogview_kernels.linear_cross_entropy.default
     torch.library.opcheck(op, (hidden, weight, target, coefficient, 2, 29, summed, True, backend))
+    op = torch.ops.cogview_kernels.linear_cross_entropy_backward.default
+    hidden, weight, ones = hidden.detach(), weight.detach(), torch.ones(2)
+    made, given = (hidden, weight, ones) if summed else (None,) * 3, (hidden, weight, target, coefficient)
+    known = (*(given if not summed else (None,) * 4), *made)
+    torch.library.opcheck(op, (torch.tensor(2.0) if summed else coefficient, *known, 2, 29, backend))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -606,8 +612,6 @@ def test_errors(arguments, error, message):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_target_out_of_range_has_an_infinite_loss_where_it_is_not_checked(backend):
-    from cogview_kernels.linear_cross_entropy.autograd import linear_cross_entropy_op
-
     hidden, weight = torch.randn(2, 4), torch.randn(6, 4)
     target = torch.tensor([1, 6])
     ours = linear_cross_entropy_op(hidden, weight, target, torch.ones(2), (0, 6), False, backend)[0]

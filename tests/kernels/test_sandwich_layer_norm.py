@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import _random, sandwich_layer_norm
+from cogview_kernels import _dropout, sandwich_layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 from tests.helpers import cuda_compile
@@ -83,8 +83,9 @@ def check(backend, inputs, douts, **arguments):
 def keep_mask(rows: int, columns: int, p: float, seed: int, first_row: int = 0) -> torch.Tensor:
     """The common generator's mask, straight from its two functions."""
     row = torch.arange(first_row, first_row + rows)
-    words = _random.philox(seed, row & 0xFFFFFFFF, row >> 32, torch.zeros_like(row))
-    return _random.keep_mask(p, (words[0][:, None], words[1][:, None]), torch.arange(columns))
+    words = _dropout.philox(seed, row & 0xFFFFFFFF, row >> 32, torch.zeros_like(row))
+    dropout = _dropout.Dropout(p, torch.tensor(seed))
+    return _dropout.keep_mask(dropout, (words[0][:, None], words[1][:, None]), torch.arange(columns))
 
 
 # ---- the reference
@@ -104,7 +105,7 @@ def test_equals_torch():
 def test_reference_gradient(mode, dropout_p):
     inputs = [torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     inputs += [torch.randn(7, dtype=torch.float64, requires_grad=True) for _ in range(4)]
-    # eps is so small that the peak's own derivative, which is left out on purpose, does not show.
+    # eps is so small that the maximum's own derivative, which is left out on purpose, does not show.
     call = lambda *a: sandwich_layer_norm_reference(  # noqa: E731
         *a, eps=1e-9, pb_relax=mode, dropout_p=dropout_p, seed=5
     )
@@ -370,7 +371,12 @@ def test_mixed_dtypes_are_promoted():
     ("arguments", "error", "message"),
     [
         ({"branch": torch.ones(2, 3, dtype=torch.int64)}, TypeError, "branch must be float32"),
-        ({"residual": torch.ones(2, 3, dtype=torch.float64)}, TypeError, "residual must be float32"),
+        ({"residual": torch.ones(2, 3, dtype=torch.int32)}, TypeError, "residual must be float32"),
+        (
+            {"residual": torch.ones(2, 3, dtype=torch.float64), "backend": "cpu"},
+            NotImplementedError,
+            "the cpu backend takes branch in float32, float16 or bfloat16, got torch.float64",
+        ),
         ({"residual": torch.ones(3, 3)}, ValueError, r"shape of branch, \(2, 3\), got \(3, 3\)"),
         ({"branch": torch.ones(2, 0), "residual": torch.ones(2, 0)}, ValueError, "C of at least 1"),
         ({"post_weight": torch.ones(4)}, ValueError, r"post_weight must have shape \(3,\)"),
@@ -379,7 +385,7 @@ def test_mixed_dtypes_are_promoted():
         ({"pb_relax": True}, ValueError, "pb_relax must be one of"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": None}, TypeError, "dropout_p must be a number"),
-        ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an integer or a 0-d int64 tensor"),
+        ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
         ({"dropout_p": 0.1, "seed": torch.ones(2).long()}, TypeError, r"got torch.int64 \(2,\)"),
         ({"backend": "sdpa"}, NotImplementedError, "no sdpa backend; this op has"),
     ],
@@ -404,10 +410,11 @@ def test_results_past_the_caches_are_streamed(dtype):
 
 
 def test_triton_compiles_for_sm80_and_sm90():
-    from cogview_kernels._norm_triton import tiling
+    from cogview_kernels._norms.rows_triton import tiling
     from cogview_kernels.sandwich_layer_norm import triton_kernels as launchers
 
-    scalars = {"R": "i32", "PEAKS": "i32", "eps": "fp32", "seed": "i64", "threshold": "i64", "scale": "fp32"}
+    scalars = {"R": "i32", "COUNT": "i32", "eps": "fp32", "seed": "i64"}
+    scalars |= {"keep_threshold": "i64", "keep_scale": "fp32"}
     specs = []
     for arch, dtype, parameter, C in (
         (80, "bf16", "bf16", 2560),
@@ -417,12 +424,12 @@ def test_triton_compiles_for_sm80_and_sm90():
     ):
         forward = dict.fromkeys(("branch_ptr", "residual_ptr", "residual_out_ptr", "normed_ptr"), f"*{dtype}")
         forward |= dict.fromkeys((f"{p}_ptr" for p in PARAMETERS), f"*{parameter}")
-        forward |= dict.fromkeys(("stats_ptr", "peaks_ptr", "out_peaks_ptr"), "*fp32") | scalars
+        forward |= dict.fromkeys(("stats_ptr", "abs_maxima_ptr", "out_abs_maxima_ptr"), "*fp32") | scalars
         names = ("dresidual_out", "dnormed", "branch", "residual_out", "dbranch", "dresidual")
         backward = dict.fromkeys((f"{name}_ptr" for name in names), f"*{dtype}")
         backward |= dict.fromkeys(("post_weight_ptr", "pre_weight_ptr"), f"*{parameter}")
         backward |= dict.fromkeys(("stats_ptr", "partials_ptr"), "*fp32")
-        backward |= {k: v for k, v in scalars.items() if k not in ("PEAKS", "eps")}
+        backward |= {k: v for k, v in scalars.items() if k not in ("COUNT", "eps")}
         row = {"POST": True, "PRE": True, "PB_RELAX": 1, "HAS_DROPOUT": True}
         tensor = {**row, "PRE": False, "PB_RELAX": 2}
         kernels = [

@@ -8,10 +8,33 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from cogview_kernels import stable_softmax
+from cogview_kernels import layer_norm, linear_cross_entropy, sandwich_layer_norm, stable_softmax
 
-# Each op as a function of one tensor and the backend.
-OPS = {"stable_softmax": lambda x, backend=None: stable_softmax(x, alpha=2.0, backend=backend)}
+WEIGHT, BIAS = torch.linspace(0.5, 1.5, 8), torch.linspace(-1, 1, 8)
+IDS, TARGET = torch.linspace(-1, 1, 40).view(5, 8), torch.tensor([4, -100, 1])
+
+
+def cross_entropy(reduction, of_weight=False):
+    def call(x, backend=None):
+        hidden, weight = (IDS[:3], x.flatten().repeat(5)[:40].view(5, 8)) if of_weight else (x, IDS)
+        target = TARGET if hidden.dim() == 2 else TARGET[0]
+        return linear_cross_entropy(hidden, weight, target, reduction=reduction, backend=backend)
+
+    return call
+
+
+# Each op as a function of one tensor, [3, 8] or a row of it, and the backend.
+OPS = {
+    "stable_softmax": lambda x, backend=None: stable_softmax(x, alpha=2.0, backend=backend),
+    "layer_norm": lambda x, backend=None: layer_norm(x, WEIGHT, BIAS, backend=backend),
+    "layer_norm of its weight": lambda x, backend=None: layer_norm(IDS, x.flatten()[:8], backend=backend),
+    "sandwich_layer_norm": lambda x, backend=None: torch.cat(
+        sandwich_layer_norm(x, 2 * x, WEIGHT, BIAS, None, BIAS, dropout_p=0.2, seed=3, backend=backend)
+    ),
+    "linear_cross_entropy, mean": cross_entropy("mean"),
+    "linear_cross_entropy, none": cross_entropy("none"),
+    "linear_cross_entropy of its weight": cross_entropy("mean", of_weight=True),
+}
 
 
 @pytest.fixture(params=OPS)

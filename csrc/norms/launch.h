@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the launchers of layer_norm and sandwich_layer_norm share.
+// What the launchers of the norms share.
 #pragma once
 
 #include <initializer_list>
 
 #include "common/cuda_check.h"
-#include "common/norm_block.cuh"
+#include "norms/block.cuh"
 
 namespace cogview {
 namespace {
@@ -21,13 +21,14 @@ inline bool norm_vector(int64_t C, std::initializer_list<const void*> tensors) {
     return aligned;
 }
 
-inline void launch_reduce_partials(const float* partials, int64_t blocks, int slots, int64_t C,
+// Adds up what the blocks of a backward pass left: `slots` rows of C sums each.
+inline void launch_reduce_partials(const BlockWorkspace& partials, int slots, int64_t C,
                                    const ParameterGradients& to, cudaStream_t stream) {
     bool any = false;
     for (const Parameter& p : to.of) any = any || p.data != nullptr;
     if (!any) return;
     norm_reduce_partials_kernel<<<dim3(unsigned((C + 127) / 128), slots), 128, 0, stream>>>(
-        partials, blocks, slots, int(C), to);
+        partials.data, partials.blocks, slots, int(C), to);
     check_launch("norm_reduce_partials_kernel");
 }
 

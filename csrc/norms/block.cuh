@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// LayerNorm of one row by one block, for layer_norm and sandwich_layer_norm.
+// A norm of one row by one block.
 //
 // A thread holds kColumns adjacent columns of its block's row in registers, from the load to the store.
 // Blocks are persistent: each takes every gridDim.x-th row, with the weights, and in the backward its partial
@@ -9,13 +9,13 @@
 
 #include "common/cuda_types.cuh"
 #include "common/dropout.h"
-#include "common/norm.h"
+#include "norms/norm.h"
 
 namespace cogview {
 namespace {
 
 constexpr int kColumns = 8;
-constexpr int kMaxThreads = 512;  // so rows of up to 4,096; _norm.GPU_MAX_WIDTH
+constexpr int kMaxThreads = kMaxWidth / kColumns;
 
 struct Row {
     float of[kColumns];
@@ -119,7 +119,7 @@ struct BlockReduction {
     }
 
     __device__ float2 sums(float first, float second) { return reduce<false>(first, second); }
-    __device__ float2 peak_and_sum(float peak, float sum) { return reduce<true>(peak, sum); }
+    __device__ float2 max_and_sum(float abs_max, float sum) { return reduce<true>(abs_max, sum); }
 
   private:
     template <bool kMaximum>
@@ -132,18 +132,18 @@ struct BlockReduction {
     }
 };
 
-__device__ inline float peak_of(const Row& x) {
-    float peak = 0.0f;
+__device__ inline float abs_max_of(const Row& x) {
+    float abs_max = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) peak = fmaxf(peak, fabsf(x.of[i]));
-    return peak;
+    for (int i = 0; i < kColumns; ++i) abs_max = fmaxf(abs_max, fabsf(x.of[i]));
+    return abs_max;
 }
 
 // The maximum of what the blocks of a pass before left.
-__device__ inline float load_peak(const float* peaks, int64_t blocks, BlockReduction& reduction) {
-    float peak = 0.0f;
-    for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) peak = fmaxf(peak, peaks[i]);
-    return reduction.peak_and_sum(peak, 0.0f).x;
+__device__ inline float load_abs_max(const float* abs_maxima, int64_t blocks, BlockReduction& reduction) {
+    float abs_max = 0.0f;
+    for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) abs_max = fmaxf(abs_max, abs_maxima[i]);
+    return reduction.max_and_sum(abs_max, 0.0f).x;
 }
 
 // ---- LayerNorm
@@ -152,20 +152,20 @@ struct Statistics {
     float mean, rstd;
 };
 
-// x becomes xhat = (x - mean) * rstd, rstd = 1 / sqrt(variance + eps * (peak / 8)^2). Squares are of the row
-// times a power of two that brings the peak near 1, so they do not overflow; the centred values' own mean
-// undoes the rounding of the first one, so constant rows come out right.
-__device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float tensor_peak, float eps,
+// x becomes xhat = (x - mean) * rstd, rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2). Squares are of the
+// row times a power of two that brings abs_max near 1, so they do not overflow; the centred values' own
+// mean undoes the rounding of the first one, so constant rows come out right.
+__device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float tensor_abs_max, float eps,
                                        BlockReduction& reduction) {
     float scale = 1.0f, unscale = 1.0f, relaxed = 1.0f;
     if (pb_relax != PbRelax::kNone) {
-        const float peak =
-            pb_relax == PbRelax::kRow ? reduction.peak_and_sum(peak_of(x), 0.0f).x : tensor_peak;
-        int exponent = __float_as_int(peak) >> 23;
+        const float abs_max =
+            pb_relax == PbRelax::kRow ? reduction.max_and_sum(abs_max_of(x), 0.0f).x : tensor_abs_max;
+        int exponent = __float_as_int(abs_max) >> 23;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         scale = __int_as_float((254 - exponent) << 23);
         unscale = __int_as_float(exponent << 23);
-        relaxed = peak * scale * 0.125f;
+        relaxed = abs_max * scale * 0.125f;
     }
     float sum = 0.0f;
 #pragma unroll
@@ -235,19 +235,19 @@ __device__ inline void drop(Row& x, const Dropout& dropout, int64_t row) {
 
 // ---- kernels of both ops
 
-// peaks[block] = max |x after dropout| over the block's rows. Bytes: rows * C elements read.
+// abs_maxima[block] = max |x after dropout| over the block's rows. Bytes: rows * C elements read.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
-    norm_peaks_kernel(const T* x, float* peaks, int64_t rows, int C, Dropout dropout, bool vector) {
-    float peak = 0.0f;
+    norm_abs_max_kernel(const T* x, float* abs_maxima, int64_t rows, int C, Dropout dropout, bool vector) {
+    float abs_max = 0.0f;
     for (int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
         Row row = load_row(x + r * C, C, vector);
         drop(row, dropout, r);
-        peak = fmaxf(peak, peak_of(row));
+        abs_max = fmaxf(abs_max, abs_max_of(row));
     }
     BlockReduction reduction;
-    peak = reduction.peak_and_sum(peak, 0.0f).x;
-    if (threadIdx.x == 0) peaks[blockIdx.x] = peak;
+    abs_max = reduction.max_and_sum(abs_max, 0.0f).x;
+    if (threadIdx.x == 0) abs_maxima[blockIdx.x] = abs_max;
 }
 
 __device__ inline void store_partial(float* partial, const Row& sum, int C) {

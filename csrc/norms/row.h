@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// LayerNorm of one row on the CPU, for layer_norm and sandwich_layer_norm. Only *_cpu.cpp files include this;
-// internal linkage as in common/vec.h.
+// A norm of one row on the CPU. Only *_cpu.cpp files include this; internal linkage as in common/vec.h.
 //
 // Statistics are taken from a row of floats that stays in the L1 cache: the mean, then centred squares, and
 // the centred values' own mean to undo the first one's rounding, so that constant rows come out right.
@@ -9,9 +8,9 @@
 #include <type_traits>
 
 #include "common/dropout.h"
-#include "common/norm.h"
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "norms/norm.h"
 
 namespace cogview {
 namespace {
@@ -119,7 +118,7 @@ inline VecF drop(VecF x, const Dropout& dropout, RowWords row, int64_t j) {
 // ---- statistics
 
 struct Moments {
-    float sum, peak;
+    float sum, abs_max;
 };
 
 // row[0, C) = x after dropout, with its sum and absolute maximum.
@@ -130,49 +129,50 @@ inline Moments widen_row(const T* x, int64_t C, const Dropout& dropout, RowWords
         if (kDropout) v = drop(v, dropout, words, j);
         store(row + j, v, tag);
         t.sum[0] += v;
-        t.peak = maximum(magnitude(v), t.peak);
+        t.largest = maximum(magnitude(v), t.largest);
     });
-    return {reduce_sum(total.sum[0]), reduce_max(total.peak)};
+    return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
 }
 
 // The absolute maximum of [rows, C] after dropout, for pb_relax="tensor".
 template <bool kDropout, typename T>
-inline float tensor_peak(const T* x, int64_t rows, int64_t C, const Dropout& dropout, int threads) {
+inline float tensor_abs_max(const T* x, int64_t rows, int64_t C, const Dropout& dropout, int threads) {
     const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
-    const Scratch peaks(chunks);
+    const Scratch abs_maxima(chunks);
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
-        float peak = 0.0f;
+        float abs_max = 0.0f;
         for (int64_t r = begin; r < end; ++r) {
             const RowWords words = kDropout ? row_words(dropout, r) : RowWords{};
             const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
                 VecF v = load(x + r * C + j, tag);
                 if (kDropout) v = drop(v, dropout, words, j);
-                t.peak = maximum(magnitude(v), t.peak);
+                t.largest = maximum(magnitude(v), t.largest);
             });
-            const float own = reduce_max(total.peak);
-            peak = own > peak ? own : peak;
+            const float own = reduce_max(total.largest);
+            abs_max = own > abs_max ? own : abs_max;
         }
-        peaks.data[begin / grain] = peak;
+        abs_maxima.data[begin / grain] = abs_max;
     });
-    float peak = 0.0f;
-    for (int64_t i = 0; i < chunks; ++i) peak = peaks.data[i] > peak ? peaks.data[i] : peak;
-    return peak;
+    float abs_max = 0.0f;
+    for (int64_t i = 0; i < chunks; ++i)
+        abs_max = abs_maxima.data[i] > abs_max ? abs_maxima.data[i] : abs_max;
+    return abs_max;
 }
 
 struct Statistics {
     float mean, rstd;
 };
 
-// Mean and 1 / sqrt(variance + eps * (peak / 8)^2) of row[0, C); `peak` is 8 for plain LayerNorm. Rows whose
-// squares float cannot hold are first scaled in place by a power of two (LayerNorm does not change): the
-// returned statistics are those of the scaled row, `saved` those of the row as it was. Meanwhile the row at
-// `next` is fetched.
+// Mean and 1 / sqrt(variance + eps * (abs_max / 8)^2) of row[0, C); `abs_max` is 8 for plain LayerNorm. Rows
+// whose squares float cannot hold are first scaled in place by a power of two (LayerNorm does not change):
+// the returned statistics are those of the scaled row, `saved` those of the row as it was. Meanwhile the row
+// at `next` is fetched.
 template <typename T>
-inline Statistics statistics(float* row, int64_t C, Moments moments, float peak, float eps, const T* next,
+inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_max, float eps, const T* next,
                              Statistics* saved) {
     float scale = 1.0f;
-    if (peak > 0.0f && !(peak > 1e-15f && peak < 1e15f)) {
-        int32_t exponent = bitcast<int32_t>(peak) >> 23;
+    if (abs_max > 0.0f && !(abs_max > 1e-15f && abs_max < 1e15f)) {
+        int32_t exponent = bitcast<int32_t>(abs_max) >> 23;
         exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
         scale = bitcast<float>((254 - exponent) << 23);
         const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
@@ -193,7 +193,7 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float peak,
     const float correction = reduce_sum(total.sum[0]) * inverse;
     const float mean = first + correction;
     const float spread = reduce_sum(total.sum[1]) * inverse - correction * correction;
-    const float relaxed = peak * scale * 0.125f;
+    const float relaxed = abs_max * scale * 0.125f;
     const float variance = (spread > 0.0f || spread != spread ? spread : 0.0f) + eps * relaxed * relaxed;
     const float rstd = variance > 0.0f || variance != variance ? 1.0f / __builtin_sqrtf(variance) : 0.0f;
     const float limit = std::numeric_limits<float>::max();

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Triton kernels of layer_norm and sandwich_layer_norm share. Imported only once one is to run.
+"""A row of a norm in a Triton program. Imported only once a Triton kernel is to run.
 
-A row lives in the registers of one program (C <= _norm.GPU_MAX_WIDTH), as a tuple of pieces of BLOCK_C
+A row lives in the registers of one program (C <= rows.GPU_MAX_WIDTH), as a tuple of pieces of BLOCK_C
 columns: a tile is a power of two, and one for a row of 2,560 would be of 4,096. Pieces are added up before a
 reduction, so that there is one for each sum. Programs are persistent: as many as fit the GPU share the rows,
 so weights are read once and weight gradients summed in registers.
@@ -19,13 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _device
+from cogview_kernels._dropout import Dropout
 from cogview_kernels._triton import _WIDEN, dropout_keeps, dropout_rows, offset, round_to, store_rounded
 
-# In the interpreter: fewer than rows, so that programs take several.
-INTERPRETED_PROGRAMS = 3
 SM_REGISTERS = 65536
-
-_processors: dict[torch.device, int] = {}
 
 
 @functools.cache
@@ -42,20 +40,9 @@ def tiling(C: int, element_size: int, registers: int) -> dict[str, int]:
 
 def programs(rows: int, device: torch.device, tiling: dict[str, int]) -> int:
     """How many persistent programs share the rows: as many as are resident at once."""
-    if device.type != "cuda":
-        return min(rows, INTERPRETED_PROGRAMS)
-    if device not in _processors:
-        _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
     # Some chips hold 16 programs a multiprocessor at most.
     resident = min(16, SM_REGISTERS // (32 * tiling["num_warps"] * tiling["maxnreg"]))
-    return min(rows, resident * _processors[device])
-
-
-def seed_argument(seed: Tensor | None) -> int | Tensor:
-    """A number where the seed lies on the CPU, else the tensor: reading that would synchronise."""
-    if seed is None:
-        return 0
-    return int(seed.item()) if seed.device.type == "cpu" else seed
+    return min(rows, resident * _device.multiprocessors(device))
 
 
 @triton.jit
@@ -64,7 +51,7 @@ def _add_pairs(a0, a1, b0, b1):
 
 
 @triton.jit
-def _peak_and_sum(a0, a1, b0, b1):
+def _max_and_sum(a0, a1, b0, b1):
     return tl.maximum(a0, b0), a1 + b1
 
 
@@ -157,60 +144,60 @@ def sum_of_pieces(x):
 
 
 @triton.jit
-def peak_of_pieces(x):
-    peak = tl.abs(x[0])
+def abs_max_of_pieces(x):
+    abs_max = tl.abs(x[0])
     for i in tl.static_range(1, len(x)):
-        peak = tl.maximum(peak, tl.abs(x[i]))
-    return peak
+        abs_max = tl.maximum(abs_max, tl.abs(x[i]))
+    return abs_max
 
 
 @triton.jit
-def drop(x, row, columns, seed, threshold, scale):
-    """``x * scale`` where the element of this row survives, else 0."""
+def drop(x, row, columns, seed, keep_threshold, keep_scale):
+    """``x * keep_scale`` where the element of this row survives, else 0."""
     row = tl.cast(row, tl.int32)
     zero = tl.zeros_like(row)
     r0, r1 = dropout_rows(seed, row, zero, zero)
     y = ()
     for i in tl.static_range(len(columns)):
-        y += (tl.where(dropout_keeps(r0, r1, columns[i], threshold), x[i] * scale, 0.0),)
+        y += (tl.where(dropout_keeps(r0, r1, columns[i], keep_threshold), x[i] * keep_scale, 0.0),)
     return y
 
 
 @triton.jit
-def load_peak(peaks_ptr, PEAKS):
+def load_abs_max(abs_maxima_ptr, COUNT):
     """The maximum of what the programs of a pass before left."""
-    peak = tl.zeros([256], tl.float32)
-    for first in range(0, PEAKS, 256):
+    abs_max = tl.zeros([256], tl.float32)
+    for first in range(0, COUNT, 256):
         i = first + tl.arange(0, 256)
-        peak = tl.maximum(peak, tl.load(peaks_ptr + i, mask=i < PEAKS, other=0.0))
-    return tl.max(peak, axis=0)
+        abs_max = tl.maximum(abs_max, tl.load(abs_maxima_ptr + i, mask=i < COUNT, other=0.0))
+    return tl.max(abs_max, axis=0)
 
 
 @triton.jit
-def normalise(x, C: tl.constexpr, columns, tensor_peak, eps, PB_RELAX: tl.constexpr):
-    """``(xhat, mean, rstd)`` of a row, with ``rstd = 1 / sqrt(variance + eps * (peak / 8)^2)``.
+def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.constexpr):
+    """``(xhat, mean, rstd)`` of a row, with ``rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2)``.
 
-    Squares are of the row times a power of two that brings the peak near 1: no overflow. The centred values'
+    Squares are of the row times a power of two that brings abs_max near 1: no overflow. The centred values'
     own mean undoes the rounding of the first one, so constant rows come out right. xhat is not 0 past C."""
     sums = sum_of_pieces(x)
     if PB_RELAX == 1:
-        peaks = peak_of_pieces(x)
+        largest = abs_max_of_pieces(x)
         if _WIDEN:
-            peak, total = tl.max(peaks, axis=0), tl.sum(sums, axis=0)
+            abs_max, total = tl.max(largest, axis=0), tl.sum(sums, axis=0)
         else:
-            peak, total = tl.reduce((peaks, sums), 0, _peak_and_sum)
+            abs_max, total = tl.reduce((largest, sums), 0, _max_and_sum)
     else:
-        peak = tensor_peak
+        abs_max = tensor_abs_max
         total = tl.sum(sums, axis=0)
     if PB_RELAX == 0:
         mean = total / C
         scale, unscale, relaxed = 1.0, 1.0, 1.0
     else:
-        exponent = peak.to(tl.int32, bitcast=True) >> 23
+        exponent = abs_max.to(tl.int32, bitcast=True) >> 23
         exponent = tl.minimum(tl.maximum(exponent, 1), 253)
         scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
         unscale = (exponent << 23).to(tl.float32, bitcast=True)
-        relaxed = peak * scale * 0.125
+        relaxed = abs_max * scale * 0.125
         if tl.abs(total) < 1e37:
             mean = total * scale / C
         else:
@@ -257,20 +244,20 @@ def gradient_through(dy, x, mean, rstd, weight, C: tl.constexpr, columns):
     return dx, product
 
 
-@triton.jit(do_not_specialize=["seed", "threshold"])
-def _peaks_kernel(
-    x_ptr, peaks_ptr, R, seed, threshold, scale,
+@triton.jit(do_not_specialize=["seed", "keep_threshold"])
+def _abs_max_kernel(
+    x_ptr, abs_maxima_ptr, R, seed, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """peaks[program] = max |x after dropout| over the program's rows. Bytes: R C elements read."""
+    """abs_maxima[program] = max |x after dropout| over the program's rows. Bytes: R C elements read."""
     columns = columns_of(C, BLOCK_C)
-    peak = tl.zeros([BLOCK_C], tl.float32)
+    abs_max = tl.zeros([BLOCK_C], tl.float32)
     for row in tl.range(tl.program_id(0), R, tl.num_programs(0), num_stages=STAGES):
         x = load_row(x_ptr, row, C, columns)
         if HAS_DROPOUT:
-            x = drop(x, row, columns, seed, threshold, scale)
-        peak = tl.maximum(peak, peak_of_pieces(x))
-    tl.store(peaks_ptr + tl.program_id(0), tl.max(peak, axis=0))
+            x = drop(x, row, columns, seed, keep_threshold, keep_scale)
+        abs_max = tl.maximum(abs_max, abs_max_of_pieces(x))
+    tl.store(abs_maxima_ptr + tl.program_id(0), tl.max(abs_max, axis=0))
 
 
 @triton.jit
@@ -287,28 +274,47 @@ def _reduce_partials_kernel(
         at = offset(p * SLOTS + slot, C)[:, None] + columns[None, :]
         total += tl.load(partials_ptr + at, mask=(p < P)[:, None] & (columns < C)[None, :], other=0.0)
     value = tl.sum(total, axis=0)
-    if out0_ptr is not None:
-        store_rounded(out0_ptr + columns, value, (columns < C) & (slot == 0), out0_ptr.dtype.element_ty)
-    if out1_ptr is not None:
-        store_rounded(out1_ptr + columns, value, (columns < C) & (slot == 1), out1_ptr.dtype.element_ty)
-    if out2_ptr is not None:
-        store_rounded(out2_ptr + columns, value, (columns < C) & (slot == 2), out2_ptr.dtype.element_ty)
-    if out3_ptr is not None:
-        store_rounded(out3_ptr + columns, value, (columns < C) & (slot == 3), out3_ptr.dtype.element_ty)
+    if slot == 0:
+        _store_sum(out0_ptr, columns, value, C)
+    elif slot == 1:
+        _store_sum(out1_ptr, columns, value, C)
+    elif slot == 2:
+        _store_sum(out2_ptr, columns, value, C)
+    else:
+        _store_sum(out3_ptr, columns, value, C)
 
 
-def launch_peaks(x: Tensor, threshold: int, scale: float, seed: int | Tensor) -> Tensor:
+@triton.jit
+def _store_sum(out_ptr, columns, value, C):
+    if out_ptr is not None:
+        store_rounded(out_ptr + columns, value, columns < C, out_ptr.dtype.element_ty)
+
+
+def dropout_arguments(dropout: Dropout | None) -> tuple[int | Tensor, int, float]:
+    """``seed, keep_threshold, keep_scale`` of a kernel; the seed is a tensor where it lies on a GPU, since
+    reading it would make the host wait."""
+    if dropout is None:
+        return 0, 0, 1.0
+    seed = dropout.seed if dropout.seed.is_cuda else int(dropout.seed)
+    return seed, dropout.keep_threshold, dropout.keep_scale
+
+
+def launch_abs_max(x: Tensor, dropout: Dropout | None) -> Tensor:
     """Absolute maxima that together cover ``x`` after dropout, for pb_relax="tensor"."""
     C = x.shape[-1]
     rows = x.numel() // C
     tiles = tiling(C, x.element_size(), 80)
-    peaks = x.new_empty(programs(rows, x.device, tiles), dtype=torch.float32)
-    _peaks_kernel[(len(peaks),)](x, peaks, rows, seed, threshold, scale, HAS_DROPOUT=threshold > 0, **tiles)
-    return peaks
+    abs_maxima = x.new_empty(programs(rows, x.device, tiles), dtype=torch.float32)
+    _abs_max_kernel[(len(abs_maxima),)](
+        x, abs_maxima, rows, *dropout_arguments(dropout), HAS_DROPOUT=dropout is not None, **tiles
+    )
+    return abs_maxima
 
 
 def launch_reduce_partials(partials: Tensor, *outs: Tensor | None) -> None:
-    """``partials``: [programs, slots, C]."""
+    """``partials``: [programs, slots, C]; a sum for each of ``outs`` that is not None."""
+    if all(out is None for out in outs):
+        return
     P, slots, C = partials.shape
     block_c = 64
     outs = (*outs, None, None)[:4]

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a norm: which kernels take them, and what compiled code gets of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _checks, _device, _extension
+
+PB_RELAX_CODES = {None: 0, "row": 1, "tensor": 2}
+
+# Kernels for a GPU keep a row in the registers of one block; kMaxWidth in csrc/norms/norm.h.
+GPU_MAX_WIDTH = 4096
+
+
+class NormOptions(NamedTuple):
+    eps: float
+    pb_relax: str | None
+
+
+class Affine(NamedTuple):
+    """Weight and bias of a norm, or their gradients; either may be None."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def contiguous(self) -> Affine:
+        weight, bias = self
+        return Affine(
+            None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+        )
+
+    def gradients(self) -> Affine:
+        """Room for the gradients of what there is."""
+        return Affine(
+            *(None if p is None else torch.empty_like(p, memory_format=torch.contiguous_format) for p in self)
+        )
+
+    def fill_with_zeros(self) -> None:
+        for p in self:
+            if p is not None:
+                p.zero_()
+
+    def outputs(self, like: Tensor) -> tuple[Tensor, ...]:
+        """As an op returns them: an empty tensor where there is none."""
+        return tuple(like.new_empty(0) if p is None else p for p in self)
+
+
+def limit(backend: str, name: str, x: Tensor) -> str:
+    """Why the kernels of ``backend`` cannot take the rows of ``x``; empty when they can."""
+    if backend != "cpu" and x.shape[-1] > GPU_MAX_WIDTH:
+        return (
+            f"the {backend} backend holds a row in registers and takes {name} of at most {GPU_MAX_WIDTH} "
+            f"columns, got {x.shape[-1]}; leave backend= out, or use backend='reference'"
+        )
+    return _checks.kernel_dtype_limit(backend, name, x)
+
+
+# ---- for compiled code
+
+
+def parameter(x: Tensor | None) -> tuple[int, int]:
+    """Address and dtype of a weight, a bias or its gradient."""
+    return (0, 0) if x is None else (x.data_ptr(), _extension.DTYPE_CODES[x.dtype])
+
+
+def options(given: NormOptions) -> tuple[float, int]:
+    return given.eps, PB_RELAX_CODES[given.pb_relax]
+
+
+def shape(x: Tensor) -> tuple[int, int, int]:
+    """Rows, columns, dtype."""
+    C = x.shape[-1]
+    return x.numel() // C, C, _extension.DTYPE_CODES[x.dtype]
+
+
+def blocks(x: Tensor) -> int:
+    """Persistent blocks of a CUDA kernel over the rows of ``x``: two for each multiprocessor."""
+    return min(x.numel() // x.shape[-1], 2 * _device.multiprocessors(x.device))
+
+
+def workspace(x: Tensor, backend: str, per_block: int) -> tuple[Tensor | None, tuple[int, int]]:
+    """Room for ``per_block`` floats of each block: a tensor to keep alive, and its address and the number of
+    blocks. The CPU needs none."""
+    if backend == "cpu":
+        return None, (0, 0)
+    number = blocks(x)
+    floats = x.new_empty(number * per_block, dtype=torch.float32)
+    return floats, (floats.data_ptr(), number)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.layer_norm``: schemas, fake tensors, and what is saved.
+
+Saved for the backward: the input, and each row's mean and reciprocal deviation in float32 (8 bytes a row).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._norms.rows import Affine, NormOptions
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.layer_norm import native
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module whose ``forward``, ``backward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.layer_norm import triton_kernels
+
+        return triton_kernels
+    return native
+
+
+def _results(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pb_relax: str | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    y, stats = _results(x)
+    if y.numel() > 0:
+        affine, options = Affine(weight, bias).contiguous(), NormOptions(eps, pb_relax)
+        backend_module(backend).forward(x.contiguous(), y, affine, stats, options, backend)
+    return y, stats
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    affine = Affine(weight, bias)
+    gradients = affine.gradients()
+    if x.numel() > 0:
+        weight = affine.contiguous().weight
+        module = backend_module(backend)
+        module.backward(dy.contiguous(), x.contiguous(), dx, weight, gradients, stats, backend)
+    else:
+        gradients.fill_with_zeros()
+    return dx, *gradients.outputs(stats)
+
+
+def _backward_fake(dy, x, weight, bias, stats, backend):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return dx, *Affine(weight, bias).gradients().outputs(stats)
+
+
+def _save(ctx, arguments, outputs):
+    x, weight, bias, _, _, ctx.backend = arguments
+    return x, weight, bias, outputs[1]
+
+
+def _differentiate(ctx, saved, dy, _):
+    x, weight, bias, stats = saved
+    dx, dweight, dbias = layer_norm_backward_op(dy, x, weight, bias, stats, ctx.backend)
+    return dx, None if weight is None else dweight, None if bias is None else dbias, None, None, None
+
+
+layer_norm_op = Op(
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str? pb_relax, str backend)"
+    " -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=lambda x, *_: _results(x),
+    save=_save,
+    backward=_differentiate,
+)
+layer_norm_backward_op = Op(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_backward_fake,
+)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandwich-LayerNorm through the compiled extension, on the CPU and on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cogview_kernels import _extension
+from cogview_kernels._dropout import Dropout, native_arguments
+from cogview_kernels._norms import rows as shared
+from cogview_kernels._norms.rows import Affine, NormOptions
+
+
+class Norms(NamedTuple):
+    """What the norm on the branch has, and the norm on the new residual; or their gradients."""
+
+    post: Affine
+    pre: Affine
+
+
+class ForwardRows(NamedTuple):
+    branch: Tensor
+    residual: Tensor
+    residual_out: Tensor
+    normed: Tensor
+
+
+class BackwardRows(NamedTuple):
+    """Either of the first two may be None, which stands for zeros."""
+
+    dresidual_out: Tensor | None
+    dnormed: Tensor | None
+    branch: Tensor
+    residual_out: Tensor
+    dbranch: Tensor
+    dresidual: Tensor
+
+
+def limit(backend: str, branch: Tensor) -> str:
+    """Why the kernels cannot take ``branch``; empty when they can."""
+    return shared.limit(backend, "branch", branch)
+
+
+def forward(
+    rows: ForwardRows,
+    norms: Norms,
+    stats: Tensor,
+    options: NormOptions,
+    dropout: Dropout | None,
+    backend: str,
+) -> None:
+    """Fills ``residual_out``, ``normed`` and ``stats`` [4, rows]; everything is contiguous."""
+    per_block = 2 if options.pb_relax == "tensor" else 0
+    floats, workspace = shared.workspace(rows.branch, backend, per_block)
+    _extension.call(
+        "sandwich_layer_norm_fwd",
+        backend,
+        *(x.data_ptr() for x in rows),
+        [shared.parameter(p) for norm in norms for p in norm],
+        stats.data_ptr(),
+        shared.shape(rows.branch),
+        shared.options(options),
+        native_arguments(dropout),
+        workspace,
+    )
+    del floats
+
+
+def backward(
+    rows: BackwardRows,
+    norms: Norms,
+    gradients: Norms,
+    stats: Tensor,
+    dropout: Dropout | None,
+    backend: str,
+) -> None:
+    """Fills ``dbranch``, ``dresidual`` and what there is of ``gradients``; everything is contiguous."""
+    floats, workspace = shared.workspace(rows.branch, backend, 4 * rows.branch.shape[-1])
+    _extension.call(
+        "sandwich_layer_norm_bwd",
+        backend,
+        *(0 if x is None else x.data_ptr() for x in rows),
+        (shared.parameter(norms.post.weight), shared.parameter(norms.pre.weight)),
+        [shared.parameter(p) for norm in gradients for p in norm],
+        stats.data_ptr(),
+        shared.shape(rows.branch),
+        native_arguments(dropout),
+        workspace,
+    )
+    del floats

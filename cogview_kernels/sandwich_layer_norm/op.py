@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.sandwich_layer_norm``: schemas, fake tensors, and what is saved.
+
+Saved for the backward: the branch, the new residual (an output, so it costs nothing more), the seed, and both
+norms' means and reciprocal deviations in float32 (16 bytes a row).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._dropout import Dropout
+from cogview_kernels._norms.rows import Affine, NormOptions
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.sandwich_layer_norm import native
+from cogview_kernels.sandwich_layer_norm.native import BackwardRows, ForwardRows, Norms
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module whose ``forward``, ``backward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.sandwich_layer_norm import triton_kernels
+
+        return triton_kernels
+    return native
+
+
+def _results(branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    residual_out = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    stats = branch.new_empty((4, branch.numel() // branch.shape[-1]), dtype=torch.float32)
+    return residual_out, torch.empty_like(residual_out), stats
+
+
+def _forward(
+    branch: Tensor,
+    residual: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    eps: float,
+    pb_relax: str | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    residual_out, normed, stats = _results(branch)
+    if branch.numel() > 0:
+        rows = ForwardRows(branch.contiguous(), residual.contiguous(), residual_out, normed)
+        norms = Norms(Affine(post_weight, post_bias).contiguous(), Affine(pre_weight, pre_bias).contiguous())
+        options, dropout = NormOptions(eps, pb_relax), Dropout.of(dropout_p, seed)
+        backend_module(backend).forward(rows, norms, stats, options, dropout, backend)
+    return residual_out, normed, stats
+
+
+def _backward(
+    dresidual_out: Tensor | None,
+    dnormed: Tensor | None,
+    branch: Tensor,
+    residual_out: Tensor,
+    stats: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    dresidual = torch.empty_like(dbranch)
+    post, pre = Affine(post_weight, post_bias), Affine(pre_weight, pre_bias)
+    gradients = Norms(post.gradients(), pre.gradients())
+    if branch.numel() > 0:
+        rows = BackwardRows(
+            None if dresidual_out is None else dresidual_out.contiguous(),
+            None if dnormed is None else dnormed.contiguous(),
+            branch.contiguous(),
+            residual_out.contiguous(),
+            dbranch,
+            dresidual,
+        )
+        norms, dropout = Norms(post.contiguous(), pre.contiguous()), Dropout.of(dropout_p, seed)
+        backend_module(backend).backward(rows, norms, gradients, stats, dropout, backend)
+    else:
+        gradients.post.fill_with_zeros()
+        gradients.pre.fill_with_zeros()
+    return dbranch, dresidual, *gradients.post.outputs(stats), *gradients.pre.outputs(stats)
+
+
+def _backward_fake(
+    dresidual_out, dnormed, branch, residual_out, stats, post_weight, post_bias, pre_weight, pre_bias, *rest
+):
+    dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    dpost = Affine(post_weight, post_bias).gradients().outputs(stats)
+    dpre = Affine(pre_weight, pre_bias).gradients().outputs(stats)
+    return dbranch, torch.empty_like(dbranch), *dpost, *dpre
+
+
+def _save(ctx, arguments, outputs):
+    branch, _, *parameters, _, _, ctx.dropout_p, seed, ctx.backend = arguments
+    residual_out, _, stats = outputs
+    return branch, residual_out, stats, *parameters, seed
+
+
+def _differentiate(ctx, saved, dresidual_out, dnormed, _):
+    *tensors, seed = saved
+    dbranch, dresidual, *gradients = sandwich_layer_norm_backward_op(
+        dresidual_out, dnormed, *tensors, ctx.dropout_p, seed, ctx.backend
+    )
+    parameters = zip(tensors[3:], gradients, strict=True)
+    return dbranch, dresidual, *(None if p is None else d for p, d in parameters), *(None,) * 5
+
+
+sandwich_layer_norm_op = Op(
+    "sandwich_layer_norm(Tensor branch, Tensor residual, Tensor? post_weight, Tensor? post_bias,"
+    " Tensor? pre_weight, Tensor? pre_bias, float eps, str? pb_relax, float dropout_p, Tensor? seed,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
+    kernel=_forward,
+    fake=lambda branch, *_: _results(branch),
+    save=_save,
+    backward=_differentiate,
+)
+sandwich_layer_norm_backward_op = Op(
+    "sandwich_layer_norm_backward(Tensor? dresidual_out, Tensor? dnormed, Tensor branch, Tensor residual_out,"
+    " Tensor stats, Tensor? post_weight, Tensor? post_bias, Tensor? pre_weight, Tensor? pre_bias,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_backward_fake,
+)
