@@ -96,10 +96,6 @@ MUTATIONS = [
              "if (kBf16) {\n        p = broadcast", "if (true) {\n        p = broadcast", _CPU_ATTENTION),
     Mutation("attention-cpu-bf16-weights", "csrc/three_region_attention/*_cpu.cpp",
              "p = dropped;", "p = round_to_bfloat16(dropped);", _CPU_ATTENTION),
-    Mutation("attention-cpu-lse-low", "csrc/three_region_attention/*_cpu.cpp",
-             "lanes.lse_low[c] = float(lse - lanes.lse[c]);", "lanes.lse_low[c] = 0.0f;", _CPU_ATTENTION),
-    Mutation("attention-cpu-factor-low", "csrc/three_region_attention/*_cpu.cpp",
-             "factor_low = float(wanted - factor);", "factor_low = 0.0f;", _CPU_ATTENTION),
     # ---- three_region_attention, Triton
     Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
              "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
