@@ -107,12 +107,6 @@ MUTATIONS = [
     Mutation("attention-cpu-bf16-weights", "csrc/three_region_attention/*",
              "p = dropped;", "p = round_to_bfloat16(dropped);",
              _CPU_ATTENTION),
-    Mutation("attention-cpu-lse-low", "csrc/three_region_attention/*",
-             "lanes.lse_low[c] = float(lse - lanes.lse[c]);", "lanes.lse_low[c] = 0.0f;",
-             _CPU_ATTENTION),
-    Mutation("attention-cpu-factor-low", "csrc/three_region_attention/*",
-             "factor_low = float(wanted - factor);", "factor_low = 0.0f;",
-             _CPU_ATTENTION),
     # ---- three_region_attention, Triton
     Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
              "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
