@@ -134,7 +134,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "small": "64 px, your own pictures: 6 million parameters, one to two hours on two CPU cores, 1.5 GB of memory",
+    "small": "64 px, your own pictures: 6 million parameters, one to two hours on two CPU cores, 1.5 GB",
     "tutorial": "256 px: 212 million parameters, one large GPU",
     "base": "256 px, the model of the paper: 3,929 million parameters, many GPUs",
     "fashion": "800 px, three-region attention: 3,000 million parameters, many GPUs",
