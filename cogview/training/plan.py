@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,7 +109,7 @@ def require_fitting_preset(folder: StrPath, preset: Preset) -> TokenizerSettings
         name = f"preset {preset.name!r}" if preset.name else "the preset"
         raise ValueError(
             f"the tokenizers in {folder} take pictures of {_in_words(theirs)}, {name} is made for "
-            f"{_in_words(wanted)}; leave --preset out to take what fits them, or train others first: cogview "
-            f"train-tokenizer --preset {preset.name or 'NAME'} --out {shlex.quote('another folder')}"
+            f"{_in_words(wanted)}; leave --preset out to take what fits them, or train others in "
+            f"another folder first: cogview train-tokenizer --preset {preset.name or 'NAME'}"
         )
     return settings
