@@ -13,6 +13,8 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: build  ## virtual environment, pinned dependencies, compiled extension
+	@echo "[setup] done; the command is $(BIN)/cogview, or cogview after: . $(BIN)/activate"
+	@echo "[setup] next: $(BIN)/cogview demo"
 
 # The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
 $(VENV)/.ready: constraints.txt pyproject.toml

@@ -1,2 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CogView: text to image as one autoregressive sequence of tokens."""
+"""CogView: text to image as one autoregressive sequence of tokens.
+
+::
+
+    import cogview
+
+    run = cogview.load_run("runs/demo")
+    images, losses = run.generate("a handwritten seven", num=16)  # PIL pictures, best first
+    text = run.caption(images[0])
+    order = run.rerank("a handwritten seven", images)
+
+What is named here is loaded when it is first used, so ``import cogview`` alone loads not even PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cogview.model.transformer import CogView
+    from cogview.presets import PRESETS
+    from cogview.run import Run, load_run
+
+__all__ = ["PRESETS", "CogView", "Run", "load_run"]
+
+_HOMES = {
+    "CogView": "cogview.model.transformer",
+    "PRESETS": "cogview.presets",
+    "Run": "cogview.run",
+    "load_run": "cogview.run",
+}
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """One line about a package that is absent because the kernels were installed without the model."""
+    return (
+        f"the model package needs {error.name}, which is not installed: pip install 'cogview-kernels[model]'"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cogview' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(missing_extra(error), name=error.name) from None
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,131 +1,124 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions behind the commands: each takes one dataclass, works on a run folder and returns data."""
+"""What each verb of the command ``cogview`` does: one Python function or method of a run, and what it prints.
+
+Each verb imports what it needs itself: drawing needs no TensorBoard, training no matplotlib.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from cogview.device import usable_device
 
-from cogview.config import SamplingConfig
-from cogview.data.image_files import read_image
-from cogview.device import default_device
-from cogview.evaluation.rerank import rerank
-from cogview.generation.captions import caption_loss, generate_captions
-from cogview.generation.text_to_image import generate_codes
-from cogview.run import Run, load_run
-from cogview.settings import load_model_settings
-from cogview.tokens.sequence import fit_text
+if TYPE_CHECKING:
+    from cogview import options
 
 
-def run_sampling(folder: Path) -> SamplingConfig:
-    """How a run samples unless told otherwise."""
-    return load_model_settings(folder).sampling
+def train_tokenizer(given: options.TrainTokenizer) -> None:
+    """``cogview train-tokenizer``."""
+    from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 
-
-def encode_text(run: Run, text: str) -> list[int]:
-    """Piece ids of a prompt; ValueError if it is empty or too long for the run's model."""
-    pieces = run.tokenizers.text.encode(text)
-    if not pieces:
-        raise ValueError("the text is empty")
-    return fit_text(pieces, run.max_text_tokens)
-
-
-def encode_files(run: Run, paths: list[Path]) -> Tensor:
-    """Codes ``[len(paths), num_codes]`` of image files."""
-    tokenizer = run.tokenizers.image
-    images = torch.stack([read_image(path, tokenizer.config.image_size) for path in paths])
-    return tokenizer.encode(images.to(tokenizer.mean.device)).flatten(1)
-
-
-def decode_codes(run: Run, codes: Tensor) -> Tensor:
-    """Codes ``[..., num_codes]`` to images ``[..., 3, S, S]`` in [0, 1]."""
-    grid = run.tokenizers.image.config.grid
-    images = run.tokenizers.image.decode(codes.reshape(-1, grid, grid))
-    return images.view(*codes.shape[:-1], *images.shape[1:])
-
-
-@dataclass(frozen=True)
-class Generate:
-    """Draw ``num`` images for each text with the model of the folder ``run``."""
-
-    run: Path
-    texts: list[str]
-    num: int = 16
-    seed: int = 0
-    sampling: SamplingConfig | None = None  # None: as the run was set up
-    is_ranked: bool = True
-    device: str = field(default_factory=default_device)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Images ``[texts, num, 3, S, S]`` in [0, 1] and their CapLoss ``[texts, num]``, best first if ranked."""
-
-    images: Tensor
-    losses: Tensor
-    unknown: list[list[str]]  # per text, parts that the text tokenizer does not know
-
-
-def generate(options: Generate) -> Generated:
-    """Images for each text, ordered by CapLoss if ``is_ranked``."""
-    run = load_run(options.run, options.device)
-    texts = [encode_text(run, text) for text in options.texts]
-    codes = generate_codes(
-        run.model,
-        run.tokenizers.vocab,
-        texts,
-        run.tokenizers.image.config.codes_per_image,
-        num_candidates=options.num,
-        sampling=options.sampling or run.sampling,
-        seed=options.seed,
+    preset = dataclasses.replace(
+        given.start,
+        image_tokenizer=given.image_tokenizer,
+        image_tokenizer_train=given.image_tokenizer_train,
+        text_pieces=given.text_pieces,
     )
-    order, losses = rerank(run.model, run.tokenizers.vocab, texts, codes)
-    if options.is_ranked:
-        losses = losses.gather(1, order)
-        codes = codes.gather(1, order[..., None].expand_as(codes))
-    unknown = [run.tokenizers.text.unknown_pieces(text) for text in options.texts]
-    return Generated(decode_codes(run, codes), losses, unknown)
+    device = usable_device(given.device)
+    history = train_tokenizers(TrainTokenizers(given.data, given.out, preset, device))
+    error = _late_mean(history["reconstruction"])
+    print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
+    _say_next("train", "--data", given.data, "--out", given.out)
 
 
-@dataclass(frozen=True)
-class Caption:
-    """Describe image files with the model of the folder ``run``."""
+def train(given: options.Train) -> None:
+    """``cogview train``."""
+    from cogview.training.pipeline import TrainModel, train_model
 
-    run: Path
-    images: list[Path]
-    device: str = field(default_factory=default_device)
-
-
-def caption(options: Caption) -> list[tuple[str, float]]:
-    """Per image its most likely text, built greedily, and that text's CapLoss (NaN for an empty one)."""
-    run = load_run(options.run, options.device)
-    codes = encode_files(run, options.images)
-    pieces = generate_captions(run.model, run.tokenizers.vocab, codes, max_text_tokens=run.max_text_tokens)
-    results = []
-    for row, text in zip(codes, pieces, strict=True):
-        loss = (
-            caption_loss(run.model, run.tokenizers.vocab, row[None], [text]).item() if text else float("nan")
-        )
-        results.append((run.tokenizers.text.decode(text), loss))
-    return results
+    preset = dataclasses.replace(
+        given.start,
+        model=given.model,
+        train=given.train,
+        sampling=given.sampling,
+        min_text_tokens=given.min_text_tokens,
+        max_text_tokens=given.max_text_tokens,
+    )
+    history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))
+    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
+    _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
-@dataclass(frozen=True)
-class Rerank:
-    """Order image files by how well ``text`` describes them."""
+def generate(given: options.Generate) -> None:
+    """``cogview generate``."""
+    from cogview.images import picture_grid, save_png
+    from cogview.run import load_run
 
-    run: Path
-    text: str
-    images: list[Path]
-    device: str = field(default_factory=default_device)
+    run = load_run(given.run, given.device)
+    asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    images, losses = run.generate(
+        given.texts,
+        num=given.num,
+        seed=given.seed,
+        sampling=dataclasses.replace(run.sampling, **changes),
+        ranked=not given.no_rerank,
+        progress=True,
+    )
+    save_png(given.out, picture_grid([image for row in images for image in row], given.num))
+    order = "in the order drawn" if given.no_rerank else "best first"
+    for text, row in zip(given.texts, losses, strict=True):
+        print(f'"{text}": {len(row)} pictures, {order}, CapLoss {min(row):.3f} to {max(row):.3f}')
+    print(f"written: {given.out}")
 
 
-def rerank_files(options: Rerank) -> list[tuple[Path, float]]:
-    """The files and their CapLoss, best first."""
-    run = load_run(options.run, options.device)
-    codes = encode_files(run, options.images)
-    order, losses = rerank(run.model, run.tokenizers.vocab, [encode_text(run, options.text)], codes[None])
-    return [(options.images[index], losses[0, index].item()) for index in order[0].tolist()]
+def caption(given: options.Caption) -> None:
+    """``cogview caption``."""
+    from cogview.run import load_run
+
+    texts, losses = load_run(given.run, given.device).describe(given.images, progress=True)
+    for path, text, loss in zip(given.images, texts, losses, strict=True):
+        print(f"{path}\t{text}\tCapLoss {loss:.3f}")
+
+
+def rerank(given: options.Rerank) -> None:
+    """``cogview rerank``."""
+    from cogview.run import load_run
+
+    losses = load_run(given.run, given.device).cap_loss(given.text, given.images)
+    ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
+    for place, (loss, path) in enumerate(ranked, start=1):
+        print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+
+
+def demo(given: options.Demo) -> None:
+    """``cogview demo``."""
+    from cogview.demo.report import summary
+    from cogview.demo.run import Demo, run_demo
+
+    report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
+    print(summary(report, given.out))
+    _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+
+
+def _late_mean(values: Sequence[float]) -> float:
+    last = values[-50:]
+    return sum(last) / len(last)
+
+
+def _say_next(*words: object) -> None:
+    """The command to go on with, to be pasted as it is."""
+    print("next: " + shlex.join([*_program(), *map(str, words)]))
+
+
+def _program() -> list[str]:
+    """How the shell finds this command: a virtual environment that is not activated is not on its path."""
+    if shutil.which("cogview"):
+        return ["cogview"]
+    return [sys.argv[0]] if Path(sys.argv[0]).name == "cogview" else [sys.executable, "-m", "cogview"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model runs unless told otherwise."""
+"""Where a model runs."""
 
 from __future__ import annotations
 
@@ -9,3 +9,15 @@ import torch
 def default_device() -> str:
     """``"cuda"`` where an NVIDIA GPU answers, else ``"cpu"``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def usable_device(name: str | None = None) -> str:
+    """``name``, or the default device for None; a device that cannot be used here is a ValueError."""
+    if name is None:
+        return default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {name} cannot be used here: {reason}") from None
+    return name

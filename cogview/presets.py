@@ -16,6 +16,7 @@ from cogview.config import (
     TrainConfig,
 )
 from cogview.files import StrPath
+from cogview.settings import load_tokenizer_settings
 
 _PRESETS: dict[str, Preset] = {
     # 8x8 scans of handwritten digits, doubled to 16x16 px, as 4x4 codes: minutes on two CPU cores.
@@ -150,3 +151,25 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def implied_preset(folder: StrPath) -> Preset:
+    """The preset that fits the tokenizers in a run folder: the one that they were trained with.
+
+    Its sizes of the tokenizers are those of the folder, whatever was changed when they were trained. For a
+    folder that does not name its preset, the first one with the same image tokenizer, else ``small``.
+    """
+    settings = load_tokenizer_settings(folder)
+    if settings.preset in PRESETS:
+        preset = PRESETS[settings.preset]
+    else:
+        fitting = [
+            preset for preset in PRESETS.values() if preset.image_tokenizer == settings.image_tokenizer
+        ]
+        preset = fitting[0] if fitting else PRESETS["small"]
+    return dataclasses.replace(
+        preset,
+        image_tokenizer=settings.image_tokenizer,
+        image_tokenizer_train=settings.image_tokenizer_train,
+        text_pieces=settings.text_pieces,
+    )

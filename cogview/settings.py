@@ -134,7 +134,7 @@ def claim_settings(path: StrPath, settings: Any) -> None:
 
 def _load(kind: type[T], path: Path, hint: str) -> T:
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"run folder not found: {path.parent}")
+        raise FileNotFoundError(f"run folder not found: {path.parent}; {hint}")
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}; {hint}")
     try:

@@ -6,14 +6,11 @@ Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what c
 
 from cogview_kernels.decode_attention import decode_attention
 from cogview_kernels.layer_norm import layer_norm
+from cogview_kernels.layout import ThreeRegionLayout, ThreeRegionPlan
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
 from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
 from cogview_kernels.stable_softmax import stable_softmax
-from cogview_kernels.three_region_attention import (
-    ThreeRegionLayout,
-    ThreeRegionPlan,
-    three_region_attention,
-)
+from cogview_kernels.three_region_attention import three_region_attention
 
 __all__ = [
     "ThreeRegionLayout",

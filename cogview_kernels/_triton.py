@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 from cogview_kernels import _backends
+from cogview_kernels._dropout import Dropout
 
 # The interpreter's bfloat16 arithmetic is silently wrong, so there every operand is widened right after
 # its load; on a GPU the matrix units take 16-bit operands as they are.
@@ -73,12 +76,21 @@ def dropout_rows(seed, c0, c1, c2):
 
 
 @triton.jit
-def dropout_keeps(r0, r1, columns, threshold):
+def dropout_keeps(r0, r1, columns, keep_threshold):
     """True where an element survives; words of rows (uint32) and columns broadcast against each other."""
     c = columns.to(tl.uint32)
     # A shift of (c ^ r0) is that of c and that of r0: two steps an element fewer, the same bits.
     x = (c ^ (c >> 16) ^ r0) * 0x7FEB352D
     x = (x ^ (x >> 15) ^ r1) * 0x846CA68B
-    threshold = threshold.to(tl.uint32)
-    # As (x ^ (x >> 16)) >= threshold: upper halves decide, or are equal, and then x >> 16 is threshold >> 16.
-    return (x ^ (threshold >> 16)) >= threshold
+    keep_threshold = keep_threshold.to(tl.uint32)
+    # As (x ^ (x >> 16)) >= keep_threshold: the upper halves decide, or they are equal, and then x >> 16 is
+    # keep_threshold >> 16.
+    return (x ^ (keep_threshold >> 16)) >= keep_threshold
+
+
+def dropout_arguments(dropout: Dropout | None) -> tuple[Any, int, float]:
+    """Seed (a number, or a pointer where it lies on a GPU), keep_threshold and keep_scale."""
+    if dropout is None:
+        return 0, 0, 1.0
+    seed = dropout.seed if dropout.seed.is_cuda else int(dropout.seed)
+    return seed, dropout.keep_threshold, dropout.keep_scale

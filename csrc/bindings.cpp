@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The only file that knows Python. Tensors cross as addresses, sizes and strides (in elements), so the
-// extension depends on no PyTorch version; cogview_kernels/<op>/autograd.py checks and allocates.
+// extension depends on no PyTorch version; cogview_kernels/<op>/native.py checks and allocates.
+// An object crosses as a tuple of its fields. cogview_kernels/_C.pyi names and types every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,7 +19,6 @@
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
-#include "three_region_attention/three_region_attention_cuda.h"
 
 namespace py = pybind11;
 using namespace cogview;
@@ -170,197 +170,204 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, int64_
             pointer<float>(logit_max),    pointer<float>(total)};
 }
 
-// Tensors of attention come as (address, strides of the first three dimensions).
-using Strided = std::pair<Address, std::array<int64_t, 3>>;
+// A tensor of attention: its address, and the strides of its first three dimensions.
+using StridedAddress = std::pair<Address, std::array<int64_t, 3>>;
 
-AttentionInput attention_input(const Strided& x) {
+StridedInput strided_input(const StridedAddress& x) {
     return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
 }
 
-AttentionOutput attention_output(const Strided& x) {
+StridedOutput strided_output(const StridedAddress& x) {
     return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
 }
 
-// shape: B, H, Hkv, T, D, P, block size, window blocks.
-AttentionShape attention_shape(std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
-                               float dropout_p, uint32_t drop_below, uint64_t seed, int dtype) {
-    return {shape[0],  shape[1],   shape[2], shape[3],     shape[4],
-            shape[5],  shape[6],   shape[7], bias,         scale,
-            dropout_p, drop_below, seed,     DType(dtype), pointer<int64_t>(pivots)};
+// Integers: their address, and the bytes of each.
+using IntegerAddress = std::pair<Address, int>;
+
+IntegerList integer_list(IntegerAddress x) {
+    return {pointer<void>(x.first), x.second};
 }
 
-// `name` of the arguments that `make` takes and a number of threads. `pick` names the function for the
-// instruction set at each call.
-template <typename Args, typename... Arguments, typename Pick>
-void bind_cpu(py::module_& m, const char* name, Args (*make)(Arguments...), Pick pick) {
-    m.def(
-        name, [=](Arguments... arguments, int threads) { pick()(make(arguments...), threads); },
-        py::call_guard<py::gil_scoped_release>());
+// Pivots, how many a sample has, block size, window blocks, pivot bias.
+using LayoutArguments = std::tuple<IntegerAddress, int, int64_t, int64_t, float>;
+
+// For a sequence of `length` positions, past which neither block nor window reach.
+Layout layout_within(int64_t length, const LayoutArguments& x) {
+    length = std::max<int64_t>(1, length);
+    const int64_t block_size = std::min(std::get<2>(x), length);
+    const int64_t window_blocks = std::min(std::get<3>(x), (length - 1) / block_size + 1);
+    return {integer_list(std::get<0>(x)), std::get<1>(x), int(block_size), int(window_blocks),
+            std::get<4>(x)};
 }
 
-// `name` of the arguments that `make` takes and a cudaStream_t.
-template <typename Args, typename... Arguments>
-void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
-               void (*run)(const Args&, void*)) {
-    m.def(name,
-          [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); });
+// The sizes, in the order of AttentionShape.
+using AttentionSizes = std::array<int, 5>;
+
+Attention attention(const StridedAddress& q, const StridedAddress& k, const StridedAddress& v,
+                    AttentionSizes shape, const LayoutArguments& layout, float scale, DropoutArguments drop,
+                    int dtype, Address sorted_pivots) {
+    return {{shape[0], shape[1], shape[2], shape[3], shape[4]},
+            layout_within(shape[3], layout),
+            dropout(drop),
+            scale,
+            DType(dtype),
+            strided_input(q),
+            strided_input(k),
+            strided_input(v),
+            pointer<int32_t>(sorted_pivots)};
 }
 
-// shape: B, H, Hkv, Tq, S, D, P, block size (0: no layout), window blocks, keys of a block, blocks of a row.
-DecodeAttention decode_attention_arguments(Strided q, Strided k, Strided v, Strided out,
-                                           std::array<int, 11> shape, float bias, float scale,
-                                           std::pair<Address, int> lengths, std::pair<Address, int> pivots,
-                                           Address partial, int dtype) {
-    DecodeAttention a = {};
-    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.Tq = shape[3], a.S = shape[4], a.D = shape[5];
-    a.P = shape[6], a.w = shape[7], a.W = shape[8], a.chunk = shape[9], a.splits = shape[10];
-    a.bias = bias;
-    a.scale = scale;
-    a.q = pointer<void>(q.first);
-    a.k = pointer<void>(k.first);
-    a.v = pointer<void>(v.first);
-    a.out = pointer<void>(out.first);
-    std::copy(q.second.begin(), q.second.end(), a.q_stride);
-    std::copy(k.second.begin(), k.second.end(), a.k_stride);
-    std::copy(v.second.begin(), v.second.end(), a.v_stride);
-    std::copy(out.second.begin(), out.second.end(), a.out_stride);
-    a.lengths = pointer<void>(lengths.first);
-    a.length_bytes = lengths.second;
-    a.pivots = pointer<void>(pivots.first);
-    a.pivot_bytes = pivots.second;
-    a.partial = pointer<float>(partial);
-    a.dtype = DType(dtype);
-    return a;
-}
-
-#if COGVIEW_HAS_CUDA
-// What both directions take; the tuples keep the signatures short. dropout: drop_below, 1 / (1 - p), seed,
-// and the address of a seed on the device (0: none).
-using AttentionDropout = std::tuple<uint32_t, float, uint64_t, Address>;
-
-CudaAttention cuda_attention(std::array<int, 8> shape, float bias, float scale,
-                             const AttentionDropout& dropout, std::pair<Address, int> pivots, Address sorted,
-                             const Strided& q, const Strided& k, const Strided& v) {
-    CudaAttention a = {};
-    a.B = shape[0], a.H = shape[1], a.Hkv = shape[2], a.T = shape[3];
-    a.D = shape[4], a.P = shape[5], a.w = shape[6], a.W = shape[7];
-    a.bias = bias;
-    a.scale = scale;
-    a.drop_below = std::get<0>(dropout);
-    a.keep_scale = std::get<1>(dropout);
-    a.seed = std::get<2>(dropout);
-    a.seed_data = pointer<int64_t>(std::get<3>(dropout));
-    a.pivots = pointer<void>(pivots.first);
-    a.pivot_bytes = pivots.second;
-    a.sorted = pointer<int32_t>(sorted);
-    a.q = attention_input(q);
-    a.k = attention_input(k);
-    a.v = attention_input(v);
-    return a;
-}
-
-CudaAttentionForward attention_forward_cuda(Strided q, Strided k, Strided v, Strided out, Address lse,
-                                            std::array<int, 8> shape, float bias, float scale,
-                                            AttentionDropout dropout, std::pair<Address, int> pivots,
-                                            Address sorted) {
-    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v), attention_output(out),
+AttentionForward attention_forward(StridedAddress q, StridedAddress k, StridedAddress v, StridedAddress out,
+                                   Address lse, AttentionSizes shape, LayoutArguments layout, float scale,
+                                   DropoutArguments drop, int dtype, Address sorted_pivots) {
+    return {attention(q, k, v, shape, layout, scale, drop, dtype, sorted_pivots), strided_output(out),
             pointer<float>(lse)};
 }
 
-CudaAttentionBackward attention_backward_cuda(Strided q, Strided k, Strided v, Strided out, Strided dout,
-                                              Address lse, Address dlse, Strided dq, Strided dk, Strided dv,
-                                              Address delta, Address dk_far, Address dv_far,
-                                              std::array<int, 8> shape, float bias, float scale,
-                                              AttentionDropout dropout, std::pair<Address, int> pivots,
-                                              Address sorted) {
-    return {cuda_attention(shape, bias, scale, dropout, pivots, sorted, q, k, v),
-            attention_input(out),
-            attention_input(dout),
+// inputs: q, k, v, out, dout; gradients: dq, dk, dv; workspace (CUDA): delta, dk_far, dv_far.
+AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Address lse, Address dlse,
+                                     std::array<StridedAddress, 3> gradients, AttentionSizes shape,
+                                     LayoutArguments layout, float scale, DropoutArguments drop, int dtype,
+                                     Address sorted_pivots, std::array<Address, 3> workspace) {
+    return {attention(inputs[0], inputs[1], inputs[2], shape, layout, scale, drop, dtype, sorted_pivots),
+            strided_input(inputs[3]),
+            strided_input(inputs[4]),
             pointer<float>(lse),
             pointer<float>(dlse),
-            attention_output(dq),
-            attention_output(dk),
-            attention_output(dv),
-            pointer<float>(delta),
-            pointer<float>(dk_far),
-            pointer<float>(dv_far)};
+            strided_output(gradients[0]),
+            strided_output(gradients[1]),
+            strided_output(gradients[2]),
+            pointer<float>(workspace[0]),
+            pointer<float>(workspace[1]),
+            pointer<float>(workspace[2])};
 }
-#endif
+
+// shape: in the order of DecodeShape; splits (CUDA): keys of a block, blocks of a row, where they leave their
+// parts.
+DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, StridedAddress v_cache,
+                                 IntegerAddress lengths, StridedAddress out, std::array<int, 6> shape,
+                                 LayoutArguments layout, float scale, int dtype,
+                                 std::tuple<int, int, Address> splits) {
+    return {{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
+            layout_within(shape[4], layout),
+            scale,
+            DType(dtype),
+            strided_input(q),
+            strided_input(k_cache),
+            strided_input(v_cache),
+            strided_output(out),
+            integer_list(lengths),
+            std::get<0>(splits),
+            std::get<1>(splits),
+            pointer<float>(std::get<2>(splits))};
+}
+
+// ---- from functions that make arguments to functions that Python calls by position or by name
+
+template <typename Function, std::size_t N, std::size_t... I, typename... Extra>
+void define(py::module_& m, const char* name, const Function& function, const char* const (&names)[N],
+            std::index_sequence<I...>, const Extra&... extra) {
+    m.def(name, function, py::arg(names[I])..., extra...);
+}
+
+// `name` takes what `make` takes, called `names`, and a number of threads. `pick` gives the function for the
+// instruction set at each call.
+template <typename Args, typename... Arguments, typename Pick>
+void bind_cpu(py::module_& m, const char* name, Args (*make)(Arguments...),
+              const char* const (&names)[sizeof...(Arguments)], Pick pick) {
+    define(
+        m, name, [=](Arguments... arguments, int threads) { pick()(make(arguments...), threads); }, names,
+        std::index_sequence_for<Arguments...>{}, py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>());
+}
+
+// `name` takes what `make` takes, called `names`, and a cudaStream_t.
+template <typename Args, typename... Arguments>
+[[maybe_unused]] void bind_cuda(py::module_& m, const char* name, Args (*make)(Arguments...),
+                                const char* const (&names)[sizeof...(Arguments)],
+                                void (*run)(const Args&, void*)) {
+    define(
+        m, name,
+        [=](Arguments... arguments, Address stream) { run(make(arguments...), pointer<void>(stream)); },
+        names, std::index_sequence_for<Arguments...>{}, py::arg("stream"));
+}
+
+// What the functions above call their arguments.
+constexpr const char* kSoftmaxForward[] = {"scores",      "mask",  "probs", "shape",  "scores_stride",
+                                           "mask_stride", "alpha", "scale", "causal", "dtype"};
+constexpr const char* kSoftmaxBackward[] = {"dprobs", "probs", "dscores", "rows", "N", "factor", "dtype"};
+constexpr const char* kLayerNormForward[] = {"x",     "y",     "weight",  "bias",
+                                             "stats", "shape", "options", "workspace"};
+constexpr const char* kLayerNormBackward[] = {"dy",    "x",     "dx",    "weight",   "dweight",
+                                              "dbias", "stats", "shape", "workspace"};
+constexpr const char* kSandwichForward[] = {"branch", "residual", "residual_out", "normed",  "parameters",
+                                            "stats",  "shape",    "options",      "dropout", "workspace"};
+constexpr const char* kSandwichBackward[] = {"dresidual_out", "dnormed",   "branch",  "residual_out",
+                                             "dbranch",       "dresidual", "weights", "gradients",
+                                             "stats",         "shape",     "dropout", "workspace"};
+constexpr const char* kReduce[] = {"logits", "logit_max", "total"};
+constexpr const char* kGradient[] = {"logits", "first", "target", "coefficient", "logit_max", "total"};
+constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
+                                             "layout", "scale", "dropout", "dtype", "sorted_pivots"};
+constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
+                                              "shape",  "layout",        "scale",    "dropout",
+                                              "dtype",  "sorted_pivots", "workspace"};
+constexpr const char* kDecode[] = {"q",     "k_cache", "v_cache", "lengths", "out",
+                                   "shape", "layout",  "scale",   "dtype",   "splits"};
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled kernels of cogview_kernels; called by cogview_kernels/<op>/autograd.py.";
+    m.doc() = "Compiled kernels of cogview_kernels; called by cogview_kernels/<op>/native.py.";
     m.attr("has_cuda") = bool(COGVIEW_HAS_CUDA);
     m.def("isa", &isa_name);
-    m.def("set_isa", &set_isa);
+    m.def("set_isa", &set_isa, py::arg("name"));
     m.def("parallel_runtime", &parallel_runtime);
     m.def("free_workspaces", &free_workspaces);
 
-    bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward,
+    bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward, kSoftmaxForward,
              [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });
-    bind_cpu(m, "stable_softmax_bwd_cpu", softmax_backward,
+    bind_cpu(m, "stable_softmax_bwd_cpu", softmax_backward, kSoftmaxBackward,
              [] { return COGVIEW_PICK_ISA(stable_softmax_bwd_cpu); });
-    bind_cpu(m, "layer_norm_fwd_cpu", layer_norm_forward,
+    bind_cpu(m, "layer_norm_fwd_cpu", layer_norm_forward, kLayerNormForward,
              [] { return COGVIEW_PICK_ISA(layer_norm_fwd_cpu); });
-    bind_cpu(m, "layer_norm_bwd_cpu", layer_norm_backward,
+    bind_cpu(m, "layer_norm_bwd_cpu", layer_norm_backward, kLayerNormBackward,
              [] { return COGVIEW_PICK_ISA(layer_norm_bwd_cpu); });
-    bind_cpu(m, "sandwich_layer_norm_fwd_cpu", sandwich_forward,
+    bind_cpu(m, "sandwich_layer_norm_fwd_cpu", sandwich_forward, kSandwichForward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
-    bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward,
+    bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward, kSandwichBackward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
-    bind_cpu(m, "linear_cross_entropy_reduce_cpu", cross_entropy_reduce,
+    bind_cpu(m, "linear_cross_entropy_reduce_cpu", cross_entropy_reduce, kReduce,
              [] { return COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu); });
-    bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient,
+    bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient, kGradient,
              [] { return COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu); });
-    m.def(
-        "three_region_attention_fwd_cpu",
-        [](Strided q, Strided k, Strided v, Strided out, Address lse, std::array<int64_t, 8> shape,
-           Address pivots, float bias, float scale, float dropout_p, uint32_t drop_below, uint64_t seed,
-           int dtype, int threads) {
-            const AttentionForward args = {
-                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
-                attention_input(q),
-                attention_input(k),
-                attention_input(v),
-                attention_output(out),
-                pointer<float>(lse)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, SortedPivots(args.shape),
-                                                                       threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "three_region_attention_bwd_cpu",
-        [](Strided q, Strided k, Strided v, Strided out, Strided dout, Address lse, Address dlse, Strided dq,
-           Strided dk, Strided dv, std::array<int64_t, 8> shape, Address pivots, float bias, float scale,
-           float dropout_p, uint32_t drop_below, uint64_t seed, int dtype, int threads) {
-            const AttentionBackward args = {
-                attention_shape(shape, pivots, bias, scale, dropout_p, drop_below, seed, dtype),
-                attention_input(q),
-                attention_input(k),
-                attention_input(v),
-                attention_input(out),
-                attention_input(dout),
-                pointer<float>(lse),
-                pointer<float>(dlse),
-                attention_output(dq),
-                attention_output(dk),
-                attention_output(dv)};
-            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, SortedPivots(args.shape),
-                                                                       threads);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    bind_cpu(m, "decode_attention_cpu", decode_attention_arguments,
+    bind_cpu(m, "three_region_attention_fwd_cpu", attention_forward, kAttentionForward, [] {
+        return [](const AttentionForward& args, int threads) {
+            const SortedPivots sorted_pivots(args.common.shape, args.common.layout);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_fwd_cpu)(args, sorted_pivots, threads);
+        };
+    });
+    bind_cpu(m, "three_region_attention_bwd_cpu", attention_backward, kAttentionBackward, [] {
+        return [](const AttentionBackward& args, int threads) {
+            const SortedPivots sorted_pivots(args.common.shape, args.common.layout);
+            COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, sorted_pivots, threads);
+        };
+    });
+    bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
              [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
 #if COGVIEW_HAS_CUDA
-    bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, stable_softmax_fwd_cuda);
-    bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, stable_softmax_bwd_cuda);
-    bind_cuda(m, "layer_norm_fwd_cuda", layer_norm_forward, layer_norm_fwd_cuda);
-    bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, layer_norm_bwd_cuda);
-    bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, sandwich_layer_norm_fwd_cuda);
-    bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, sandwich_layer_norm_bwd_cuda);
-    bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward_cuda, three_region_attention_fwd_cuda);
-    bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward_cuda, three_region_attention_bwd_cuda);
-    bind_cuda(m, "decode_attention_cuda", decode_attention_arguments, decode_attention_cuda);
+    bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, kSoftmaxForward, stable_softmax_fwd_cuda);
+    bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, kSoftmaxBackward, stable_softmax_bwd_cuda);
+    bind_cuda(m, "layer_norm_fwd_cuda", layer_norm_forward, kLayerNormForward, layer_norm_fwd_cuda);
+    bind_cuda(m, "layer_norm_bwd_cuda", layer_norm_backward, kLayerNormBackward, layer_norm_bwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_fwd_cuda", sandwich_forward, kSandwichForward,
+              sandwich_layer_norm_fwd_cuda);
+    bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, kSandwichBackward,
+              sandwich_layer_norm_bwd_cuda);
+    bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward, kAttentionForward,
+              three_region_attention_fwd_cuda);
+    bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward, kAttentionBackward,
+              three_region_attention_bwd_cuda);
+    bind_cuda(m, "decode_attention_cuda", decode_arguments, kDecode, decode_attention_cuda);
 #endif
 }

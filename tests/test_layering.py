@@ -18,19 +18,17 @@ OPS = sorted(p.parent.name for p in KERNELS.glob("*/api.py"))
 
 # What each file of an op may import of its own op. Any may import the shared modules, `layout` and `_*`.
 ALLOWED = {
-    "__init__": {"api", "layout"},
-    "api": {"op", "reference", "sdpa", "layout", "autograd"},
+    "__init__": {"api"},
+    "api": {"op", "reference", "sdpa"},
     "op": {"native", "triton_kernels", "chunked", "pieces"},
-    "autograd": {"triton_kernels", "native", "chunked", "pieces", "layout"},
     "chunked": {"pieces"},
     "pieces": set(),
     "reference": set(),
     "native": {"chunked"},
-    "sdpa": {"layout", "reference"},
-    "layout": {"reference"},
+    "sdpa": {"reference"},
     "triton_kernels": {"launch_config", "native"},
     "launch_config": set(),
-    "tune": {"api", "launch_config", "layout"},
+    "tune": {"api", "launch_config"},
 }
 
 
@@ -71,6 +69,65 @@ def test_inside_an_op(path):
         assert part == path.parent.name, f"{path}: ops never import one another ({name})"
         module = name.split(".")[2] if len(name.split(".")) > 2 else ""
         assert module in ALLOWED[path.stem], f"{path.name} may not import {name}"
+
+
+# The rooms and modules of cogview, floor by floor from below. A module imports its own room and the floors
+# below it. The modules of the lowest floor may import one another.
+FLOORS = [
+    {"files", "config", "seeding", "device", "progress", "presets", "settings", "weights", "images"},
+    {"tokens", "model"},
+    {"data"},
+    {"training", "generation"},
+    {"evaluation"},
+    {"run"},
+    {"demo", "options"},
+    {"commands"},
+    {"parsing"},
+    {"cli"},
+    {"__main__"},
+]
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+
+
+@pytest.mark.parametrize("path", sorted(MODEL.rglob("*.py")), ids=lambda p: str(p.relative_to(MODEL)))
+def test_nothing_in_cogview_imports_from_above(path):
+    room = path.relative_to(MODEL).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return  # The front door hands on names from every floor.
+    assert room in FLOOR_OF, f"{path}: give {room} a floor in this test"
+    for name in imports(path):
+        if name.split(".")[0] != "cogview" or name == "cogview":
+            continue
+        other = name.split(".")[1]
+        allowed = FLOOR_OF.get(other, len(FLOORS)) < FLOOR_OF[room] or other == room
+        same_ground_floor = FLOOR_OF[room] == 0 == FLOOR_OF.get(other)
+        assert allowed or same_ground_floor, f"{path} imports {name}"
+
+
+def test_cogview_is_imported_without_what_it_may_not_need():
+    heavy = "('torch', 'matplotlib', 'sklearn', 'tensorboard', 'PIL')"
+    fresh_interpreter(
+        "import sys, cogview, cogview.config, cogview.presets, cogview.settings\n"
+        f"loaded = [m for m in {heavy} if m in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+
+
+def test_training_on_a_folder_loads_nothing_of_the_digits_or_the_plots(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "captions.tsv").write_text("a.png\tblack")
+    fresh_interpreter(
+        "import sys, cogview.training.pipeline\n"
+        "loaded = [m for m in ('matplotlib', 'sklearn', 'tensorboard', 'PIL') if m in sys.modules]\n"
+        "assert not loaded, loaded\n"
+        "from cogview.data.pairs import open_pairs\n"
+        f"open_pairs({str(tmp_path)!r}).check(8, progress=False)\n"
+        "assert 'PIL' in sys.modules\n"
+        "loaded = [m for m in ('matplotlib', 'sklearn', 'tensorboard') if m in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
 
 
 def test_cogview_uses_only_the_public_names():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Handwritten digits with captions in two languages, and a judge that tells which digit a picture shows.
+"""Handwritten digits with captions in two languages.
 
 The pictures are the 1,797 scans of 8x8 px that scikit-learn bundles (``load_digits``), so this real
 data set needs no download.
@@ -61,7 +61,8 @@ def phrase(template: str, digit: int) -> str:
 
 
 @lru_cache(maxsize=1)
-def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scans (values 0 to 16, ``[N, 64]``) and labels of ``"train"`` and ``"test"``."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -80,7 +81,7 @@ class DigitPairs:
     """
 
     def __init__(self, split: str = "train", copies: int = 1) -> None:
-        scans, labels = _splits()[split]
+        scans, labels = splits()[split]
         images = torch.tensor(scans, dtype=torch.float32).view(-1, 1, SCAN_SIDE, SCAN_SIDE) / 16
         images = images.repeat_interleave(copies, dim=0)
         is_copy = torch.arange(len(images)) % copies > 0
@@ -122,19 +123,3 @@ def _jitter(images: Tensor) -> Tensor:
     transform = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(transform, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)
-
-
-class Judge:
-    """A support vector machine fitted to the real training scans; it never sees a generated picture."""
-
-    def __init__(self) -> None:
-        from sklearn.svm import SVC
-
-        scans, labels = _splits()["train"]
-        self._classifier = SVC(gamma=0.001, C=10.0).fit(scans, labels)
-        self.test_accuracy = float(self._classifier.score(*_splits()["test"]))
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Digit shown by each of ``[N, 3, S, S]`` in [0, 1], averaged down to 8x8; int64 ``[N]``."""
-        scans = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), SCAN_SIDE)
-        return torch.from_numpy(self._classifier.predict((scans.flatten(1) * 16).cpu().numpy()))

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading an image file: the one place."""
+"""Pictures of any kind as pixels: the one place that reads an image file and fits it to a square."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from cogview.files import StrPath
+
+Picture = StrPath | Image.Image | Tensor  # what the model package takes as one picture
 
 
 def fit_picture(picture: Image.Image, size: int) -> Tensor:
@@ -49,3 +52,25 @@ def read_pixels(path: StrPath, size: int) -> Tensor:
 def read_image(path: StrPath, size: int) -> Tensor:
     """:func:`read_pixels` as float32 in [0, 1]."""
     return to_unit_range(read_pixels(path, size))
+
+
+def pixels_of(picture: Picture, size: int) -> Tensor:
+    """A file's path, a PIL picture or a tensor as ``[3, size, size]`` float32 in [0, 1].
+
+    A tensor is ``[3, H, W]``, uint8 or floats in [0, 1]; one of the right size is taken as it is.
+    TypeError for anything else, ValueError for another shape.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return read_image(picture, size)
+    if isinstance(picture, Image.Image):
+        return to_unit_range(fit_picture(picture, size))
+    if not isinstance(picture, Tensor):
+        raise TypeError(f"an image must be a path, a PIL picture or a tensor, got {type(picture).__name__}")
+    if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
+        raise ValueError(f"an image tensor must be [3, H, W], got {list(picture.shape)}")
+    pixels = picture.detach().cpu()
+    pixels = pixels.float() if pixels.is_floating_point() else to_unit_range(pixels)
+    if pixels.shape[1:] == (size, size):
+        return pixels
+    values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+    return to_unit_range(fit_picture(Image.fromarray(values.permute(1, 2, 0).numpy()), size))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from cogview.generation.captions import caption_loss
+from cogview.evaluation.cap_loss import caption_loss
 from cogview.model.transformer import CogView
 from cogview.tokens.vocab import Vocab
 

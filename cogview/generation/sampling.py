@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,8 +53,8 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
-def row_uniforms(seeds: list[int], steps: int) -> Tensor:
-    """``[len(seeds), steps]`` uniform numbers in [0, 1), each row from its own seed."""
+def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
+    """float32 ``[len(seeds), steps]`` uniform numbers in [0, 1), each row from its own seed."""
     generator = torch.Generator()
-    rows = [torch.rand(steps, generator=generator.manual_seed(seed)) for seed in seeds]
-    return torch.stack(rows) if rows else torch.empty(0, steps)
+    rows = [torch.rand(steps, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
+    return torch.stack(rows) if rows else torch.empty(0, steps, dtype=torch.float32)

@@ -70,9 +70,7 @@ def fit_text(pieces: Sequence[int], max_text_tokens: int, *, truncate: bool = Fa
         return list(pieces)
     if truncate:
         return list(pieces[:max_text_tokens])
-    raise ValueError(
-        f"the text has {len(pieces)} tokens, at most {max_text_tokens} fit; shorten it or allow truncation"
-    )
+    raise ValueError(f"the text has {len(pieces)} tokens, at most {max_text_tokens} fit; shorten it")
 
 
 @dataclass(frozen=True)

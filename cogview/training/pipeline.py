@@ -21,7 +21,7 @@ from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
 from cogview.device import default_device
 from cogview.files import StrPath, read_json, save_tensors, write_json
 from cogview.model.transformer import CogView
-from cogview.presets import default_preset
+from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
 from cogview.settings import (
     MODEL_SETTINGS,
@@ -35,7 +35,7 @@ from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, load_toke
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
 from cogview.training.loop import History
-from cogview.training.plan import implied_preset, plan_model, plan_text, require_fitting_preset
+from cogview.training.plan import plan_model, plan_text, require_fitting_preset
 from cogview.training.transformer import train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from cogview.config import ImageTokenizerConfig, ModelConfig, Preset
 from cogview.data.tokens import Captions
 from cogview.files import StrPath
-from cogview.presets import PRESETS
 from cogview.settings import TokenizerSettings, load_tokenizer_settings
 from cogview.tokens.sequence import FRAME_TOKENS
 from cogview.tokens.text_tokenizer import MANY_LINES, TextTokenizer, required_pieces
@@ -96,28 +95,6 @@ def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: Cap
         f"{room} for text and {codes_per_image} for the picture"
     )
     return ModelPlan(config, room, tuple(notes))
-
-
-def implied_preset(folder: StrPath) -> Preset:
-    """The preset that fits the tokenizers in a run folder: the one that they were trained with.
-
-    Its sizes of the tokenizers are those of the folder, whatever was changed when they were trained. For a
-    folder that does not name its preset, the first one with the same image tokenizer, else ``small``.
-    """
-    settings = load_tokenizer_settings(folder)
-    if settings.preset in PRESETS:
-        preset = PRESETS[settings.preset]
-    else:
-        fitting = [
-            preset for preset in PRESETS.values() if preset.image_tokenizer == settings.image_tokenizer
-        ]
-        preset = fitting[0] if fitting else PRESETS["small"]
-    return dataclasses.replace(
-        preset,
-        image_tokenizer=settings.image_tokenizer,
-        image_tokenizer_train=settings.image_tokenizer_train,
-        text_pieces=settings.text_pieces,
-    )
 
 
 def _in_words(config: ImageTokenizerConfig) -> str:

@@ -49,21 +49,20 @@ def losses_of(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
 
-    One pass of per-token losses gives all three. Nats per token.
+    One pass over the logits gives all three. Nats per token.
     """
     hidden = model(batch.tokens, layout=layouts)
-    token_loss = linear_cross_entropy(
-        hidden.reshape(-1, hidden.shape[-1]),
+    loss, token_losses = linear_cross_entropy(
+        hidden,
         model.word_embeddings.weight,
-        batch.targets.reshape(-1),
-        reduction="none",
-    ).view_as(batch.weight)
-    loss = (token_loss * batch.weight).sum() / batch.weight.sum()
+        batch.targets,
+        token_weight=batch.weight,
+        return_losses=True,
+    )
     has_target = batch.weight > 0
     after_image, after_text = has_target & ~batch.text_mask, has_target & batch.text_mask
-    detached = token_loss.detach()
-    image_loss = (detached * after_image).sum() / after_image.sum()
-    text_loss = (detached * after_text).sum() / after_text.sum().clamp(min=1)
+    image_loss = (token_losses * after_image).sum() / after_image.sum().clamp(min=1)
+    text_loss = (token_losses * after_text).sum() / after_text.sum().clamp(min=1)
     return loss, image_loss, text_loss
 
 

@@ -3,33 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
-from cogview_kernels.decode_attention.autograd import decode_attention_op, kernel_limit
+from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels.decode_attention import sdpa
+from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
-from cogview_kernels.decode_attention.sdpa import decode_attention_sdpa
+from cogview_kernels.layout import ThreeRegionLayout
 
 _OP = "decode_attention"
-_SUPPORTED = ("cpu", "triton", "cuda", "sdpa", "reference")
-_KERNELS = ("cpu", "triton", "cuda")
+_BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
 _INTEGERS = (torch.int64, torch.int32)
 
 
-class _Layout(Protocol):
-    """What is read of a ``ThreeRegionLayout``: ops do not import one another."""
-
-    @property
-    def pivots(self) -> Tensor: ...
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def window_blocks(self) -> int: ...
-    @property
-    def pivot_bias(self) -> float: ...
+def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
+    if backend in ("sdpa", "reference"):
+        return ""
+    return backend_module(backend).limit(backend, q, k_cache, v_cache)
 
 
 def decode_attention(
@@ -38,7 +29,7 @@ def decode_attention(
     v_cache: Tensor,
     lengths: Tensor,
     *,
-    layout: _Layout | None = None,
+    layout: ThreeRegionLayout | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -71,8 +62,9 @@ def decode_attention(
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
-        NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no gradient, no
-            float64, D up to 256; "cuda": D a multiple of 8).
+        NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no derivative, no
+            float64, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in where a
+            gradient is needed, not for derivatives in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
@@ -82,30 +74,41 @@ def decode_attention(
         scale = q.shape[-1] ** -0.5
     else:
         _checks.check_finite_number(_OP, "scale", scale)
-    chosen = _backends.choose(_OP, _SUPPORTED, backend, q.device)
-    regions: tuple[Tensor, int, int, float] | tuple[()] = ()
-    if layout is not None:
-        regions = (layout.pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias))
+    chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
+    scale = float(scale)
     if k_cache.shape[2] == 0:
         return torch.zeros_like(q)
-    if chosen in _KERNELS and backend is None and kernel_limit(chosen, q, k_cache, v_cache):
-        chosen = "sdpa"
-    if chosen in _KERNELS:
-        parts = regions or (None, 1, 1, 0.0)
-        return decode_attention_op(q, k_cache, v_cache, lengths, float(scale), *parts, chosen)
     if chosen == "sdpa":
-        return decode_attention_sdpa(q, k_cache, v_cache, lengths, float(scale), *regions)
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    return decode_attention_reference(
-        q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, float(scale), *regions
-    ).to(q.dtype)
+        return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale)
+    if chosen == "reference":
+        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        return decode_attention_reference(
+            q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale
+        ).to(q.dtype)
+    if layout is None:
+        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, scale, chosen)
+    return decode_attention_op(
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        layout.pivots,
+        layout.block_size,
+        layout.window_blocks,
+        float(layout.pivot_bias),
+        scale,
+        chosen,
+    )
 
 
-def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout: _Layout | None) -> None:
+def _check(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout: ThreeRegionLayout | None
+) -> None:
     for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.check_float(_OP, name, x, double=True)
+        _checks.check_float(_OP, name, x)
         if x.dim() != 4:
-            raise ValueError(f"{_OP}: {name} must have 4 dimensions, got shape {tuple(x.shape)}")
+            shape = "[B, H, Tq, D]" if name == "q" else "[B, Hkv, S, D]"
+            raise ValueError(f"{_OP}: {name} must have shape {shape}, got {tuple(x.shape)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         _checks.check_same_device(_OP, name, x, "q", q)
@@ -132,11 +135,20 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout:
         raise ValueError(f"{_OP}: lengths must have shape [{B}], got {tuple(lengths.shape)}")
     _checks.check_same_device(_OP, "lengths", lengths, "q", q)
     if layout is not None:
+        if not isinstance(layout, ThreeRegionLayout):
+            raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
         pivots = layout.pivots
-        if pivots.dim() != 2 or pivots.shape[0] != B:
-            raise ValueError(f"{_OP}: layout.pivots must have shape [{B}, P], got {tuple(pivots.shape)}")
+        if pivots.shape[0] != B:
+            raise ValueError(
+                f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(pivots.shape)}"
+            )
         _checks.check_same_device(_OP, "layout.pivots", pivots, "q", q)
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    _check_values(lengths, layout, S)
+
+
+def _check_values(lengths: Tensor, layout: ThreeRegionLayout | None, S: int) -> None:
+    """Where values can be read. Decoding is short, so the whole check of a layout's pivots would be felt."""
+    if not _torch_ops.values_are_readable(lengths):
         return
     if any(not 0 <= length <= S for length in lengths.tolist()):
         raise ValueError(f"{_OP}: lengths must lie in [0, {S}] (the cache's size), got {lengths.tolist()}")

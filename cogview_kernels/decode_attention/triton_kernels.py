@@ -3,7 +3,7 @@
 
 Letters: B samples, H query heads, Hkv key heads, G = H / Hkv, Tq new positions, R = G Tq rows that share the
 keys of a head, S positions of the cache, D head size (BLOCK_D the power of two it is padded to), P pivots a
-sample, w positions a window block, W blocks a window; tiles have BLOCK_M rows and BLOCK_N keys.
+sample; tiles have BLOCK_M rows and BLOCK_N keys.
 
 The keys of a sample are items in a row: its pivots as they are listed, then all positions from the first
 query's window on (without a layout: all positions). How many there are only the device knows. The splits of a
@@ -25,7 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels._regions_triton import window_start
 from cogview_kernels._triton import LOG2E, load_rows, offset, store_rounded
+from cogview_kernels.decode_attention import native
+from cogview_kernels.layout import ThreeRegionLayout
 
 # Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -40,15 +43,10 @@ _MOST_SPLITS = 128
 
 
 @triton.jit
-def _window_start(position, w, W):
-    return tl.maximum(tl.maximum(position, 0) // w - W + 1, 0) * w
-
-
-@triton.jit
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, lengths_ptr, pivots_ptr, partial_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    Hkv, G, Tq, S, P, w, W, row_tiles, splits, cells, factor, bias,
+    Hkv, G, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells, factor, bias,
     HAS_REGIONS: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -70,12 +68,12 @@ def _decode_kernel(
 
     # Nothing past the sequence is ever read: it may be anything. A wrong length must not leave the cache.
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), S).to(tl.int32)
-    listed, window, latest = 0, 0, 0
+    listed, window, latest_start = 0, 0, 0
     if HAS_REGIONS:
-        window = _window_start(length - Tq, w, W)
-        latest = _window_start(length - 1, w, W)
+        window = window_start(tl.maximum(length - Tq, 0), block_size, window_blocks)
+        latest_start = window_start(tl.maximum(length - 1, 0), block_size, window_blocks)
         # As long as the last query's window reaches the start, no key is far.
-        listed = tl.where(latest > 0, P, 0)
+        listed = tl.where(latest_start > 0, P, 0)
     items = listed + length - window
     share = tl.cdiv(tl.cdiv(items, splits), _STEP) * _STEP
     start = split * share
@@ -99,12 +97,12 @@ def _decode_kernel(
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     pivots_ptr += offset(b, P)
     position = length - Tq + rows % Tq
-    near = _window_start(position, w, W)
+    starts = window_start(tl.maximum(position, 0), block_size, window_blocks)
 
     if BLOCK_M == 1:
         q = q.to(tl.float32) * factor
     acc = tl.zeros([PLACES, BLOCK_D], tl.float32)
-    peak = tl.full([PLACES], _LOWEST, tl.float32)
+    row_max = tl.full([PLACES], _LOWEST, tl.float32)
     total = tl.zeros([PLACES], tl.float32)
     for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         item = begin + tl.arange(0, BLOCK_N)
@@ -115,7 +113,7 @@ def _decode_kernel(
             pivot = tl.load(pivots_ptr + item, mask=seen & far, other=-1).to(tl.int32)
             at = tl.where(far, pivot, window + item - listed)
             # A pivot in the window of every query stands among its positions, too.
-            seen = seen & (at >= 0) & ((at < latest) | ~far)
+            seen = seen & (at >= 0) & ((at < latest_start) | ~far)
         k = load_rows(k_ptr, at, stride_kt, seen, D, BLOCK_D)
         v = load_rows(v_ptr, at, stride_vt, seen, D, BLOCK_D)
         if BLOCK_M == 1:
@@ -123,9 +121,9 @@ def _decode_kernel(
             if HAS_REGIONS:
                 s += tl.where(far, bias, 0.0)
             s = tl.where(seen, s, float("-inf"))
-            new_peak = tl.maximum(peak, s)
-            p = tl.exp2(s - new_peak)
-            shrink = tl.exp2(peak - new_peak)
+            new_max = tl.maximum(row_max, s)
+            p = tl.exp2(s - new_max)
+            shrink = tl.exp2(row_max - new_max)
             total = total * shrink + p
             acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
         else:
@@ -133,25 +131,25 @@ def _decode_kernel(
             visible = seen[None, :] & (at[None, :] <= position[:, None])
             if HAS_REGIONS:
                 s += tl.where(far, bias, 0.0)[None, :]
-                visible = visible & (far[None, :] == (at[None, :] < near[:, None]))
+                visible = visible & (far[None, :] == (at[None, :] < starts[:, None]))
             s = tl.where(visible, s, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(s, axis=1))
-            p = tl.exp2(s - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
+            new_max = tl.maximum(row_max, tl.max(s, axis=1))
+            p = tl.exp2(s - new_max[:, None])
+            shrink = tl.exp2(row_max - new_max)
             total = total * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-        peak = new_peak
+        row_max = new_max
 
     if BLOCK_M == 1:
-        top = tl.max(peak, axis=0, keep_dims=True)
-        weight = tl.exp2(peak - top)
+        top = tl.max(row_max, axis=0, keep_dims=True)
+        weight = tl.exp2(row_max - top)
         total = tl.sum(total * weight, axis=0, keep_dims=True)
         acc = tl.sum(acc * weight[:, None], axis=0, keep_dims=True)
-        peak = top
+        row_max = top
     d = tl.arange(0, BLOCK_D)
     inside_d = inside[:, None] & (d < D)[None, :]
     if HAS_SPLITS:
-        tl.store(partial_ptr + cell, peak, mask=inside)
+        tl.store(partial_ptr + cell, row_max, mask=inside)
         tl.store(partial_ptr + cells + cell, total, mask=inside)
         tl.store(partial_ptr - offset(cells, D) + offset(cell, D)[:, None] + d[None, :], acc, mask=inside_d)
     else:
@@ -169,14 +167,14 @@ def _merge_kernel(
     row = tl.program_id(0)
     peaks_ptr = partial_ptr + offset(cells, D) + offset(row, splits)
     every = tl.arange(0, BLOCK_SPLITS)
-    peak = tl.max(tl.load(peaks_ptr + every, mask=every < splits, other=_LOWEST), axis=0)
+    row_max = tl.max(tl.load(peaks_ptr + every, mask=every < splits, other=_LOWEST), axis=0)
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     total = 0.0
     for start in range(0, splits, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         inside = index < splits
-        weight = tl.exp2(tl.load(peaks_ptr + index, mask=inside, other=_LOWEST) - peak)
+        weight = tl.exp2(tl.load(peaks_ptr + index, mask=inside, other=_LOWEST) - row_max)
         part = tl.load(peaks_ptr + cells + index, mask=inside, other=0.0)
         total += tl.sum(part * weight, axis=0)
         written = (part != 0.0)[:, None] & (d < D)[None, :]
@@ -220,28 +218,36 @@ def split_count(programs: int, keys: int, t: Tiles) -> int:
     return min(triton.cdiv(units, a_split), _MOST_SPLITS)
 
 
-def launch_decode_attention(
+def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
+    """Why the kernels cannot take these, and the way out; empty when they can."""
+    return native.limit(backend, q, k_cache, v_cache)
+
+
+def forward(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    out: Tensor,
+    layout: ThreeRegionLayout | None,
     scale: float,
-    pivots: Tensor | None,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
+    out: Tensor,
+    _: str,
 ) -> None:
-    """q and the caches have contiguous rows; lengths, pivots and out are contiguous. One launch or two."""
+    """Fills ``out``, by one launch or two. Rows of q and the caches are contiguous, ``lengths``, pivots and
+    ``out`` throughout."""
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
     rows = H // Hkv * Tq
-    w = min(block_size, S)
-    W = min(window_blocks, triton.cdiv(S, w))
+    pivots, P, keys, pivot_bias = lengths, 0, S, 0.0
+    block_size, window_blocks = S, 1
+    if layout is not None:
+        block_size = min(layout.block_size, S)
+        window_blocks = min(layout.window_blocks, triton.cdiv(S, block_size))
     # A window over the whole cache leaves no key far.
-    has_regions = pivots is not None and w * W < S
-    P = pivots.shape[1] if pivots is not None and has_regions else 0
-    keys = P + min(S, w * W + Tq) if has_regions else S
+    has_regions = layout is not None and block_size * window_blocks < S
+    if layout is not None and has_regions:
+        pivots, P, pivot_bias = layout.pivots, layout.pivots.shape[1], layout.pivot_bias
+        keys = P + min(S, block_size * window_blocks + Tq)
     t = tiles(rows, D, q.element_size() * 8, has_regions)
     row_tiles = triton.cdiv(rows, t.block_m)
     programs = B * Hkv * row_tiles
@@ -251,9 +257,9 @@ def launch_decode_attention(
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     _decode_kernel[(programs * splits,)](
-        q, k_cache, v_cache, lengths, lengths if pivots is None else pivots, partial, out,
+        q, k_cache, v_cache, lengths, pivots, partial, out,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        Hkv, H // Hkv, Tq, S, P, w, W, row_tiles, splits, cells,
+        Hkv, H // Hkv, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells,
         scale * LOG2E.value, pivot_bias * LOG2E.value,
         HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
         D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,

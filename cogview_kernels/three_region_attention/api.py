@@ -6,14 +6,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _random
-from cogview_kernels.three_region_attention.autograd import kernel_limit, three_region_attention_op
-from cogview_kernels.three_region_attention.layout import ThreeRegionLayout, check_pivot_values
+from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels.layout import ThreeRegionLayout
+from cogview_kernels.three_region_attention import sdpa
+from cogview_kernels.three_region_attention.op import backend_module, three_region_attention_op
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
-from cogview_kernels.three_region_attention.sdpa import three_region_attention_sdpa
 
 _OP = "three_region_attention"
-_SUPPORTED = ("triton", "cuda", "cpu", "sdpa", "reference")
+_BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
+
+
+def _limit(backend: str, q: Tensor, dropout_p: float, return_lse: bool) -> str:
+    if backend == "reference":
+        return ""
+    if backend == "sdpa":
+        return sdpa.limit(dropout_p, return_lse)
+    return backend_module(backend).limit(backend, q)
 
 
 def three_region_attention(
@@ -40,7 +48,7 @@ def three_region_attention(
     PB-Relax attention by construction: scores far past the fp16 limit do no harm.
 
     Args:
-        q: ``[B, H, T, D]``; float32, float16 or bfloat16 (float64 with "reference" and "sdpa").
+        q: ``[B, H, T, D]``; float32, float16, bfloat16 or float64 (which "sdpa" and "reference" take).
         k, v: ``[B, Hkv, T, D]``, dtype and device of ``q``; H is a multiple of Hkv, and query head h reads
             key head ``h // (H // Hkv)``. Any strides with the last dimension contiguous: views into a packed
             ``[B, T, 3, H, D]`` projection are read in place.
@@ -48,58 +56,63 @@ def three_region_attention(
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
             ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
-        seed: for dropout, an int or an int64 scalar tensor; None draws one from PyTorch's CPU generator.
+        seed: for dropout, an int of at most 64 bits or a 0-d int64 tensor, on the CPU or the device of ``q``;
+            None draws one from PyTorch's CPU generator.
         return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
         backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for the device.
 
     Returns:
-        ``out``, shape and dtype of ``q``; with ``return_lse`` ``(out, lse)``, ``lse`` float32 ``[B, H, T]``.
+        ``out``, shape and dtype of ``q``; with ``return_lse`` ``(out, lse)``, ``lse`` ``[B, H, T]``
+        in float32 (float64 for float64).
 
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
             the CPU alone: reading them on a GPU would wait for it.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cuda": float16 and
-            D of 32, 64, 80, 96 or 128; "cpu", "triton": D up to 256). Without ``backend`` "sdpa" steps in.
+            D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256). Without ``backend`` "sdpa"
+            steps in, or where that cannot, "reference". Also a derivative that kernels do not have: of
+            second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
     """
-    _check(q, k, v, layout, dropout_p, backend)
+    _check(q, k, v, layout)
+    _checks.check_dropout(_OP, dropout_p, seed, "q", q)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     else:
         _checks.check_finite_number(_OP, "scale", scale)
-    chosen = _backends.choose(_OP, _SUPPORTED, backend, q.device)
-    if chosen not in ("sdpa", "reference") and backend is None and kernel_limit(q, chosen):
-        chosen = "sdpa"
-    if chosen == "sdpa" and (dropout_p > 0 or return_lse):
-        if backend is not None:
-            missing = "dropout" if dropout_p > 0 else "return_lse"
-            raise NotImplementedError(f"{_OP}: the sdpa backend has no {missing}; use backend='reference'")
-        chosen = "reference"
-    pivots = layout.pivots
-    regions = (pivots, layout.block_size, layout.window_blocks, float(layout.pivot_bias), float(scale))
-    seed_tensor = _random.as_seed(seed) if dropout_p > 0 else None
+    chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
+    scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
     if chosen not in ("sdpa", "reference"):
-        out, lse = three_region_attention_op(q, k, v, *regions, float(dropout_p), seed_tensor, chosen)
+        out, lse = three_region_attention_op(
+            q,
+            k,
+            v,
+            layout.pivots,
+            layout.block_size,
+            layout.window_blocks,
+            float(layout.pivot_bias),
+            scale,
+            dropout_p,
+            seed,
+            chosen,
+        )
         return (out, lse) if return_lse else out
-    if pivots.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_pivot_values(_OP, pivots, q.shape[2])
+    layout.check_pivots(_OP, q.shape[2])
     if chosen == "sdpa":
-        return three_region_attention_sdpa(q, k, v, *regions)
+        return sdpa.forward(q, k, v, layout, scale)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     out, lse = three_region_attention_reference(
-        q.to(wide), k.to(wide), v.to(wide), *regions, float(dropout_p), seed_tensor
+        q.to(wide), k.to(wide), v.to(wide), layout, scale, _dropout.Dropout.of(dropout_p, seed)
     )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, dropout_p: float, backend: str | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _checks.check_float(_OP, name, x, double=backend in ("reference", "sdpa"))
+        _checks.check_float(_OP, name, x)
         if x.dim() != 4:
             raise ValueError(f"{_OP}: {name} must have shape [B, H, T, D], got {tuple(x.shape)}")
         if x.dtype != q.dtype:
@@ -121,6 +134,3 @@ def _check(
             f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(layout.pivots.shape)}"
         )
     _checks.check_same_device(_OP, "layout.pivots", layout.pivots, "q", q)
-    _checks.check_finite_number(_OP, "dropout_p", dropout_p)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{_OP}: dropout_p must be in [0, 1), got {dropout_p}")

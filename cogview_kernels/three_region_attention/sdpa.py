@@ -11,64 +11,70 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels.three_region_attention.reference import region_masks
+from cogview_kernels import _torch_ops
+from cogview_kernels.layout import ThreeRegionLayout, window_start
 
 # Up to here the calls of the loop cost more than the tiles they skip.
 DENSE_LENGTH = 512
 
 
-def three_region_attention_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pivots: Tensor,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
-    scale: float,
-) -> Tensor:
-    """See :func:`cogview_kernels.three_region_attention`; in the dtype of ``q``, no dropout."""
-    T, w, W = q.shape[2], block_size, window_blocks
+def limit(dropout_p: float, return_lse: bool) -> str:
+    """What ``scaled_dot_product_attention`` cannot do; empty when it can."""
+    missing = "dropout" if dropout_p > 0 else "return_lse" if return_lse else ""
+    return missing and f"the sdpa backend has no {missing}; use backend='reference'"
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:
+    """See :func:`cogview_kernels.three_region_attention`; in the dtype of ``q``."""
+    T = q.shape[2]
+    block_size, window_blocks = layout.window(T)
     gqa = q.shape[1] != k.shape[1]
-    if w * W >= T:
+    if block_size * window_blocks >= T:
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
-        window, far = region_masks(pivots, w, W, T)
-        mask = torch.zeros(far.shape, dtype=q.dtype, device=q.device).masked_fill(far, pivot_bias)
+        window, far = layout.regions(torch.arange(T, device=q.device), T)
+        mask = torch.zeros(far.shape, dtype=q.dtype, device=q.device).masked_fill(far, layout.pivot_bias)
         mask = mask.masked_fill(~(window | far), -torch.inf)[:, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return _by_blocks(q, k, v, layout, scale)
 
-    ordered = pivots.long().masked_fill(pivots < 0, T).sort(1).values
-    index = ordered.clamp(max=T - 1)[:, None, :, None]
+
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:
+    """One call for the blocks that see all before them, then one for each block."""
+    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
+    block_size, window_blocks = layout.window(T)
+    B, P = layout.pivots.shape
+    sorted_pivots = layout.sorted_pivots(T)
+    index = sorted_pivots.clamp(max=T - 1)[:, None, :, None]
     k_far, v_far = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-    starts = range(w * W, T, w)
-    # Prefix lengths: exact where reading them costs no wait, else bounds; the mask hides what is too much.
-    if pivots.device.type == "cpu" and not torch.compiler.is_compiling():
-        edges = torch.tensor([start - (W - 1) * w for start in starts]).expand(pivots.shape[0], -1)
-        prefixes = torch.searchsorted(ordered, edges.contiguous()).amax(0).tolist()
+    starts = range(block_size * window_blocks, T, block_size)
+    windows = [window_start(start, block_size, window_blocks) for start in starts]
+    # How many pivots are far: exact where reading them costs no wait, else at most so many; the mask hides
+    # those that are too many.
+    if _torch_ops.values_are_readable(sorted_pivots):
+        edges = torch.tensor(windows).expand(B, -1).contiguous()
+        far_counts = torch.searchsorted(sorted_pivots, edges).amax(0).tolist()
     else:
-        prefixes = [min(pivots.shape[1], start - (W - 1) * w) for start in starts]
+        far_counts = [min(P, window) for window in windows]
 
-    first = slice(0, w * W)
+    first = slice(0, block_size * window_blocks)
     parts = [
         scaled_dot_product_attention(
             q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True, scale=scale, enable_gqa=gqa
         )
     ]
-    for start, prefix in zip(starts, prefixes, strict=True):
-        stop, window_start = min(T, start + w), start - (W - 1) * w
-        far = torch.full((pivots.shape[0], 1, 1, prefix), pivot_bias, dtype=q.dtype, device=q.device)
-        far = far.masked_fill((ordered[:, None, None, :prefix] >= window_start), -torch.inf)
-        diagonal = torch.full((stop - start, stop - window_start), -torch.inf, dtype=q.dtype, device=q.device)
-        near = diagonal.triu(start - window_start + 1)
-        mask = torch.cat(
-            [far.expand(-1, -1, stop - start, -1), near.expand(pivots.shape[0], 1, -1, -1)], dim=3
-        )
+    for start, window, count in zip(starts, windows, far_counts, strict=True):
+        stop = min(T, start + block_size)
+        far = torch.full((B, 1, 1, count), layout.pivot_bias, dtype=q.dtype, device=q.device)
+        far = far.masked_fill(sorted_pivots[:, None, None, :count] >= window, -torch.inf)
+        diagonal = torch.full((stop - start, stop - window), -torch.inf, dtype=q.dtype, device=q.device)
+        near = diagonal.triu(start - window + 1)
+        mask = torch.cat([far.expand(-1, -1, stop - start, -1), near.expand(B, 1, -1, -1)], dim=3)
         parts.append(
             scaled_dot_product_attention(
                 q[:, :, start:stop],
-                torch.cat([k_far[:, :, :prefix], k[:, :, window_start:stop]], 2),
-                torch.cat([v_far[:, :, :prefix], v[:, :, window_start:stop]], 2),
+                torch.cat([k_far[:, :, :count], k[:, :, window:stop]], 2),
+                torch.cat([v_far[:, :, :count], v[:, :, window:stop]], 2),
                 attn_mask=mask,
                 scale=scale,
                 enable_gqa=gqa,

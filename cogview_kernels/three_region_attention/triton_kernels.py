@@ -2,19 +2,19 @@
 """Three-region attention on NVIDIA GPUs from compute capability 8.0.
 
 Letters: B samples, H query heads, G query heads a key head, T positions, D head size (BLOCK_D the power of
-two it is padded to), P pivots a sample, w positions a window block, NB = ceil(T / w) window blocks, W blocks
-a window; tiles have BLOCK_M queries and BLOCK_N keys. TP and PP are T and P rounded up to whole tiles: loads
-of what has as many entries need no mask, which in a loop costs more than the load.
+two it is padded to), P pivots a sample, NB = ceil(T / block_size) blocks of the layout; tiles have BLOCK_M
+queries and BLOCK_N keys. TP and PP are T and P rounded up to whole tiles: loads of what has as many entries
+need no mask, which in a loop costs more than the load.
 
 Pivots are sorted first. Those left of a query's window are then a prefix of the list, so a tile of queries
 walks two loops under one softmax: the prefix, then the window. Every tile is full but those at the end of the
-prefix and on the diagonal (and, where w is no multiple of BLOCK_M, at the start of the window); a tile that
-is not full takes a branch that masks it. Key j counts for the queries from first(j) up to end(j), so a tile
-of keys walks one loop over queries with a mask at its ends alone.
+prefix and on the diagonal (and, where block_size is no multiple of BLOCK_M, at the start of the window); a
+tile that is not full takes a branch that masks it. Key j counts for the queries from first(j) up to end(j),
+so a tile of keys walks one loop over queries with a mask at its ends alone.
 
 Keys and values of pivots are gathered where they are used: a row of D elements fills whole sectors of
 memory, the loop loads positions one stage ahead of rows, and no packed copy is made. Their gradients are
-written packed, each by one program, and added by inverse index to those of the window: no atomics.
+written packed, each by one program, and added by the rank of a pivot to those of the window: no atomics.
 
 Scores are in units of log2, s = q.k * factor + bias, with factor = scale * log2(e) and bias = pivot_bias *
 log2(e) or 0: 2^s costs one multiply-add and one ex2 an element.
@@ -34,22 +34,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels._dropout import Dropout
+from cogview_kernels._regions_triton import (
+    first_query_past,
+    in_window,
+    window_start,
+    window_start_of_block,
+)
 from cogview_kernels._triton import (
     LN2,
     LOG2E,
+    dropout_arguments,
     dropout_keeps,
     dropout_rows,
     load_rows,
     offset,
     store_rounded,
 )
-from cogview_kernels.three_region_attention import launch_config
+from cogview_kernels.layout import ThreeRegionLayout
+from cogview_kernels.three_region_attention import launch_config, native
 from cogview_kernels.three_region_attention.launch_config import Config
 
 # Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-_NO_SPECIALIZATION = ["seed", "threshold"]
+_NO_SPECIALIZATION = ["seed", "keep_threshold"]
 
 # Queries or keys of a tile, at most.
 _LARGEST_TILE = 128
@@ -57,18 +66,18 @@ _LARGEST_TILE = 128
 
 @triton.jit
 def _index_kernel(
-    pivots_ptr, ordered_ptr, prefix_ptr, inverse_ptr, P, PP, T, NB, w, W,
-    HAS_INVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    pivots_ptr, sorted_pivots_ptr, far_counts_ptr, rank_of_pivot_ptr, P, PP, T, NB, block_size, window_blocks,
+    HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sorts by counting, PP^2 comparisons a sample: ``ordered[rank] = pivot`` with pads as T up to PP.
+    """Sorts by counting, PP^2 comparisons a sample: ``sorted_pivots[rank] = pivot`` with pads as T up to PP.
 
-    ``prefix[block]``: pivots left of the window of ``block``. ``inverse[pivot] = rank``."""
+    ``far_counts[block]``: pivots left of the window of ``block``. ``rank_of_pivot[pivot] = rank``."""
     b = tl.program_id(1)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_ptr = pivots_ptr + offset(b, P)
     pivot = tl.load(row_ptr + mine, mask=mine < P, other=-1).to(tl.int32)
     pivot = tl.where((pivot < 0) | (pivot >= T), T, pivot)
-    window_start = tl.maximum(mine - W + 1, 0) * w
+    start_of_mine = window_start_of_block(mine, block_size, window_blocks)
     rank = tl.zeros([BLOCK], tl.int32)
     before = tl.zeros([BLOCK], tl.int32)
     for start in range(0, PP, BLOCK):
@@ -79,35 +88,35 @@ def _index_kernel(
         less = other[None, :] < pivot[:, None]
         less = less | ((other[None, :] == pivot[:, None]) & (index[None, :] < mine[:, None]))
         rank += tl.sum(less.to(tl.int32), axis=1)
-        before += tl.sum((other[None, :] < window_start[:, None]).to(tl.int32), axis=1)
-    tl.store(ordered_ptr + offset(b, PP) + rank, pivot, mask=mine < PP)
-    tl.store(prefix_ptr + offset(b, NB) + mine, before, mask=mine < NB)
-    if HAS_INVERSE:
-        tl.store(inverse_ptr + offset(b, T) + pivot, rank, mask=pivot < T)
+        before += tl.sum((other[None, :] < start_of_mine[:, None]).to(tl.int32), axis=1)
+    tl.store(sorted_pivots_ptr + offset(b, PP) + rank, pivot, mask=mine < PP)
+    tl.store(far_counts_ptr + offset(b, NB) + mine, before, mask=mine < NB)
+    if HAS_RANKS:
+        tl.store(rank_of_pivot_ptr + offset(b, T) + pivot, rank, mask=pivot < T)
 
 
 @triton.jit
 def _softmax_step(
-    acc, peak, total, s, factor, bias, v, columns, r0, r1, threshold,
+    acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output."""
-    new_peak = tl.maximum(peak, tl.max(s, axis=1) * factor + bias)
-    p = tl.exp2(s * factor - (new_peak - bias)[:, None])
-    shrink = tl.exp2(peak - new_peak)
+    new_max = tl.maximum(row_max, tl.max(s, axis=1) * factor + bias)
+    p = tl.exp2(s * factor - (new_max - bias)[:, None])
+    shrink = tl.exp2(row_max - new_max)
     total = total * shrink + tl.sum(p, axis=1)
     if HAS_DROPOUT:
-        p = tl.where(dropout_keeps(r0[:, None], r1[:, None], columns[None, :], threshold), p, 0.0)
+        p = tl.where(dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold), p, 0.0)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_peak, total
+    return acc, new_max, total
 
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, ordered_ptr, prefix_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, sorted_pivots_ptr, far_counts_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
-    H, G, T, PP, NB, w, W, factor, bias, seed, threshold, keep_scale,
+    H, G, T, PP, NB, block_size, window_blocks, factor, bias, seed, keep_threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -130,44 +139,48 @@ def _fwd_kernel(
     if HAS_DROPOUT:
         r0, r1 = dropout_rows(seed, rows, h, b)
 
-    # Window starts: of each row, of the first and of the last (all the same where w % BLOCK_M == 0).
-    near_lo = tl.maximum(start_m // w - W + 1, 0) * w
-    near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
+    # Window starts: of each row, of the first and of the last (all the same where block_size % BLOCK_M == 0).
+    first_window = window_start(start_m, block_size, window_blocks)
+    last_window = window_start(stop_m - 1, block_size, window_blocks)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    peak = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
     if HAS_FAR:
-        full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
-        stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
-        ordered_ptr += offset(b, PP)
+        full = tl.load(far_counts_ptr + offset(b, NB) + start_m // block_size)
+        stop = tl.load(far_counts_ptr + offset(b, NB) + (stop_m - 1) // block_size)
+        sorted_pivots_ptr += offset(b, PP)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(ordered_ptr + index)
+            columns = tl.load(sorted_pivots_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                prefix = tl.load(prefix_ptr + offset(b, NB) + rows // w, mask=rows < T, other=0)
-                s = tl.where(index[None, :] < prefix[:, None], s, float("-inf"))
-            acc, peak, total = _softmax_step(
-                acc, peak, total, s, factor, bias, v, columns, r0, r1, threshold, HAS_DROPOUT, PRECISION
-            )
+                far_count = tl.load(
+                    far_counts_ptr + offset(b, NB) + rows // block_size, mask=rows < T, other=0
+                )
+                s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
+            acc, row_max, total = _softmax_step(
+                acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
+                HAS_DROPOUT, PRECISION,
+            )  # fmt: skip
 
-    for start in tl.range(near_lo, stop_m, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if (start + BLOCK_N > start_m + 1) | (start < near_hi):
-            near = tl.maximum(rows // w - W + 1, 0) * w
-            seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
+        if (start + BLOCK_N > start_m + 1) | (start < last_window):
+            starts = window_start(rows, block_size, window_blocks)
+            seen = in_window(columns[None, :], rows[:, None], starts[:, None])
             s = tl.where(seen, s, float("-inf"))
-        acc, peak, total = _softmax_step(
-            acc, peak, total, s, factor, 0.0, v, columns, r0, r1, threshold, HAS_DROPOUT, PRECISION
-        )
+        acc, row_max, total = _softmax_step(
+            acc, row_max, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
+            HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
 
-    tl.store(lse_ptr + offset(bh, T) + rows, (peak + tl.log2(total)) * LN2, mask=rows < T)
+    tl.store(lse_ptr + offset(bh, T) + rows, (row_max + tl.log2(total)) * LN2, mask=rows < T)
     if HAS_DROPOUT:
         acc = acc * keep_scale
     acc = acc / total[:, None]
@@ -222,14 +235,14 @@ def _load_words(words_ptr, TP):
 
 @triton.jit
 def _dq_step(
-    dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+    dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k for a tile of raw products ``s``; ``lse2`` is in log2, less the bias."""
     p = tl.exp2(s * factor - lse2[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], threshold)
+        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
         dp = tl.where(keeps, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -237,10 +250,10 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, prefix_ptr, stats_ptr, words_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, sorted_pivots_ptr, far_counts_ptr, stats_ptr, words_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
-    H, G, T, TP, PP, NB, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, PP, NB, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -267,40 +280,42 @@ def _dq_kernel(
     if HAS_DROPOUT:
         r0, r1 = _load_words(words_ptr + at, TP)
 
-    near_lo = tl.maximum(start_m // w - W + 1, 0) * w
-    near_hi = tl.maximum((stop_m - 1) // w - W + 1, 0) * w
+    first_window = window_start(start_m, block_size, window_blocks)
+    last_window = window_start(stop_m - 1, block_size, window_blocks)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_FAR:
-        full = tl.load(prefix_ptr + offset(b, NB) + start_m // w)
-        stop = tl.load(prefix_ptr + offset(b, NB) + (stop_m - 1) // w)
-        ordered_ptr += offset(b, PP)
+        full = tl.load(far_counts_ptr + offset(b, NB) + start_m // block_size)
+        stop = tl.load(far_counts_ptr + offset(b, NB) + (stop_m - 1) // block_size)
+        sorted_pivots_ptr += offset(b, PP)
         far_lse2 = lse2 - bias
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(ordered_ptr + index)
+            columns = tl.load(sorted_pivots_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                prefix = tl.load(prefix_ptr + offset(b, NB) + rows // w, mask=rows < T, other=0)
-                s = tl.where(index[None, :] < prefix[:, None], s, float("-inf"))
+                far_count = tl.load(
+                    far_counts_ptr + offset(b, NB) + rows // block_size, mask=rows < T, other=0
+                )
+                s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             dq = _dq_step(
-                dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+                dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
                 HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
-    for start in tl.range(near_lo, stop_m, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if (start + BLOCK_N > start_m + 1) | (start < near_hi):
-            near = tl.maximum(rows // w - W + 1, 0) * w
-            seen = (columns[None, :] <= rows[:, None]) & (columns[None, :] >= near[:, None])
+        if (start + BLOCK_N > start_m + 1) | (start < last_window):
+            starts = window_start(rows, block_size, window_blocks)
+            seen = in_window(columns[None, :], rows[:, None], starts[:, None])
             s = tl.where(seen, s, float("-inf"))
         dq = _dq_step(
-            dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, threshold, keep_scale,
+            dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
             HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -316,7 +331,7 @@ def _key_gradients(
     q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, end,
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-    H, G, T, TP, factor, bias, threshold, keep_scale,
+    H, G, T, TP, factor, bias, keep_threshold, keep_scale,
     HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -351,7 +366,7 @@ def _key_gradients(
             kept = p
             if HAS_DROPOUT:
                 r0, r1 = _load_words(words_ptr + row_base + rows, TP)
-                keeps = dropout_keeps(r0[None, :], r1[None, :], columns[:, None], threshold)
+                keeps = dropout_keeps(r0[None, :], r1[None, :], columns[:, None], keep_threshold)
                 kept = tl.where(keeps, p, 0.0)
                 dp = tl.where(keeps, dp * keep_scale, 0.0)
             dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -362,15 +377,15 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_far_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, ordered_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, sorted_pivots_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
-    H, G, T, TP, PP, w, W, scale, factor, bias, threshold, keep_scale,
+    H, G, T, TP, PP, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, PP, D]`` in the order of ``ordered``."""
+    """dk, dv of a tile of pivots as far keys, packed: ``[B, H / G, PP, D]``, in ascending order."""
     tiles = PP // BLOCK_N
     pid = tl.program_id(0)
     # The first pivots are far from the most queries: they start first.
@@ -378,13 +393,13 @@ def _dkv_far_kernel(
     heads = H // G
     b = pid // tiles // heads
     kv_head = pid // tiles % heads
-    columns = tl.load(ordered_ptr + offset(b, PP) + index)
+    columns = tl.load(sorted_pivots_ptr + offset(b, PP) + index)
     k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
     v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
 
-    first = (columns // w + W) * w
+    first = first_query_past(columns, block_size, window_blocks)
     start_m = tl.min(first, axis=0) // BLOCK_M * BLOCK_M
     # Pads count nowhere and are not stored, so they need no mask.
     full_lo = tl.max(tl.where(columns < T, first, 0), axis=0)
@@ -392,7 +407,7 @@ def _dkv_far_kernel(
         q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, first,
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-        H, G, T, TP, factor, bias, threshold, keep_scale,
+        H, G, T, TP, factor, bias, keep_threshold, keep_scale,
         False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
@@ -406,11 +421,11 @@ def _dkv_far_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, inverse_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, rank_of_pivot_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    H, G, T, TP, PP, w, W, scale, factor, threshold, keep_scale,
+    H, G, T, TP, PP, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
     HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -430,12 +445,13 @@ def _dkv_kernel(
     v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
 
     start_m = start_n // BLOCK_M * BLOCK_M
-    stop_m = tl.minimum(((stop_n - 1) // w + W) * w, T)
+    stop_m = tl.minimum(first_query_past(stop_n - 1, block_size, window_blocks), T)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, columns, (columns // w + W) * w,
-        start_m, stop_m, stop_n - 1, (start_n // w + W) * w, b, kv_head,
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns,
+        columns, first_query_past(columns, block_size, window_blocks),
+        start_m, stop_m, stop_n - 1, first_query_past(start_n, block_size, window_blocks), b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
-        H, G, T, TP, factor, 0.0, threshold, keep_scale,
+        H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
         True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
@@ -444,7 +460,7 @@ def _dkv_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = (columns < T)[:, None] & (d < D)[None, :]
     if HAS_FAR:
-        rank = tl.load(inverse_ptr + offset(b, T) + columns, mask=columns < T, other=-1)
+        rank = tl.load(rank_of_pivot_ptr + offset(b, T) + columns, mask=columns < T, other=-1)
         far = inside & (rank >= 0)[:, None]
         at = offset(pid // tiles, PP) * D + offset(rank, D)[:, None] + d[None, :]
         dk += tl.load(dk_far_ptr + at, mask=far, other=0.0).to(tl.float32)
@@ -461,24 +477,37 @@ def _whole_tiles(n: int) -> int:
     return triton.cdiv(n, _LARGEST_TILE) * _LARGEST_TILE
 
 
-def _index(pivots: Tensor, T: int, w: int, W: int, with_inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted pivots ``[B, PP]``, prefix lengths ``[B, NB]`` and, for the backward, the inverse ``[B, T]``."""
+def _index(
+    pivots: Tensor, T: int, block_size: int, window_blocks: int, with_ranks: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sorted pivots ``[B, PP]``, how many are far from each block ``[B, NB]`` and, for the backward, the rank
+    of each pivot ``[B, T]``, -1 for other positions."""
     B, P = pivots.shape
-    blocks, PP = triton.cdiv(T, w), _whole_tiles(P)
-    ordered = pivots.new_empty(B, PP, dtype=torch.int32)
-    prefix = pivots.new_empty(B, blocks, dtype=torch.int32)
-    inverse = pivots.new_full((B, T), -1, dtype=torch.int32) if with_inverse else ordered
+    blocks, PP = triton.cdiv(T, block_size), _whole_tiles(P)
+    sorted_pivots = pivots.new_empty(B, PP, dtype=torch.int32)
+    far_counts = pivots.new_empty(B, blocks, dtype=torch.int32)
+    rank_of_pivot = pivots.new_full((B, T), -1, dtype=torch.int32) if with_ranks else sorted_pivots
     block = 64
     _index_kernel[(triton.cdiv(max(PP, blocks), block), B)](
-        pivots.contiguous(), ordered, prefix, inverse, P, PP, T, blocks, w, W,
-        HAS_INVERSE=with_inverse, BLOCK=block,
+        pivots.contiguous(), sorted_pivots, far_counts, rank_of_pivot, P, PP, T, blocks,
+        block_size, window_blocks, HAS_RANKS=with_ranks, BLOCK=block,
     )  # fmt: skip
-    return ordered, prefix, inverse
+    return sorted_pivots, far_counts, rank_of_pivot
 
 
-def _run(kernel: str, q: Tensor, block_size: int, dropout_p: float, launch: Callable[[Config], None]) -> None:
-    D, dropout = q.shape[3], dropout_p > 0
-    launch(launch_config.choose(kernel, q.device, D, q.dtype, block_size, dropout, launch))
+def _window(layout: ThreeRegionLayout, T: int) -> tuple[int, int]:
+    """Block size and window blocks, as short as makes no difference at T positions."""
+    block_size = min(layout.block_size, T)
+    return block_size, min(layout.window_blocks, triton.cdiv(T, block_size))
+
+
+def _run(
+    kernel: str, q: Tensor, block_size: int, dropout: Dropout | None, launch: Callable[[Config], None]
+) -> None:
+    chosen = launch_config.choose(
+        kernel, q.device, q.shape[3], q.dtype, block_size, dropout is not None, launch
+    )
+    launch(chosen)
 
 
 def _tiles(config: Config) -> dict[str, int | None]:
@@ -491,115 +520,110 @@ def _tiles(config: Config) -> dict[str, int | None]:
     }
 
 
-def _flags(q: Tensor, dropout_p: float) -> dict[str, Any]:
+def _flags(q: Tensor, dropout: Dropout | None) -> dict[str, Any]:
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "HAS_DROPOUT": dropout_p > 0,
+        "HAS_DROPOUT": dropout is not None,
         "PRECISION": "tf32" if tf32 else "ieee",
         "D": q.shape[3],
         "BLOCK_D": launch_config.padded(q.shape[3]),
     }
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Any, int, float]:
-    """Seed (a number, or a pointer where it lies on the GPU), threshold and scale of what is kept."""
-    if seed is None:
-        return 0, 0, 1.0
-    threshold = min(round(dropout_p * 2**32), 2**32 - 1)
-    return seed if seed.device.type == "cuda" else int(seed), threshold, 1 / (1 - dropout_p)
+def limit(backend: str, q: Tensor) -> str:
+    """Why the kernels cannot take ``q``, and the way out; empty when they can."""
+    return native.limit(backend, q)
 
 
-def launch_three_region_attention_fwd(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    layout: ThreeRegionLayout,
+    scale: float,
+    dropout: Dropout | None,
     out: Tensor,
     lse: Tensor,
-    pivots: Tensor,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    _: str,
 ) -> None:
-    """All have contiguous rows, lse is contiguous. Two launches, one where there is no far key."""
+    """Fills ``out`` and ``lse``. Rows are contiguous. Two launches, one where there is no far key."""
     if scale < 0:
         q, scale = -q, -scale
-    B, H, T, _ = q.shape
-    w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
-    PP, blocks, G = _whole_tiles(pivots.shape[1]), triton.cdiv(T, w), H // k.shape[1]
-    has_far = PP > 0 and blocks > W
-    ordered, prefix, _ = _index(pivots, T, w, W, False) if has_far else (lse, lse, lse)
-    seed_, threshold, keep_scale = _dropout(dropout_p, seed)
+    B, H, T, _D = q.shape
+    block_size, window_blocks = _window(layout, T)
+    PP, blocks, G = _whole_tiles(layout.pivots.shape[1]), triton.cdiv(T, block_size), H // k.shape[1]
+    has_far = PP > 0 and blocks > window_blocks
+    sorted_pivots, far_counts, _ranks = (
+        _index(layout.pivots, T, block_size, window_blocks, False) if has_far else (lse, lse, lse)
+    )
+    seed, keep_threshold, keep_scale = dropout_arguments(dropout)
 
     def launch(config: Config) -> None:
         _fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            q, k, v, ordered, prefix, out, lse,
+            q, k, v, sorted_pivots, far_counts, out, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            H, G, T, PP, blocks, w, W, _factor(scale), pivot_bias * LOG2E.value, seed_, threshold, keep_scale,
-            HAS_FAR=has_far, **_flags(q, dropout_p), **_tiles(config),
+            H, G, T, PP, blocks, block_size, window_blocks, _factor(scale), layout.pivot_bias * LOG2E.value,
+            seed, keep_threshold, keep_scale,
+            HAS_FAR=has_far, **_flags(q, dropout), **_tiles(config),
         )  # fmt: skip
 
-    _run("fwd", q, w, dropout_p, launch)
+    _run("fwd", q, block_size, dropout, launch)
 
 
-def launch_three_region_attention_bwd(
-    dout: Tensor,
-    dlse: Tensor | None,
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    pivots: Tensor,
-    block_size: int,
-    window_blocks: int,
-    pivot_bias: float,
+    layout: ThreeRegionLayout,
     scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
+    saved: tuple[Tensor, Tensor],
+    doutputs: tuple[Tensor, Tensor | None],
+    gradients: tuple[Tensor, Tensor, Tensor],
+    _: str,
 ) -> None:
-    """All have contiguous rows, lse and dlse are contiguous. Writes every element of dq, dk, dv once."""
+    """Fills ``gradients``, of q, k and v. ``saved`` and ``doutputs``: of out and lse. Rows are contiguous."""
+    (out, lse), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
     if scale < 0:
         # Scores stay what they were; dq belongs to -q, and its sign is turned back by the factor below.
         q, scale, dq_scale = -q, -scale, scale
     else:
         dq_scale = scale
     B, H, T, D = q.shape
-    w, W = min(block_size, T), min(window_blocks, triton.cdiv(T, block_size))
-    TP, PP, blocks, heads = _whole_tiles(T), _whole_tiles(pivots.shape[1]), triton.cdiv(T, w), k.shape[1]
+    block_size, window_blocks = _window(layout, T)
+    TP, PP, blocks = _whole_tiles(T), _whole_tiles(layout.pivots.shape[1]), triton.cdiv(T, block_size)
+    heads = k.shape[1]
     G = H // heads
-    has_far = PP > 0 and blocks > W
-    ordered, prefix, inverse = _index(pivots, T, w, W, True) if has_far else (lse, lse, lse)
-    seed_, threshold, keep_scale = _dropout(dropout_p, seed)
-    factor, bias, flags = _factor(scale), pivot_bias * LOG2E.value, _flags(q, dropout_p)
+    has_far = PP > 0 and blocks > window_blocks
+    sorted_pivots, far_counts, rank_of_pivot = (
+        _index(layout.pivots, T, block_size, window_blocks, True) if has_far else (lse, lse, lse)
+    )
+    seed, keep_threshold, keep_scale = dropout_arguments(dropout)
+    factor, bias, flags = _factor(scale), layout.pivot_bias * LOG2E.value, _flags(q, dropout)
     q_strides, k_strides, v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
     dout_strides = dout.stride()[:3]
 
     block = 64
     stats = lse.new_empty(B, H, 2, TP)
-    words = stats.new_empty(stats.shape, dtype=torch.int32) if dropout_p > 0 else stats
+    words = stats.new_empty(stats.shape, dtype=torch.int32) if dropout is not None else stats
     _bwd_rows_kernel[(TP // block * B * H,)](
         out, dout, lse, lse if dlse is None else dlse, stats, words,
-        *out.stride()[:3], *dout_strides, H, T, TP, seed_,
-        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout_p > 0,
+        *out.stride()[:3], *dout_strides, H, T, TP, seed,
+        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout is not None,
         D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
     )  # fmt: skip
 
     def launch_dq(config: Config) -> None:
         _dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            q, k, v, dout, ordered, prefix, stats, words, dq,
+            q, k, v, dout, sorted_pivots, far_counts, stats, words, dq,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dq.stride()[:3],
-            H, G, T, TP, PP, blocks, w, W, dq_scale, factor, bias, threshold, keep_scale,
+            H, G, T, TP, PP, blocks, block_size, window_blocks,
+            dq_scale, factor, bias, keep_threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dq", q, w, dropout_p, launch_dq)
+    _run("dq", q, block_size, dropout, launch_dq)
 
     dk_far = dv_far = lse
     if has_far:
@@ -607,23 +631,23 @@ def launch_three_region_attention_bwd(
 
         def launch_dkv_far(config: Config) -> None:
             _dkv_far_kernel[(PP // config.block_n * B * heads,)](
-                q, k, v, dout, ordered, stats, words, dk_far, dv_far,
+                q, k, v, dout, sorted_pivots, stats, words, dk_far, dv_far,
                 *q_strides, *k_strides, *v_strides, *dout_strides,
-                H, G, T, TP, PP, w, W, scale, factor, bias, threshold, keep_scale,
+                H, G, T, TP, PP, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
                 **flags, **_tiles(config),
             )  # fmt: skip
 
-        _run("dkv_far", q, w, dropout_p, launch_dkv_far)
+        _run("dkv_far", q, block_size, dropout, launch_dkv_far)
 
     def launch_dkv(config: Config) -> None:
         _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
-            q, k, v, dout, inverse, stats, words, dk_far, dv_far, dk, dv,
+            q, k, v, dout, rank_of_pivot, stats, words, dk_far, dv_far, dk, dv,
             *q_strides, *k_strides, *v_strides, *dout_strides, *dk.stride()[:3], *dv.stride()[:3],
-            H, G, T, TP, PP, w, W, scale, factor, threshold, keep_scale,
+            H, G, T, TP, PP, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
             HAS_FAR=has_far, **flags, **_tiles(config),
         )  # fmt: skip
 
-    _run("dkv", q, w, dropout_p, launch_dkv)
+    _run("dkv", q, block_size, dropout, launch_dkv)
 
 
 def _factor(scale: float) -> float:

@@ -12,9 +12,9 @@ import sys
 
 import torch
 
+from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import launch_config
 from cogview_kernels.three_region_attention.api import three_region_attention
-from cogview_kernels.three_region_attention.layout import ThreeRegionLayout
 
 B, H, T, P = 4, 16, 4224, 768
 

@@ -30,7 +30,7 @@ struct RowWords {
 };
 
 // The first two words of Philox4x32-10 at counter (c0, c1, c2, 0).
-COGVIEW_HOST_DEVICE inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
+COGVIEW_HOST_DEVICE RowWords philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2) {
     uint32_t x0 = c0, x1 = c1, x2 = c2, x3 = 0;
     uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
     for (int round = 0; round < 10; ++round) {
@@ -48,7 +48,7 @@ COGVIEW_HOST_DEVICE inline RowWords philox(uint64_t seed, uint32_t c0, uint32_t 
 // True (all ones in a vector) where the element at `column` of rows (r0, r1) survives: where its word reaches
 // `keep_threshold`. `Word` is uint32_t or a vector of them.
 template <typename Word>
-COGVIEW_HOST_DEVICE inline auto keep_mask(Word r0, Word r1, Word column, uint32_t keep_threshold) {
+COGVIEW_HOST_DEVICE auto keep_mask(Word r0, Word r1, Word column, uint32_t keep_threshold) {
     Word x = column ^ r0;
     x = (x ^ (x >> 16)) * 0x7FEB352Du;
     x ^= r1;

@@ -7,9 +7,7 @@
 // Bytes: k and v of the keys seen, once per ROWS queries. FLOPs: 4 D a key and query.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "common/cuda_types.cuh"
 #include "decode_attention/decode_attention.h"
 
 namespace cogview {
@@ -41,22 +39,6 @@ __device__ __forceinline__ void load_eight(const __nv_bfloat16* at, float* x) {
         x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
 }
-__device__ __forceinline__ void narrow(float x, float* to) {
-    *to = x;
-}
-__device__ __forceinline__ void narrow(float x, __half* to) {
-    *to = __float2half_rn(x);
-}
-__device__ __forceinline__ void narrow(float x, __nv_bfloat16* to) {
-    *to = __float2bfloat16_rn(x);
-}
-
-__device__ __forceinline__ int64_t integer(const void* data, int bytes, int64_t at) {
-    return bytes == 8   ? static_cast<const int64_t*>(data)[at]
-           : bytes == 4 ? static_cast<const int32_t*>(data)[at]
-                        : static_cast<const int16_t*>(data)[at];
-}
-
 __device__ __forceinline__ float power(float x) {
     return exp2f(x * 1.4426950408889634f);
 }
@@ -68,39 +50,37 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
     __shared__ float sums[ROWS][kDecodeThreads * 8];
     __shared__ float maxima[ROWS][kGroups], totals[ROWS][kGroups];
 
-    const int heads = a.H / a.Hkv, rows = heads * a.Tq, row_tiles = (rows + ROWS - 1) / ROWS;
+    const auto [B, H, Hkv, Tq, S, D] = a.shape;
+    const int heads = H / Hkv, rows = heads * Tq, row_tiles = (rows + ROWS - 1) / ROWS;
     const int split = blockIdx.x % a.splits;
     const int first_row = blockIdx.x / a.splits % row_tiles * ROWS;
-    const int kv_head = blockIdx.x / a.splits / row_tiles % a.Hkv;
-    const int b = blockIdx.x / a.splits / row_tiles / a.Hkv;
+    const int kv_head = blockIdx.x / a.splits / row_tiles % Hkv;
+    const int b = blockIdx.x / a.splits / row_tiles / Hkv;
     const int group = threadIdx.x / LANES, element = threadIdx.x % LANES * 8;
-    const bool holds = element < a.D;
+    const bool holds = element < D;
 
-    const int length = int(min(int64_t(a.S), max(int64_t(0), integer(a.lengths, a.length_bytes, b))));
-    const auto window_start = [&](int i) { return a.w == 0 ? 0 : max(0, (i / a.w - a.W + 1) * a.w); };
+    const int length = int(min(int64_t(S), max(int64_t(0), a.lengths[b])));
     // The keys: first the pivots, then all positions from the first query's window on.
-    const int listed = a.w == 0 ? 0 : a.P;
-    const int window = window_start(max(0, length - a.Tq)), latest = window_start(max(0, length - 1));
+    const int listed = a.layout.P;
+    const int window = a.layout.window_start(max(0, length - Tq));
+    const int latest_start = a.layout.window_start(max(0, length - 1));
     const int stop = min((split + 1) * a.chunk, listed + length - window);
 
-    float q[ROWS][8], sum[ROWS][8], maximum[ROWS], total[ROWS];
-    int position[ROWS], start[ROWS];
+    float q[ROWS][8], sum[ROWS][8], row_max[ROWS], total[ROWS];
+    int position[ROWS], window_start[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-        const int row = min(first_row + r, rows - 1), h = kv_head * heads + row / a.Tq, t = row % a.Tq;
-        position[r] = length - a.Tq + t;
-        start[r] = window_start(max(0, position[r]));
-        maximum[r] = -INFINITY;
+        const int row = min(first_row + r, rows - 1), h = kv_head * heads + row / Tq, t = row % Tq;
+        position[r] = length - Tq + t;
+        window_start[r] = a.layout.window_start(max(0, position[r]));
+        row_max[r] = -INFINITY;
         total[r] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) q[r][i] = sum[r][i] = 0.0f;
-        if (holds)
-            load_eight(static_cast<const T*>(a.q) + b * a.q_stride[0] + h * a.q_stride[1] +
-                           t * a.q_stride[2] + element,
-                       q[r]);
+        if (holds) load_eight(a.q.row<T>(b, h, t) + element, q[r]);
     }
-    const T* keys = static_cast<const T*>(a.k) + b * a.k_stride[0] + kv_head * a.k_stride[1] + element;
-    const T* values = static_cast<const T*>(a.v) + b * a.v_stride[0] + kv_head * a.v_stride[1] + element;
+    const T* keys = a.k.head<T>(b, kv_head) + element;
+    const T* values = a.v.head<T>(b, kv_head) + element;
 
     // All groups make the same number of steps, so that shuffles meet whole warps.
     for (int base = split * a.chunk; base < stop; base += kGroups * kAhead) {
@@ -113,15 +93,14 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
             far[n] = item < listed;
             at[n] = -1;
             if (item < stop)
-                at[n] = far[n] ? int(integer(a.pivots, a.pivot_bytes, int64_t(b) * a.P + item))
-                               : window + item - listed;
+                at[n] = far[n] ? int(a.layout.pivots[int64_t(b) * listed + item]) : window + item - listed;
             // Nothing past the sequence is read: it may be anything. Nor a pivot in every query's window.
-            if (at[n] >= length || (far[n] && at[n] >= latest)) at[n] = -1;
+            if (at[n] >= length || (far[n] && at[n] >= latest_start)) at[n] = -1;
 #pragma unroll
             for (int i = 0; i < 8; ++i) k[n][i] = v[n][i] = 0.0f;
             if (at[n] >= 0 && holds) {
-                load_eight(keys + at[n] * a.k_stride[2], k[n]);
-                load_eight(values + at[n] * a.v_stride[2], v[n]);
+                load_eight(keys + at[n] * a.k.stride[2], k[n]);
+                load_eight(values + at[n] * a.v.stride[2], v[n]);
             }
         }
 #pragma unroll
@@ -133,14 +112,13 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
                 for (int i = 0; i < 8; ++i) score += q[r][i] * k[n][i];
 #pragma unroll
                 for (int step = LANES / 2; step > 0; step /= 2)
-                    score += __shfl_xor_sync(0xffffffffu, score, step);
-                const bool seen =
-                    at[n] >= 0 && (far[n] ? at[n] < start[r] : at[n] >= start[r] && at[n] <= position[r]);
-                if (!seen) continue;
-                score = score * a.scale + (far[n] ? a.bias : 0.0f);
-                const float next = fmaxf(maximum[r], score);
-                const float old = power(maximum[r] - next), p = power(score - next);
-                maximum[r] = next;
+                    score += __shfl_xor_sync(kAllLanes, score, step);
+                const int window_last = a.layout.window_last(position[r]);
+                if (at[n] < 0 || !sees(far[n], at[n], window_start[r], window_last)) continue;
+                score = score * a.scale + (far[n] ? a.layout.pivot_bias : 0.0f);
+                const float next = fmaxf(row_max[r], score);
+                const float old = power(row_max[r] - next), p = power(score - next);
+                row_max[r] = next;
                 total[r] = total[r] * old + p;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) sum[r][i] = sum[r][i] * old + p * v[n][i];
@@ -152,20 +130,19 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
     for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) sums[r][group * LANES * 8 + element + i] = sum[r][i];
-        maxima[r][group] = maximum[r];
+        maxima[r][group] = row_max[r];
         totals[r][group] = total[r];
     }
     __syncthreads();
     for (int r = 0; r < ROWS && first_row + r < rows; ++r) {
-        const int row = first_row + r, h = kv_head * heads + row / a.Tq, t = row % a.Tq;
+        const int row = first_row + r, h = kv_head * heads + row / Tq, t = row % Tq;
         float top = -INFINITY, all = 0.0f;
         for (int g = 0; g < kGroups; ++g) top = fmaxf(top, maxima[r][g]);
         const float base = top == -INFINITY ? 0.0f : top;
         for (int g = 0; g < kGroups; ++g) all += totals[r][g] * power(maxima[r][g] - base);
-        float* partial = a.partial + ((int64_t(b) * a.H + h) * a.Tq + t) * a.splits * (a.D + 2) +
-                         int64_t(split) * (a.D + 2);
-        T* out = static_cast<T*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1] + t * a.out_stride[2];
-        for (int d = threadIdx.x; d < a.D; d += kDecodeThreads) {
+        float* partial = a.partial + (((int64_t(b) * H + h) * Tq + t) * a.splits + split) * (D + 2);
+        T* out = a.out.row<T>(b, h, t);
+        for (int d = threadIdx.x; d < D; d += kDecodeThreads) {
             float x = 0.0f;
             for (int g = 0; g < kGroups; ++g) x += sums[r][g * LANES * 8 + d] * power(maxima[r][g] - base);
             if (a.splits == 1)
@@ -184,18 +161,18 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
 template <typename T>
 __global__ void __launch_bounds__(kDecodeThreads) decode_attention_merge_kernel(DecodeAttention a) {
     const int64_t row = blockIdx.x;
-    const int t = row % a.Tq, h = row / a.Tq % a.H, b = row / a.Tq / a.H;
-    const float* partial = a.partial + row * a.splits * (a.D + 2);
+    const int H = a.shape.H, Tq = a.shape.Tq, D = a.shape.D;
+    const int t = row % Tq, h = row / Tq % H, b = row / Tq / H;
+    const float* partial = a.partial + row * a.splits * (D + 2);
     float top = -INFINITY, all = 0.0f;
-    for (int s = 0; s < a.splits; ++s) top = fmaxf(top, partial[s * (a.D + 2)]);
+    for (int s = 0; s < a.splits; ++s) top = fmaxf(top, partial[s * (D + 2)]);
     const float base = top == -INFINITY ? 0.0f : top;
-    for (int s = 0; s < a.splits; ++s)
-        all += partial[s * (a.D + 2) + 1] * power(partial[s * (a.D + 2)] - base);
-    T* out = static_cast<T*>(a.out) + b * a.out_stride[0] + h * a.out_stride[1] + t * a.out_stride[2];
-    for (int d = threadIdx.x; d < a.D; d += kDecodeThreads) {
+    for (int s = 0; s < a.splits; ++s) all += partial[s * (D + 2) + 1] * power(partial[s * (D + 2)] - base);
+    T* out = a.out.row<T>(b, h, t);
+    for (int d = threadIdx.x; d < D; d += kDecodeThreads) {
         float x = 0.0f;
         for (int s = 0; s < a.splits; ++s)
-            x += partial[s * (a.D + 2) + 2 + d] * power(partial[s * (a.D + 2)] - base);
+            x += partial[s * (D + 2) + 2 + d] * power(partial[s * (D + 2)] - base);
         narrow(all == 0.0f ? 0.0f : x / all, out + d);
     }
 }

@@ -55,12 +55,6 @@ inline VecF sums_of_lanes(const VecF* v) {
 #endif
 }
 
-int64_t integer(const void* data, int bytes, int64_t at) {
-    return bytes == 8   ? static_cast<const int64_t*>(data)[at]
-           : bytes == 4 ? static_cast<const int32_t*>(data)[at]
-                        : static_cast<const int16_t*>(data)[at];
-}
-
 inline VecF exp(VecF x) {
     constexpr float high = float(kLog2e);
     return exp2_product(x, high, float(kLog2e - high));
@@ -68,7 +62,7 @@ inline VecF exp(VecF x) {
 
 // A query's softmax over the keys met so far.
 struct Softmax {
-    float maximum, total;
+    float row_max, total;
 };
 
 // The keys of a block, those of the pivots first.
@@ -129,16 +123,16 @@ void softmax_step(float* weights, int count, Softmax& state, float* out, int wid
         nans += x != x ? x : VecF{};  // a comparison drops NaN, a sum keeps it
     }
     const float top = reduce_max(maxima) + reduce_sum(nans);
-    const float next = top > state.maximum ? top : state.maximum;
+    const float next = top > state.row_max ? top : state.row_max;
     if (next == -kInf && top == top) {  // nothing seen yet
         for (int j = 0; j < count; j += kLanes) store(weights + j, VecF{});
         return;
     }
-    if (next > state.maximum) {
-        const float rescale = exp(broadcast(state.maximum - next))[0];
+    if (next > state.row_max) {
+        const float rescale = exp(broadcast(state.row_max - next))[0];
         state.total *= rescale;
         for (int d = 0; d < width; d += kLanes) store(out + d, load(out + d) * rescale);
-        state.maximum = next;
+        state.row_max = next;
     }
     VecF sum = VecF{};
     for (int j = 0; j < count; j += kLanes) {
@@ -182,113 +176,125 @@ void take_values(const Block<T>& block, const float* weights, float* out, int D,
 }
 
 template <typename T>
-T* row_of(void* data, const int64_t* stride, int b, int h, int t) {
-    return static_cast<T*>(data) + b * stride[0] + h * stride[1] + t * stride[2];
-}
-template <typename T>
-const T* row_of(const void* data, const int64_t* stride, int b, int h, int t) {
-    return static_cast<const T*>(data) + b * stride[0] + h * stride[1] + t * stride[2];
-}
-
-template <typename T>
 void write_row(const DecodeAttention& a, int b, int h, int t, const float* sums, float total) {
-    T* out = row_of<T>(a.out, a.out_stride, b, h, t);
+    T* out = a.out.row<T>(b, h, t);
     // A query that saw no key gives zeros.
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-    for_each_vector(a.D, [&](int64_t d, auto tag) { store(out + d, load(sums + d) * factor, tag); });
+    for_each_vector(a.shape.D, [&](int64_t d, auto tag) { store(out + d, load(sums + d) * factor, tag); });
 }
 
 // What an item leaves for the merge: a row per query of maximum, total and the sums of D values.
 struct Parts {
     float* data;
     int splits, width;
-    float* of(const DecodeAttention& a, int b, int h, int t, int split) const {
-        return data + (((int64_t(b) * a.H + h) * a.Tq + t) * splits + split) * (kLanes + width);
+    float* of(const DecodeShape& shape, int b, int h, int t, int split) const {
+        return data + (((int64_t(b) * shape.H + h) * shape.Tq + t) * splits + split) * (kLanes + width);
+    }
+};
+
+// The queries of an item, and the keys that they may see: first the pivots, then all positions from the first
+// query's window on.
+template <int kRows>
+struct Item {
+    int b, kv_head, rows, length;
+    int head[kRows], t[kRows], position[kRows], window_start[kRows];
+    int listed;        // how many pivots come first
+    int window;        // the position that follows them
+    int latest_start;  // of all queries' windows
+    int keys;
+
+    // Rows that do not exist are the last one again.
+    Item(const DecodeAttention& a, int b, int kv_head, int first_row) : b(b), kv_head(kv_head) {
+        const DecodeShape& shape = a.shape;
+        const int group = shape.H / shape.Hkv;
+        rows = std::min(kRows, group * shape.Tq - first_row);
+        length = int(std::clamp<int64_t>(a.lengths[b], 0, shape.S));
+        int earliest = length, last = -1;
+        for (int r = 0; r < kRows; ++r) {
+            const int row = first_row + std::min(r, rows - 1);
+            head[r] = kv_head * group + row / shape.Tq;
+            t[r] = row % shape.Tq;
+            position[r] = length - shape.Tq + t[r];
+            window_start[r] = a.layout.window_start(std::max(0, position[r]));
+            earliest = std::min(earliest, std::max(0, position[r]));
+            last = std::max(last, position[r]);
+        }
+        listed = last < 0 ? 0 : a.layout.P;
+        window = a.layout.window_start(earliest);
+        latest_start = a.layout.window_start(std::max(0, last));
+        keys = listed + std::max(0, last + 1 - window);
+    }
+
+    // The block of up to kBlock keys from the `from`th on, before the `stop`th.
+    template <typename T>
+    void fill(const DecodeAttention& a, int from, int stop, Block<T>& block) const {
+        block.count = 0;
+        const int end = std::min(from + kBlock, stop);
+        int i = from;
+        for (; i < std::min(end, listed); ++i) {
+            const int64_t at = a.layout.pivots[int64_t(b) * a.layout.P + i];
+            // Left out: padding, and what every query has in its window or ahead.
+            if (at >= 0 && at < latest_start && at < length) block.at[block.count++] = int(at);
+        }
+        block.far = block.count;
+        for (; i < end; ++i) block.at[block.count++] = window + i - listed;
+        for (int j = 0; j < block.count; ++j) {
+            block.k[j] = a.k.row<T>(b, kv_head, block.at[j]);
+            block.v[j] = a.v.row<T>(b, kv_head, block.at[j]);
+        }
+    }
+
+    // Scores of row r become logits, -inf where the query does not see a key and past the keys of the block.
+    template <typename T>
+    void finish_logits(const DecodeAttention& a, const Block<T>& block, int r, float* logits) const {
+        for (int j = 0; j < block.count; j += kLanes) store(logits + j, load(logits + j) * a.scale);
+        for (int j = 0; j < block.far; ++j) logits[j] += a.layout.pivot_bias;
+        if (a.shape.Tq > 1) {  // else each key here is seen
+            const int last = a.layout.window_last(position[r]);
+            for (int j = 0; j < block.count; ++j)
+                if (!sees(j < block.far, block.at[j], window_start[r], last)) logits[j] = -kInf;
+        }
+        for (int j = block.count; j % kLanes != 0; ++j) logits[j] = -kInf;
     }
 };
 
 // kD: the head size, known when compiling, or 0.
 template <typename T, int kRows, int kD>
 void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int split, const Parts& parts) {
-    const int D = kD > 0 ? kD : a.D, width = parts.width;
-    const int heads = a.H / a.Hkv, rows = std::min(kRows, heads * a.Tq - first_row);
-    const int length = int(std::clamp<int64_t>(integer(a.lengths, a.length_bytes, b), 0, a.S));
-    const auto window_start = [&](int i) { return a.w == 0 ? 0 : std::max(0, (i / a.w - a.W + 1) * a.w); };
-
-    // Rows that do not exist are the last one again.
-    int head[kRows], t[kRows], position[kRows], start[kRows];
-    int earliest = length, last = -1;
-    for (int r = 0; r < kRows; ++r) {
-        const int row = first_row + std::min(r, rows - 1);
-        head[r] = kv_head * heads + row / a.Tq;
-        t[r] = row % a.Tq;
-        position[r] = length - a.Tq + t[r];
-        start[r] = window_start(std::max(0, position[r]));
-        earliest = std::min(earliest, std::max(0, position[r]));
-        last = std::max(last, position[r]);
-    }
-    // The keys: first the pivots, then all positions from the first query's window on.
-    const int listed = a.w == 0 || last < 0 ? 0 : a.P;
-    const int window = window_start(earliest), latest = window_start(std::max(0, last));
-    const int begin = split * kChunk,
-              stop = std::min(begin + kChunk, listed + std::max(0, last + 1 - window));
+    const int D = kD > 0 ? kD : a.shape.D, width = parts.width;
+    const Item<kRows> item(a, b, kv_head, first_row);
+    const int begin = split * kChunk, stop = std::min(begin + kChunk, item.keys);
 
     alignas(64) float q[kRows * 256], out[kRows * 256] = {};
     Softmax state[kRows];
     for (int r = 0; r < kRows; ++r) {
-        const T* row = row_of<T>(a.q, a.q_stride, b, head[r], t[r]);
+        const T* row = a.q.row<T>(b, item.head[r], item.t[r]);
         for_each_vector(D, [&](int64_t d, auto tag) { store(q + r * width + d, load(row + d, tag)); });
         state[r] = {-kInf, 0.0f};
     }
-    const T* keys = row_of<T>(a.k, a.k_stride, b, kv_head, 0);
-    const T* values = row_of<T>(a.v, a.v_stride, b, kv_head, 0);
-    const auto fill = [&](int base, Block<T>& block) {
-        block.count = 0;
-        int item = base;
-        const int end = std::min(base + kBlock, stop);
-        for (; item < std::min(end, listed); ++item) {
-            const int64_t at = integer(a.pivots, a.pivot_bytes, int64_t(b) * a.P + item);
-            // Left out: padding, and what every query has in its window or ahead.
-            if (at >= 0 && at < latest && at < length) block.at[block.count++] = int(at);
-        }
-        block.far = block.count;
-        for (; item < end; ++item) block.at[block.count++] = window + item - listed;
-        for (int j = 0; j < block.count; ++j) {
-            block.k[j] = keys + block.at[j] * a.k_stride[2];
-            block.v[j] = values + block.at[j] * a.v_stride[2];
-        }
-    };
     alignas(64) float weights[kRows * kBlock];
     Block<T> blocks[2];
-    fill(begin, blocks[0]);
+    item.fill(a, begin, stop, blocks[0]);
     for (int base = begin, turn = 0; base < stop; base += kBlock, turn ^= 1) {
         const Block<T>& block = blocks[turn];
         Block<T>& next = blocks[turn ^ 1];
-        fill(base + kBlock, next);
+        item.fill(a, base + kBlock, stop, next);
         if (block.count == 0) continue;
         take_scores<T, kRows>(block, q, D, width, weights);
         for (int j = 0; j < next.count; ++j) prefetch_row(next.k[j], D);
         for (int r = 0; r < kRows; ++r) {
-            float* logits = weights + r * kBlock;
-            for (int j = 0; j < block.count; j += kLanes) store(logits + j, load(logits + j) * a.scale);
-            for (int j = 0; j < block.far; ++j) logits[j] += a.bias;
-            if (a.Tq > 1)  // else each key here is seen
-                for (int j = 0; j < block.count; ++j) {
-                    const bool near = block.at[j] >= start[r];
-                    if (j < block.far ? near : !near || block.at[j] > position[r]) logits[j] = -kInf;
-                }
-            for (int j = block.count; j % kLanes != 0; ++j) logits[j] = -kInf;
-            softmax_step(logits, block.count, state[r], out + r * width, width);
+            item.finish_logits(a, block, r, weights + r * kBlock);
+            softmax_step(weights + r * kBlock, block.count, state[r], out + r * width, width);
         }
         take_values<T, kRows>(block, weights, out, D, width);
     }
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < item.rows; ++r) {
         if (parts.splits == 1) {
-            write_row<T>(a, b, head[r], t[r], out + r * width, state[r].total);
+            write_row<T>(a, b, item.head[r], item.t[r], out + r * width, state[r].total);
             continue;
         }
-        float* part = parts.of(a, b, head[r], t[r], split);
-        part[0] = state[r].maximum;
+        float* part = parts.of(a.shape, b, item.head[r], item.t[r], split);
+        part[0] = state[r].row_max;
         part[1] = state[r].total;
         std::memcpy(part + kLanes, out + r * width, width * sizeof(float));
     }
@@ -297,12 +303,12 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
 template <typename T>
 void merge(const DecodeAttention& a, int b, int h, int t, const Parts& parts) {
     alignas(64) float sums[256] = {};
-    float top = -kInf, total = 0.0f;
-    for (int s = 0; s < parts.splits; ++s) top = std::max(top, parts.of(a, b, h, t, s)[0]);
+    float row_max = -kInf, total = 0.0f;
+    for (int s = 0; s < parts.splits; ++s) row_max = std::max(row_max, parts.of(a.shape, b, h, t, s)[0]);
     for (int s = 0; s < parts.splits; ++s) {
-        const float* part = parts.of(a, b, h, t, s);
+        const float* part = parts.of(a.shape, b, h, t, s);
         if (part[1] == 0.0f) continue;  // saw nothing
-        const float weight = exp(broadcast(part[0] - top))[0];
+        const float weight = exp(broadcast(part[0] - row_max))[0];
         total += part[1] * weight;
         for (int d = 0; d < parts.width; d += kLanes)
             store(sums + d, load(sums + d) + load(part + kLanes + d) * weight);
@@ -310,36 +316,42 @@ void merge(const DecodeAttention& a, int b, int h, int t, const Parts& parts) {
     write_row<T>(a, b, h, t, sums, total);
 }
 
+// The most keys, pivots included, that a query of the batch may look at.
+int64_t most_keys(const DecodeAttention& a) {
+    int64_t longest = 0;
+    for (int b = 0; b < a.shape.B; ++b) longest = std::max(longest, a.lengths[b]);
+    const int64_t window = int64_t(a.layout.block_size) * a.layout.window_blocks + a.shape.Tq;
+    return a.layout.P + std::min(std::min(longest, window), int64_t(a.shape.S));
+}
+
 template <typename T, int kRows, int kD>
 void forward(const DecodeAttention& a, int threads) {
-    const int64_t tiles = (int64_t(a.H / a.Hkv) * a.Tq + kRows - 1) / kRows;
-    int64_t longest = 0;
-    for (int b = 0; b < a.B; ++b) longest = std::max(longest, integer(a.lengths, a.length_bytes, b));
-    longest = std::min<int64_t>(longest, a.S);
-    if (a.w != 0) longest = a.P + std::min(longest, int64_t(a.w) * a.W + a.Tq);
-    const int splits = int(std::max<int64_t>(1, (longest + kChunk - 1) / kChunk));
-    const int width = (a.D + kLanes - 1) / kLanes * kLanes;
-    const int64_t queries = int64_t(a.B) * a.H * a.Tq;
+    const auto [B, H, Hkv, Tq, S, D] = a.shape;
+    const int64_t tiles = (int64_t(H / Hkv) * Tq + kRows - 1) / kRows;
+    const int splits = int(std::max<int64_t>(1, (most_keys(a) + kChunk - 1) / kChunk));
+    const int width = (D + kLanes - 1) / kLanes * kLanes;
+    const int64_t queries = int64_t(B) * H * Tq;
     const Workspace work(splits > 1 ? queries * splits * (kLanes + width) : 0);
     const Parts parts = {work.data, splits, width};
-    parallel_for(a.B * a.Hkv * tiles * splits, 1, threads, [&](int64_t begin, int64_t end) {
+    parallel_for(B * Hkv * tiles * splits, 1, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t tile = i / splits % tiles, pair = i / splits / tiles;
-            attend<T, kRows, kD>(a, int(pair / a.Hkv), int(pair % a.Hkv), int(tile * kRows), int(i % splits),
-                                 parts);
+            attend<T, kRows, kD>(a, int(pair / a.shape.Hkv), int(pair % a.shape.Hkv), int(tile * kRows),
+                                 int(i % splits), parts);
         }
     });
     if (splits == 1) return;
     parallel_for(queries, 64, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-            merge<T>(a, int(i / a.Tq / a.H), int(i / a.Tq % a.H), int(i % a.Tq), parts);
+            merge<T>(a, int(i / a.shape.Tq / a.shape.H), int(i / a.shape.Tq % a.shape.H), int(i % a.shape.Tq),
+                     parts);
     });
 }
 
 template <typename T>
 void pick(const DecodeAttention& a, int threads) {
-    const bool alone = a.H == a.Hkv && a.Tq == 1;
-    if (a.D == 64)
+    const bool alone = a.shape.H == a.shape.Hkv && a.shape.Tq == 1;
+    if (a.shape.D == 64)
         alone ? forward<T, 1, 64>(a, threads) : forward<T, kSharing, 64>(a, threads);
     else
         alone ? forward<T, 1, 0>(a, threads) : forward<T, kSharing, 0>(a, threads);

@@ -23,13 +23,14 @@ constexpr int kBackwardRows = 16 * kBackwardWarps;  // queries of a dq block, ke
 // delta; a warp per row.
 template <int D>
 __global__ void __launch_bounds__(kBackwardThreads)
-    three_region_attention_bwd_delta_kernel(CudaAttentionBackward args) {
-    const CudaAttention& a = args.common;
+    three_region_attention_bwd_delta_kernel(AttentionBackward args) {
+    const Attention& a = args.common;
+    const int H = a.shape.H, T = a.shape.T;
     const int64_t at = int64_t(blockIdx.x) * kBackwardWarps + threadIdx.x / 32;
-    if (at >= int64_t(a.B) * a.H * a.T) return;
-    const int i = at % a.T, h = at / a.T % a.H, b = at / a.T / a.H;
-    const __half* out = head(args.out, b, h) + i * args.out.stride[2];
-    const __half* dout = head(args.dout, b, h) + i * args.dout.stride[2];
+    if (at >= int64_t(a.shape.B) * H * T) return;
+    const int i = at % T, h = at / T % H, b = at / T / H;
+    const __half* out = args.out.row<__half>(b, h, i);
+    const __half* dout = args.dout.row<__half>(b, h, i);
     float dot = 0.0f;
     for (int d = threadIdx.x % 32; d < D; d += 32) dot += __half2float(out[d]) * __half2float(dout[d]);
     for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
@@ -40,34 +41,33 @@ __global__ void __launch_bounds__(kBackwardThreads)
 template <int ROWS>
 struct RowData {
     float lse[ROWS], delta[ROWS];
-    int start[ROWS];  // of the window
+    int window_start[ROWS];
     RowWords words[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void fill(const CudaAttentionBackward& args, int b, int h, int first,
-                                         int last) {
-        const CudaAttention& a = args.common;
+    __device__ __forceinline__ void fill(const AttentionBackward& args, int b, int h, int first, int last) {
+        const Attention& a = args.common;
         for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
             const int i = min(first + r, last);
-            const int64_t at = (int64_t(b) * a.H + h) * a.T + i;
+            const int64_t at = (int64_t(b) * a.shape.H + h) * a.shape.T + i;
             lse[r] = args.lse[at];
             delta[r] = args.delta[at];
-            start[r] = window_start(a, i);
-            if (DROPOUT) words[r] = philox(dropout_seed(a), i, h, b);
+            window_start[r] = a.layout.window_start(i);
+            if (DROPOUT) words[r] = philox(a.dropout.read_seed(), i, h, b);
         }
     }
 };
 
 // From a score and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
 template <bool DROPOUT>
-__device__ __forceinline__ float2 probability_and_gradient(const CudaAttention& a, float score, float dprob,
+__device__ __forceinline__ float2 probability_and_gradient(const Attention& a, float score, float dprob,
                                                            float bias, bool seen, float lse, float delta,
                                                            RowWords words, int position) {
     // At most 0 but for rounding, which for scores of 1e10 is thousands.
     const float p = seen ? exp2_fast(fminf((score * a.scale + bias - lse) * kLog2e, 0.0f)) : 0.0f;
     if (DROPOUT) {
-        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.drop_below);
-        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.keep_scale : 0.0f) - delta));
+        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
+        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
     }
     return make_float2(p, p * (dprob - delta));
 }
@@ -95,7 +95,7 @@ struct QueryGradientShape {
 // 12 to 33 KB of shared memory.
 template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
-    three_region_attention_bwd_dq_kernel(CudaAttentionBackward args) {
+    three_region_attention_bwd_dq_kernel(AttentionBackward args) {
     using Shape = QueryGradientShape<D>;
     constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileKeys = Shape::kTileKeys;
     extern __shared__ __align__(128) char raw[];
@@ -107,12 +107,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                                                            sizeof(RowData<kBackwardRows>));
     int* key_positions = reinterpret_cast<int*>(rows + 1);
 
-    const CudaAttention& a = args.common;
-    const int tiles = (a.T + kBackwardRows - 1) / kBackwardRows;
+    const Attention& a = args.common;
+    const int H = a.shape.H, T = a.shape.T;
+    const int tiles = (T + kBackwardRows - 1) / kBackwardRows;
     const int first = (tiles - 1 - int(blockIdx.x % tiles)) * kBackwardRows;  // the longest first
-    const int h = blockIdx.x / tiles % a.H, b = blockIdx.x / tiles / a.H;
-    const int last = min(first + kBackwardRows, a.T) - 1;
-    const int kv_head = h / (a.H / a.Hkv);
+    const int h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
+    const int last = min(first + kBackwardRows, T) - 1;
+    const int kv_head = h / (H / a.shape.Hkv);
     const int warp = threadIdx.x / 32;
     __half* strip = strips + warp * Shape::kStrip;
     float* scratch = reinterpret_cast<float*>(strip);
@@ -122,13 +123,13 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         __half* staged = keys;
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
         const auto position = [=](int row) { return first + row <= last ? first + row : kNowhere; };
-        carrier.fetch(head(a.q, b, h), a.q.stride[2], position);
+        carrier.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
         carrier.put(staged);
         __syncthreads();
 #pragma unroll
         for (int d = 0; d < D / 16; ++d)
             wmma::load_matrix_sync(q[d], staged + warp * 16 * kRow + d * 16, kRow);
-        carrier.fetch(head(args.dout, b, h), args.dout.stride[2], position);
+        carrier.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
         __syncthreads();
         carrier.put(Shape::kHoldsDout ? staged : douts);
         rows->template fill<DROPOUT>(args, b, h, first, last);
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(dq[d], 0.0f);
 
     const KeyWalk<kTileKeys> walk(a, b, first, last);
-    const __half* k = head(a.k, b, kv_head);
-    const __half* v = head(a.v, b, kv_head);
+    const __half* k = a.k.head<__half>(b, kv_head);
+    const __half* v = a.v.head<__half>(b, kv_head);
     Carrier<kTileKeys, D, kBackwardThreads> next_keys, next_values;
     const auto fetch = [&](int tile) {
         const auto position = [&](int key) { return walk.position(tile, key); };
@@ -164,7 +165,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         __syncthreads();
 
         const bool far = walk.is_far(tile), full = walk.is_full(tile);
-        const float bias = far ? a.bias : 0.0f;
+        const float bias = far ? a.layout.pivot_bias : 0.0f;
 #pragma unroll(Shape::kHoldsDout ? 2 : 1)
         for (int n = 0; n < kTileKeys / 16; ++n) {
             Accumulator scores, dprobs;
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
             for (int i = 0; i < 8; ++i) {
                 const int row = warp * 16 + places.row(i), column = n * 16 + places.column(i);
                 const int position = full && !DROPOUT ? 0 : key_positions[column];
-                const bool seen = full || sees(far, first + row, rows->start[row], position);
+                const bool seen =
+                    full || sees(far, position, rows->window_start[row], a.layout.window_last(first + row));
                 const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
                 const float2 both =
                     probability_and_gradient<DROPOUT>(a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row],
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         __syncwarp();  // the strip is free for the next tile
     }
 
-    __half* to = head(args.dq, b, h);
+    __half* to = args.dq.head<__half>(b, h);
 #pragma unroll
     for (int d = 0; d < D / 16; ++d)
         by_rows(dq[d], scratch, [&](int r, int c, float* eight) {
@@ -251,7 +253,7 @@ struct KeyGradientShape {
 // registers, 16 to 46 KB, 2 blocks. D = 128: 255 registers, 49 KB, 1 block, by shared memory.
 template <int D, bool DROPOUT, bool FAR>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
-    three_region_attention_bwd_dkv_kernel(CudaAttentionBackward args) {
+    three_region_attention_bwd_dkv_kernel(AttentionBackward args) {
     using Shape = KeyGradientShape<D>;
     constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileQueries = Shape::kTileQueries;
     extern __shared__ __align__(128) char raw[];
@@ -264,33 +266,34 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                                                           sizeof(RowData<kTileQueries>));
     int* key_positions = reinterpret_cast<int*>(rows + 1);
 
-    const CudaAttention& a = args.common;
-    const int keys = FAR ? a.P : a.T;
+    const Attention& a = args.common;
+    const AttentionShape& shape = a.shape;  // copies of its fields would cost registers
+    const int keys = FAR ? a.layout.P : shape.T;
     const int tiles = (keys + kBackwardRows - 1) / kBackwardRows;
     const int first_key = int(blockIdx.x % tiles) * kBackwardRows;
-    const int kv_head = blockIdx.x / tiles % a.Hkv, b = blockIdx.x / tiles / a.Hkv;
-    const int group = a.H / a.Hkv;
+    const int kv_head = blockIdx.x / tiles % shape.Hkv, b = blockIdx.x / tiles / shape.Hkv;
+    const int group = shape.H / shape.Hkv;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int32_t* sorted = a.sorted + int64_t(b) * a.P;
+    const int32_t* sorted_pivots = a.sorted_pivots + int64_t(b) * a.layout.P;
     __half* probs = strips + warp * 2 * 16 * kStripRow;
     __half* dscores = probs + 16 * kStripRow;
     float* scratch = reinterpret_cast<float*>(probs);
-    const float bias = FAR ? a.bias : 0.0f;
+    const float bias = FAR ? a.layout.pivot_bias : 0.0f;
 
     const auto position_of = [=](int key) {
         const int at = first_key + key;
         if (at >= keys) return kNowhere;
         if (!FAR) return at;
-        return sorted[at] < a.T ? sorted[at] : kNowhere;
+        return sorted_pivots[at] < shape.T ? sorted_pivots[at] : kNowhere;
     };
     FragmentBT k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
     {
         __half* staged = reinterpret_cast<__half*>(raw);
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
-        carrier.fetch(head(a.k, b, kv_head), a.k.stride[2], position_of);
+        carrier.fetch(a.k.head<__half>(b, kv_head), a.k.stride[2], position_of);
         carrier.put(Shape::kHoldsKeys ? staged : held_keys);
         if (threadIdx.x < kBackwardRows) key_positions[threadIdx.x] = position_of(threadIdx.x);
-        carrier.fetch(head(a.v, b, kv_head), a.v.stride[2], position_of);
+        carrier.fetch(a.v.head<__half>(b, kv_head), a.v.stride[2], position_of);
         __syncthreads();
         if (Shape::kHoldsKeys) {
 #pragma unroll
@@ -321,21 +324,17 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     const int last_position = key_positions[kBackwardRows - 1];
     int begin, end, full_begin, full_end;
     if (FAR) {
-        // In 64 bits: past the last window block this exceeds T, and may exceed 32 bits.
         const auto seen_from = [&](int position) {
-            return int(min(int64_t(a.T), (int64_t(position) / a.w + a.W) * a.w));
+            return position == kNowhere ? shape.T : a.layout.first_query_past(position, shape.T);
         };
-        begin = first_position == kNowhere ? a.T : seen_from(first_position);
-        full_begin = last_position == kNowhere ? a.T : seen_from(last_position);
-        end = full_end = a.T;
+        begin = seen_from(first_position);
+        full_begin = seen_from(last_position);
+        end = full_end = shape.T;
     } else {
-        const auto seen_until = [&](int position) {
-            return int(min(int64_t(a.T), (int64_t(position) / a.w + a.W) * a.w));
-        };
         begin = first_position;
-        end = seen_until(min(first_key + kBackwardRows, a.T) - 1);
-        full_begin = last_position == kNowhere ? a.T : last_position;
-        full_end = seen_until(first_position);
+        end = a.layout.first_query_past(min(first_key + kBackwardRows, shape.T) - 1, shape.T);
+        full_begin = last_position == kNowhere ? shape.T : last_position;
+        full_end = a.layout.first_query_past(first_position, shape.T);
     }
     const int query_tiles = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
     const int steps = query_tiles * group;
@@ -345,8 +344,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         const int h = kv_head * group + step / query_tiles;
         const int first = begin + step % query_tiles * kTileQueries;
         const auto position = [&](int row) { return first + row < end ? first + row : kNowhere; };
-        next_queries.fetch(head(a.q, b, h), a.q.stride[2], position);
-        next_douts.fetch(head(args.dout, b, h), args.dout.stride[2], position);
+        next_queries.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
+        next_douts.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
     };
     if (steps > 0) fetch(0);
     for (int step = 0; step < steps; ++step) {
@@ -387,8 +386,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
             for (int i = 0; i < 8; ++i) {
                 const int row = m + places.row(i), column = places.column(i);
                 const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + column];
-                const bool seen =
-                    full || (first + row < end && sees(FAR, first + row, rows->start[row], position));
+                const bool seen = full || (first + row < end && sees(FAR, position, rows->window_start[row],
+                                                                     a.layout.window_last(first + row)));
                 const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
                 const float2 both =
                     probability_and_gradient<DROPOUT>(a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row],
@@ -418,13 +417,13 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
 
     // This lane's row in by_rows, and in the window kernel the pivot that it may be.
     const int key = first_key + warp * 16 + lane / 2;
-    int slot = -1;
+    int rank = -1;
     if (!FAR && key < keys) {
-        const int before = pivots_before(sorted, a.P, key);
-        if (before < a.P && sorted[before] == key) slot = before;
+        const int before = pivots_before(sorted_pivots, a.layout.P, key);
+        if (before < a.layout.P && sorted_pivots[before] == key) rank = before;
     }
-    const int64_t packed = (int64_t(b) * a.Hkv + kv_head) * a.P;
-    const auto write = [&](const Accumulator& from, float factor, const AttentionOutput& to, float* far,
+    const int64_t packed = (int64_t(b) * shape.Hkv + kv_head) * a.layout.P;
+    const auto write = [&](const Accumulator& from, float factor, const StridedOutput& to, float* far,
                            int d) {
         by_rows(from, scratch, [&](int, int c, float* eight) {
             if (key >= keys) return;
@@ -436,19 +435,19 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                 *reinterpret_cast<float4*>(at + 4) = make_float4(eight[4], eight[5], eight[6], eight[7]);
                 return;
             }
-            if (slot >= 0) {
-                const float* at = far + (packed + slot) * D + d * 16 + c;
+            if (rank >= 0) {
+                const float* at = far + (packed + rank) * D + d * 16 + c;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) eight[i] += at[i];
             }
-            __half* row = head(to, b, kv_head) + key * to.stride[2];
+            __half* row = to.row<__half>(b, kv_head, key);
             *reinterpret_cast<uint4*>(row + d * 16 + c) = pack(eight);
         });
     };
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) {
         write(dk[d], a.scale, args.dk, args.dk_far, d);
-        write(dv[d], DROPOUT ? a.keep_scale : 1.0f, args.dv, args.dv_far, d);
+        write(dv[d], DROPOUT ? a.dropout.keep_scale : 1.0f, args.dv, args.dv_far, d);
     }
 }
 

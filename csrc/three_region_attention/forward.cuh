@@ -39,7 +39,7 @@ struct ForwardShape {
 // 4 warps. D = 80, 96, 128: 192 to 236, 30 to 36 KB, 1 block of 8 warps.
 template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
-    three_region_attention_fwd_kernel(CudaAttentionForward args) {
+    three_region_attention_fwd_kernel(AttentionForward args) {
     using Shape = ForwardShape<D>;
     constexpr int M = Shape::kM, kRows = Shape::kRows, kRow = Shape::kRow, kStripRow = Shape::kStripRow;
     extern __shared__ __align__(128) char raw[];
@@ -49,13 +49,14 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     float* row_factors = reinterpret_cast<float*>(raw + Shape::kShared) - Shape::kQueries - kTileKeys;
     int* key_positions = reinterpret_cast<int*>(row_factors + Shape::kQueries);
 
-    const CudaAttention& a = args.common;
-    const int tiles = (a.T + Shape::kQueries - 1) / Shape::kQueries;
+    const Attention& a = args.common;
+    const int H = a.shape.H, T = a.shape.T;
+    const int tiles = (T + Shape::kQueries - 1) / Shape::kQueries;
     // The last queries see most: they go first, so that no long block is left alone at the end.
     const int first = (tiles - 1 - int(blockIdx.x % tiles)) * Shape::kQueries;
-    const int h = blockIdx.x / tiles % a.H, b = blockIdx.x / tiles / a.H;
-    const int last = min(first + Shape::kQueries, a.T) - 1;
-    const int kv_head = h / (a.H / a.Hkv);
+    const int h = blockIdx.x / tiles % H, b = blockIdx.x / tiles / H;
+    const int last = min(first + Shape::kQueries, T) - 1;
+    const int kv_head = h / (H / a.shape.Hkv);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float* strip = strips + warp * kRows * kStripRow;
     __half* halves = reinterpret_cast<__half*>(strip);
@@ -65,7 +66,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     {
         __half* staged = reinterpret_cast<__half*>(raw);
         Carrier<Shape::kQueries, D, Shape::kThreads> rows;
-        rows.fetch(head(a.q, b, h), a.q.stride[2],
+        rows.fetch(a.q.head<__half>(b, h), a.q.stride[2],
                    [=](int row) { return first + row <= last ? first + row : kNowhere; });
         rows.put(staged);
         __syncthreads();
@@ -81,20 +82,21 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     // This lane's row of the strip, and where in it its columns begin.
     const int row = lane % kRows, column = lane / kRows * (16 * M);
     const int query = first + warp * kRows + row;
-    const int start = window_start(a, min(query, last));
+    const int window_start = a.layout.window_start(min(query, last));
+    const int window_last = a.layout.window_last(query);
     RowWords words = {0, 0};
-    if (DROPOUT) words = philox(dropout_seed(a), query, h, b);
+    if (DROPOUT) words = philox(a.dropout.read_seed(), query, h, b);
 
     Accumulator out[M][D / 16];
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll
         for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(out[m][d], 0.0f);
-    float maximum = -INFINITY, sum = 0.0f;
+    float row_max = -INFINITY, sum = 0.0f;
 
     const KeyWalk<kTileKeys> walk(a, b, first, last);
-    const __half* k = head(a.k, b, kv_head);
-    const __half* v = head(a.v, b, kv_head);
+    const __half* k = a.k.head<__half>(b, kv_head);
+    const __half* v = a.v.head<__half>(b, kv_head);
     Carrier<kTileKeys, D, Shape::kThreads> next_keys, next_values;
     const auto fetch = [&](int tile) {
         const auto position = [&](int key) { return walk.position(tile, key); };
@@ -130,25 +132,25 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
 
         float x[16 * M];
         const bool far = walk.is_far(tile), full = walk.is_full(tile);
-        const float bias = far ? a.bias : 0.0f;
+        const float bias = far ? a.layout.pivot_bias : 0.0f;
 #pragma unroll
         for (int c = 0; c < 16 * M; c += 4) {
             const float4 four = *reinterpret_cast<const float4*>(strip + row * kStripRow + column + c);
             x[c] = four.x, x[c + 1] = four.y, x[c + 2] = four.z, x[c + 3] = four.w;
         }
-        float new_maximum = maximum;
+        float new_max = row_max;
 #pragma unroll
         for (int c = 0; c < 16 * M; ++c) {
             x[c] = x[c] * a.scale + bias;
-            if (!full && !sees(far, query, start, key_positions[column + c])) x[c] = -INFINITY;
-            new_maximum = fmaxf(new_maximum, x[c]);
+            if (!full && !sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
+            new_max = fmaxf(new_max, x[c]);
         }
-        if (M == 1) new_maximum = fmaxf(new_maximum, __shfl_xor_sync(kAllLanes, new_maximum, 16));
+        if (M == 1) new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 16));
         // A row that has seen no key yet: -inf minus -inf would be NaN.
-        const float base = new_maximum == -INFINITY ? 0.0f : new_maximum;
+        const float base = new_max == -INFINITY ? 0.0f : new_max;
         // The difference first, then the factor: rounding of large scores then cancels.
-        const float factor = exp2_fast((maximum - base) * kLog2e);
-        maximum = new_maximum;
+        const float factor = exp2_fast((row_max - base) * kLog2e);
+        row_max = new_max;
         sum *= factor;
 #pragma unroll
         for (int c = 0; c < 16 * M; ++c) {
@@ -158,7 +160,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         if (DROPOUT) {
 #pragma unroll
             for (int c = 0; c < 16 * M; ++c)
-                if (!keep_mask(words.r0, words.r1, uint32_t(key_positions[column + c]), a.drop_below))
+                if (!keep_mask(words.r0, words.r1, uint32_t(key_positions[column + c]),
+                               a.dropout.keep_threshold))
                     x[c] = 0.0f;
         }
         __syncwarp();  // the other half of a row (M = 1) has been read: its place is written now
@@ -200,11 +203,11 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
 
     if (M == 1) sum += __shfl_xor_sync(kAllLanes, sum, 16);
     if (column == 0) {
-        factors[row] = (DROPOUT ? a.keep_scale : 1.0f) / sum;
-        if (query <= last) args.lse[(int64_t(b) * a.H + h) * a.T + query] = maximum + logf(sum);
+        factors[row] = (DROPOUT ? a.dropout.keep_scale : 1.0f) / sum;
+        if (query <= last) args.lse[(int64_t(b) * H + h) * T + query] = row_max + logf(sum);
     }
     __syncwarp();
-    __half* to = head(args.out, b, h);
+    __half* to = args.out.head<__half>(b, h);
 #pragma unroll
     for (int m = 0; m < M; ++m)
 #pragma unroll

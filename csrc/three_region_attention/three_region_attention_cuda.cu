@@ -8,19 +8,17 @@
 #include "three_region_attention/backward.cuh"
 #include "three_region_attention/forward.cuh"
 #include "three_region_attention/sort.cuh"
-#include "three_region_attention/three_region_attention_cuda.h"
+#include "three_region_attention/three_region_attention.h"
 
 namespace cogview {
 namespace {
 
-// Sizes as the kernels take them: a block no longer than T, a window of no more blocks than there are, and no
-// pivots where the window reaches everything.
-void prepare(CudaAttention& a, void* stream) {
-    a.w = std::min(a.w, a.T);
-    a.W = std::min(a.W, (a.T - 1) / a.w + 1);
-    if (int64_t(a.w) * a.W >= a.T) a.P = 0;
-    if (a.P == 0) return;
-    const dim3 grid((a.P + kSortThreads - 1) / kSortThreads, a.B);
+// Sorts the pivots, unless every window reaches the first position: then there are no far keys.
+void prepare(Attention& a, void* stream) {
+    Layout& layout = a.layout;
+    if (int64_t(layout.block_size) * layout.window_blocks >= a.shape.T) layout.P = 0;
+    if (layout.P == 0) return;
+    const dim3 grid((layout.P + kSortThreads - 1) / kSortThreads, a.shape.B);
     three_region_attention_sort_kernel<<<grid, kSortThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
     check_launch("three_region_attention_sort_kernel");
 }
@@ -42,35 +40,37 @@ int64_t tiles(int64_t length, int64_t tile) {
 }
 
 template <int D, bool DROPOUT>
-void forward(const CudaAttentionForward& args, void* stream) {
+void forward(const AttentionForward& args, void* stream) {
     using Shape = ForwardShape<D>;
-    const CudaAttention& a = args.common;
+    const AttentionShape& shape = args.common.shape;
     launch("three_region_attention_fwd_kernel", three_region_attention_fwd_kernel<D, DROPOUT>,
-           tiles(a.T, Shape::kQueries) * a.H * a.B, Shape::kThreads, Shape::kShared, args, stream);
+           tiles(shape.T, Shape::kQueries) * shape.H * shape.B, Shape::kThreads, Shape::kShared, args,
+           stream);
 }
 
 template <int D, bool DROPOUT>
-void backward(const CudaAttentionBackward& args, void* stream) {
-    const CudaAttention& a = args.common;
+void backward(const AttentionBackward& args, void* stream) {
+    const AttentionShape& shape = args.common.shape;
     launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
-           tiles(int64_t(a.B) * a.H * a.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
+           tiles(int64_t(shape.B) * shape.H * shape.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
     launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
-           tiles(a.T, kBackwardRows) * a.H * a.B, kBackwardThreads, QueryGradientShape<D>::kShared, args,
-           stream);
-    if (a.P > 0)
+           tiles(shape.T, kBackwardRows) * shape.H * shape.B, kBackwardThreads,
+           QueryGradientShape<D>::kShared, args, stream);
+    if (args.common.layout.P > 0)
         launch("three_region_attention_bwd_dkv_kernel (pivots)",
                three_region_attention_bwd_dkv_kernel<D, DROPOUT, true>,
-               tiles(a.P, kBackwardRows) * a.Hkv * a.B, kBackwardThreads, KeyGradientShape<D>::kShared, args,
-               stream);
+               tiles(args.common.layout.P, kBackwardRows) * shape.Hkv * shape.B, kBackwardThreads,
+               KeyGradientShape<D>::kShared, args, stream);
     launch("three_region_attention_bwd_dkv_kernel (window)",
-           three_region_attention_bwd_dkv_kernel<D, DROPOUT, false>, tiles(a.T, kBackwardRows) * a.Hkv * a.B,
-           kBackwardThreads, KeyGradientShape<D>::kShared, args, stream);
+           three_region_attention_bwd_dkv_kernel<D, DROPOUT, false>,
+           tiles(shape.T, kBackwardRows) * shape.Hkv * shape.B, kBackwardThreads,
+           KeyGradientShape<D>::kShared, args, stream);
 }
 
 template <int D, typename Args>
 void dispatch_dropout(const Args& args, void* stream) {
-    const bool dropout = args.common.drop_below > 0;
-    if constexpr (std::is_same_v<Args, CudaAttentionForward>)
+    const bool dropout = args.common.dropout.drops();
+    if constexpr (std::is_same_v<Args, AttentionForward>)
         dropout ? forward<D, true>(args, stream) : forward<D, false>(args, stream);
     else
         dropout ? backward<D, true>(args, stream) : backward<D, false>(args, stream);
@@ -78,10 +78,10 @@ void dispatch_dropout(const Args& args, void* stream) {
 
 template <typename Args>
 void dispatch(Args args, void* stream) {
-    const CudaAttention& a = args.common;
-    if (a.B == 0 || a.H == 0 || a.T == 0) return;
+    const AttentionShape& shape = args.common.shape;
+    if (shape.B == 0 || shape.H == 0 || shape.T == 0) return;
     prepare(args.common, stream);
-    switch (a.D) {
+    switch (shape.D) {
         case 32:
             return dispatch_dropout<32>(args, stream);
         case 64:
@@ -94,16 +94,16 @@ void dispatch(Args args, void* stream) {
             return dispatch_dropout<128>(args, stream);
     }
     throw std::invalid_argument("three_region_attention: no CUDA kernel for a head size of " +
-                                std::to_string(a.D));
+                                std::to_string(shape.D));
 }
 
 }  // namespace
 
-void three_region_attention_fwd_cuda(const CudaAttentionForward& args, void* stream) {
+void three_region_attention_fwd_cuda(const AttentionForward& args, void* stream) {
     dispatch(args, stream);
 }
 
-void three_region_attention_bwd_cuda(const CudaAttentionBackward& args, void* stream) {
+void three_region_attention_bwd_cuda(const AttentionBackward& args, void* stream) {
     dispatch(args, stream);
 }
 

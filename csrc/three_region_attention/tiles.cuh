@@ -7,11 +7,10 @@
 // asks, by loading a matrix of its own numbers, and so the same source serves every chip.
 #pragma once
 
-#include <cuda_fp16.h>
 #include <mma.h>
 
-#include "common/dropout.h"
-#include "three_region_attention/three_region_attention_cuda.h"
+#include "common/cuda_types.cuh"
+#include "three_region_attention/three_region_attention.h"
 
 namespace cogview {
 namespace {
@@ -25,7 +24,6 @@ using FragmentBT = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_
 using Accumulator = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
 static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
 // Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
@@ -92,35 +90,6 @@ __device__ __forceinline__ uint4 pack(const float* eight) {
                       pack(eight[6], eight[7]));
 }
 
-__device__ __forceinline__ const __half* head(const AttentionInput& x, int b, int h) {
-    return static_cast<const __half*>(x.data) + b * x.stride[0] + h * x.stride[1];
-}
-__device__ __forceinline__ __half* head(const AttentionOutput& x, int b, int h) {
-    return static_cast<__half*>(x.data) + b * x.stride[0] + h * x.stride[1];
-}
-
-// The first key of the window of query i.
-__device__ __forceinline__ int window_start(const CudaAttention& a, int i) {
-    return max(0, (i / a.w - a.W + 1) * a.w);
-}
-
-// How many of the sorted pivots lie left of `limit`.
-__device__ __forceinline__ int pivots_before(const int32_t* sorted, int P, int limit) {
-    int low = 0, high = P;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (sorted[middle] < limit)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low;
-}
-
-__device__ __forceinline__ uint64_t dropout_seed(const CudaAttention& a) {
-    return a.seed_data == nullptr ? a.seed : uint64_t(*a.seed_data);
-}
-
 // ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS
 // threads: fetched while the tile before is worked on.
 template <int ROWS, int D, int THREADS>
@@ -158,38 +127,39 @@ struct Carrier {
 // the pivots, on the diagonal, and where the tile's queries have different windows.
 template <int TILE>
 struct KeyWalk {
-    const int32_t* sorted;
-    int first, far, far_for_all, far_tiles, start, start_of_last, last, tiles;
+    const int32_t* sorted_pivots;
+    int far, far_for_all;  // pivots that the last query sees; that all see
+    int window_start, window_last, window_start_of_last, window_last_of_first;
+    int far_tiles, tiles;
 
-    __device__ __forceinline__ KeyWalk(const CudaAttention& a, int b, int first, int last)
-        : sorted(a.sorted + int64_t(b) * a.P), first(first), last(last) {
-        start = window_start(a, first);
-        start_of_last = window_start(a, last);
-        far = pivots_before(sorted, a.P, start_of_last);
-        far_for_all = start == start_of_last ? far : pivots_before(sorted, a.P, start);
+    __device__ __forceinline__ KeyWalk(const Attention& a, int b, int first, int last)
+        : sorted_pivots(a.sorted_pivots + int64_t(b) * a.layout.P) {
+        const int P = a.layout.P;
+        window_start = a.layout.window_start(first);
+        window_start_of_last = a.layout.window_start(last);
+        window_last = a.layout.window_last(last);
+        window_last_of_first = a.layout.window_last(first);
+        far = pivots_before(sorted_pivots, P, window_start_of_last);
+        far_for_all =
+            window_start == window_start_of_last ? far : pivots_before(sorted_pivots, P, window_start);
         far_tiles = (far + TILE - 1) / TILE;
-        tiles = far_tiles + (last - start) / TILE + 1;
+        tiles = far_tiles + (window_last - window_start) / TILE + 1;
     }
     __device__ __forceinline__ bool is_far(int tile) const { return tile < far_tiles; }
     __device__ __forceinline__ bool is_full(int tile) const {
         if (is_far(tile)) return (tile + 1) * TILE <= far_for_all;
-        const int key = start + (tile - far_tiles) * TILE;
-        return key >= start_of_last && key + TILE - 1 <= first;
+        const int key = window_start + (tile - far_tiles) * TILE;
+        return key >= window_start_of_last && key + TILE - 1 <= window_last_of_first;
     }
     __device__ __forceinline__ int position(int tile, int row) const {
         if (is_far(tile)) {
             const int slot = tile * TILE + row;
-            return slot < far ? sorted[slot] : kNowhere;
+            return slot < far ? sorted_pivots[slot] : kNowhere;
         }
-        const int key = start + (tile - far_tiles) * TILE + row;
-        return key <= last ? key : kNowhere;
+        const int key = window_start + (tile - far_tiles) * TILE + row;
+        return key <= window_last ? key : kNowhere;
     }
 };
-
-// Does query i, whose window starts at `start`, see the key at `position` as a far key, or in its window?
-__device__ __forceinline__ bool sees(bool far, int i, int start, int position) {
-    return far ? position < start : position >= start && position <= i;
-}
 
 }  // namespace
 }  // namespace cogview

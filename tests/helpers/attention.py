@@ -34,7 +34,7 @@ def brute_force_mask(pivots: Tensor, block_size: int, window_blocks: int, T: int
 
 
 def survives(p: float, seed: int, sample: int, head: int, query: int, key: int) -> bool:
-    """The dropout of ``cogview_kernels._random`` with Python's integers."""
+    """The dropout of ``cogview_kernels._dropout`` with Python's integers."""
     x = [query, head, sample, 0]
     k = [seed & MASK32, seed >> 32 & MASK32]
     for _ in range(10):

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from cogview_kernels import ThreeRegionLayout, _backends, decode_attention, three_region_attention
-from cogview_kernels.three_region_attention import autograd
+from cogview_kernels.three_region_attention import native
 from tests.conftest import HAS_GPU
 from tests.emulation import guarded
 from tests.helpers import cuda_compile
 from tests.kernels import test_decode_attention as decode
 from tests.kernels import test_three_region_attention as attention
 
-CUDA_HEADS = autograd._CUDA_HEADS
+CUDA_HEADS = native.CUDA_HEADS
 CASES = {
     name: case
     for name, case in {**attention.SMALL, **attention.LARGE}.items()
@@ -151,7 +151,7 @@ def test_limits(dtype, D, message, backend_device, monkeypatch):
         three_region_attention(q, k, v, layout, backend="cuda")
     # Not asked for by name, it gives way.
     expected = three_region_attention(q, k, v, layout, backend="sdpa")
-    monkeypatch.setattr(_backends, "choose", lambda *_: "cuda")
+    monkeypatch.setattr(_backends, "_candidates_for", lambda *_: ("cuda", "sdpa", "reference"))
     torch.testing.assert_close(three_region_attention(q, k, v, layout), expected)
 
 

@@ -12,6 +12,7 @@ from cogview_kernels.decode_attention import api
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from tests.helpers.attention import brute_force_attention
 from tests.helpers.tolerance import assert_within_budget, judge
+from tests.kernels import test_three_region_attention as attention
 
 KERNELS = ["cpu", "triton"]
 BACKENDS = [*KERNELS, "sdpa"]
@@ -79,9 +80,8 @@ def test_error_budget(backend, case, dtype, with_layout, backend_device):
     device = backend_device(backend)
     q, k_cache, v_cache, lengths, layout, _ = make(case, dtype, device)
     layout = on_device(layout, device) if with_layout else None
-    parts = (layout.pivots, 4, 2, layout.pivot_bias) if layout else ()
     out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, scale=0.5, backend=backend)
-    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.5, *parts)]  # noqa: E731
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, layout, 0.5)]  # noqa: E731
     (truth,), (eager,) = judge(reference, [q, k_cache, v_cache])
     assert_within_budget(out, eager, truth, dtype=dtype)
 
@@ -174,9 +174,8 @@ def make_large(case, dtype, device):
 @pytest.mark.parametrize("backend", ["cpu"])  # test_decode_attention_triton.py has edges of its own
 def test_edges(backend, case, dtype, backend_device):
     *tensors, lengths, layout = make_large(case, dtype, backend_device(backend))
-    parts = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias) if layout else ()
     out = decode_attention(*tensors, lengths, layout=layout, scale=0.3, backend=backend)
-    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, 0.3, *parts)]  # noqa: E731
+    reference = lambda *tensors: [decode_attention_reference(*tensors, lengths, layout, 0.3)]  # noqa: E731
     (truth,), (eager,) = judge(reference, tensors)
     assert_within_budget(out, eager, truth, dtype=dtype)
 
@@ -245,12 +244,13 @@ def test_logits_past_float16(backend, backend_device):
 def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
     """float64, a wide head, a gradient: taken by default, refused when the kernel is asked for."""
     device, seen = backend_device("cpu"), []
-    for name in ("decode_attention_op", "decode_attention_sdpa"):
-        function = getattr(api, name)
-        monkeypatch.setattr(api, name, lambda *a, f=function, n=name: seen.append(n.rsplit("_")[-1]) or f(*a))
+    for place, name in ((api, "decode_attention_op"), (api.sdpa, "forward")):
+        function = getattr(place, name)
+        route = "op" if place is api else "sdpa"
+        monkeypatch.setattr(place, name, lambda *a, f=function, r=route: seen.append(r) or f(*a))
     cases = [
         (torch.float32, 8, False, ""),
-        (torch.float64, 8, False, "float32, float16 and bfloat16, got torch.float64"),
+        (torch.float64, 8, False, "float32, float16 or bfloat16, got torch.float64"),
         (torch.float32, 264, False, "head sizes up to 256, got 264"),
         (torch.float32, 8, True, "has no gradient"),
     ]
@@ -274,7 +274,7 @@ def test_an_empty_cache_gives_zeros():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"q": torch.ones(2, 2, 4)}, ValueError, r"q must have 4 dimensions, got shape \(2, 2, 4\)"),
+        ({"q": torch.ones(2, 2, 4)}, ValueError, r"q must have shape \[B, H, Tq, D\], got \(2, 2, 4\)"),
         ({"q": torch.ones(2, 2, 1, 4).half()}, TypeError, "k_cache must have the dtype of q, torch.float16"),
         ({"k_cache": torch.ones(1, 2, 9, 4)}, ValueError, r"k_cache must have shape \[2, Hkv, S, 4\]"),
         (
@@ -287,7 +287,7 @@ def test_an_empty_cache_gives_zeros():
         ({"lengths": torch.ones(2)}, TypeError, "got torch.float32"),
         ({"lengths": torch.tensor([1])}, ValueError, r"lengths must have shape \[2\], got \(1,\)"),
         ({"lengths": torch.tensor([1, 10])}, ValueError, r"lengths must lie in \[0, 9\]"),
-        ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\], got \(1, 1\)"),
+        ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\] to go with q, got \(1, 1\)"),
         ({"layout": [[1], [9]]}, ValueError, "must lie below the cache's size, 9, got 9"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"backend": "chunked"}, NotImplementedError, "no chunked backend; this op has cpu"),
@@ -302,3 +302,36 @@ def test_errors(change, error, message):
         arguments["layout"] = ThreeRegionLayout(torch.tensor(change["layout"]), 2, 2)
     with pytest.raises(error, match=message):
         decode_attention(**arguments)
+
+
+# ---- derivatives: right, or an error
+
+
+def _squares(backend, with_layout):
+    k, v = torch.randn(2, 1, 1, 20, 8)
+    layout = ThreeRegionLayout(torch.tensor([[1, 3, 7]]), 4, 2, 0.5) if with_layout else None
+    return lambda q, name=backend: (
+        decode_attention(q, k, v, torch.tensor([20]), layout=layout, backend=name).pow(2).sum()
+    )
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("transform", attention.TRANSFORMS)
+def test_transforms_are_right(transform, with_layout):
+    """By default, where a gradient is needed, through SDPA."""
+    f, q = _squares(None, with_layout), torch.randn(1, 2, 2, 8)
+    call = attention.TRANSFORMS[transform]
+    expected = call(lambda x: f(x, "reference"), q.clone())
+    torch.testing.assert_close(call(f, q.clone()), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transform", [t for t in attention.REFUSED if t != "vectorized"])  # SDPA has it
+@pytest.mark.parametrize("backend", [None, *KERNELS])
+def test_derivatives_that_are_lacking_are_refused(transform, backend, backend_device):
+    """``torch.func.jvp`` gave 0. PyTorch itself refuses what its SDPA lacks."""
+    backend_device(backend or "cpu")
+    f, q = _squares(backend, True), torch.randn(1, 2, 2, 8)
+    call, _ = attention.REFUSED[transform]
+    with pytest.raises((NotImplementedError, RuntimeError), match=r"decode_attention: |_scaled_dot_product"):
+        call(f, q)
+    call(lambda x: f(x, "reference"), q)

@@ -36,8 +36,7 @@ def test_flex_attention_takes_six_tenths_of_the_budget(number, dtype, device):
     torch.manual_seed(torch.initial_seed() + 1000 * number)
     layout, T = random_layout(device)
     q, k, v = torch.randn(3, 1, 2, T, 32).to(dtype).to(device)
-    regions = layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias
-    reference = lambda q, k, v: [three_region_attention_reference(q, k, v, *regions, 0.25)[0]]  # noqa: E731
+    reference = lambda q, k, v: [three_region_attention_reference(q, k, v, layout, 0.25)[0]]  # noqa: E731
     (truth,), (eager,) = judge(reference, [q, k, v])
     seen, w, W = layout.dense_mask(T), layout.block_size, layout.window_blocks
 

@@ -27,14 +27,14 @@ def test_index(T, w, W, P, dtype, backend_device):
 
     pivots = torch.stack([torch.randperm(T)[:P] for _ in range(3)])
     pivots[1, ::3] = -1
-    ordered, prefix, inverse = triton_kernels._index(pivots.to(device, dtype), T, w, W, True)
+    sorted_pivots, far_counts, rank_of_pivot = triton_kernels._index(pivots.to(device, dtype), T, w, W, True)
     expected = pivots.masked_fill(pivots < 0, T).sort(1).values
-    assert torch.equal(ordered.cpu().long(), torch.nn.functional.pad(expected, (0, -P % 128), value=T))
+    assert torch.equal(sorted_pivots.cpu().long(), torch.nn.functional.pad(expected, (0, -P % 128), value=T))
     starts = ((torch.arange(-(-T // w)) - W + 1).clamp(min=0) * w).expand(3, -1).contiguous()
-    assert torch.equal(prefix.cpu().long(), torch.searchsorted(expected, starts))
+    assert torch.equal(far_counts.cpu().long(), torch.searchsorted(expected, starts))
     for sample in range(3):
         rank = {p: r for r, p in enumerate(expected[sample].tolist()) if p < T}
-        assert inverse[sample].tolist() == [rank.get(j, -1) for j in range(T)]
+        assert rank_of_pivot[sample].tolist() == [rank.get(j, -1) for j in range(T)]
 
 
 def test_index_takes_no_place_twice(backend_device):
@@ -43,8 +43,8 @@ def test_index_takes_no_place_twice(backend_device):
     from cogview_kernels.three_region_attention import triton_kernels
 
     pivots = torch.tensor([[5, 5, 99, -7, 5, 2]], device=device)
-    ordered, _, _ = triton_kernels._index(pivots, 10, 2, 1, True)
-    assert ordered.tolist() == [[2, 5, 5, 5] + 124 * [10]]
+    sorted_pivots, _, _ = triton_kernels._index(pivots, 10, 2, 1, True)
+    assert sorted_pivots.tolist() == [[2, 5, 5, 5] + 124 * [10]]
 
 
 @pytest.mark.parametrize(
@@ -156,9 +156,12 @@ def test_a_first_call_does_not_tune():
 
 # ---- compiled for chips that are not here
 
-_INTEGERS = ("H", "G", "T", "TP", "PP", "NB", "w", "W")
-_TYPES = dict.fromkeys(("ordered_ptr", "prefix_ptr", "inverse_ptr", "words_ptr"), "*i32")
-_TYPES |= dict.fromkeys(("lse_ptr", "dlse_ptr", "stats_ptr"), "*fp32") | {"seed": "i64", "threshold": "i64"}
+_INTEGERS = ("H", "G", "T", "TP", "PP", "NB", "block_size", "window_blocks")
+_TYPES = dict.fromkeys(("sorted_pivots_ptr", "far_counts_ptr", "rank_of_pivot_ptr", "words_ptr"), "*i32")
+_TYPES |= dict.fromkeys(("lse_ptr", "dlse_ptr", "stats_ptr"), "*fp32") | {
+    "seed": "i64",
+    "keep_threshold": "i64",
+}
 _TYPES |= dict.fromkeys(("scale", "factor", "bias", "keep_scale"), "fp32") | dict.fromkeys(_INTEGERS, "i32")
 
 

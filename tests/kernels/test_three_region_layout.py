@@ -205,3 +205,18 @@ def test_sample_errors(arguments, error, message):
         ThreeRegionLayout.sample(
             **{"text_mask": torch.zeros(1, 4, dtype=torch.bool), "num_pivots": 2, **arguments}
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_draw_does_not_depend_on_the_default_dtype(dtype):
+    text = torch.zeros(2, 1000, dtype=torch.bool)
+
+    def draw():
+        return ThreeRegionLayout.sample(text, 400, generator=torch.Generator().manual_seed(3)).pivots
+
+    expected = draw()
+    torch.set_default_dtype(dtype)
+    try:
+        assert torch.equal(draw(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -6,10 +6,13 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from cogview.config import ModelConfig, Preset, ThreeRegionConfig
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
+from cogview.tokens.sequence import image_to_text_prompt
 from cogview.tokens.vocab import Vocab
 
 VOCAB = Vocab(num_image_codes=16, num_text_pieces=20)
@@ -53,3 +56,14 @@ def tiny_preset(steps: int = 6) -> Preset:
             checkpoint_every=20,
         ),
     )
+
+
+def naive_caption_loss(model: CogView, codes: Tensor, text: list[int]) -> Tensor:
+    """Mean over the text, log-softmax over all but image ids, one row at a time."""
+    prompt = image_to_text_prompt(VOCAB, codes.tolist())
+    ids = [VOCAB.text_start + piece for piece in text]
+    with torch.no_grad():
+        logits = model.logits(model(torch.tensor([prompt + ids])))[0]
+    logits[:, : VOCAB.num_image_codes] = -torch.inf
+    first = len(prompt) - 1
+    return F.cross_entropy(logits[first : first + len(ids)], torch.tensor(ids))

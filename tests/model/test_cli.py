@@ -7,37 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from cogview.cli import main
+from cogview.parsing import VERBS
 from cogview.presets import PRESETS
-from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
-from tests.model.helpers import tiny_preset
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory, one_copy_of_each_digit):
-    out = tmp_path_factory.mktemp("run")
-    options = {"data": "digits", "out": out, "preset": tiny_preset(), "device": "cpu", "progress": False}
-    train_tokenizers(TrainTokenizers(**options))
-    train_model(TrainModel(**options))
-    return out
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    lines = [f"{index}.png\ta photo of thing number {index}" for index in range(6)]
-    (folder / "captions.tsv").write_text("\n".join(lines))
-    return folder
 
 
 def mistake(capsys, *arguments):
@@ -103,12 +80,14 @@ def test_parts_of_a_text_that_were_never_learned_are_named(run_folder, tmp_path,
 
 
 def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
-    out = str(tmp_path / "run")
+    out = str(tmp_path / "my run")
     common = ["--data", str(photos), "--out", out, "--steps", "2", "--batch-size", "4"]
     assert main(["train-tokenizer", *common]) == 0
+    assert f"cogview train --data {photos} --out '{out}'" in capsys.readouterr().out
     assert main(["train", *common]) == 0
+    shown = capsys.readouterr().out
+    assert f"cogview generate --run '{out}' 'a text' --out out.png" in shown
     assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
-    assert "cogview generate --run" in capsys.readouterr().out
     # Other settings would describe neither the old nor the new run.
     line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
     assert "was started with train.steps = 2, now 3" in line
@@ -139,7 +118,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert "temperature must be above 0" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "0"
     )
-    assert "--device nonsense cannot be used here" in mistake(
+    assert "device nonsense cannot be used here" in mistake(
         capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
     )
 
@@ -169,26 +148,29 @@ def test_a_corrupt_file_gives_one_clear_line(run_folder, tmp_path, capsys, file)
     assert Path(file).name in mistake(capsys, "generate", "--run", broken, "a handwritten seven")
 
 
-def test_wrong_usage_is_explained_without_loading_pytorch(tmp_path):
+def test_help_and_mistakes_need_no_pytorch():
+    calls = [[], ["--help"], ["trian"], ["generate", "a seven"], ["train", "--data=x", "--out=absent"]]
+    calls += [[verb, "--help"] for verb in VERBS]
     code = (
         "import sys\nfrom cogview.cli import main\n"
-        "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+        f"for words in {calls!r}:\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules"
     )
-
-    def run(*arguments):
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-    assert run("--help").returncode == 0
-    assert "examples:" in run("--help").stdout
-    for command in ("train-tokenizer", "train", "generate", "caption", "rerank", "demo"):
-        shown = run(command, "--help")
-        assert shown.returncode == 0
-        assert "example:" in shown.stdout
-    missing = run("generate", "a seven")
-    assert missing.returncode == 2
-    assert "--run" in missing.stderr
-    assert run("generate", "--run", "x", "a", "--num", "0").returncode == 2
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("example:") == len(VERBS)
+    assert "small     64 px" in done.stdout
+    assert "--steps --batch-size --seed are short for --train.steps and so on" in done.stdout
+    mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
+    assert [line.partition(";")[0] for line in mistakes] == [
+        "cogview: which command? one of train-tokenizer, train, generate, caption, rerank, demo",
+        "cogview: unknown command 'trian'",
+        'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
+        "cogview train: run folder not found: absent",
+    ]
 
 
 def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path):
@@ -209,7 +191,23 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path
     assert len(list(out.glob("tokenizer-checkpoints/step-*"))) == 1
 
 
+def test_without_its_extra_the_command_says_in_one_line_which_one_to_install():
+    code = "import sys\nsys.modules['tyro'] = None\nfrom cogview.cli import main\nsys.exit(main())"
+    command = [sys.executable, "-c", code, "generate", "--run", "x", "a text"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "cogview: the model package needs tyro, which is not installed: "
+        "pip install 'cogview-kernels[model]'\n"
+    )
+
+
+def test_generate_shows_its_progress(run_folder, tmp_path, capsys):
+    arguments = ["generate", "--run", str(run_folder), "a handwritten seven", "--num", "2"]
+    assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 0
+    assert "draw: code 32 of 32" in capsys.readouterr().err
+
+
 def test_version(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("cogview 0.")

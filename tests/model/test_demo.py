@@ -9,7 +9,8 @@ from PIL import Image
 
 import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
-from cogview.demo.run import Demo, all_prompts, run_demo, summary
+from cogview.demo.report import all_prompts, summary
+from cogview.demo.run import Demo, run_demo
 from cogview.settings import plain
 from tests.model.helpers import tiny_preset
 

@@ -4,11 +4,11 @@ import dataclasses
 import pytest
 
 from cogview.data.tokens import Captions
-from cogview.presets import PRESETS
+from cogview.presets import PRESETS, implied_preset
 from cogview.settings import TOKENIZER_SETTINGS, TokenizerSettings, write_settings
 from cogview.tokens.sequence import FRAME_TOKENS
 from cogview.tokens.vocab import Vocab
-from cogview.training.plan import implied_preset, plan_model, plan_text, require_fitting_preset
+from cogview.training.plan import plan_model, plan_text, require_fitting_preset
 
 SMALL = PRESETS["small"]
 ENGLISH = [f"a photo of thing number {index}" for index in range(200)]

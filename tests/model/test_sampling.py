@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 import torch
 
 from cogview.config import SamplingConfig
@@ -60,6 +61,16 @@ def test_uniforms_of_a_row_depend_on_its_seed_alone():
     assert not torch.equal(many[0], many[1])
     assert many.shape == (3, 10)
     assert many.min() >= 0 and many.max() < 1
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_uniforms_do_not_depend_on_the_default_dtype(default_dtype, default):
+    expected = row_uniforms([5, 6], 1000)
+    default_dtype(default)
+    uniforms = row_uniforms([5, 6], 1000)
+    assert uniforms.dtype == row_uniforms([], 3).dtype == torch.float32
+    assert torch.equal(uniforms, expected)
+    assert len(uniforms[0].unique()) > 990
 
 
 def test_seeds_do_not_coincide():

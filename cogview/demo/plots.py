@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo draws with matplotlib: a contact sheet and loss curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
+from cogview.demo.report import Drawings
+from cogview.files import StrPath
+from cogview.images import save_png
+
+RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
+
+
+def _save_figure(path: StrPath, figure: Figure) -> None:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def save_contact_sheet(
+    path: StrPath, title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
+) -> None:
+    """One labelled row of candidates per prompt, best first.
+
+    Args:
+        images: ``[R, M, 3, S, S]`` in [0, 1].
+        is_right: bool ``[R, M]``; a wrong candidate is framed in red.
+    """
+    rows, columns, _, side, _ = images.shape
+    factor = max(1, 48 // side)
+    frame, gap = 3, 3
+    cell = side * factor + 2 * frame + gap
+    sheet = np.ones((rows * cell, columns * cell, 3))
+    tiles = images.permute(0, 1, 3, 4, 2).cpu().numpy().repeat(factor, axis=2).repeat(factor, axis=3)
+    for row in range(rows):
+        for column in range(columns):
+            block = sheet[row * cell : row * cell + cell - gap, column * cell : column * cell + cell - gap]
+            block[:] = RIGHT if is_right[row, column] else WRONG
+            block[frame:-frame, frame:-frame] = tiles[row, column]
+    figure = Figure(figsize=(13, 0.55 * rows + 1.2), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(sheet, interpolation="nearest", aspect="equal")
+    axes.set_yticks([(row + 0.5) * cell for row in range(rows)], labels, fontsize=10)
+    axes.set_xticks(
+        [(column + 0.5) * cell for column in range(columns)],
+        [str(place + 1) for place in range(columns)],
+        fontsize=9,
+    )
+    axes.tick_params(length=0)
+    axes.set_xlabel("rank by CapLoss, best first (red frame: the judge reads another digit)")
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=11)
+    _save_figure(path, figure)
+
+
+def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
+    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
+    first = np.maximum(np.arange(1, len(values) + 1) - width, 0)
+    last = np.arange(1, len(values) + 1)
+    return (total[last] - total[first]) / (last - first)
+
+
+def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """One panel per title, one labelled curve per entry, over steps, with running means on top."""
+    figure = Figure(figsize=(5.5 * len(panels), 3.8), dpi=110, layout="constrained")
+    for axes, (title, curves) in zip(
+        np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True
+    ):
+        for index, (label, values) in enumerate(curves.items()):
+            steps = np.arange(1, len(values) + 1)
+            axes.plot(steps, values, color=f"C{index}", alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _running_mean(values, 25), color=f"C{index}", linewidth=1.6, label=label)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    _save_figure(path, figure)
+
+
+def save_demo_sheet(path: StrPath, drawings: Drawings, results: Mapping[str, float]) -> None:
+    """The first draw of the first English and of the first Chinese held-out phrasing."""
+    rows: list[int] = []
+    labels: list[str] = []
+    english = HELD_OUT_PHRASINGS[0]
+    chinese = next(template for template in HELD_OUT_PHRASINGS if "{zh}" in template)
+    for template in (english, chinese):
+        first = HELD_OUT_PHRASINGS.index(template) * 10
+        rows += range(first, first + 10)
+        # Fonts without Chinese glyphs are common, so a Chinese prompt is labelled by its meaning.
+        gloss = "{en}  (asked in Chinese)" if template == chinese else "{en}"
+        labels += [gloss.format(en=word) for word in ENGLISH]
+    images, best_first = drawings.images, drawings.order[rows]
+    sheet = images[rows].gather(1, best_first[..., None, None, None].expand_as(images[rows]))
+    best, single = results["best_of_all"], results["single_draw"]
+    title = (
+        f'"{english.format(en="...")}" and a Chinese phrasing, neither seen in training.  '
+        f"Right digit over {results['prompts']} prompts: "
+        f"best of {images.shape[1]} by CapLoss {best:.1%}, single draw {single:.1%}"
+    )
+    save_contact_sheet(path, title, labels, sheet, drawings.is_right[rows].gather(1, best_first))
+
+
+def save_demo_curves(
+    path: StrPath, history: Mapping[str, Sequence[float]], tokenizer_history: Mapping[str, Sequence[float]]
+) -> None:
+    """The losses of the transformer and of the image tokenizer."""
+    panels = {
+        "transformer: cross-entropy (nats per token)": {
+            "image tokens": history["image_loss"],
+            "text tokens": history["text_loss"],
+        },
+        "image tokenizer: pixel error": {"mean squared error": tokenizer_history["reconstruction"]},
+    }
+    save_loss_curves(path, panels)

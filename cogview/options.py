@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of each verb of the command ``cogview``: each is written once, and its help is read from here.
+
+No PyTorch here, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
+
+from cogview.config import (
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    ModelConfig,
+    Preset,
+    SamplingConfig,
+    TrainConfig,
+)
+
+
+def _shown(metavar: str, default: str) -> Any:
+    """How the help shows an option whose default depends on something else."""
+    return arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})")
+
+
+def _require_one(name: str, given: tuple) -> None:
+    if not given:
+        raise ValueError(f"at least one {name} is needed")
+
+
+Data = Annotated[
+    str,
+    arg(
+        metavar="DATA",
+        help='a folder of images with captions.tsv (one "file<TAB>caption" per line) or captions.json '
+        '({"file": "caption" or ["one", "two"]}); or "digits", the built-in handwritten digits',
+    ),
+]
+Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
+PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
+Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
+SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
+RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
+Images = Positional[
+    Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
+]
+
+
+@dataclass(frozen=True)
+class TrainTokenizer:
+    """Learn to turn pictures and captions into tokens (first step of training)."""
+
+    data: Data
+    out: Annotated[Path, arg(metavar="RUN")]
+    """run folder to write; an interrupted run goes on where it stopped"""
+    image_tokenizer: ImageTokenizerConfig
+    image_tokenizer_train: ImageTokenizerTrainConfig
+    text_pieces: int
+    """pieces of the text tokenizer, at most; fewer if the captions hold no more"""
+    start: Start
+    preset: PresetName = None
+    """sizes and schedule; every other option overrides it"""
+    settings: SettingsFile = None
+    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    device: Device = None
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the transformer (second step, in the folder of the first)."""
+
+    data: Data
+    out: Annotated[Path, arg(metavar="RUN")]
+    """run folder that holds the tokenizers; an interrupted run goes on where it stopped"""
+    model: ModelConfig
+    train: TrainConfig
+    sampling: SamplingConfig
+    min_text_tokens: int
+    """room for a text, in tokens, however short the captions are"""
+    max_text_tokens: int
+    """room for a text, in tokens, however long the captions are; a longer one loses its end"""
+    start: Start
+    preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
+    """sizes and schedule; every other option overrides it"""
+    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")] = None
+    """dense or three-region; the sizes of the latter are --model.three-region..."""
+    settings: SettingsFile = None
+    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "max_positions"):
+            if getattr(self.model, name) != getattr(self.start.model, name):
+                option = name.replace("_", "-")
+                raise ValueError(f"--model.{option} follows from tokenizers and captions; leave it out")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Draw pictures for texts."""
+
+    texts: Positional[
+        Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
+    ]
+    """what to draw; several texts give several rows"""
+    run: RunFolder
+    out: Annotated[Path, arg(metavar="FILE")] = Path("out.png")
+    """PNG to write"""
+    num: int = 16
+    """pictures per text"""
+    seed: int = 0
+    """another seed, other pictures"""
+    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """below 1 safer, above 1 wilder"""
+    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
+    """draw among the k likeliest codes, 0 = all"""
+    top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """draw among codes of total probability p, 0 = all"""
+    no_rerank: Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")] = False
+    """keep the order of drawing instead of best first"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("TEXT", self.texts)
+        if self.num < 1:
+            raise ValueError(f"--num must be at least 1, got {self.num}")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """Describe pictures in words."""
+
+    images: Images
+    """image files"""
+    run: RunFolder
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("IMAGE", self.images)
+
+
+@dataclass(frozen=True)
+class Rerank:
+    """Order pictures by how well a text describes them."""
+
+    text: Positional[Annotated[str, arg(metavar="TEXT")]]
+    """the text to compare with"""
+    images: Images
+    """image files"""
+    run: RunFolder
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("IMAGE", self.images)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Learn to draw handwritten digits from scratch and show the result."""
+
+    out: Annotated[Path, arg(metavar="RUN")] = Path("runs/demo")
+    """folder to write; an interrupted demo goes on where it stopped"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the words of a command line, and a file of settings, to the options of a verb."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cogview import options
+from cogview.config import Preset, ThreeRegionConfig
+from cogview.presets import default_preset, get_preset, implied_preset
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+VERBS: dict[str, type] = {
+    "train-tokenizer": options.TrainTokenizer,
+    "train": options.Train,
+    "generate": options.Generate,
+    "caption": options.Caption,
+    "rerank": options.Rerank,
+    "demo": options.Demo,
+}
+# Options of a training verb that have a short form: --steps is --train.steps.
+SHORT = ("steps", "batch-size", "seed")
+TRAINED_PART = {options.TrainTokenizer: "image-tokenizer-train", options.Train: "train"}
+
+
+def parse(verb: str, words: Sequence[str], description: str) -> Any:
+    """The options of ``verb`` (a dataclass of :mod:`cogview.options`).
+
+    ``--help`` prints the help and raises SystemExit. A mistake is one ValueError of one line.
+    """
+    kind = VERBS[verb]
+    default: Any = {}
+    words = list(words)
+    if kind in TRAINED_PART:
+        path = _last_value(words, "settings")
+        if path is not None:
+            words = _words_of_file(Path(path), kind) + words
+        words = [_in_full(word, TRAINED_PART[kind]) for word in words]
+        default = {"default": _defaults(kind, words)}
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                kind,
+                prog=f"cogview {verb}",
+                description=description,
+                args=words,
+                config=(tyro.conf.AvoidSubcommands,),
+                **default,
+            )
+    except SystemExit as stop:
+        if stop.code in (None, 0):
+            raise
+        raise ValueError(_one_line(complaint.getvalue(), f"cogview {verb}")) from None
+
+
+def _defaults(kind: type, words: Sequence[str]) -> Any:
+    """The options of a training verb as its preset has them: what the words then override."""
+    preset = _preset(kind, words)
+    if kind is options.Train:
+        attention = _last_value(words, "attention")
+        if attention is not None:
+            three_region = preset.model.three_region or ThreeRegionConfig()
+            changed = None if attention == "dense" else three_region
+            preset = replace(preset, model=replace(preset.model, three_region=changed))
+    names = [field.name for field in dataclasses.fields(kind)]
+    parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}
+    return kind(data=tyro.MISSING, out=tyro.MISSING, start=preset, **parts)
+
+
+def _preset(kind: type, words: Sequence[str]) -> Preset:
+    """The preset that is named, else the one of a run's tokenizers, else the one for the data."""
+    name, out = _last_value(words, "preset"), _last_value(words, "out")
+    if name is not None:
+        return get_preset(name)
+    if kind is options.Train and out is not None and not {"-h", "--help"} & set(words):
+        return implied_preset(out)
+    return default_preset(_last_value(words, "data") or "")
+
+
+def _last_value(words: Sequence[str], name: str) -> str | None:
+    """What ``--name value`` or ``--name=value`` gives, the last one if there are several."""
+    found = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == f"--{name}":
+            found = following
+        elif word.startswith(f"--{name}="):
+            found = word.partition("=")[2]
+    return found
+
+
+def _in_full(word: str, part: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{part}.{name[2:]}{equals}{value}" if name[:2] == "--" and name[2:] in SHORT else word
+
+
+def _words_of_file(path: Path, kind: type) -> list[str]:
+    """A TOML file as words of a command line. What belongs to the other training verb is left out."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"settings file not found: {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    own, known = ({field.name for field in dataclasses.fields(k)} for k in (kind, options.TrainTokenizer))
+    known |= {field.name for field in dataclasses.fields(options.Train)}
+    others = known - own
+    return [
+        word
+        for name, value in content.items()
+        if name.replace("-", "_") not in others
+        for word in _words_of(name, value)
+    ]
+
+
+def _words_of(name: str, value: Any) -> Iterator[str]:
+    name = name.replace("_", "-")
+    if isinstance(value, dict):
+        for inner, content in value.items():
+            yield from _words_of(f"{name}.{inner}", content)
+    elif isinstance(value, bool):
+        table, dot, flag = name.rpartition(".")
+        yield f"--{table}{dot}{flag if value else 'no-' + flag}"
+    elif isinstance(value, list):
+        yield from (f"--{name}", *map(str, value))
+    else:
+        yield f"--{name}={value}"
+
+
+def _one_line(box: str, prog: str) -> str:
+    """What tyro says in a box of several lines, without the parts that only repeat the help."""
+    sections: list[list[str]] = [[]]
+    for line in box.splitlines():
+        text = line.strip("│ ")
+        if set(text) <= set("─╭╮╰╯"):
+            sections.append([])
+        elif not line.startswith(("╭", "╰")):
+            sections[-1].append(text)
+    said = [" ".join(section) for section in sections if section]
+    said = [text for text in said if not text.startswith(("For full helptext", "Argument helptext"))]
+    # The name of the whole dataclass says nothing to the user; that of a nested one is the option's table.
+    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", "; ".join(said)).replace(
+        f"Missing from {prog}:", "missing:"
+    )
+    return f"{text[:1].lower()}{text[1:]}; see {prog} --help"

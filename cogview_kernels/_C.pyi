@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True.
+
+Integers named after tensors are addresses, 0 for none. Strides are in elements; dtypes are the codes of
+``_extension.DTYPE_CODES``.
+"""
+
+from typing import TypeAlias
+
+_Address: TypeAlias = int
+# Addresses with the dtype's code (a weight, a bias or its gradient); with the bytes of each integer.
+_Parameter: TypeAlias = tuple[_Address, int]
+_Integers: TypeAlias = tuple[_Address, int]
+# Address, and the strides of the first three dimensions.
+_Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
+# keep_threshold, keep_scale, seed, address of a seed on the device.
+_Dropout: TypeAlias = tuple[int, float, int, _Address]
+# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
+_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
+_RowShape: TypeAlias = tuple[int, int, int]
+_NormOptions: TypeAlias = tuple[float, int]
+_Workspace: TypeAlias = tuple[_Address, int]
+# Address, stride of a row, ids, tokens, dtype.
+_Logits: TypeAlias = tuple[_Address, int, int, int, int]
+
+has_cuda: bool
+
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def parallel_runtime() -> str: ...
+def free_workspaces() -> int: ...
+def stable_softmax_fwd_cpu(
+    scores: _Address,
+    mask: _Address,
+    probs: _Address,
+    shape: tuple[int, int, int, int],
+    scores_stride: tuple[int, int, int, int],
+    mask_stride: tuple[int, int, int, int],
+    alpha: float,
+    scale: float,
+    causal: bool,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def stable_softmax_bwd_cpu(
+    dprobs: _Address,
+    probs: _Address,
+    dscores: _Address,
+    rows: int,
+    N: int,
+    factor: float,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def layer_norm_fwd_cpu(
+    x: _Address,
+    y: _Address,
+    weight: _Parameter,
+    bias: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    options: _NormOptions,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def layer_norm_bwd_cpu(
+    dy: _Address,
+    x: _Address,
+    dx: _Address,
+    weight: _Parameter,
+    dweight: _Parameter,
+    dbias: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def sandwich_layer_norm_fwd_cpu(
+    branch: _Address,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
+    parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    options: _NormOptions,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def sandwich_layer_norm_bwd_cpu(
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: _Address,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    gradients: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def linear_cross_entropy_reduce_cpu(
+    logits: _Logits,
+    logit_max: _Address,
+    total: _Address,
+    threads: int,
+) -> None: ...
+def linear_cross_entropy_gradient_cpu(
+    logits: _Logits,
+    first: int,
+    target: _Address,
+    coefficient: _Address,
+    logit_max: _Address,
+    total: _Address,
+    threads: int,
+) -> None: ...
+def three_region_attention_fwd_cpu(
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: _Strided,
+    lse: _Address,
+    shape: tuple[int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    sorted_pivots: _Address,
+    threads: int,
+) -> None: ...
+def three_region_attention_bwd_cpu(
+    inputs: tuple[_Strided, ...],
+    lse: _Address,
+    dlse: _Address,
+    gradients: tuple[_Strided, _Strided, _Strided],
+    shape: tuple[int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    sorted_pivots: _Address,
+    workspace: tuple[_Address, _Address, _Address],
+    threads: int,
+) -> None: ...
+def decode_attention_cpu(
+    q: _Strided,
+    k_cache: _Strided,
+    v_cache: _Strided,
+    lengths: _Integers,
+    out: _Strided,
+    shape: tuple[int, int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dtype: int,
+    splits: tuple[int, int, _Address],
+    threads: int,
+) -> None: ...
+def stable_softmax_fwd_cuda(
+    scores: _Address,
+    mask: _Address,
+    probs: _Address,
+    shape: tuple[int, int, int, int],
+    scores_stride: tuple[int, int, int, int],
+    mask_stride: tuple[int, int, int, int],
+    alpha: float,
+    scale: float,
+    causal: bool,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def stable_softmax_bwd_cuda(
+    dprobs: _Address,
+    probs: _Address,
+    dscores: _Address,
+    rows: int,
+    N: int,
+    factor: float,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def layer_norm_fwd_cuda(
+    x: _Address,
+    y: _Address,
+    weight: _Parameter,
+    bias: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    options: _NormOptions,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def layer_norm_bwd_cuda(
+    dy: _Address,
+    x: _Address,
+    dx: _Address,
+    weight: _Parameter,
+    dweight: _Parameter,
+    dbias: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def sandwich_layer_norm_fwd_cuda(
+    branch: _Address,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
+    parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    options: _NormOptions,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def sandwich_layer_norm_bwd_cuda(
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: _Address,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    gradients: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def three_region_attention_fwd_cuda(
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: _Strided,
+    lse: _Address,
+    shape: tuple[int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    sorted_pivots: _Address,
+    stream: int,
+) -> None: ...
+def three_region_attention_bwd_cuda(
+    inputs: tuple[_Strided, ...],
+    lse: _Address,
+    dlse: _Address,
+    gradients: tuple[_Strided, _Strided, _Strided],
+    shape: tuple[int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    sorted_pivots: _Address,
+    workspace: tuple[_Address, _Address, _Address],
+    stream: int,
+) -> None: ...
+def decode_attention_cuda(
+    q: _Strided,
+    k_cache: _Strided,
+    v_cache: _Strided,
+    lengths: _Integers,
+    out: _Strided,
+    shape: tuple[int, int, int, int, int, int],
+    layout: _Layout,
+    scale: float,
+    dtype: int,
+    splits: tuple[int, int, _Address],
+    stream: int,
+) -> None: ...

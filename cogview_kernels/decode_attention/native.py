@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention through the compiled extension, on the CPU and on NVIDIA GPUs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _checks, _extension
+from cogview_kernels._attention import aligned, causal_layout, native_layout, strided
+from cogview_kernels.layout import ThreeRegionLayout
+
+LARGEST_HEAD = 256
+
+# CUDA: keys of a thread block, and blocks that may share a query's keys. Both follow from shapes alone.
+_CHUNK, _MOST_SPLITS = 256, 64
+
+
+def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
+    """Why a kernel cannot take these, and the way out; empty when it can."""
+    if reason := _checks.kernel_dtype_limit(backend, "q", q):
+        return f"{reason}; use backend='sdpa'"
+    D = q.shape[3]
+    if D > LARGEST_HEAD or (backend == "cuda" and D % 8):
+        sizes = f"multiples of 8 up to {LARGEST_HEAD}" if backend == "cuda" else f"up to {LARGEST_HEAD}"
+        return f"the {backend} backend takes head sizes {sizes}, got {D}; use backend='sdpa'"
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+        return (
+            f"the {backend} backend has no gradient; use backend='sdpa', or torch.no_grad() where none is "
+            "needed"
+        )
+    return ""
+
+
+def _most_keys(Tq: int, S: int, layout: ThreeRegionLayout | None) -> int:
+    """How many keys, pivots included, a query may have to look at."""
+    if layout is None:
+        return S
+    block_size, window_blocks = layout.window(S)
+    return layout.pivots.shape[1] + min(S, block_size * window_blocks + Tq)
+
+
+def forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+    scale: float,
+    out: Tensor,
+    backend: str,
+) -> None:
+    """Fills ``out``. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out`` throughout."""
+    B, H, Tq, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    splits = (0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
+    if backend == "cuda":
+        q, k_cache, v_cache = aligned(q), aligned(k_cache), aligned(v_cache)
+        keys = _most_keys(Tq, S, layout)
+        parts = min(_MOST_SPLITS, -(-keys // _CHUNK))
+        partial = q.new_empty(B, H, Tq, parts if parts > 1 else 0, D + 2, dtype=torch.float32)
+        splits = (-(-keys // parts), parts, partial.data_ptr())
+    _extension.call(
+        "decode_attention",
+        backend,
+        strided(q),
+        strided(k_cache),
+        strided(v_cache),
+        (lengths.data_ptr(), lengths.element_size()),
+        strided(out),
+        (B, H, Hkv, Tq, S, D),
+        causal_layout(S) if layout is None else native_layout(layout, layout.pivots),
+        scale,
+        _extension.DTYPE_CODES[q.dtype],
+        splits,
+    )

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.decode_attention``: schema and fake tensor. The op has no derivative."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._attention import with_rows
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.decode_attention import native
+from cogview_kernels.layout import ThreeRegionLayout
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.decode_attention import triton_kernels
+
+        return triton_kernels
+    return native
+
+
+def _forward(
+    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, scale, backend
+) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out.numel() > 0:
+        layout = None
+        if pivots is not None:
+            layout = ThreeRegionLayout.unchecked(pivots.contiguous(), block_size, window_blocks, pivot_bias)
+        inputs = with_rows(q), with_rows(k_cache), with_rows(v_cache), lengths.contiguous()
+        backend_module(backend).forward(*inputs, layout, scale, out, backend)
+    return out
+
+
+def _empty_output(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+decode_attention_op = Op(
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, "
+    "int block_size, int window_blocks, float pivot_bias, float scale, str backend) -> Tensor",
+    kernel=_forward,
+    fake=_empty_output,
+)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.three_region_attention``: schemas, fake tensors, and what is saved.
+
+Saved are q, k, v, the output and the log of the softmax's denominator: probabilities are computed anew. So is
+the order of the pivots: that costs microseconds, keeping it for every layer costs memory.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._attention import with_rows
+from cogview_kernels._dropout import Dropout
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.layout import ThreeRegionLayout
+from cogview_kernels.three_region_attention import native
+
+_FLAT = (
+    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, float scale, "
+    "float dropout_p, Tensor? seed, str backend"
+)
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module whose ``forward``, ``backward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.three_region_attention import triton_kernels
+
+        return triton_kernels
+    return native
+
+
+def _empty_in_order_of(x: Tensor) -> Tensor:
+    """Uninitialised and dense, heads inside positions where ``x`` has them so: transposes around the op then
+    stay views."""
+    B, H, T, D = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty(B, H, T, D)
+
+
+def _empty_outputs(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``."""
+    return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _empty_gradients(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(dq, dk, dv)``."""
+    return _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
+
+
+def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
+    out, lse = _empty_outputs(q)
+    if out.numel() > 0:
+        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+        dropout = Dropout.of(dropout_p, seed)
+        inputs = with_rows(q), with_rows(k), with_rows(v)
+        backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, backend)
+    return out, lse
+
+
+def _backward(
+    dout, dlse, q, k, v, out, lse,
+    pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend,
+):  # fmt: skip
+    gradients = _empty_gradients(dout, dlse, q, k, v)
+    if q.numel() == 0:
+        dq, dk, dv = gradients
+        return dq, dk.zero_(), dv.zero_()
+    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+    dropout = Dropout.of(dropout_p, seed)
+    inputs = with_rows(q), with_rows(k), with_rows(v)
+    saved = with_rows(out), lse.contiguous()
+    doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
+    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, gradients, backend)
+    return gradients
+
+
+def _save(ctx, arguments, outputs):
+    q, k, v, pivots, *ctx.options, seed, ctx.backend = arguments
+    return q, k, v, *outputs, pivots, seed
+
+
+def _differentiate(ctx, saved, dout, dlse):
+    q, k, v, out, lse, pivots, seed = saved
+    if dout is None:
+        dout = torch.zeros_like(out)
+    gradients = three_region_attention_backward_op(
+        dout, dlse, q, k, v, out, lse, pivots, *ctx.options, seed, ctx.backend
+    )
+    return *gradients, *(None,) * 8
+
+
+three_region_attention_op = Op(
+    f"three_region_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)",
+    kernel=_forward,
+    fake=_empty_outputs,
+    save=_save,
+    backward=_differentiate,
+)
+three_region_attention_backward_op = Op(
+    "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {_FLAT}) -> (Tensor, Tensor, Tensor)",
+    kernel=_backward,
+    fake=_empty_gradients,
+)

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of three-region attention, in the tiles of plan.h:
+//
+//   S = K Q^T,  P = 2^(c S + bias - m),  O^T = V^T P          4 D FLOPs a pair, one exponential
+//
+// with c = |scale| log2(e); a negative scale is put into Q.
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "three_region_attention/tile_rows.h"
+
+namespace cogview {
+namespace COGVIEW_ISA {
+namespace {
+
+// Raises the maxima to what a new score tile needs. The old ones do while no score passes them by more than
+// 2^8: sums and products stay far below overflow, and the rare change rescales what is summed.
+template <int kVectors>
+bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, int64_t c,
+               Lanes& lanes, float* rescale) {
+    VecF top[kVectors];
+    for (int i = 0; i < kVectors; ++i) top[i] = broadcast(-kInf);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int i = 0; i < kVectors; ++i)
+            top[i] = maximum(load(scores + r * columns + c + i * kLanes), top[i]);
+    VecI changed = VecI{};
+    for (int i = 0; i < kVectors; ++i) {
+        const int64_t at = c + i * kLanes;
+        const VecF wanted = top[i] * factor + bias, old = load(lanes.row_max + at);
+        const VecI raise = wanted > old + 8.0f;
+        // From -inf (nothing seen yet) the factor is 0, and there is nothing to rescale.
+        store(rescale + at, raise ? exp2(old - wanted) : broadcast(1.0f));
+        store(lanes.row_max + at, raise ? wanted : old);
+        changed |= raise;
+    }
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= changed[i];
+    return any != 0;
+}
+
+// Scores become weights 2^(exponent - max), in the order of a B operand with keys contracted.
+template <bool kBf16, bool kDropout, int kVectors>
+void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t columns, int64_t c,
+                  Lanes& lanes, float* scores) {
+    Exponent<kBf16> exponent[kVectors];
+    VecF sum[kVectors];
+    for (int i = 0; i < kVectors; ++i) {
+        const VecF max = load(lanes.row_max + c + i * kLanes);
+        exponent[i] = plan.exponent(run.far, max == -kInf ? VecF{} : max, VecF{});
+        sum[i] = load(lanes.sum + c + i * kLanes);
+    }
+    const auto kept = [&](VecF p, int64_t r, int i) {
+        if (!kDropout) return p;
+        return keeps(plan, run, r, b, lanes, c + i * kLanes) ? p : VecF{};
+    };
+    for (int64_t r = 0; r < run.rows; r += 2) {
+        float* first = scores + r * columns + c;
+        float* second = first + columns;
+        float* pairs = scores + r / 2 * columns + c;
+#pragma GCC unroll 4
+        for (int i = 0; i < kVectors; ++i) {
+            const VecF p0 = weight<kBf16>(exponent[i](load(first + i * kLanes)));
+            const VecF p1 = weight<kBf16>(exponent[i](load(second + i * kLanes)));
+            sum[i] += p0 + p1;
+            if constexpr (kBf16) {
+                store(pairs + i * kLanes, pair(kept(p0, r, i), kept(p1, r + 1, i)));
+            } else {
+                store(first + i * kLanes, kept(p0, r, i));
+                store(second + i * kLanes, kept(p1, r + 1, i));
+            }
+        }
+    }
+    for (int i = 0; i < kVectors; ++i) store(lanes.sum + c + i * kLanes, sum[i]);
+}
+
+template <bool kBf16, typename T>
+struct Forward {
+    using E = typename Compute<kBf16>::type;
+    static constexpr int64_t kRun = kBf16 ? 256 : 128;
+    static constexpr int64_t kTileUnits = kTile / Compute<kBf16>::kPack;
+
+    const AttentionForward& args;
+    const Plan<kBf16> plan;
+
+    void run(int threads) {
+        const int64_t heads = plan.B * plan.Hkv, head_units = plan.S * plan.Du, tiles = plan.S / kTile;
+        const Workspace keys(heads * head_units), values(heads * head_units);
+        const auto packed = [&](int64_t head) {
+            return PackedHead{keys.data + head * head_units, values.data + head * head_units};
+        };
+        parallel_for(heads * tiles, 16, threads, [&](int64_t begin, int64_t end) {
+            const Workspace work(kPackFloats * plan.Dp);
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t head = i / tiles, b = head / plan.Hkv, h = head % plan.Hkv;
+                pack_tile<kBf16, T>(plan, args.common.k, b, h, i % tiles, packed(head), Order::kRows,
+                                    work.data);
+                pack_tile<kBf16, T>(plan, args.common.v, b, h, i % tiles, packed(head), Order::kTransposed,
+                                    work.data);
+            }
+        });
+        parallel_for(plan.B * plan.H * plan.tiles, 1, threads, [&](int64_t i, int64_t) {
+            const TileScope scope;
+            const int64_t b = i / plan.tiles / plan.H, h = i / plan.tiles % plan.H;
+            // Long tiles first, so that threads end together.
+            tile(b, h, plan.tiles - 1 - i % plan.tiles, packed(b * plan.Hkv + h / plan.group));
+        });
+    }
+
+    void tile(int64_t b, int64_t h, int64_t index, const PackedHead& head) {
+        const Sight s = sight(plan, b, index);
+        const int64_t N = s.columns, Dp = plan.Dp;
+        const Workspace memory((kRun + 3 * Dp) * N);
+        float* scores = memory.data;
+        float* queries = scores + kRun * N;
+        float* out = queries + Dp * N;
+        float* work = out + Dp * N;
+        Lanes lanes;
+        start_lanes(plan, s, b, h, lanes);
+        stage_queries<kBf16, T>(plan, args.common.q, b, h, s, plan.negate, reinterpret_cast<E*>(work));
+        pack_b_transposed<kBf16>(reinterpret_cast<E*>(work), N, Dp, queries);
+
+        bool first = true;
+        for_each_run(plan, s, kRun, [&](const Run& run) {
+            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                          queries, N, scores, N, false);
+            mask_scores(plan, run, b, lanes, N, scores);
+            raise_maxima(run, lanes, N, scores, first ? nullptr : out);
+            for_each_column(N, [&](int64_t c, auto vectors) {
+                if (args.common.dropout.drops())
+                    exponentiate<kBf16, true, vectors.value>(plan, run, b, N, c, lanes, scores);
+                else
+                    exponentiate<kBf16, false, vectors.value>(plan, run, b, N, c, lanes, scores);
+            });
+            matmul<kBf16>(Dp, N, run.rows / Compute<kBf16>::kPack,
+                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                          scores, N, out, N, !first);
+            first = false;
+        });
+        finish(b, h, s, lanes, out, work);
+    }
+
+    // Raises the maxima of a tile to its new scores, and rescales `out` and the sums, where there are some.
+    void raise_maxima(const Run& run, Lanes& lanes, int64_t columns, const float* scores, float* out) const {
+        alignas(64) float rescale[kQueries];
+        const float bias = run.far ? plan.bias : 0.0f;
+        bool raised = false;
+        for_each_column(columns, [&](int64_t c, auto vectors) {
+            raised |=
+                raise_max<vectors.value>(scores, run.rows, columns, plan.factor, bias, c, lanes, rescale);
+        });
+        if (!raised || out == nullptr) return;
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            const VecF by = load(rescale + c);
+            store(lanes.sum + c, load(lanes.sum + c) * by);
+            for (int64_t d = 0; d < plan.Dp; ++d)
+                store(out + d * columns + c, load(out + d * columns + c) * by);
+        }
+    }
+
+    // Divides what is summed by the sums of the weights, and writes out and lse.
+    void finish(int64_t b, int64_t h, const Sight& s, const Lanes& lanes, float* out, float* work) const {
+        const int64_t N = s.columns;
+        for (int64_t c = 0; c < N; c += kLanes) {
+            const VecF inverse = args.common.dropout.keep_scale / load(lanes.sum + c);
+            for (int64_t d = 0; d < plan.Dp; ++d) store(out + d * N + c, load(out + d * N + c) * inverse);
+        }
+        store_queries<kBf16, T>(plan, out, args.out, b, h, s, 1.0f, work);
+        float* lse = args.lse + (b * plan.H + h) * plan.T + s.first;
+        for (int64_t c = 0; c < s.queries; ++c)
+            lse[c] = float(lanes.row_max[c] * kLn2 + std::log(double(lanes.sum[c])));
+    }
+};
+
+template <bool kBf16, typename T>
+void run(const AttentionForward& args, const SortedPivots& sorted_pivots, int threads) {
+    Forward<kBf16, T>{args, Plan<kBf16>(args.common, sorted_pivots)}.run(threads);
+}
+
+}  // namespace
+
+void three_region_attention_fwd_cpu(const AttentionForward& args, const SortedPivots& sorted_pivots,
+                                    int threads) {
+    if constexpr (kHasBf16) {
+        if (args.common.dtype == DType::kBFloat16) return run<true, BFloat16>(args, sorted_pivots, threads);
+    }
+    COGVIEW_DISPATCH_DTYPE(args.common.dtype, run<false, scalar_t>(args, sorted_pivots, threads));
+}
+
+}  // namespace COGVIEW_ISA
+}  // namespace cogview

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the CPU divides a call into tiles, for both directions. Internal linkage: see common/vec.h.
+//
+// Queries go in tiles of up to 64, keys in tiles of 32. Every score tile is kept transposed, S[key, query]:
+// what belongs to a query (maximum, sum, lse, delta) is then a vector along the row, nothing is ever summed
+// across lanes, and each product finds its operands as the one before left them.
+//
+// The keys of a head are packed once, in slots: [0, Pp) the sorted pivots, [Pp, Pp + Tp) all positions, both
+// padded to whole tiles. A query tile sees a prefix of the first and a stretch of the second.
+#pragma once
+
+#include <algorithm>
+
+#include "common/vec.h"
+#include "three_region_attention/pack.h"
+#include "three_region_attention/three_region_attention.h"
+#include "three_region_attention/weights.h"
+
+namespace cogview {
+namespace {
+
+constexpr int64_t kQueries = 64;       // of a tile
+constexpr int64_t kTile = 32;          // keys
+constexpr int32_t kNowhere = 1 << 30;  // the position of a padding slot
+
+inline int64_t round_down(int64_t n, int64_t to) {
+    return n / to * to;
+}
+inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+// What all tiles of a call share.
+template <bool kBf16>
+struct Plan {
+    const Attention& args;
+    const SortedPivots& sorted_pivots;
+    int64_t B, H, Hkv, T, D, P;
+    int64_t Dp, Du;            // head size padded, and in units
+    int64_t Pp, Tp, S;         // padded pivots, positions, both: the slots of a head
+    int64_t tiles;             // of queries
+    int64_t group;             // query heads of a key head
+    bool negate;               // a negative scale is put into Q
+    float factor, factor_low;  // logits in powers of 2: (factor + factor_low) * (q k)
+    float bias;
+
+    Plan(const Attention& args, const SortedPivots& sorted_pivots)
+        : args(args), sorted_pivots(sorted_pivots) {
+        const AttentionShape& shape = args.shape;
+        B = shape.B, H = shape.H, Hkv = shape.Hkv, T = shape.T, D = shape.D, P = args.layout.P;
+        Dp = round_up(D, Compute<kBf16>::kAlign);
+        Du = Dp / Compute<kBf16>::kPack;
+        Pp = round_up(P, kTile);
+        Tp = round_up(T, kTile);
+        S = Pp + Tp;
+        tiles = (T + kQueries - 1) / kQueries;
+        group = H / Hkv;
+        negate = args.scale < 0;
+        const double wanted = (negate ? -double(args.scale) : double(args.scale)) * kLog2e;
+        factor = float(wanted);
+        factor_low = float(wanted - factor);
+        bias = float(args.layout.pivot_bias * kLog2e);
+    }
+
+    // For shift = (far ? bias : 0) - subtract - subtract_low.
+    Exponent<kBf16> exponent(bool far, VecF subtract, VecF subtract_low) const {
+        const float add = far ? bias : 0.0f;
+        const VecF shift = add - subtract;
+        return {broadcast(factor), broadcast(factor_low), shift, add - (shift + subtract) - subtract_low};
+    }
+
+    int64_t window_start(int64_t query) const { return args.layout.window_start(int(query)); }
+    int64_t window_last(int64_t query) const { return args.layout.window_last(int(query)); }
+
+    int32_t slot_position(int64_t b, int64_t slot) const {
+        if (slot >= Pp) return int32_t(slot - Pp);
+        return slot < sorted_pivots.counts[b] ? sorted_pivots.positions[b * P + slot] : kNowhere;
+    }
+
+    // How many pivots of sample b lie left of `position`.
+    int64_t pivots_before(int64_t b, int64_t position) const {
+        return cogview::pivots_before(sorted_pivots.positions + b * P, sorted_pivots.counts[b],
+                                      int(position));
+    }
+};
+
+// Which slots a query tile sees, and from where on they must be masked.
+struct Sight {
+    int64_t first, queries, columns;  // queries of the tile; `columns` counts padding too
+    int64_t far, far_unmasked;        // slots [0, far), of which the first are seen by all queries
+    int64_t begin, end;               // window positions, whole tiles
+    int64_t unmasked_begin, unmasked_end;
+};
+
+template <bool kBf16>
+Sight sight(const Plan<kBf16>& plan, int64_t b, int64_t tile) {
+    Sight s;
+    s.first = tile * kQueries;
+    s.queries = std::min(kQueries, plan.T - s.first);
+    s.columns = round_up(s.queries, Compute<kBf16>::kAlign);
+    const int64_t last = s.first + s.queries - 1;
+    const int64_t start = plan.window_start(s.first), start_of_last = plan.window_start(last);
+    s.far = round_up(plan.pivots_before(b, start_of_last), kTile);
+    s.far_unmasked = plan.pivots_before(b, start);
+    s.begin = round_down(start, kTile);
+    s.end = round_up(plan.window_last(last) + 1, kTile);
+    s.unmasked_begin = start_of_last;
+    s.unmasked_end = plan.window_last(s.first) + 1;
+    return s;
+}
+
+// A run of slots that are all far or all of the window: the rows of one score tile.
+struct Run {
+    int64_t slot, rows;
+    bool far;
+    int64_t begin, end;  // rows that need no mask
+};
+
+// Calls body(run) for runs of at most `most` slots, far ones first.
+template <bool kBf16, typename Body>
+inline void for_each_run(const Plan<kBf16>& plan, const Sight& s, int64_t most, const Body& body) {
+    const auto clamp = [](int64_t x, int64_t rows) { return std::min(std::max<int64_t>(x, 0), rows); };
+    for (int64_t from = 0; from < s.far; from += most) {
+        const int64_t rows = std::min(most, s.far - from);
+        body(Run{from, rows, true, 0, clamp(s.far_unmasked - from, rows)});
+    }
+    for (int64_t from = s.begin; from < s.end; from += most) {
+        const int64_t rows = std::min(most, s.end - from);
+        body(Run{plan.Pp + from, rows, false, clamp(s.unmasked_begin - from, rows),
+                 clamp(s.unmasked_end - from, rows)});
+    }
+}
+
+template <int kN>
+struct Count {
+    static constexpr int value = kN;
+};
+
+// Calls body(column, vectors) over a tile's columns, kPanel vectors at a time while there are so many.
+template <typename Body>
+inline void for_each_column(int64_t columns, const Body& body) {
+    int64_t c = 0;
+    for (; c + kPanel * kLanes <= columns; c += kPanel * kLanes) body(c, Count<kPanel>{});
+    for (; c < columns; c += kLanes) body(c, Count<1>{});
+}
+
+// What belongs to the queries of a tile, a lane each.
+struct Lanes {
+    alignas(64) int32_t window_start[kQueries];
+    alignas(64) int32_t window_last[kQueries];
+    alignas(64) uint32_t r0[kQueries], r1[kQueries];     // dropout
+    alignas(64) float row_max[kQueries], sum[kQueries];  // forward
+    // Backward; lse in powers of 2, as a sum of two.
+    alignas(64) float lse[kQueries], lse_low[kQueries], delta[kQueries];
+};
+
+template <bool kBf16>
+void start_lanes(const Plan<kBf16>& plan, const Sight& s, int64_t b, int64_t h, Lanes& lanes) {
+    const Dropout& dropout = plan.args.dropout;
+    for (int64_t c = 0; c < s.columns; ++c) {
+        const int64_t query = s.first + c;
+        lanes.window_start[c] = int32_t(plan.window_start(query));
+        lanes.window_last[c] = int32_t(plan.window_last(query));
+        lanes.row_max[c] = -kInf;
+        lanes.sum[c] = 0.0f;
+        lanes.lse[c] = lanes.lse_low[c] = lanes.delta[c] = 0.0f;
+        if (dropout.drops()) {
+            const RowWords words = philox(dropout.seed, uint32_t(query), uint32_t(h), uint32_t(b));
+            lanes.r0[c] = words.r0;
+            lanes.r1[c] = words.r1;
+        }
+    }
+}
+
+template <typename V, typename E>
+inline V lane_vector(const E* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+// Which of the queries from column c on keep the key in row r of a run.
+template <bool kBf16>
+inline auto keeps(const Plan<kBf16>& plan, const Run& run, int64_t r, int64_t b, const Lanes& lanes,
+                  int64_t c) {
+    const VecU key = VecU{} + uint32_t(plan.slot_position(b, run.slot + r));
+    return keep_mask(lane_vector<VecU>(lanes.r0 + c), lane_vector<VecU>(lanes.r1 + c), key,
+                     plan.args.dropout.keep_threshold);
+}
+
+// scores = -inf where a query does not see a key.
+template <bool kBf16>
+void mask_scores(const Plan<kBf16>& plan, const Run& run, int64_t b, const Lanes& lanes, int64_t columns,
+                 float* scores) {
+    for (int64_t r = 0; r < run.rows; ++r) {
+        if (r >= run.begin && r < run.end) continue;
+        const VecI key = VecI{} + plan.slot_position(b, run.slot + r);
+        for (int64_t c = 0; c < columns; c += kLanes) {
+            const VecI start = lane_vector<VecI>(lanes.window_start + c);
+            const VecI last = lane_vector<VecI>(lanes.window_last + c);
+            float* p = scores + r * columns + c;
+            store(p, sees(run.far, key, start, last) ? load(p) : broadcast(-kInf));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// From scores to the weights of a softmax, on the CPU. Internal linkage: see common/vec.h.
+#pragma once
+
+#include "common/vec.h"
+#include "three_region_attention/matmul.h"
+
+namespace cogview {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// 2^x for x < 128, 0 from -127 down, NaN for NaN; to 2^-13 where the result is rounded to bfloat16, else to 1
+// ulp. As exp2 of vec.h, less what attention does not need: -127 itself gives exactly 0, for its exponent
+// field is 0. (Not by vscalefps: it takes 100 times as long where the result underflows, and every masked
+// score does.)
+template <bool kBf16>
+inline VecF weight(VecF x) {
+    x = maximum(broadcast(-127.0f), x);         // of a NaN maximum() gives its second operand
+    const VecF magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const VecF shifted = x + magic;
+    const VecF f = x - (shifted - magic);
+    VecF p;
+    if (kBf16) {
+        p = broadcast(0.05500892922282219f);
+        p = p * f + 0.2422109693288803f;
+        p = p * f + 0.6932829022407532f;
+    } else {
+        p = broadcast(0.00015461444854736328f);
+        p = p * f + 0.0013400427997112274f;
+        p = p * f + 0.009618056938052177f;
+        p = p * f + 0.05550327152013779f;
+        p = p * f + 0.24022650718688965f;
+        p = p * f + 0.6931471824645996f;
+    }
+    p = p * f + 1.0f;
+    return bitcast<VecF>(bitcast<VecI>(p) + (bitcast<VecI>(shifted) << 23));
+}
+
+// Exponents in powers of 2, factor * score + shift, of a column of scores. In float they are carried to twice
+// the precision where it matters: an error of the last bit of a logit of 16 is one of 16 ulps in its weight.
+template <bool kBf16>
+struct Exponent {
+    VecF factor, factor_low, shift, shift_low;
+    VecF operator()(VecF score) const {
+        const VecF high = multiply_add<false>(score, factor, shift);
+        if (kBf16) return high;
+        // Where nothing is seen, -inf: its low part would be NaN.
+        const VecF low = multiply_add<false>(score, factor_low, shift_low);
+        return score == -kInf ? score : high + low;
+    }
+};
+
+}  // namespace
+}  // namespace cogview

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing in training depends on ``torch.set_default_dtype``: the same bits under any of them."""
+
+import contextlib
+
+import pytest
+import torch
+
+from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig, TrainConfig
+from cogview.data.digits import DigitPairs
+from cogview.data.order import batch_indices
+from cogview.data.tokens import TokenDataset
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.transformer import train
+from cogview.training.vqvae import train_image_tokenizer
+from tests.model.helpers import SMALL, VOCAB, CogView
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def trained_tokenizer(folder):
+    torch.manual_seed(0)
+    shape = ImageTokenizerConfig(num_codes=16, code_dim=8, channels=8, stages=2, image_size=16)
+    tokenizer = ImageTokenizer(shape)
+    config = ImageTokenizerTrainConfig(steps=4, batch_size=8, checkpoint_every=2)
+    history = train_image_tokenizer(tokenizer, DigitPairs(), config, folder, progress=False)
+    return tokenizer, history
+
+
+def trained_model(folder, steps=4):
+    torch.manual_seed(0)
+    model = CogView(SMALL)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (20, 16), generator=generator)
+    dataset = TokenDataset(VOCAB, codes, [[[1 + index % 4, 7]] for index in range(20)], length=25)
+    config = TrainConfig(steps=steps, batch_size=4, text_weight=1.1, checkpoint_every=2)
+    return model, train(model, dataset, config, folder, progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("trained", [trained_tokenizer, trained_model])
+def test_training_is_the_same_under_any_default_dtype(tmp_path, trained, dtype):
+    expected, history = trained(tmp_path / "float32")
+    with default_dtype(dtype):
+        got, same_history = trained(tmp_path / "other")
+        resumed, resumed_history = trained(tmp_path / "float32")
+    assert same_history == resumed_history == history
+    for name, tensor in expected.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, got.state_dict()[name]), name
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_data_are_the_same_under_any_default_dtype(dtype):
+    pairs = DigitPairs("test", copies=3)
+    order = batch_indices(1, 2, 20, 30)
+    with default_dtype(dtype):
+        others = DigitPairs("test", copies=3)
+        assert batch_indices(1, 2, 20, 30) == order
+        for index in range(9):
+            assert torch.equal(pairs.image(index, 16), others.image(index, 16))
