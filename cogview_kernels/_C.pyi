@@ -15,14 +15,14 @@ _Integers: TypeAlias = tuple[_Address, int]
 _Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
-# Rows, C, dtype; eps, mode of PB-Relax; address and number of blocks of a CUDA workspace, zeros for the CPU.
+# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
+_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
 _RowShape: TypeAlias = tuple[int, int, int]
-_Norm: TypeAlias = tuple[float, int]
+_NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # Address, stride of a row, ids, tokens, dtype.
 _Logits: TypeAlias = tuple[_Address, int, int, int, int]
-# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
-_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
 
 has_cuda: bool
 
@@ -60,7 +60,7 @@ def layer_norm_fwd_cpu(
     bias: _Parameter,
     stats: _Address,
     shape: _RowShape,
-    options: _Norm,
+    options: _NormOptions,
     workspace: _Workspace,
     threads: int,
 ) -> None: ...
@@ -84,7 +84,7 @@ def sandwich_layer_norm_fwd_cpu(
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    options: _Norm,
+    options: _NormOptions,
     dropout: _Dropout,
     workspace: _Workspace,
     threads: int,
@@ -190,9 +190,9 @@ def layer_norm_fwd_cuda(
     bias: _Parameter,
     stats: _Address,
     shape: _RowShape,
-    options: _Norm,
+    options: _NormOptions,
     workspace: _Workspace,
-    stream: int,
+    stream: _Address,
 ) -> None: ...
 def layer_norm_bwd_cuda(
     dy: _Address,
@@ -204,7 +204,7 @@ def layer_norm_bwd_cuda(
     stats: _Address,
     shape: _RowShape,
     workspace: _Workspace,
-    stream: int,
+    stream: _Address,
 ) -> None: ...
 def sandwich_layer_norm_fwd_cuda(
     branch: _Address,
@@ -214,10 +214,10 @@ def sandwich_layer_norm_fwd_cuda(
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    options: _Norm,
+    options: _NormOptions,
     dropout: _Dropout,
     workspace: _Workspace,
-    stream: int,
+    stream: _Address,
 ) -> None: ...
 def sandwich_layer_norm_bwd_cuda(
     dresidual_out: _Address,
@@ -232,7 +232,7 @@ def sandwich_layer_norm_bwd_cuda(
     shape: _RowShape,
     dropout: _Dropout,
     workspace: _Workspace,
-    stream: int,
+    stream: _Address,
 ) -> None: ...
 def three_region_attention_fwd_cuda(
     q: _Strided,

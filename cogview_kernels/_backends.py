@@ -100,7 +100,7 @@ def choose(
     supported: tuple[str, ...],
     backend: str | None,
     device: torch.device,
-    limit: Callable[..., str] = lambda *_: "",
+    limit: Callable[..., str],
     *arguments: Any,
 ) -> str:
     """The backend that runs ``op``.

@@ -11,11 +11,11 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_float(op: str, name: str, x: Tensor, double: bool = True) -> None:
+def check_float(op: str, name: str, x: Tensor) -> None:
     """``x`` has a dtype that a backend takes: kernels take all but float64, plain PyTorch takes that too."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS and not (double and x.dtype == torch.float64):
+    if x.dtype not in FLOATS and x.dtype != torch.float64:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
@@ -73,9 +73,7 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_dropout(
-    op: str, p: float, seed: int | Tensor | None, other_name: str = "", other: Tensor | None = None
-) -> None:
+def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str, other: Tensor) -> None:
     """``p`` is in [0, 1), ``seed`` an int or a 0-d int64 tensor, on the CPU or beside ``other``."""
     check_finite_number(op, "dropout_p", p)
     if not 0 <= p < 1:
@@ -86,7 +84,7 @@ def check_dropout(
         if seed.dim() != 0 or seed.dtype != torch.int64:
             got = f"{seed.dtype} {tuple(seed.shape)}"
             raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {got}")
-        if other is not None and seed.device.type != "cpu":
+        if seed.device.type != "cpu":
             check_same_device(op, "seed", seed, other_name, other)
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
