@@ -191,3 +191,11 @@ def test_without_its_extra_the_package_says_which_one_to_install():
         "    assert \"needs PIL\" in str(error) and 'cogview-kernels[model]' in str(error), error\n"
         "else: raise AssertionError"
     )
+
+
+def test_a_model_in_float64_draws_and_describes(run_folder):
+    run = cogview.load_run(run_folder, "cpu")
+    run.model.double()
+    images, losses = run.generate(SEVEN, num=2, seed=3)
+    assert len(images) == 2 and all(loss > 0 for loss in losses)
+    assert isinstance(run.caption(images[0]), str)
