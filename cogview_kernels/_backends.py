@@ -77,19 +77,19 @@ def _preference(device: torch.device) -> tuple[str, ...]:
 
 
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.
-_candidates: dict[tuple[str, tuple[str, ...], torch.device], tuple[str, ...]] = {}
+_candidates: dict[tuple[str, torch.device], tuple[str, ...]] = {}
 
 
 def _candidates_for(op: str, supported: tuple[str, ...], device: torch.device) -> tuple[str, ...]:
     """The backends of ``op`` that serve ``device``, best first."""
-    found = _candidates.get((op, supported, device))
+    found = _candidates.get((op, device))
     if found is None:
         reasons = {
             name: why_not(name, device) if name in supported else "not written for this op"
             for name in _preference(device)
         }
         found = tuple(name for name, reason in reasons.items() if not reason)
-        _candidates[op, supported, device] = found
+        _candidates[op, device] = found
         against = "".join(f"\n  not {name}: {reason}" for name, reason in reasons.items() if reason)
         _tell("%s on %s: %s%s", op, device, found[0], against)
     return found
@@ -116,7 +116,7 @@ def choose(
         RuntimeError: it cannot run here; the message says why and the way out.
     """
     if backend is None:
-        for name in _candidates_for(op, supported, device):
+        for name in _candidates.get((op, device)) or _candidates_for(op, supported, device):
             reason = limit(name, *arguments)
             if not reason:
                 return name

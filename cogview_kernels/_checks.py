@@ -56,7 +56,7 @@ def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, 
     """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32."""
     if x is None:
         return
-    if x.shape != other.shape[-1:]:
+    if x.dim() != 1 or x.shape[0] != other.shape[-1]:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(other.shape[-1:])}, the last dimension of {other_name}, "
             f"got {tuple(x.shape)}"
@@ -75,6 +75,8 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
 
 def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str, other: Tensor) -> None:
     """``p`` is in [0, 1), ``seed`` an int or a 0-d int64 tensor, on the CPU or beside ``other``."""
+    if p == 0 and seed is None:  # the usual call
+        return
     check_finite_number(op, "dropout_p", p)
     if not 0 <= p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")

@@ -27,6 +27,8 @@ _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _PLAIN = (Tensor, torch.nn.Parameter)
+# What the arguments of an op are, tensors apart: to ask for the type is faster than isinstance(x, Tensor).
+_SCALARS = frozenset((int, float, bool, str, type(None)))
 
 
 def _has_memory(x: Tensor) -> bool:
@@ -78,8 +80,7 @@ class Op:
         _library.define(schema, tags=_TAGS)
         self._overload = getattr(torch.ops.cogview_kernels, self.name).default
         self._function = _make_function(self, save, backward)
-        # Function.apply binds its arguments by inspect.signature, for 60 us; this is what it calls then.
-        self._differentiate = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
+        self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
         _library.impl(self.name, self._function.apply, "Autograd")
         torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
@@ -88,25 +89,36 @@ class Op:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
         if torch.compiler.is_compiling():
             return self._overload(*arguments)
-        if is_transformed():
-            return self._function.apply(*arguments)
-        if torch.is_grad_enabled():
-            for x in arguments:
-                if isinstance(x, Tensor) and x.requires_grad:
-                    return self._differentiate(*arguments)
-        if forward_ad._current_level >= 0:
+        # One loop written out: host time is what this function is about.
+        differentiable = torch.is_grad_enabled()
+        has_memory = True
+        for x in arguments:
+            kind = type(x)
+            if kind in _SCALARS:
+                continue
+            if differentiable and x.requires_grad:
+                return self._differentiate(*arguments)
+            if kind not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg() or x._is_zerotensor():
+                has_memory = False
+        if has_memory and forward_ad._current_level < 0 and not _is_watched():
+            return self._on_its_device(*arguments)
+        if forward_ad._current_level >= 0 or is_transformed():
             return self._differentiate(*arguments)
-        return self.below_autograd(*arguments)
+        return self._dispatch(*arguments)
 
     def below_autograd(self, *arguments: Any) -> Any:
         """Calls the kernel. The Autograd key would cost 10 us of host time; the dispatcher costs 4, which are
         saved where nobody watches. Not traceable: under ``torch.compile`` the op itself is called."""
         for x in arguments:
-            if isinstance(x, Tensor) and not _has_memory(x):
-                break
-        else:
-            if not _is_watched():
-                return self._on_its_device(*arguments)
+            if type(x) not in _SCALARS and not _has_memory(x):
+                return self._dispatch(*arguments)
+        return self._dispatch(*arguments) if _is_watched() else self._on_its_device(*arguments)
+
+    def _differentiate(self, *arguments: Any) -> Any:
+        # Function.apply binds its arguments by inspect.signature, for 60 us; _apply is what it calls then.
+        return (self._function.apply if is_transformed() else self._apply)(*arguments)
+
+    def _dispatch(self, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*arguments)
 

@@ -175,9 +175,9 @@ class ThreeRegionLayout:
     ) -> ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
-        layout.__dict__.update(
-            pivots=pivots, block_size=block_size, window_blocks=window_blocks, pivot_bias=pivot_bias
-        )
+        members = layout.__dict__  # past the dataclass, which is frozen
+        members["pivots"], members["pivot_bias"] = pivots, pivot_bias
+        members["block_size"], members["window_blocks"] = block_size, window_blocks
         return layout
 
     def window(self, num_keys: int) -> tuple[int, int]:

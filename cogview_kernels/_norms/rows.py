@@ -29,6 +29,8 @@ class Affine(NamedTuple):
 
     def contiguous(self) -> Affine:
         weight, bias = self
+        if (weight is None or weight.is_contiguous()) and (bias is None or bias.is_contiguous()):
+            return self
         return Affine(
             None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
         )
@@ -56,7 +58,7 @@ def limit(backend: str, name: str, x: Tensor) -> str:
             f"the {backend} backend holds a row in registers and takes {name} of at most {GPU_MAX_WIDTH} "
             f"columns, got {x.shape[-1]}; leave backend= out, or use backend='reference'"
         )
-    return _checks.kernel_dtype_limit(backend, name, x)
+    return "" if x.dtype in _checks.FLOATS else _checks.kernel_dtype_limit(backend, name, x)
 
 
 # ---- for compiled code

@@ -27,7 +27,8 @@ def backend_module(backend: str) -> ModuleType:
 
 def _results(x: Tensor) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return y, x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
+    rows = x.numel() // x.shape[-1]
+    return y, torch.empty(2, rows, dtype=torch.float32, device=x.device)
 
 
 def _forward(

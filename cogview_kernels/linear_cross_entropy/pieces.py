@@ -148,9 +148,11 @@ def linear_cross_entropy_in_pieces(
     V = stop - start
     dhidden = hidden.new_empty(hidden.shape if gradients else 0)
     dweight = hidden.new_empty(weight.shape if gradients else 0)
-    dweight[:start] = 0
-    dweight[stop:] = 0
-    weight, target, in_range = weight[start:stop], target - start, dweight[start:stop]
+    in_range = dweight
+    if len(weight) > V:
+        dweight[:start] = 0
+        dweight[stop:] = 0
+        weight, target, in_range = weight[start:stop], target - start, dweight[start:stop]
     counted = None
     if hidden.device.type == "cpu":  # elsewhere their number would cost a synchronisation
         counted = coefficient != 0

@@ -30,7 +30,8 @@ def backend_module(backend: str) -> ModuleType:
 
 def _results(branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     residual_out = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    stats = branch.new_empty((4, branch.numel() // branch.shape[-1]), dtype=torch.float32)
+    rows = branch.numel() // branch.shape[-1]
+    stats = torch.empty(4, rows, dtype=torch.float32, device=branch.device)
     return residual_out, torch.empty_like(residual_out), stats
 
 

@@ -17,8 +17,8 @@ CUDA_HEADS = (32, 64, 80, 96, 128)
 
 def limit(backend: str, q: Tensor) -> str:
     """Why the kernels cannot take ``q``, and the way out; empty when they can."""
-    if reason := _checks.kernel_dtype_limit(backend, "q", q):
-        return f"{reason}; use backend='sdpa'"
+    if q.dtype not in _checks.FLOATS:
+        return f"{_checks.kernel_dtype_limit(backend, 'q', q)}; use backend='sdpa'"
     _, _, T, D = q.shape
     if T >= 2**30:
         return f"the {backend} backend takes T below 2^30, got {T}; use backend='sdpa'"
@@ -36,10 +36,10 @@ def limit(backend: str, q: Tensor) -> str:
     return ""
 
 
-def _sorted_pivots(q: Tensor, layout: ThreeRegionLayout, backend: str) -> Tensor:
+def _sorted_pivots(q: Tensor, layout: ThreeRegionLayout) -> Tensor:
     """Where the CUDA kernels sort the pivots that some query sees as far keys. The CPU has its own place."""
     reaches_all = layout.block_size * layout.window_blocks >= q.shape[2]
-    P = 0 if backend == "cpu" or reaches_all else layout.pivots.shape[1]
+    P = 0 if reaches_all else layout.pivots.shape[1]
     return layout.pivots.new_empty(q.shape[0], P, dtype=torch.int32)
 
 
@@ -52,7 +52,7 @@ def _shared(q, k, layout, pivots, scale, dropout, sorted_pivots):
         scale,
         native_arguments(dropout),
         _extension.DTYPE_CODES[q.dtype],
-        sorted_pivots.data_ptr(),
+        0 if sorted_pivots is None else sorted_pivots.data_ptr(),
     )
 
 
@@ -70,7 +70,8 @@ def forward(
     """Fills ``out`` and ``lse``. Rows of all tensors are contiguous."""
     if backend == "cuda":
         q, k, v = aligned(q), aligned(k), aligned(v)
-    pivots, sorted_pivots = layout.pivots.contiguous(), _sorted_pivots(q, layout, backend)
+    pivots = layout.pivots.contiguous()
+    sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
     _extension.call(
         "three_region_attention_fwd",
         backend,
@@ -99,8 +100,9 @@ def backward(
     (out, lse), (dout, dlse) = saved, doutputs
     if backend == "cuda":
         q, k, v, out, dout = map(aligned, (q, k, v, out, dout))
-    pivots, sorted_pivots = layout.pivots.contiguous(), _sorted_pivots(q, layout, backend)
-    if backend == "cuda":
+    pivots = layout.pivots.contiguous()
+    sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
+    if sorted_pivots is not None:
         delta = torch.empty_like(lse)
         far = lse.new_empty(2, *k.shape[:2], sorted_pivots.shape[1], k.shape[3])
         workspace = (delta.data_ptr(), far[0].data_ptr(), far[1].data_ptr())

@@ -58,7 +58,7 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
     out, lse = _empty_outputs(q)
     if out.numel() > 0:
         layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
-        dropout = Dropout.of(dropout_p, seed)
+        dropout = Dropout.of(dropout_p, seed) if dropout_p else None
         inputs = with_rows(q), with_rows(k), with_rows(v)
         backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, backend)
     return out, lse
@@ -73,7 +73,7 @@ def _backward(
         dq, dk, dv = gradients
         return dq, dk.zero_(), dv.zero_()
     layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
-    dropout = Dropout.of(dropout_p, seed)
+    dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous()
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
