@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks [op ...]``: times the ops against their rivals on the machine at hand.
+"""Times the ops against their rivals on the machine at hand: ``python -m benchmarks [op ...]``.
 
-Per op, its tests run first. Figures of an op whose tests are red, of tiny shapes and of a selection are kept
-apart from the results that the report quotes. Exit status 1: tests are red, or a backend of ours failed.
+Per op, its tests run first. What is measured is saved under build/benchmarks after each variant, and moves to
+the results that the report quotes when the op is finished. Figures of an op whose tests are red, of tiny
+shapes and of a selection stay there. Exit status 1: tests are red, or a backend of ours failed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from benchmarks import OPS, environment, harness, report, results, verdict
 from benchmarks.definitions import benchmark_of
 
-# For results that are not to be quoted.
+# For results that are not finished or not to be quoted.
 APART = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 
 
@@ -88,17 +89,17 @@ def run(op: str, device: torch.device, options: harness.Options, save: Path | No
         print(f"{op}: nothing is called {options.select!r}")
         return True
     print(f"{op}: {'tiny shapes' if options.tiny else 'its benchmark'}", flush=True)
-    folder = save or (APART if options.red_tests or options.tiny or options.select else results.FOLDER)
+    quotable = not (options.red_tests or options.tiny or options.select)
     good = True
     with tqdm(total=len(wanted), unit="variant", leave=False, disable=None) as bar:
         for document, outcome in harness.measure(bench, device, options):
-            results.save(document, folder)
+            results.save(document, save or APART)
             bar.set_description(str(outcome.case), refresh=False)
             bar.update()
             if outcome.failed:
                 good = False
                 bar.write(f"FAILED: {outcome.case} {outcome.variant.name}: {outcome.reason}")
-    path = results.save(document, folder)
+    path = results.save(document, save or (results.FOLDER if quotable else APART))
     print(f"{report.text_table(document)}\n\nsaved: {path}\n", flush=True)
     return good
 
@@ -112,8 +113,13 @@ def main() -> int:
     for op in chosen.ops or OPS:
         red = tests_of(op, chosen)
         options = harness.Options(chosen.tiny, chosen.select, deadline, red)
-        # Whoever brings the tests' outcome has judged it already.
-        if not run(op, device, options, chosen.save) or (red and chosen.tested is None):
+        try:
+            good = run(op, device, options, chosen.save)
+        except KeyboardInterrupt:
+            print(f"{op}: interrupted; what was measured is under {chosen.save or APART}")
+            return 130
+        # Whoever brings the outcome of the tests has judged it already.
+        if not good or (red and chosen.tested is None):
             failed.append(op)
     if failed:
         print(f"failed: {', '.join(failed)}")

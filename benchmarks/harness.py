@@ -28,6 +28,7 @@ from benchmarks.definitions import (
     Forward,
     Inputs,
     Variant,
+    Work,
     dtype_name,
 )
 from benchmarks.timing import Job, Limits
@@ -136,7 +137,7 @@ class Race:
         self, bench: Benchmark, device: torch.device, ceilings: dict[str, Any], options: Options
     ) -> None:
         self.bench, self.device, self.ceilings, self.options = bench, device, ceilings, options
-        self.inputs: Inputs | None = None
+        self.made: Inputs | None = None
         self.forwards: dict[str, Forward] = {}  # what a variant prepared serves every direction
 
     def run(self, cases: list[Case]) -> Iterator[Outcome]:
@@ -158,9 +159,8 @@ class Race:
         if self.options.late():
             yield from (Outcome(case, variant, reason="out of time") for variant in variants)
             return
-        if self.inputs is None:
-            self.inputs = self.bench.inputs(case, self.device)
-        for tensor in self.inputs.differentiated():
+        inputs = self._inputs(case)
+        for tensor in inputs.differentiated():
             tensor.requires_grad_(case.direction != FORWARD)
         ready: dict[str, Ready] = {}
         truths: dict[str, tuple[Tensor, ...]] = {}
@@ -172,8 +172,8 @@ class Race:
                 yield Outcome(case, variant, reason=reason)
                 continue
             if variant.truth not in truths:
-                truths[variant.truth] = self._truth(variant.truth, case)
-            checked = self._checked(case, variant, truths[variant.truth])
+                truths[variant.truth] = self._truth(variant.truth, case, inputs)
+            checked = self._checked(case, inputs, variant, truths[variant.truth])
             if isinstance(checked, Outcome):
                 yield checked
             else:
@@ -187,26 +187,34 @@ class Race:
         times_ms = timing.interleave(jobs, self.device, limits)
         for variant in variants:
             if one := ready.get(variant.name):
-                yield Outcome(
-                    case, variant, self._row(case, variant, one, timing.spread(times_ms[variant.name]))
-                )
+                work = (variant.work or self.bench.work)(case, inputs)
+                spread = timing.spread(times_ms[variant.name])
+                yield Outcome(case, variant, self._row(case, variant, work, one, spread))
 
-    def _truth(self, name: str, case: Case) -> tuple[Tensor, ...]:
-        part, forward = self.bench.truths[name](self.inputs, case)
+    def _inputs(self, case: Case) -> Inputs:
+        """The same for every case: they differ in direction alone."""
+        if self.made is None:
+            self.made = self.bench.inputs(case, self.device)
+        return self.made
+
+    def _truth(self, name: str, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
+        part, forward = self.bench.truths[name](inputs, case)
         direction = FORWARD if case.direction == FORWARD else BOTH
         return tuple(x.detach() for x in _tuple(job(forward, part, direction)()))
 
-    def _checked(self, case: Case, variant: Variant, truth: tuple[Tensor, ...]) -> Ready | Outcome:
+    def _checked(
+        self, case: Case, inputs: Inputs, variant: Variant, truth: tuple[Tensor, ...]
+    ) -> Ready | Outcome:
         """The variant ready to be timed, or why it is not to be timed."""
         try:
             if variant.kind == "bound":
-                forward, error = variant.prepare(self.inputs, case), None
+                forward, error = variant.prepare(inputs, case), None
                 candidate = Job(lambda _: forward())
                 found = _tuple(candidate())
             else:
                 if variant.name not in self.forwards:
-                    self.forwards[variant.name] = variant.prepare(self.inputs, case)
-                candidate = job(self.forwards[variant.name], self.inputs, case.direction)
+                    self.forwards[variant.name] = variant.prepare(inputs, case)
+                candidate = job(self.forwards[variant.name], inputs, case.direction)
                 found = _tuple(candidate())
                 error = relative_error(self.bench.part(found, case), truth)
         except Exception as failure:  # whatever a rival raises is its own reason to be left out
@@ -216,8 +224,7 @@ class Race:
             return _refusal(case, variant, f"wrong by {error:.1e}, allowed {allowed:.1e}")
         return Ready(candidate, error, sum(x.numel() * x.element_size() for x in found))
 
-    def _row(self, case: Case, variant: Variant, ready: Ready, spread: timing.Spread) -> Row:
-        work = (variant.work or self.bench.work)(case, self.inputs)
+    def _row(self, case: Case, variant: Variant, work: Work, ready: Ready, spread: timing.Spread) -> Row:
         matmul = work.bound == "matmul"
         rate = work.amount / spread.median / (1e9 if matmul else 1e6)
         copy, products = self.ceilings["copy_gb_s"], self.ceilings["matmul_tflop_s"]

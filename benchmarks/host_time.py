@@ -53,7 +53,10 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "sandwich_layer_norm": (k.sandwich_layer_norm, sandwich),
         "stable_softmax": (k.stable_softmax, (row,)),
         "linear_cross_entropy": (k.linear_cross_entropy, (row, vocabulary, target)),
-        "three_region_attention": (lambda *qkv: k.three_region_attention(*qkv, layout), (q, key, value)),
+        "three_region_attention": (
+            lambda a, b, c: k.three_region_attention(a, b, c, layout),
+            (q, key, value),
+        ),
         "decode_attention": (k.decode_attention, (q[:, :, :1], cache, cache.clone(), length)),
     }
 
@@ -96,7 +99,8 @@ def _sum(outputs: Any) -> Any:
 def _median_us(call: Callable[[Any], Any], setup: Callable[[], Any] = lambda: None) -> float:
     """``setup`` runs before each call and is not timed. Each call is timed alone: where other work takes the
     core for a while, one call shows it and the median does not."""
-    clock, samples, end = time.perf_counter, [], time.perf_counter() + SECONDS
+    clock, samples = time.perf_counter, list[float]()
+    end = clock() + SECONDS
     while len(samples) < LEAST or clock() < end:
         state = setup()
         start = clock()
@@ -109,16 +113,11 @@ def child(root: Path) -> Times:
     """``measure()`` in a process of its own, with the packages of the checkout ``root``."""
     env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     # By its path: as a module, this file would find the packages of the folder that it is started in.
-    command = [sys.executable, str(Path(__file__).resolve()), "--json"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--json", str(root)]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"host_time: the ops of {root} failed:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    if not Path(found["package"]).is_relative_to(root):
-        raise SystemExit(
-            f"host_time: {root} holds no package cogview_kernels; {found['package']} was imported"
-        )
-    return found["times"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def smallest(rounds: list[Times]) -> Times:
@@ -128,7 +127,7 @@ def smallest(rounds: list[Times]) -> Times:
 
 def compare(other: Path, rounds: int) -> tuple[Times, Times]:
     """Of this checkout and of the other, taken in turns."""
-    ours, theirs = [], []
+    ours, theirs = list[Times](), list[Times]()
     for turn in range(rounds):
         for times, root in ((ours, ROOT), (theirs, other))[:: 1 if turn % 2 == 0 else -1]:
             times.append(child(root))
@@ -146,12 +145,14 @@ def main() -> int:
     parser.add_argument(
         "--at-most", type=float, metavar="RATIO", help="exit status 1 where ours / theirs is above"
     )
-    parser.add_argument("--json", action="store_true", help="measure the importable package once; print JSON")
+    parser.add_argument("--json", type=Path, metavar="ROOT", help="one round of the package there, as JSON")
     chosen = parser.parse_args()
     if chosen.json:
         import cogview_kernels
 
-        print(json.dumps({"package": cogview_kernels.__file__, "times": measure()}))
+        if not Path(cogview_kernels.__file__).is_relative_to(chosen.json):
+            raise SystemExit(f"{cogview_kernels.__file__} was imported, which is elsewhere")
+        print(json.dumps(measure()))
         return 0
     if chosen.against is None:
         times = smallest([child(ROOT) for _ in range(chosen.rounds)])

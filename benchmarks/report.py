@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
@@ -185,7 +187,9 @@ def summary(everything: dict[str, dict[str, Document]]) -> str:
 
 
 def _few_row(document: Document | None, shapes: tuple[str, ...], direction: str) -> list[str]:
-    for (shape, _, dtype, way), ours, rows in results.headline(document) if document else []:
+    if document is None:
+        return []
+    for (shape, _, dtype, way), ours, rows in results.headline(document):
         rival = results.fastest_rival(rows)
         if shape in shapes and way == direction and rival:
             against = f"{speed_text(ours, rows, rival['variant'])} as fast as {rival['variant']}"
@@ -272,10 +276,10 @@ def generate(*, check: bool = False, root: Path = ROOT) -> list[str]:
     pages |= {folder / name / "README.md": device_page(documents) for name, documents in everything.items()}
     stale = []
     for name, documents in everything.items():
-        drawn = {op: (plots.of_op, document) for op, document in documents.items() if document["rows"]}
-        drawn[CHART.removesuffix(".png")] = (plots.of_device, documents)
-        for stem, (draw, source) in drawn.items():
-            path = folder / name / f"{stem}.png"
+        drawn: list[tuple[str, Callable[[Any, Path], None], Any]] = [(CHART, plots.of_device, documents)]
+        drawn += [(f"{op}.png", plots.of_op, of) for op, of in documents.items() if of["rows"]]
+        for file, draw, source in drawn:
+            path = folder / name / file
             if not plots.is_current(path, source):
                 stale.append(path)
                 if not check:

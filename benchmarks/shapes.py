@@ -42,8 +42,13 @@ class Regions:
     ) -> ThreeRegionLayout:
         text = torch.zeros(B, T, dtype=torch.bool, device=device)
         text[:, : self.text] = True
-        sizes = {"block_size": self.block_size, "window_blocks": self.window_blocks}
-        return ThreeRegionLayout.sample(text, self.P, **sizes, generator=generator)
+        return ThreeRegionLayout.sample(
+            text,
+            self.P,
+            block_size=self.block_size,
+            window_blocks=self.window_blocks,
+            generator=generator,
+        )
 
 
 @dataclass(frozen=True)

@@ -50,8 +50,8 @@ def table() -> list[dict[str, float | str | int]]:
 def markdown() -> str:
     lines = [
         "A tile is a block of queries by a block of keys. `layout.plan()` counts how many of them must be",
-        "computed for one drawn sample: densely, with a block mask, and with the keys gathered. The gain over",
-        "dense causal attention is predicted from these counts.",
+        "computed for one drawn sample: densely, with a block mask, and with the keys gathered.",
+        "The gain over dense causal attention is predicted from these counts.",
         "",
         "| shape | visible / causal pairs | tiles, dense | block mask | gathered | predicted gain |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",

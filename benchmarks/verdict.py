@@ -36,7 +36,7 @@ def of_report(op: str, report: Path) -> str:
         case
         for case in ElementTree.parse(report).iter("testcase")
         # A file that cannot be imported has its name in "name" and no "classname".
-        if (case.get("classname") or case.get("name", "")).split(".")[-1].startswith(f"test_{op}")
+        if str(case.get("classname") or case.get("name")).split(".")[-1].startswith(f"test_{op}")
     ]
     red = [case.get("name") for case in cases if any(child.tag in ("failure", "error") for child in case)]
     if not cases:

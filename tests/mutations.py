@@ -143,8 +143,6 @@ MUTATIONS = [
              "block.at[j] > position[r]", "block.at[j] >= position[r]", _CPU_DECODE),
     Mutation("decode-cpu-merge", "csrc/decode_attention/*_cpu.cpp",
              "exp(broadcast(part[0] - top))[0]", "1.0f", _CPU_DECODE),
-    Mutation("decode-cpu-exponential", "csrc/decode_attention/*_cpu.cpp",
-             "float(kLog2e - high)", "0.0f", _CPU_DECODE),
     Mutation("decode-triton-no-rescale", "cogview_kernels/decode_attention/*.py",
              "total = total * shrink + p\n", "total = total + p\n", _TRITON_DECODE),
     Mutation("decode-triton-merge", "cogview_kernels/decode_attention/*.py",
@@ -173,8 +171,8 @@ MUTATIONS = [
              _CPU_NORM),
     Mutation("norm-cpu-peak-of-the-last-row", "csrc/*/norm_row.h",
              "peak = own > peak ? own : peak;", "peak = own;", _CPU_NORM),
-    Mutation("sandwich-cpu-keep-scale", "csrc/*/norm_row.h", "? x * dropout.scale : VecF{}", "? x : VecF{}",
-             _CPU_SANDWICH),
+    Mutation("sandwich-cpu-keep-scale", "csrc/*/norm_row.h",
+             "? x * dropout.keep_scale : VecF{}", "? x : VecF{}", _CPU_SANDWICH),
     Mutation("sandwich-cpu-unrounded-residual", "csrc/sandwich_layer_norm/*_cpu.cpp",
              "rounded<T>(only(sum, tag))", "only(sum, tag)", _CPU_SANDWICH),
     Mutation("sandwich-cpu-direct-gradient", "csrc/sandwich_layer_norm/*_cpu.cpp",
@@ -193,21 +191,19 @@ MUTATIONS = [
     Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
              "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
     Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
-             "x.of[i] * dropout.scale : 0.0f", "x.of[i] : 0.0f", _CUDA_SANDWICH),
+             "? x.of[i] * dropout.keep_scale", "? x.of[i]", _CUDA_SANDWICH),
     Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
              "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
     # ---- stable_softmax
     Mutation("softmax-cpu-causal", "csrc/stable_softmax/*_cpu.cpp",
              "std::min(a.N, t + 1)", "std::min(a.N, t + 2)", _CPU_SOFTMAX),
-    Mutation("softmax-cpu-exponent-low", "csrc/stable_softmax/*_cpu.cpp",
-             "factor_low = float(exact - factor)", "factor_low = 0.0f", _CPU_SOFTMAX),
     Mutation("softmax-cpu-tail-of-the-dot", "csrc/stable_softmax/*_cpu.cpp",
              "for (; j < a.N; ++j) dot += to_float(dprobs[j]) * to_float(probs[j]);", "", _CPU_SOFTMAX),
     Mutation("softmax-cpu-one-running-sum", "csrc/stable_softmax/*_cpu.cpp",
              "constexpr int64_t kSumBlock = 16 * kLanes;", "constexpr int64_t kSumBlock = 1 << 30;",
              _CPU_SOFTMAX),
     Mutation("softmax-triton-no-rescale", "cogview_kernels/stable_softmax/*.py",
-             "total = total * tl.exp2((peak - safe) * factor) +", "total = total +", _TRITON_SOFTMAX),
+             "total = total * tl.exp2((row_max - safe) * factor) +", "total = total +", _TRITON_SOFTMAX),
     Mutation("softmax-triton-last-tile-alone", "cogview_kernels/stable_softmax/*.py",
              "dot += tl.sum(p * dp, axis=1)", "dot = tl.sum(p * dp, axis=1)", _TRITON_SOFTMAX),
     Mutation("softmax-cuda-merge", "csrc/stable_softmax/*.cuh",
@@ -217,22 +213,18 @@ MUTATIONS = [
              "load(total + j) * exp_negative(before - max)", "load(total + j)", _CPU_XENT),
     Mutation("xent-cpu-target", "csrc/linear_cross_entropy/*_cpu.cpp",
              "exp_negative(broadcast(x))[0] - a.coefficient[j]", "exp_negative(broadcast(x))[0]", _CPU_XENT),
-    Mutation("xent-cpu-kahan", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "lost = (next - sum) - term;", "lost = VecF{};", _CPU_XENT),
     Mutation("xent-cpu-last-part", "csrc/linear_cross_entropy/*_cpu.cpp",
              "for (int64_t p = 0; p < parts; ++p) {\n            // Kahan",
              "for (int64_t p = 0; p + 1 < parts; ++p) {\n            // Kahan", _CPU_XENT),
-    Mutation("xent-cpu-exponent-low", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "kFactorLow = float(kLog2e - kFactor)", "kFactorLow = 0.0f", _CPU_XENT),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
-             "coefficient * (self.scales.dlogits if held", "coefficient * (2 * self.scales.dlogits if held",
+             "alpha=self.scales.alpha", "alpha=2 * self.scales.alpha",
              _CHUNKED_XENT),
     Mutation("xent-triton-no-rescale", "cogview_kernels/linear_cross_entropy/*.py",
-             "total = total * tl.exp2((peak - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
+             "total = total * tl.exp2((logit_max - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
     Mutation("xent-triton-merge", "cogview_kernels/linear_cross_entropy/*.py",
-             "tl.sum(totals * tl.exp2((peaks - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
+             "tl.sum(totals * tl.exp2((maxima - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
              _TRITON_XENT),
     Mutation("xent-triton-target", "cogview_kernels/linear_cross_entropy/*.py",
              "p - coefficient[None, :], p)", "p, p)", _TRITON_XENT),
@@ -240,7 +232,7 @@ MUTATIONS = [
 
 
 def find(mutation: Mutation, root: Path) -> Path | None:
-    """The file of ``root`` that has the text; the copy may hold the broken one."""
+    """The file of ``root`` that has the text."""
     found = [p for p in sorted(root.glob(mutation.where)) if mutation.before in p.read_text()]
     return found[0].relative_to(root) if len(found) == 1 else None
 
@@ -282,9 +274,9 @@ def fails(tests: str) -> bool:
         *("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"),
         *(f"tests/kernels/test_{file}.py", "-k", words),
     )
-    if done.returncode not in (0, 1):
+    if done.returncode in (2, 3, 4, 5):  # pytest's own; a kernel that crashes ends it by a signal
         sys.exit(f"pytest {tests}:\n{(done.stdout + done.stderr)[-3000:]}")
-    return done.returncode == 1
+    return done.returncode != 0
 
 
 def main() -> None:
@@ -306,11 +298,11 @@ def main() -> None:
     wrong = 0
     for mutation in chosen:
         began = time.monotonic()
-        path = find(mutation, ROOT)
+        path = find(mutation, COPY)
         if path is None:
             verdict = "STALE: its text is not in one file"
         else:
-            text = (ROOT / path).read_text()
+            text = (COPY / path).read_text()
             (COPY / path).write_text(text.replace(mutation.before, mutation.after))
             if path.suffix != ".cuh" and path.parts[0] == "csrc":
                 build()

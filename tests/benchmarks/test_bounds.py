@@ -45,5 +45,5 @@ def test_a_slower_op_fails_the_comparison(at_most, status, monkeypatch, capsys, 
 
 
 def test_a_folder_without_the_package_is_an_error(tmp_path):
-    with pytest.raises(SystemExit, match=r"holds no package cogview_kernels|failed"):
+    with pytest.raises(SystemExit, match="was imported, which is elsewhere"):
         host_time.child(tmp_path)

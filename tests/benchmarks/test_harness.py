@@ -14,6 +14,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import harness, results, verdict
 from benchmarks.definitions import Variant, benchmark_of
+from benchmarks.timing import Limits
 
 CPU = torch.device("cpu")
 TINY = harness.Options(tiny=True, select="tiny-float32")
@@ -72,6 +73,26 @@ def test_a_cut_keeps_what_was_measured(no_ceilings, tmp_path, monkeypatch):
     document = results.load(path)
     assert {row["variant"] for row in document["rows"]} == set(RIVALS) and not document["finished"]
     assert {row["direction"] for row in document["rows"]} == {"fwd"}
+
+
+def test_a_finished_op_replaces_the_results_and_a_cut_one_does_not(no_ceilings, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "APART", tmp_path / "apart")
+    monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
+    monkeypatch.setattr(command, "keep_pages", lambda device: None)
+    monkeypatch.setattr(verdict, "of_tests", lambda op: "")
+    cases = benchmark_of("stable_softmax").cases(CPU, True)[:2]
+    few = dataclasses.replace(softmax_with(), cases=lambda *_: cases)
+    monkeypatch.setattr(command, "benchmark_of", lambda op: few)
+    monkeypatch.setattr("sys.argv", ["benchmarks", "stable_softmax", "--device", "cpu"])
+    race = harness.timing.interleave
+    monkeypatch.setattr(harness.timing, "interleave", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert command.main() == 130
+    assert not (tmp_path / "results").exists()
+    once = lambda jobs, device, _: race(jobs, device, Limits(0, 1, 1))  # noqa: E731
+    monkeypatch.setattr(harness.timing, "interleave", once)
+    assert command.main() == 0
+    (path,) = tmp_path.glob("results/*/stable_softmax.json")
+    assert results.load(path)["finished"]
 
 
 def test_what_would_begin_after_the_deadline_is_left_out(no_ceilings):

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 
@@ -29,10 +27,35 @@ def test_variants_take_turns():
     assert "".join(order) == "abc" + "abc" + "bca" + "cab"
 
 
-def test_only_run_is_timed():
-    job = Job(run=lambda _: time.sleep(0.002), setup=lambda: time.sleep(0.02))
+class Clock:
+    """Moves only when it is told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    return clock
+
+
+def test_only_run_is_timed(clock):
+    job = Job(run=lambda _: clock.pass_by(0.002), setup=lambda: clock.pass_by(0.02))
     times = timing.interleave({"job": job}, CPU, Limits(seconds=0.0, min_rounds=5, max_rounds=5))
-    assert 2.0 <= timing.spread(times["job"]).median < 20.0
+    assert times["job"] == pytest.approx([2.0] * 5)
+
+
+def test_a_measurement_ends_after_its_seconds(clock):
+    job = Job(run=lambda _: clock.pass_by(0.3))
+    times = timing.interleave({"job": job}, CPU, Limits(seconds=1.0, min_rounds=2, max_rounds=50))
+    assert len(times["job"]) == 4
 
 
 def test_setup_feeds_run():

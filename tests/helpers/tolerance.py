@@ -5,9 +5,9 @@ Errors are measured against float64. The factor on the root mean square is 2 for
 and on the largest element twice that, because a largest element is a matter of chance.
 
 Eager PyTorch's own error is a matter of chance as well: over a dozen elements one order of summation may be
-exact where another is not, and a softmax over one key is. ``judge`` therefore runs the reference many times,
+exact where another is not, and a softmax over one key is. So ``judge`` runs the reference several times,
 
-- in the dtype, as it is and with every sum taken in other orders;
+- in the dtype, with every sum taken in an order of its own;
 - in float64 with every intermediate result rounded as in the dtype, on a grid that is scaled at random, so
   that a number which the dtype happens to hold exactly is rounded too. This is the floor: what the roundings
   of the intermediate results and of the result itself cost, however lucky eager arithmetic is;
@@ -53,7 +53,7 @@ def judge(
     compute = compute or dtype
     numbers = min((t.numel() for t in truth if t is not None), default=0)
     runs = max(_FEWEST_RUNS, min(_MOST_RUNS, _NUMBERS // max(numbers, 1)))
-    variants = [reference(*given)]
+    variants = []
     for seed in range(runs):
         with SumsInAnotherOrder(seed):
             variants.append(reference(*given))
