@@ -201,28 +201,3 @@ def _make_function(
 
     Function.__name__ = Function.__qualname__ = "".join(word.title() for word in op.name.split("_"))
     return Function
-
-
-class _Refusing(torch.autograd.Function):
-    @staticmethod
-    def forward(name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise _no_derivative(ctx.name, "")
-
-
-def refuse_second_derivatives(name: str, *gradients: Tensor) -> tuple[Tensor, ...]:
-    """The gradients of op ``name``, such that to differentiate them is a NotImplementedError.
-
-    For a backward pass that calls no op of its own on what requires gradients; a constant gradient would be a
-    wrong second derivative. Costs nothing unless the backward pass has ``create_graph=True``.
-    """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return gradients
-    return _Refusing.apply(f"{name}_backward", *(g.detach().requires_grad_() for g in gradients))
