@@ -39,7 +39,7 @@ demo: build  ## train CogView on handwritten digits and draw them, about 6 minut
 
 # A worker a core: each has its share of the threads (tests/conftest.py), and takes over what another has left.
 test: build  ## every test that this machine can run
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
 # The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use.
 SEEDS ?= 50

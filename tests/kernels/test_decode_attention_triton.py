@@ -193,7 +193,7 @@ def test_values_that_a_gpu_is_not_asked_to_check_stay_inside_the_tensors(kernels
     op = torch.ops.cogview_kernels.decode_attention
     for lengths, clamped in (([-4, 50], [0, 20]), ([2**40, -(2**40)], [20, 0])):
         lengths, clamped = (torch.tensor(x, device=device) for x in (lengths, clamped))
-        out, expected = (op(q, k, v, n, 0.3, layout.pivots, 2, 2, 0.5, "triton") for n in (lengths, clamped))
+        out, expected = (op(q, k, v, n, layout.pivots, 2, 2, 0.5, 0.3, "triton") for n in (lengths, clamped))
         assert torch.equal(out, expected) and bool(out.isfinite().all())
 
 
