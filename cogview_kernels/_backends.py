@@ -116,7 +116,7 @@ def choose(
         RuntimeError: it cannot run here; the message says why and the way out.
     """
     if backend is None:
-        for name in _candidates.get((op, device)) or _candidates_for(op, supported, device):
+        for name in _candidates_for(op, supported, device):
             reason = limit(name, *arguments)
             if not reason:
                 return name
