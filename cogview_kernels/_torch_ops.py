@@ -96,6 +96,9 @@ class Op:
             kind = type(x)
             if kind in _SCALARS:
                 continue
+            if kind not in _PLAIN and not isinstance(x, Tensor):
+                has_memory = False  # a symbolic number, which only a tracer has
+                continue
             if differentiable and x.requires_grad:
                 return self._differentiate(*arguments)
             if kind not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg() or x._is_zerotensor():

@@ -7,9 +7,10 @@ import contextlib
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import layer_norm
+from cogview_kernels import layer_norm, linear_cross_entropy
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.layer_norm.op import layer_norm_op
 
@@ -108,3 +109,12 @@ def test_unwatched_nobody_pays_for_the_dispatcher(monkeypatch):
     monkeypatch.setattr(layer_norm_op, "_overload", lambda *a: called.append("overload") or overload(*a))
     layer_norm(torch.randn(3, 8), None, None)
     assert called == ["kernel"]
+
+
+def test_symbolic_sizes_among_the_arguments_are_traced():
+    """The number of ids is one, where a tracer keeps sizes as symbols."""
+    inputs = torch.randn(6, 8), torch.randn(11, 8), torch.randint(0, 11, (6,))
+    call = lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target)  # noqa: E731
+    traced = make_fx(call, tracing_mode="symbolic")(*inputs)
+    assert "cogview_kernels.linear_cross_entropy" in traced.code
+    torch.testing.assert_close(traced(*inputs), linear_cross_entropy(*inputs))
