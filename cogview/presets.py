@@ -56,8 +56,8 @@ _PRESETS: dict[str, Preset] = {
         min_text_tokens=5,  # what every caption of the digits has
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
-    # A folder of one's own pictures at 64x64 px, as 8x8 codes: one to two hours on two CPU cores. Rows are so
-    # short that dense attention is the faster one.
+    # A folder of one's own pictures at 64x64 px, as 8x8 codes: one to two hours on two CPU cores, by estimate. Rows
+    # are so short that dense attention is the faster one.
     "small": Preset(
         model=ModelConfig(
             num_layers=6,
@@ -134,7 +134,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "small": "64 px, your own pictures: 6 million parameters, one to two hours on two CPU cores, 1.5 GB",
+    "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "tutorial": "256 px: 212 million parameters, one large GPU",
     "base": "256 px, the model of the paper: 3,929 million parameters, many GPUs",
     "fashion": "800 px, three-region attention: 3,000 million parameters, many GPUs",
