@@ -56,8 +56,8 @@ _PRESETS: dict[str, Preset] = {
         min_text_tokens=5,  # what every caption of the digits has
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
-    # A folder of one's own pictures at 64x64 px, as 8x8 codes: one to two hours on two CPU cores, by estimate. Rows
-    # are so short that dense attention is the faster one.
+    # A folder of one's own pictures at 64x64 px, as 8x8 codes: one to two hours on two CPU cores, by
+    # estimate. Rows are so short that dense attention is the faster one.
     "small": Preset(
         model=ModelConfig(
             num_layers=6,
