@@ -104,8 +104,10 @@ def _interpreter_is_broken() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _interpreted_products_do_not_depend_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tl.dot`` in the interpreter sums in float64, then rounds to the dtype of its accumulator.
+def _interpreter_computes_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tl.fma`` in the interpreter rounds once, as on a GPU; its own rounds the product, too.
+
+    ``tl.dot`` sums in float64, then rounds to the dtype of its accumulator.
 
     On some processors OpenBLAS sums ``a @ b.T`` and ``b @ a.T`` in different orders. A GPU does not, and the
     backward of attention, which computes the forward's scores again, transposed, relies on it.
@@ -114,11 +116,17 @@ def _interpreted_products_do_not_depend_on_the_processor(monkeypatch: pytest.Mon
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    def rounded_once(self, x, y, z):
+        # Float64 holds the product of two float32 exactly.
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
     def in_float64(self, a, b, d, *options):
         product = np.matmul(a.data, b.data, dtype=np.float64)
         return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float64)
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
 
 
 @pytest.fixture

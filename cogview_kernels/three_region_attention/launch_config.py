@@ -37,6 +37,11 @@ class Config:
     stages: int
     maxnreg: int | None = None  # registers a thread, where fewer let one more block run on a processor
 
+    def __str__(self) -> str:
+        """As :func:`_row` reads it."""
+        numbers = (self.block_m, self.block_n, self.num_warps, self.stages, self.maxnreg)
+        return "/".join(str(number) for number in numbers if number is not None)
+
 
 def _row(text: str) -> tuple[Config, ...]:
     """One Config a kernel, each ``block_m/block_n/num_warps/stages``, and ``/maxnreg`` where limited."""
@@ -153,9 +158,9 @@ def candidates(kernel: str, arch: int, D: int, bits: int, block_size: int, dropo
                 if rows * padded(D) * bits // 8 <= SHARED_MEMORY[arch]:
                     found[fit(kernel, config, block_size)] = None
     if kernel in ("fwd", "dq") and arch == 90 and bits == 16 and padded(D) <= 64:
-        # Up to a seventh fewer instructions a key, with half the warps or (the last) spills outside the loop.
-        wide = (Config(128, 64, 4, 3), Config(64, 128, 4, 3), Config(128, 128, 8, 3, 128))
-        for config in wide[: 3 if kernel == "fwd" else 1]:
+        # Up to a seventh fewer instructions a key, with half the warps.
+        wide = (Config(128, 64, 4, 3), Config(64, 128, 4, 3))
+        for config in wide[: 2 if kernel == "fwd" else 1]:
             found[fit(kernel, config, block_size)] = None
     if default.maxnreg is None and bits == 16:
         found[replace(default, maxnreg=128 if default.num_warps == 8 else 168)] = None
@@ -163,6 +168,12 @@ def candidates(kernel: str, arch: int, D: int, bits: int, block_size: int, dropo
 
 
 _memory: dict[str, Config] = {}
+
+
+def _key(kernel: str, device: torch.device, D: int, bits: int, block_size: int, dropout: bool) -> str:
+    # Tiles depend on the window block by its factors alone.
+    block = next(b for b in (128, 64, 1) if block_size % b == 0)
+    return f"{torch.cuda.get_device_name(device)}/{kernel}/D{padded(D)}/{bits}/w{block}/dropout{int(dropout)}"
 
 
 def _tuned(
@@ -174,27 +185,39 @@ def _tuned(
     dropout: bool,
     launch: Callable[[Config], None],
 ) -> Config:
-    arch = architecture(device)
-    # Tiles depend on the window block by its factors alone.
-    block = next(b for b in (128, 64, 1) if block_size % b == 0)
-    key = f"{torch.cuda.get_device_name(device)}/{kernel}/D{padded(D)}/{bits}/w{block}/dropout{int(dropout)}"
+    key = _key(kernel, device, D, bits, block_size, dropout)
     if not _memory:
         _memory.update(_read())
     if key not in _memory:
-        times = {c: _time(launch, c) for c in candidates(kernel, arch, D, bits, block_size, dropout)}
-        _memory[key] = min(times, key=lambda c: times[c])
-        _write(key, _memory[key])
+        found = candidates(kernel, architecture(device), D, bits, block_size, dropout)
+        times = {config: milliseconds(launch, config) for config in found}
+        keep(kernel, device, D, bits, block_size, dropout, min(times, key=lambda c: times[c]))
     return _memory[key]
 
 
-def _time(launch: Callable[[Config], None], config: Config) -> float:
-    """Milliseconds, the median of 20 runs after 3; infinite for what the chip has no room for."""
+def keep(
+    kernel: str, device: torch.device, D: int, bits: int, block_size: int, dropout: bool, config: Config
+) -> None:
+    """``config`` is what tuning found, for this process and, on disk, for later ones."""
+    key = _key(kernel, device, D, bits, block_size, dropout)
+    _memory[key] = config
+    _write(key, config)
+
+
+def fits(launch: Callable[[Config], None], config: Config) -> bool:
+    """Launches once; False for what the chip has no room for."""
     try:
-        for _ in range(3):
-            launch(config)
+        launch(config)
     except Exception as error:
         if type(error).__name__ not in ("OutOfResources", "PTXASError"):
             raise
+        return False
+    return True
+
+
+def milliseconds(launch: Callable[[Config], None], config: Config) -> float:
+    """The median of 20 runs after 3; infinite for what the chip has no room for."""
+    if not all(fits(launch, config) for _ in range(3)):
         return float("inf")
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(20)]
     for start, stop in events:

@@ -58,7 +58,9 @@ from cogview_kernels.three_region_attention.launch_config import Config
 # Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-_NO_SPECIALIZATION = ["seed", "keep_threshold"]
+# ptxas runs matrix products one after the other (warning C7515) where the loop over G heads is known to turn
+# once, as Triton would make it known for G = 1.
+_NO_SPECIALIZATION = ["seed", "keep_threshold", "G"]
 
 # Queries or keys of a tile, at most.
 _LARGEST_TILE = 128
@@ -98,11 +100,23 @@ def _index_kernel(
 @triton.jit
 def _softmax_step(
     acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output."""
-    new_max = tl.maximum(row_max, tl.max(s, axis=1) * factor + bias)
-    p = tl.exp2(s * factor - (new_max - bias)[:, None])
+    """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output.
+
+    One fused multiply-add rounds ``s * factor - peak`` once, while the peak itself was rounded as a product:
+    for the largest key the exponent is then off by up to half an ulp of the peak, which is no harm below
+    2^22 but 2^2900 and more for the largest scores of float16. With HUGE_SCORES the difference to the largest
+    score of the tile comes first: it is exactly 0 there, at the price of one more addition an element."""
+    top = tl.max(s, axis=1)
+    if HUGE_SCORES:
+        top = tl.maximum(top, _LOWEST)  # of a row that sees no key here, -inf - -inf would be NaN
+    peak = top * factor + bias
+    new_max = tl.maximum(row_max, peak)
+    if HUGE_SCORES:
+        p = tl.exp2(tl.fma(s - top[:, None], factor, (peak - new_max)[:, None]))
+    else:
+        p = tl.exp2(tl.fma(s, factor, (bias - new_max)[:, None]))
     shrink = tl.exp2(row_max - new_max)
     total = total * shrink + tl.sum(p, axis=1)
     if HAS_DROPOUT:
@@ -117,7 +131,7 @@ def _fwd_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
     H, G, T, PP, NB, block_size, window_blocks, factor, bias, seed, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +177,7 @@ def _fwd_kernel(
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             acc, row_max, total = _softmax_step(
                 acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-                HAS_DROPOUT, PRECISION,
+                HUGE_SCORES, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -177,7 +191,7 @@ def _fwd_kernel(
             s = tl.where(seen, s, float("-inf"))
         acc, row_max, total = _softmax_step(
             acc, row_max, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
-            HAS_DROPOUT, PRECISION,
+            HUGE_SCORES, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     tl.store(lse_ptr + offset(bh, T) + rows, (row_max + tl.log2(total)) * LN2, mask=rows < T)
@@ -234,12 +248,21 @@ def _load_words(words_ptr, TP):
 
 
 @triton.jit
+def _probabilities(s, factor, lse2, HUGE_SCORES: tl.constexpr):
+    """2^(s factor - lse2); where scores are huge, rounding alone can make the exponent large: at most 0."""
+    exponent = tl.fma(s, factor, -lse2)
+    if HUGE_SCORES:
+        exponent = tl.minimum(exponent, 0.0)
+    return tl.exp2(exponent)
+
+
+@triton.jit
 def _dq_step(
     dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds ds k for a tile of raw products ``s``; ``lse2`` is in log2, less the bias."""
-    p = tl.exp2(s * factor - lse2[:, None])
+    p = _probabilities(s, factor, lse2[:, None], HUGE_SCORES)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
@@ -254,7 +277,7 @@ def _dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     H, G, T, TP, PP, NB, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -302,7 +325,7 @@ def _dq_kernel(
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             dq = _dq_step(
                 dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-                HAS_DROPOUT, PRECISION,
+                HUGE_SCORES, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -316,7 +339,7 @@ def _dq_kernel(
             s = tl.where(seen, s, float("-inf"))
         dq = _dq_step(
             dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-            HAS_DROPOUT, PRECISION,
+            HUGE_SCORES, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)
@@ -332,7 +355,7 @@ def _key_gradients(
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-    HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -361,7 +384,7 @@ def _key_gradients(
                 if HAS_END:
                     seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
-            p = tl.exp2(s * factor - (lse2 - bias)[None, :])
+            p = _probabilities(s, factor, (lse2 - bias)[None, :], HUGE_SCORES)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
@@ -381,7 +404,7 @@ def _dkv_far_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
     H, G, T, TP, PP, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -408,7 +431,7 @@ def _dkv_far_kernel(
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-        False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, HUGE_SCORES, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -426,7 +449,7 @@ def _dkv_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     H, G, T, TP, PP, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -452,7 +475,7 @@ def _dkv_kernel(
         start_m, stop_m, stop_n - 1, first_query_past(start_n, block_size, window_blocks), b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
-        True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, HUGE_SCORES, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
@@ -524,6 +547,7 @@ def _flags(q: Tensor, dropout: Dropout | None) -> dict[str, Any]:
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
+        "HUGE_SCORES": True,
         "HAS_DROPOUT": dropout is not None,
         "PRECISION": "tf32" if tf32 else "ieee",
         "D": q.shape[3],

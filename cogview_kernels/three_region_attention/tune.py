@@ -1,60 +1,172 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m cogview_kernels.three_region_attention.tune [D ...]``: tunes the Triton kernels on this GPU.
 
-For each head size (default 64 and 128), dtype and dropout off and on, times the candidates on a CogView
-super-resolution shape and prints the rows to put into ``launch_config.DEFAULTS``. Results also stay in the
-cache file, where ``COGVIEW_KERNELS_AUTOTUNE=1`` finds them.
+For each head size (default 64 and 128), dtype and dropout off and on, compiles every configuration that can
+be worth it (:func:`configurations`, up to a hundred a kernel, in as many processes as there are processors),
+times them on the shape of CogView's super-resolution, and prints the fastest and the row to put into
+``launch_config.DEFAULTS``. Results also stay in the cache file, where ``COGVIEW_KERNELS_AUTOTUNE=1`` finds
+them.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
 from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import launch_config
 from cogview_kernels.three_region_attention.api import three_region_attention
+from cogview_kernels.three_region_attention.launch_config import KERNELS, Config
 
-B, H, T, P = 4, 16, 4224, 768
+B, H, T, P = 4, 40, 4224, 768
+BLOCK_SIZE, WINDOW_BLOCKS = 128, 6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides over the tiles of the kernels."""
+
+    D: int
+    dtype: torch.dtype
+    dropout_p: float
+    B: int = B
+
+    @property
+    def bits(self) -> int:
+        return 32 if self.dtype == torch.float32 else 16
+
+    def run(self, device: torch.device) -> None:
+        """One call with its backward: each kernel is launched once."""
+        text = torch.zeros(self.B, T, dtype=torch.bool, device=device)
+        layout = ThreeRegionLayout.sample(text, P, block_size=BLOCK_SIZE, window_blocks=WINDOW_BLOCKS)
+        q, k, v = (
+            torch.randn(self.B, H, T, self.D, device=device, dtype=self.dtype, requires_grad=True)
+            for _ in range(3)
+        )
+        out = three_region_attention(q, k, v, layout, dropout_p=self.dropout_p, seed=0, backend="triton")
+        assert isinstance(out, torch.Tensor)
+        out.backward(torch.randn_like(out))
+
+
+def configurations(kernel: str, arch: int, D: int, bits: int) -> list[Config]:
+    """All that fit into shared memory and whose accumulators leave a thread registers for the rest."""
+    tile_sizes, steps = ((64, 128), (32, 64, 128)) if bits == 16 else ((32, 64), (16, 32, 64))
+    width = launch_config.padded(D)
+    found = []
+    for tile in tile_sizes:  # rows of the accumulators
+        for step in steps:  # what a turn of the loop brings
+            for warps in (4, 8):
+                accumulators = {"fwd": 1, "dq": 1}.get(kernel, 2) * width + {"fwd": 1}.get(kernel, 2) * step
+                if tile * accumulators > 200 * 32 * warps or tile < 16 * warps // 2:
+                    continue
+                for stages in (1, 2, 3, 4):
+                    rows = tile * (1 if kernel == "fwd" else 2) + 2 * stages * step
+                    if rows * width * bits // 8 > launch_config.SHARED_MEMORY[arch]:
+                        continue
+                    moves = (step, tile) if kernel.startswith("dkv") else (tile, step)
+                    config = Config(*moves, warps, stages)
+                    found += [config, replace(config, maxnreg=128 if warps == 8 else 168)]
+    return found
+
+
+@contextmanager
+def _choosing(choose) -> Iterator[None]:
+    original = launch_config.choose
+    launch_config.choose = choose
+    try:
+        yield
+    finally:
+        launch_config.choose = original
+
+
+def compile_some(problem: Problem, wanted: list[tuple[str, Config]], device: torch.device) -> int:
+    """Launches the ``wanted`` configurations on one sample, so that Triton keeps them on disk."""
+    problem = replace(problem, B=1)
+    compiled = 0
+
+    def choose(kernel, device, *rest):
+        nonlocal compiled
+        *_, launch = rest
+        for name, config in wanted:
+            if name == kernel:
+                compiled += launch_config.fits(launch, config)
+        return launch_config.shipped(
+            kernel,
+            launch_config.architecture(device),
+            problem.D,
+            problem.bits,
+            BLOCK_SIZE,
+            problem.dropout_p > 0,
+        )
+
+    with _choosing(choose):
+        problem.run(device)
+    return compiled
 
 
 def tune(
-    D: int, dtype: torch.dtype, dropout_p: float, device: torch.device
-) -> dict[str, launch_config.Config]:
-    """The fastest configuration of each kernel."""
-    chosen: dict[str, launch_config.Config] = {}
-    choose = launch_config.choose
+    problem: Problem, device: torch.device, kernels: tuple[str, ...] = KERNELS, processes: int = 1
+) -> dict[str, list[tuple[float, Config]]]:
+    """Of each kernel the milliseconds of every configuration that runs, the fastest first."""
+    arch = launch_config.architecture(device)
+    every = {kernel: configurations(kernel, arch, problem.D, problem.bits) for kernel in kernels}
+    if processes > 1:
+        wanted = [(kernel, config) for kernel in kernels for config in every[kernel]]
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(processes, mp_context=context) as pool:
+            parts = [wanted[i::processes] for i in range(processes)]
+            for _ in pool.map(compile_some, [problem] * processes, parts, [device] * processes):
+                pass
+    times: dict[str, list[tuple[float, Config]]] = {}
 
-    def watch(kernel, *arguments):
-        chosen[kernel] = choose(kernel, *arguments)
-        return chosen[kernel]
+    def choose(kernel, device, *rest):
+        *_, launch = rest
+        if kernel in every:
+            found = [(launch_config.milliseconds(launch, config), config) for config in every[kernel]]
+            times[kernel] = sorted((x for x in found if x[0] < float("inf")), key=lambda x: x[0])
+            return times[kernel][0][1]
+        return launch_config.shipped(kernel, arch, problem.D, problem.bits, BLOCK_SIZE, problem.dropout_p > 0)
 
-    text = torch.zeros(B, T, dtype=torch.bool, device=device)
-    layout = ThreeRegionLayout.sample(text, P)
-    q, k, v = (torch.randn(B, H, T, D, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    autotune = launch_config.AUTOTUNE
-    launch_config.choose, launch_config.AUTOTUNE = watch, True
-    try:
-        out = three_region_attention(q, k, v, layout, dropout_p=dropout_p, seed=0, backend="triton")
-        assert isinstance(out, torch.Tensor)
-        out.backward(torch.randn_like(out))
-    finally:
-        launch_config.choose, launch_config.AUTOTUNE = choose, autotune
-    return chosen
+    with _choosing(choose):
+        problem.run(device)
+    for kernel, found in times.items():
+        launch_config.keep(
+            kernel, device, problem.D, problem.bits, BLOCK_SIZE, problem.dropout_p > 0, found[0][1]
+        )
+    return times
 
 
-def main(head_sizes: list[int]) -> None:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cogview_kernels.three_region_attention.tune",
+        description=(__doc__ or "").split("\n")[0],
+    )
+    parser.add_argument("D", type=int, nargs="*", default=[64, 128], help="head sizes")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
+    options = parser.parse_args(arguments)
     device = torch.device("cuda")
     arch = launch_config.architecture(device)
     print(f"{torch.cuda.get_device_name()}, results in {launch_config.cache_file()}")
-    for D in head_sizes:
-        for dtype, bits in ((torch.bfloat16, 16), (torch.float32, 32)):
+    for D in options.D:
+        for dtype in (torch.bfloat16, torch.float32):
             for dropout_p in (0.0, 0.1):
-                chosen = tune(D, dtype, dropout_p, device)
-                row = ", ".join(str(chosen[kernel]) for kernel in launch_config.KERNELS)
-                print(f"({arch}, {bits}): ({launch_config.padded(D)}, {dropout_p > 0}): ({row})")
+                problem = Problem(D, dtype, dropout_p)
+                times = tune(problem, device, processes=options.processes)
+                for kernel, found in times.items():
+                    fastest = ", ".join(f"{config} {ms:.3f} ms" for ms, config in found[:5])
+                    print(f"  {kernel} of {len(found)}: {fastest}", flush=True)
+                row = " ".join(str(found[0][1]) for found in times.values())
+                print(
+                    f'({arch}, {problem.bits}): ({launch_config.padded(D)}, {dropout_p > 0}): _row("{row}")'
+                )
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [64, 128])
+    main()

@@ -116,7 +116,7 @@ def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
         launch(config)
         return abs(config.block_n - 32) + config.stages
 
-    monkeypatch.setattr(launch_config, "_time", time)
+    monkeypatch.setattr(launch_config, "milliseconds", time)
     launched = []
     arguments = ("fwd", device, 64, torch.float16, 128, False, launched.append)
     best = launch_config.choose(*arguments)
@@ -135,18 +135,43 @@ def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
     assert launch_config.choose(*arguments) == best and len(timed) > count
 
 
-def test_tune_goes_through_every_kernel(device, monkeypatch, backend_device):
+@pytest.fixture
+def tiny_problem(backend_device, monkeypatch, tmp_path):
     backend_device("triton")
-    for name, value in {"B": 1, "H": 1, "T": 150, "P": 40}.items():
+    for name, value in {"H": 1, "T": 150, "P": 40, "BLOCK_SIZE": 16, "WINDOW_BLOCKS": 2}.items():
         monkeypatch.setattr(tune, name, value)
-    monkeypatch.setattr(launch_config, "choose", lambda *_: Config(32, 32, 4, 1))
+    monkeypatch.setenv("COGVIEW_KERNELS_CACHE", str(tmp_path))
+    monkeypatch.setattr(launch_config, "_memory", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(
-        ThreeRegionLayout,
-        "sample",
-        classmethod(lambda cls, text, P: cls(torch.arange(P, device=device)[None], 16, 2)),
+        tune, "configurations", lambda kernel, *_: [Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
     )
-    chosen = tune.tune(32, torch.float32, 0.1, device)
-    assert chosen == dict.fromkeys(KERNELS, Config(32, 32, 4, 1)) and not launch_config.AUTOTUNE
+    return tune.Problem(32, torch.float32, 0.1, B=1)
+
+
+def test_tune_goes_through_every_kernel(device, tiny_problem, monkeypatch):
+    def time(launch, config):
+        launch(config)
+        return float(config.block_m)
+
+    monkeypatch.setattr(launch_config, "milliseconds", time)
+    choose = launch_config.choose
+    times = tune.tune(tiny_problem, device)
+    assert times == {k: [(16.0, Config(16, 16, 4, 1)), (32.0, Config(32, 32, 4, 1))] for k in KERNELS}
+    assert launch_config.choose is choose
+    assert launch_config._read().keys() == {f"a GPU/{kernel}/D32/32/w1/dropout1" for kernel in KERNELS}
+
+
+def test_tune_compiles_what_is_asked_for(device, tiny_problem):
+    wanted = [("fwd", Config(16, 16, 4, 1)), ("dkv", Config(32, 16, 4, 1)), ("dkv", Config(16, 32, 4, 1))]
+    assert tune.compile_some(tiny_problem, wanted, device) == 3
+
+
+@pytest.mark.parametrize("arch", [80, 86, 90])
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("D", [32, 64, 80, 128, 256])
+def test_every_kernel_has_configurations_to_tune(arch, bits, D):
+    assert all(tune.configurations(kernel, arch, D, bits) for kernel in KERNELS)
 
 
 def test_a_first_call_does_not_tune():
