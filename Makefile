@@ -46,7 +46,7 @@ SEEDS ?= 50
 BUDGET := test_forward_and_backward or test_error_budget or test_edges or test_every_instruction_set
 BUDGET := $(BUDGET) or test_extreme_rows or test_dropout_and_lse or test_widths or test_one_chunk or test_long_rows
 BUDGET := $(BUDGET) or test_head_sizes or test_dtypes or test_windows or test_maxima or test_small_triton_tiles
-BUDGET := $(BUDGET) or test_float16_under_a_loss_scale or test_decode or test_flex_attention
+BUDGET := $(BUDGET) or test_float16_under_a_loss_scale or test_decode or test_flex_attention or test_kept_in_a_buffer
 seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most
 	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n auto --dist worksteal \
 	  tests/kernels --seeds $(SEEDS) -k "($(BUDGET))$(if $(ONLY), and ($(ONLY)))"

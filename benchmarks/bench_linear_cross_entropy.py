@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from benchmarks import shapes
-from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Inputs, Work
+from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Inputs, Variant, Work
 from benchmarks.rivals import cross_entropy
-from cogview_kernels import linear_cross_entropy
+from cogview_kernels import _backends, linear_cross_entropy
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
@@ -37,14 +39,35 @@ def work(case: Case, inputs: Inputs) -> Work:
     return Work(2 * products * s.N * s.C * s.V, "matmul", f"{2 * products} N C V: {products} matrix products")
 
 
+def call(op, x: Inputs):
+    return op(x.hidden, x.weight, x.target)
+
+
+def in_memory(share: float) -> Variant:
+    """The price of memory on a GPU, where 0.12 is the default."""
+    function = functools.partial(linear_cross_entropy, backend="triton", extra_memory=share)
+
+    def why_not(case: Case, device: torch.device) -> str:
+        if case.direction == FORWARD:
+            return "memory is traded for time where there are gradients"
+        return _backends.why_not("triton", device)
+
+    return Variant(
+        f"triton, extra_memory={share:g}",
+        lambda x, case: lambda: call(function, x),
+        kind="option",
+        why_not=why_not,
+    )
+
+
 BENCHMARK = Benchmark(
     op="linear_cross_entropy",
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
     backends=("triton", "cpu", "chunked"),
-    call=lambda op, x: op(x.hidden, x.weight, x.target),
-    rivals=cross_entropy.VARIANTS,
+    call=call,
+    rivals=(*map(in_memory, (0.03, 0.5, 1)), *cross_entropy.VARIANTS),
     work=work,
     baseline="eager",
 )

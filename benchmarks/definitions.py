@@ -73,8 +73,9 @@ class Variant:
 
     ``why_not(case, device)`` is the reason why the variant cannot run there, or "". ``truth`` names the
     reference that the variant is checked against where that is not the op's own (dense attention computes
-    something else); ``work`` likewise. Kinds: a "backend" is ours, a "rival" is not, and a "bound" is work
-    that no variant can do without: a bound is not checked, and its forward is timed whatever the direction.
+    something else); ``work`` likewise. Kinds: a "backend" is ours; so is an
+    "option", but not as the op runs by default, and it makes no headline; a "rival" is not; and a "bound" is
+    work that no variant can do without: it is not checked, and its forward is timed whatever the direction.
     """
 
     name: str

@@ -290,7 +290,7 @@ def relative_error(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> flo
 
 def _refusal(case: Case, variant: Variant, reason: str, *, limit: bool = False) -> Outcome:
     """``limit``: the variant said beforehand that it does not do this, which is no failure."""
-    return Outcome(case, variant, reason=reason, failed=variant.kind == "backend" and not limit)
+    return Outcome(case, variant, reason=reason, failed=variant.kind in ("backend", "option") and not limit)
 
 
 def _one_line(failure: Exception) -> str:

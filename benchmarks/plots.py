@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import OPS
 from benchmarks.results import Document, by_case, fastest_rival, headline, on_gpu, speed
 
-COLOURS = {"backend": "#c2410c", "rival": "#94a3b8", "bound": "#e2e8f0"}
+COLOURS = {"backend": "#c2410c", "option": "#fdba74", "rival": "#94a3b8", "bound": "#e2e8f0"}
 INK = "#334155"
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogview_kernels._torch_ops import Op, is_transformed
 from cogview_kernels.linear_cross_entropy import chunked, native
-from cogview_kernels.linear_cross_entropy.pieces import Steps, linear_cross_entropy_in_pieces
+from cogview_kernels.linear_cross_entropy.pieces import Options, Steps, linear_cross_entropy_in_pieces
 
 
 def backend_module(backend: str) -> Steps:
@@ -34,6 +34,7 @@ def _forward(
     stop: int,
     summed: bool,
     gradients: bool,
+    extra_memory: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss, losses, dhidden, dweight, scales)``; ``losses`` are not multiplied by ``coefficient``."""
@@ -46,8 +47,7 @@ def _forward(
         target.contiguous(),
         coefficient.contiguous(),
         (start, stop),
-        made,
-        backend_module(backend),
+        Options(made, backend_module(backend), extra_memory),
     )
     loss = coefficient * losses
     if summed:
@@ -65,7 +65,7 @@ def _to_unit(coefficient: Tensor) -> tuple[Tensor, Tensor]:
     return coefficient / torch.where(unit == 0, 1, unit), unit
 
 
-def _fake(hidden, weight, target, coefficient, start, stop, summed, gradients, backend):
+def _fake(hidden, weight, target, coefficient, start, stop, summed, gradients, extra_memory, backend):
     losses, scales = coefficient.new_empty(coefficient.shape), coefficient.new_empty(2)
     loss = coefficient.new_empty(()) if summed else torch.empty_like(losses)
     if not (summed and gradients):
@@ -74,7 +74,7 @@ def _fake(hidden, weight, target, coefficient, start, stop, summed, gradients, b
 
 
 def _save(ctx, arguments, outputs):
-    *tensors, start, stop, summed, gradients, ctx.backend = arguments
+    *tensors, start, stop, summed, gradients, ctx.extra_memory, ctx.backend = arguments
     ctx.vocab_range, ctx.summed, ctx.made = (start, stop), summed, summed and gradients
     return outputs[2:] if ctx.made else tensors
 
@@ -90,6 +90,7 @@ def _backward(
     scales: Tensor | None,
     start: int,
     stop: int,
+    extra_memory: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(dhidden, dweight)`` from those that the forward pass made, or else from its arguments."""
@@ -100,7 +101,7 @@ def _backward(
     # A product would not do: a loss divided by the number of tokens, none, brings an infinite dloss.
     coefficient, factor = _to_unit(torch.where(coefficient != 0, coefficient * dloss, 0))
     _, _, dhidden, dweight, scales = _forward(
-        hidden, weight, target, coefficient, start, stop, True, True, backend
+        hidden, weight, target, coefficient, start, stop, True, True, extra_memory, backend
     )
     _scale(dhidden, dweight, factor / scales, backend)
     return dhidden, dweight
@@ -135,13 +136,15 @@ def _differentiate(ctx, saved, dloss, *_):
         _scale(dhidden, dweight, dloss / scales, ctx.backend)
     else:
         known = (*(None,) * 4, *saved) if ctx.made else (*saved, *(None,) * 3)
-        dhidden, dweight = linear_cross_entropy_backward_op(dloss, *known, *ctx.vocab_range, ctx.backend)
-    return dhidden, dweight, *(None,) * 7
+        dhidden, dweight = linear_cross_entropy_backward_op(
+            dloss, *known, *ctx.vocab_range, ctx.extra_memory, ctx.backend
+        )
+    return dhidden, dweight, *(None,) * 8
 
 
 linear_cross_entropy_op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient,"
-    " int start, int stop, bool summed, bool gradients, str backend)"
+    " int start, int stop, bool summed, bool gradients, float? extra_memory, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_fake,
@@ -151,7 +154,7 @@ linear_cross_entropy_op = Op(
 linear_cross_entropy_backward_op = Op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor? hidden, Tensor? weight, Tensor? target,"
     " Tensor? coefficient, Tensor? dhidden, Tensor? dweight, Tensor? scales, int start, int stop,"
-    " str backend) -> (Tensor, Tensor)",
+    " float? extra_memory, str backend) -> (Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

@@ -112,6 +112,7 @@ def test_the_deadline_holds_within_a_case(no_ceilings, monkeypatch):
     ("error", "kind", "failed"),
     [
         (RuntimeError("no"), "backend", True),
+        (RuntimeError("no"), "option", True),
         (NotImplementedError("bfloat16 is not written"), "backend", False),
         (RuntimeError("no"), "rival", False),
     ],
