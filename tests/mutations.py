@@ -223,7 +223,7 @@ MUTATIONS = [
              "constexpr int64_t kSumBlock = 16 * kLanes;", "constexpr int64_t kSumBlock = 1 << 30;",
              _CPU_SOFTMAX),
     Mutation("softmax-triton-no-rescale", "cogview_kernels/stable_softmax/*.py",
-             "sums = sums * tl.exp2((largest - safe) * factor) +", "sums = sums +", _TRITON_SOFTMAX),
+             "rest_total * tl.exp2((rest_max - safe) * factor) +", "rest_total +", _TRITON_SOFTMAX),
     Mutation("softmax-triton-last-tile-alone", "cogview_kernels/stable_softmax/*.py",
              "products += p_rest * dp_rest", "products = p_rest * dp_rest", _TRITON_SOFTMAX),
     Mutation("softmax-triton-bound-of-the-diagonal", "cogview_kernels/stable_softmax/*.py",

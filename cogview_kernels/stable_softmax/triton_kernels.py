@@ -35,22 +35,28 @@ def _row_pointers(base_ptr, rows, B, T, stride_a, stride_b, stride_t):
 
 
 @triton.jit
-def _load(pointers, cols, bound):
-    """A piece of each row up to column ``bound`` of it, as it is in memory; 0 past it."""
-    return tl.load(pointers[:, None] + cols[None, :], mask=cols[None, :] < bound[:, None], other=0.0)
+def _load(pointers, cols, bound, ALL: tl.constexpr):
+    """A piece of each row, 0 from column ``bound`` on; ``ALL``: no column reaches it."""
+    pointers = pointers[:, None] + cols[None, :]
+    if ALL:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=cols[None, :] < bound[:, None], other=0)
+    return x
 
 
 @triton.jit
-def _seen_scores(
-    scores, cols, last_key, mask_pointers, stride_mn, bound, scale,
-    HAS_MASK: tl.constexpr, IS_CAUSAL: tl.constexpr, ALL: tl.constexpr,
+def _load_scores(
+    score_pointers, mask_pointers, stride_mn, cols, last_key, bound, scale,
+    HAS_MASK: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """``scale * scores`` in float32, -inf where a key is not seen; ``ALL``: no column is past the row."""
-    x = scores.to(tl.float32) * scale
-    if IS_CAUSAL or not ALL:
+    """``scale * scores`` in float32, -inf where a key is not seen; ``ALL``: none is past the last key."""
+    x = _load(score_pointers, cols, bound, ALL).to(tl.float32) * scale
+    if not ALL:
         x = tl.where(cols[None, :] <= last_key[:, None], x, float("-inf"))
     if HAS_MASK:
-        keep = _load(mask_pointers, offset(cols, stride_mn), bound)
+        pointers = mask_pointers[:, None] + offset(cols, stride_mn)[None, :]
+        keep = tl.load(pointers, mask=cols[None, :] < bound[:, None], other=0)
         x = tl.where(keep != 0, x, float("-inf"))
     return x
 
@@ -84,31 +90,35 @@ def _stable_softmax_fwd_kernel(
         # A mask that can end at any column turns a load of 16 bytes into eight of two. So the bound of loads
         # is a multiple of 16, and what lies past the last key is deselected after the load.
         bound = tl.minimum(bound, rows % T // 16 * 16 + 16)
-    largest = tl.full([BLOCK_R, BLOCK_N], float("-inf"), tl.float32)
-    sums = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    # The rest of a row is what stands before the pieces that are kept, so it has no ragged end.
+    first = 0
     if REST:
-        # The rest comes first, while registers are free. Each place of the tile has its own running maximum
-        # and sum, so that no turn waits for other threads.
-        for start in tl.range(KEPT * BLOCK_N, N, BLOCK_N, num_stages=STAGES):
-            at = start + cols
-            seen = _seen_scores(
-                _load(score_pointers, at, bound), at, last_key, mask_pointers, stride_mn, bound, scale,
-                HAS_MASK, IS_CAUSAL, False,
+        first = (tl.cdiv(N, BLOCK_N) - KEPT) * BLOCK_N
+        # The running maximum and sum are those of a thread, and no turn waits for others.
+        VECTOR: tl.constexpr = 128 // dtype.primitive_bitwidth
+        rest_max = tl.full([BLOCK_R, BLOCK_N // VECTOR], float("-inf"), tl.float32)
+        rest_total = tl.zeros([BLOCK_R, BLOCK_N // VECTOR], tl.float32)
+        for start in tl.range(0, first, BLOCK_N, num_stages=STAGES):
+            seen = _load_scores(
+                score_pointers, mask_pointers, stride_mn, start + cols, last_key, bound, scale,
+                HAS_MASK, not IS_CAUSAL,
             )  # fmt: skip
-            new = tl.maximum(largest, seen)
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            sums = sums * tl.exp2((largest - safe) * factor) + tl.exp2((seen - safe) * factor)
-            largest = new
-        rest_max = tl.max(largest, axis=1)
-        safe_max = tl.where(rest_max == float("-inf"), 0.0, rest_max)
-        rest_total = tl.sum(sums * tl.exp2((largest - safe_max[:, None]) * factor), axis=1)
+            seen = tl.reshape(seen, [BLOCK_R, BLOCK_N // VECTOR, VECTOR])
+            new_max = tl.maximum(rest_max, tl.max(seen, axis=2))
+            safe = tl.where(new_max == float("-inf"), 0.0, new_max)
+            e = tl.exp2((seen - safe[:, :, None]) * factor)
+            rest_total = rest_total * tl.exp2((rest_max - safe) * factor) + tl.sum(e, axis=2)
+            rest_max = new_max
+        largest = tl.max(rest_max, axis=1)
+        safe = tl.where(largest == float("-inf"), 0.0, largest)
+        rest_total = tl.sum(rest_total * tl.exp2((rest_max - safe[:, None]) * factor), axis=1)
+        rest_max = largest
     x = ()
     largest = tl.full([BLOCK_R, BLOCK_N], float("-inf"), tl.float32)
     for i in tl.static_range(KEPT):
-        at = i * BLOCK_N + cols
-        seen = _seen_scores(
-            _load(score_pointers, at, bound), at, last_key, mask_pointers, stride_mn, bound, scale,
-            HAS_MASK, IS_CAUSAL, REST or i + 1 < KEPT,
+        seen = _load_scores(
+            score_pointers, mask_pointers, stride_mn, first + i * BLOCK_N + cols, last_key, bound, scale,
+            HAS_MASK, not IS_CAUSAL and i + 1 < KEPT,
         )  # fmt: skip
         largest = tl.maximum(largest, seen)
         x += (seen,)
@@ -127,17 +137,16 @@ def _stable_softmax_fwd_kernel(
         total += rest_total * tl.exp2((rest_max - row_max) * factor)
     inverse = (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
     for i in tl.static_range(KEPT):
-        at = i * BLOCK_N + cols
-        store_rounded(out_ptr + at[None, :], weights[i] * inverse, stored & (at < N)[None, :], dtype)
+        at = first + i * BLOCK_N + cols[None, :]
+        store_rounded(out_ptr + at, weights[i] * inverse, stored & (at < N), dtype)
     if REST:
-        for start in tl.range(KEPT * BLOCK_N, N, BLOCK_N, num_stages=STAGES):
-            at = start + cols
-            seen = _seen_scores(
-                _load(score_pointers, at, bound), at, last_key, mask_pointers, stride_mn, bound, scale,
-                HAS_MASK, IS_CAUSAL, False,
+        for start in tl.range(0, first, BLOCK_N, num_stages=STAGES):
+            x_rest = _load_scores(
+                score_pointers, mask_pointers, stride_mn, start + cols, last_key, bound, scale,
+                HAS_MASK, not IS_CAUSAL,
             )  # fmt: skip
-            p = tl.exp2((seen - row_max[:, None]) * factor) * inverse
-            store_rounded(out_ptr + at[None, :], p, stored & (at < N)[None, :], dtype)
+            p = tl.exp2((x_rest - row_max[:, None]) * factor) * inverse
+            store_rounded(out_ptr + start + cols[None, :], p, stored, dtype)
 
 
 @triton.jit
@@ -154,29 +163,32 @@ def _stable_softmax_bwd_kernel(
     cols = tl.arange(0, BLOCK_N)
     bound = tl.zeros_like(rows) + N
     products = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    # As in the forward, the rest stands before what is kept.
+    first = 0
     if REST:
-        # The rest comes first, while registers are free.
-        for start in tl.range(KEPT * BLOCK_N, N, BLOCK_N, num_stages=STAGES):
-            p_rest = _load(probs_ptr + at, start + cols, bound).to(tl.float32)
-            dp_rest = _load(dprobs_ptr + at, start + cols, bound).to(tl.float32)
+        first = (tl.cdiv(N, BLOCK_N) - KEPT) * BLOCK_N
+        for start in tl.range(0, first, BLOCK_N, num_stages=STAGES):
+            p_rest = _load(probs_ptr + at, start + cols, bound, True).to(tl.float32)
+            dp_rest = _load(dprobs_ptr + at, start + cols, bound, True).to(tl.float32)
             products += p_rest * dp_rest
     p = ()
     dp = ()
     for i in tl.static_range(KEPT):
-        p += (_load(probs_ptr + at, i * BLOCK_N + cols, bound).to(tl.float32),)
-        dp += (_load(dprobs_ptr + at, i * BLOCK_N + cols, bound).to(tl.float32),)
+        piece = first + i * BLOCK_N + cols
+        p += (_load(probs_ptr + at, piece, bound, i + 1 < KEPT).to(tl.float32),)
+        dp += (_load(dprobs_ptr + at, piece, bound, i + 1 < KEPT).to(tl.float32),)
         products += p[i] * dp[i]
     dot = tl.sum(products, axis=1)[:, None]
     out_ptr = dscores_ptr + at[:, None]
     for i in tl.static_range(KEPT):
-        to = i * BLOCK_N + cols[None, :]
+        to = first + i * BLOCK_N + cols[None, :]
         store_rounded(out_ptr + to, factor * p[i] * (dp[i] - dot), stored & (to < N), dtype)
     if REST:
-        for start in tl.range(KEPT * BLOCK_N, N, BLOCK_N, num_stages=STAGES):
-            p_rest = _load(probs_ptr + at, start + cols, bound).to(tl.float32)
-            dp_rest = _load(dprobs_ptr + at, start + cols, bound).to(tl.float32)
-            to = start + cols[None, :]
-            store_rounded(out_ptr + to, factor * p_rest * (dp_rest - dot), stored & (to < N), dtype)
+        for start in tl.range(0, first, BLOCK_N, num_stages=STAGES):
+            p_rest = _load(probs_ptr + at, start + cols, bound, True).to(tl.float32)
+            dp_rest = _load(dprobs_ptr + at, start + cols, bound, True).to(tl.float32)
+            dx = factor * p_rest * (dp_rest - dot)
+            store_rounded(out_ptr + start + cols[None, :], dx, stored, dtype)
 
 
 def tiling(N: int, element_size: int, values: int) -> dict[str, int | bool]:
@@ -195,7 +207,8 @@ def tiling(N: int, element_size: int, values: int) -> dict[str, int | bool]:
         "REST": rest,
         "BLOCK_R": min(64, 32 * num_warps * vector // block_n),
         "BLOCK_N": block_n,
-        "STAGES": 5,
+        # A copy to shared memory has 4 bytes or more, and many small ones gain nothing.
+        "STAGES": 5 if N % 16 == 0 else 1,
         "num_warps": num_warps,
     }
 
@@ -213,7 +226,9 @@ def forward(
     scores = fold(scores)
     A, B, T, N = four(tuple(scores.shape), 1)
     mask_stride = (0, 0, 0, 0) if mask is None else four(mask.stride(), 0)
-    tiles = tiling(N, scores.element_size(), 64 if mask is None and not causal else 40)
+    # Masks take registers, and so do the addresses where each element is loaded by itself.
+    values = 64 if mask is None and not causal and N % 16 == 0 else 40
+    tiles = tiling(N, scores.element_size(), values)
     _stable_softmax_fwd_kernel[(triton.cdiv(A * B * T, tiles["BLOCK_R"]),)](
         scores, scores if mask is None else mask, probs, A * B * T, B, T, N,
         *four(scores.stride(), 0)[:3], *mask_stride, alpha, scale,

@@ -19,8 +19,8 @@ from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Launch, compile_ke
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-# name: (shape, arguments, shape of the mask). A CPU vector has 4, 8 or 16 lanes; Triton keeps 32,768
-# columns in registers, 20,480 under a mask and backward, in pieces of 2,048 or 4,096.
+# name: (shape, arguments, shape of the mask). A CPU vector has 4, 8 or 16 lanes; Triton keeps up to
+# 32,768 columns in registers, 20,480 under a mask and backward, in pieces of up to 4,096.
 CASES = {
     "one": ((1, 1), {}, None),
     "vector": ((3, 16), {}, None),
@@ -35,6 +35,7 @@ CASES = {
     "causal_mask": ((2, 2, 33, 33), {"causal": True}, (1, 1, 33, 33)),
     "five_dimensions": ((2, 2, 2, 3, 19), {}, (2, 1, 1, 19)),
     "long": ((3, 2 * 16384 + 5), {}, None),
+    "long_aligned": ((2, 2 * 16384 + 16), {"scale": -0.5}, None),
     "long_masked": ((2, 20480 + 3), {"alpha": 3.0}, (1, 20480 + 3)),
     "long_causal": ((5, 20480 + 16), {"causal": True, "scale": -1.0}, None),
     "rows_of_one_program_in_two_batches": ((3, 3, 3, 48), {"causal": True}, (3, 1, 1, 48)),
@@ -216,7 +217,13 @@ def test_every_instruction_set(isa, instruction_set):
 
 @pytest.mark.parametrize(
     ("N", "forward_rest", "backward_rest"),
-    [(20_480, False, False), (20_481, False, True), (32_768, False, True), (32_769, True, True)],
+    [
+        (20_480, False, False),
+        (20_481, True, True),
+        (20_496, False, True),
+        (32_768, False, True),
+        (32_784, True, True),
+    ],
 )
 def test_triton_branch_by_row_length(N, forward_rest, backward_rest, monkeypatch, backend_device):
     device = backend_device("triton")
@@ -348,8 +355,9 @@ def test_triton_compiles_for_sm80_and_sm90():
             for shape, causal, mask in (
                 ((4, 8, 1024, 1024), True, (1024, 1024)),
                 ((6, 17), False, None),
-                ((64, 20479), True, (64, 20479)),
+                ((64, 20479), False, (64, 20479)),
                 ((64, 100_000), True, (64, 100_000)),
+                ((64, 100_001), False, None),
             ):
                 some += launches(dtype, arch, shape, causal, mask)
     for launch, report in zip(some, compile_kernels(some), strict=True):
