@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def assert_norms_fit(specs: list[Spec]) -> None:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """A call of a function that launches one kernel, which Triton then specialises as it would on a GPU.
+
+    ``arguments``: numbers and None as they are, a tensor as ``{"shape": [2, 3], "dtype": "bfloat16"}``."""
+
+    module: str
+    function: str
+    arguments: list[Any]
+    arch: int
+
+
+@dataclass(frozen=True)
 class Report:
     registers: int
     spills: int  # bytes stored and loaded
@@ -66,7 +79,7 @@ class Report:
     ptx: str
 
 
-def compile_kernels(specs: list[Spec]) -> list[Report]:
+def compile_kernels(specs: Sequence[Spec | Launch]) -> list[Report]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
@@ -97,9 +110,75 @@ def _compile(spec: Spec) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}
-    compiled = triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options)
+    return _report(
+        triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options), spec.arch
+    )
+
+
+def _compile_launch(launch: Launch) -> Report:
+    import importlib
+
+    import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver, jit
+
+    class Nothing:
+        """What Triton asks of a driver; what it loads and launches is nothing."""
+
+        utils: Any = None
+
+        def __init__(self, *_: Any) -> None:
+            self.utils = self
+
+        def __call__(self, *_: Any) -> None:
+            pass
+
+        def get_device_properties(self, _: int) -> dict[str, int]:
+            return {"max_shared_mem": SHARED_MEMORY_LIMIT[launch.arch], "warpSize": 32}
+
+        def load_binary(self, *_: Any) -> tuple[int, ...]:
+            return 1, 1, 0, 0, 1024
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, _: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", launch.arch, 32)
+
+    Nothing.launcher_cls = Nothing  # type: ignore[attr-defined]
+    compiled = []
+    compile_one = jit.JITFunction._do_compile
+
+    def keep(*arguments: Any, **named: Any) -> Any:
+        compiled.append(compile_one(*arguments, **named))
+        return compiled[-1]
+
+    def on_meta(argument: Any) -> Any:
+        if not isinstance(argument, dict):
+            return argument
+        return torch.empty(argument["shape"], dtype=getattr(torch, argument["dtype"]), device="meta")
+
+    function = getattr(importlib.import_module(launch.module), launch.function)
+    driver.set_active(Nothing())
+    # A kernel that an earlier launch compiled may serve this one too; the cache would then hide it.
+    for kernel in vars(sys.modules[launch.module]).values():
+        if isinstance(kernel, jit.JITFunction):
+            kernel.device_caches.clear()
+    jit.JITFunction._do_compile = keep
+    try:
+        function(*map(on_meta, launch.arguments))
+    finally:
+        jit.JITFunction._do_compile = compile_one
+    (kernel,) = compiled
+    return _report(kernel, launch.arch)
+
+
+def _report(compiled: Any, arch: int) -> Report:
     ptx = compiled.asm["ptx"]
-    used = _ptxas(ptx, spec.arch)
+    used = _ptxas(ptx, arch)
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", used))
     registers = int(re.search(r"Used (\d+) registers", used).group(1))  # type: ignore[union-attr]
     matrix = [name for name in ("wgmma", "mma") if re.search(rf"^\s*{name}\.", ptx, re.MULTILINE)]
@@ -119,5 +198,7 @@ def _ptxas(ptx: str, arch: int) -> str:
 
 
 if __name__ == "__main__":
-    reports = [_compile(Spec(**s)) for s in json.load(sys.stdin)]
+    reports = [
+        _compile_launch(Launch(**s)) if "function" in s else _compile(Spec(**s)) for s in json.load(sys.stdin)
+    ]
     print(json.dumps([asdict(r) for r in reports]))

@@ -3,20 +3,24 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
+from benchmarks import shapes
 from cogview_kernels import _extension, stable_softmax
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
-from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
+from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Launch, compile_kernels
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
-# name: (shape, arguments, shape of the mask). A CPU vector has 4, 8 or 16 lanes; a Triton tile up to 16,384.
+# name: (shape, arguments, shape of the mask). A CPU vector has 4, 8 or 16 lanes; Triton keeps up to
+# 32,768 columns in registers, 20,480 under a mask and backward, in pieces of up to 4,096.
 CASES = {
     "one": ((1, 1), {}, None),
     "vector": ((3, 16), {}, None),
@@ -30,8 +34,11 @@ CASES = {
     "column_mask": ((3, 9, 37), {}, (9, 1)),
     "causal_mask": ((2, 2, 33, 33), {"causal": True}, (1, 1, 33, 33)),
     "five_dimensions": ((2, 2, 2, 3, 19), {}, (2, 1, 1, 19)),
-    "two_tiles_and_a_bit": ((3, 2 * 16384 + 5), {}, None),
-    "two_tiles_masked": ((2, 16384 + 3), {"alpha": 3.0}, (1, 16384 + 3)),
+    "long": ((3, 2 * 16384 + 5), {}, None),
+    "long_aligned": ((2, 2 * 16384 + 16), {"scale": -0.5}, None),
+    "long_masked": ((2, 20480 + 3), {"alpha": 3.0}, (1, 20480 + 3)),
+    "long_causal": ((5, 20480 + 16), {"causal": True, "scale": -1.0}, None),
+    "rows_of_one_program_in_two_batches": ((3, 3, 3, 48), {"causal": True}, (3, 1, 1, 48)),
 }
 
 
@@ -121,7 +128,7 @@ def test_empty(backend, shape, backend_device):
     assert probs.shape == shape and scores.grad.shape == shape
 
 
-@pytest.mark.parametrize("N", [40, 16384 + 40])
+@pytest.mark.parametrize("N", [40, 20480 + 40])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_fully_masked_row_gives_zeros(backend, N, backend_device):
     scores = torch.randn(4, N, device=backend_device(backend), requires_grad=True)
@@ -208,16 +215,26 @@ def test_every_instruction_set(isa, instruction_set):
         check("cpu", scores, dprobs, arguments)
 
 
-@pytest.mark.parametrize(("N", "one_tile"), [(16384, True), (16385, False)])
-def test_triton_branch_by_row_length(N, one_tile, monkeypatch, backend_device):
+@pytest.mark.parametrize(
+    ("N", "forward_rest", "backward_rest"),
+    [
+        (20_480, False, False),
+        (20_481, True, True),
+        (20_496, False, True),
+        (32_768, False, True),
+        (32_784, True, True),
+    ],
+)
+def test_triton_branch_by_row_length(N, forward_rest, backward_rest, monkeypatch, backend_device):
     device = backend_device("triton")
     from cogview_kernels.stable_softmax import triton_kernels
 
     seen = []
-    tiling = triton_kernels._tiling
-    monkeypatch.setattr(triton_kernels, "_tiling", lambda n: seen.append(tiling(n)) or seen[-1])
-    stable_softmax(torch.randn(1, N, device=device), backend="triton")
-    assert [t["ONE_TILE"] for t in seen] == [one_tile]
+    tiling = triton_kernels.tiling
+    monkeypatch.setattr(triton_kernels, "tiling", lambda *a: seen.append(tiling(*a)) or seen[-1])
+    scores = torch.randn(1, N, device=device, requires_grad=True)
+    stable_softmax(scores, backend="triton").sum().backward()
+    assert [t["REST"] for t in seen] == [forward_rest, backward_rest]
 
 
 # ---- PyTorch integration
@@ -319,33 +336,50 @@ def test_a_backend_asked_for_never_falls_back():
 # ---- compiled for chips that are not here
 
 
-def test_triton_compiles_for_sm80_and_sm90():
+def launches(dtype, arch, shape, causal=False, mask=None):
+    """Both directions, specialised as Triton would on a GPU."""
     module = "cogview_kernels.stable_softmax.triton_kernels"
-    integers = ["R", "B", "T", "N"]
-    strides = [f"stride_{x}" for x in ("sa", "sb", "st", "ma", "mb", "mt", "mn")]
-    specs = []
+    scores = {"shape": shape, "dtype": dtype}
+    if mask is not None:
+        mask = {"shape": mask, "dtype": "bool"}
+    return [
+        Launch(module, "forward", [scores, mask, scores, 2.0, 1.0, causal, ""], arch),
+        Launch(module, "backward", [scores, scores, scores, 2.0, ""], arch),
+    ]
+
+
+def test_triton_compiles_for_sm80_and_sm90():
+    some = []
     for arch in (80, 90):
-        for dtype in ("fp32", "fp16", "bf16"):
-            for one_tile, block_r, block_n, warps in (
-                (True, 1, 16384, 16),
-                (False, 1, 16384, 16),
-                (True, 8, 128, 4),
+        for dtype in ("float32", "float16", "bfloat16"):
+            for shape, causal, mask in (
+                ((4, 8, 1024, 1024), True, (1024, 1024)),
+                ((6, 17), False, None),
+                ((64, 20479), False, (64, 20479)),
+                ((64, 100_000), True, (64, 100_000)),
+                ((64, 100_001), False, None),
             ):
-                tiling = {"ONE_TILE": one_tile, "BLOCK_R": block_r, "BLOCK_N": block_n}
-                forward = {"scores_ptr": f"*{dtype}", "mask_ptr": "*u8", "probs_ptr": f"*{dtype}"}
-                forward |= dict.fromkeys(integers + strides, "i32") | {"alpha": "fp32", "scale": "fp32"}
-                flags = {"HAS_MASK": True, "IS_CAUSAL": True, **tiling}
-                forward |= dict.fromkeys(flags, "constexpr")
-                pointers = ["scores_ptr", "probs_ptr"]
-                specs.append(
-                    Spec(module, "_stable_softmax_fwd_kernel", forward, flags, arch, warps, aligned=pointers)
-                )
-                backward = {name: f"*{dtype}" for name in ("dprobs_ptr", "probs_ptr", "dscores_ptr")}
-                backward |= {"R": "i32", "N": "i32", "factor": "fp32"} | dict.fromkeys(tiling, "constexpr")
-                specs.append(Spec(module, "_stable_softmax_bwd_kernel", backward, tiling, arch, warps))
-    for spec, report in zip(specs, compile_kernels(specs), strict=True):
-        assert report.spills == 0, (spec, report.spills)
-        assert report.shared <= SHARED_MEMORY_LIMIT[spec.arch], (spec, report.shared)
+                some += launches(dtype, arch, shape, causal, mask)
+    for launch, report in zip(some, compile_kernels(some), strict=True):
+        assert report.spills == 0, (launch, report.spills)
+        assert report.shared <= SHARED_MEMORY_LIMIT[launch.arch], (launch, report.shared)
+
+
+def test_triton_moves_sixteen_bytes_at_once_in_benchmarks():
+    """A thread's every load and store has 16 bytes. A mask that can end anywhere, such as the diagonal, makes
+    eight of a load."""
+    some = []
+    for shape in shapes.SOFTMAX.gpu:
+        causal = isinstance(shape, shapes.ScoreShape)
+        size = (shape.B, shape.H, shape.T, shape.T) if causal else (shape.N, shape.C)
+        for dtype in ("float32", "float16", "bfloat16"):
+            some += launches(dtype, 90, size, causal)
+    for launch, report in zip(some, compile_kernels(some), strict=True):
+        moves = re.findall(r"(?:ld|st)\.global\S*|cp\.async\.c\S+ .*", report.ptx)
+        assert moves
+        for move in moves:
+            assert ".v4.b32" in move or ", 0x10, " in move, (launch, move)
+        assert report.spills == 0, (launch, report.spills)
 
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
