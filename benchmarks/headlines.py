@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m benchmarks.headlines``: first whether the Triton kernels are right on this GPU, then the figures
-that matter most, most valuable first, in one process and about two minutes.
+"""``python -m benchmarks.headlines``: whether the Triton kernels are right on this GPU, then the figures that
+matter most, most valuable first, in one process and about two minutes.
 
-Nothing is compiled but this library's own kernels: no FlexAttention, no ``torch.compile``. Each line is printed
-and saved before the next begins, so whatever cuts the run keeps what was done. Exit status 1: a check is red.
+Nothing is compiled but this library's own kernels: no FlexAttention, no ``torch.compile``. Each line is
+printed and saved before the next begins, so whatever cuts the run keeps what was done. Exit status 1: a check
+is red.
 """
 
 from __future__ import annotations

@@ -10,6 +10,11 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+# PyTorch raises when asked for autocast on other devices, such as meta. Asked here, once: torch.compile of
+# PyTorch 2.11 cannot trace the question.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla", torch._C._get_privateuse1_backend_name())
+_AUTOCAST = frozenset(name for name in _DEVICES if torch.amp.is_autocast_available(name))
+
 
 def check_float(op: str, name: str, x: Tensor) -> None:
     """``x`` has a dtype that a backend takes: kernels take all but float64, plain PyTorch takes that too."""
@@ -109,5 +114,5 @@ def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
 
 
 def is_autocast(device: torch.device) -> bool:
-    """Whether autocast is on for ``device``; PyTorch raises for devices that have none, such as meta."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    """Whether autocast is on for ``device``."""
+    return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)

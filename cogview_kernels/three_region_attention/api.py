@@ -86,7 +86,7 @@ def three_region_attention(
     chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
     scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
     if chosen not in ("sdpa", "reference"):
-        out, lse = three_region_attention_op(
+        out, lse, _residuals = three_region_attention_op(
             q,
             k,
             v,

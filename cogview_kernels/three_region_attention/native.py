@@ -65,9 +65,10 @@ def forward(
     dropout: Dropout | None,
     out: Tensor,
     lse: Tensor,
+    residuals: Tensor,
     backend: str,
 ) -> None:
-    """Fills ``out`` and ``lse``. Rows of all tensors are contiguous."""
+    """Fills ``out`` and ``lse``; there are no residuals. Rows of all tensors are contiguous."""
     if backend == "cuda":
         q, k, v = aligned(q), aligned(k), aligned(v)
     pivots = layout.pivots.contiguous()
@@ -91,13 +92,13 @@ def backward(
     layout: ThreeRegionLayout,
     scale: float,
     dropout: Dropout | None,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Tensor, Tensor, Tensor],
     backend: str,
 ) -> None:
     """Fills ``gradients``, of q, k and v. ``saved`` and ``doutputs``: of out and lse. Rows are contiguous."""
-    (out, lse), (dout, dlse) = saved, doutputs
+    (out, lse, _), (dout, dlse) = saved, doutputs
     if backend == "cuda":
         q, k, v, out, dout = map(aligned, (q, k, v, out, dout))
     pivots = layout.pivots.contiguous()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch.ops.cogview_kernels.three_region_attention``: schemas, fake tensors, and what is saved.
 
-Saved are q, k, v, the output and the log of the softmax's denominator: probabilities are computed anew. So is
-the order of the pivots: that costs microseconds, keeping it for every layer costs memory.
+Saved are q, k, v, the output, the log of the softmax's denominator, and what else a backend wants to find
+again (``residuals``, int32, of a length that only the backend knows): probabilities are computed anew.
 """
 
 from __future__ import annotations
@@ -42,9 +42,15 @@ def _empty_in_order_of(x: Tensor) -> Tensor:
     return x.new_empty(B, H, T, D)
 
 
-def _empty_outputs(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``."""
-    return _empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_outputs(
+    q: Tensor, k: Tensor, v: Tensor, pivots: Tensor, block_size: int, window_blocks: int, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, residuals)``."""
+    size = 0
+    if rest[-1] == "triton" and q.numel() > 0:
+        size = backend_module("triton").residuals_size(q, pivots, block_size, window_blocks)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty_in_order_of(q), lse, q.new_empty(size, dtype=torch.int32)
 
 
 def _empty_gradients(
@@ -55,17 +61,17 @@ def _empty_gradients(
 
 
 def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
-    out, lse = _empty_outputs(q)
+    out, lse, residuals = _empty_outputs(q, k, v, pivots, block_size, window_blocks, backend)
     if out.numel() > 0:
         layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
         dropout = Dropout.of(dropout_p, seed) if dropout_p else None
         inputs = with_rows(q), with_rows(k), with_rows(v)
-        backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, backend)
-    return out, lse
+        backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, residuals, backend)
+    return out, lse, residuals
 
 
 def _backward(
-    dout, dlse, q, k, v, out, lse,
+    dout, dlse, q, k, v, out, lse, residuals,
     pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend,
 ):  # fmt: skip
     gradients = _empty_gradients(dout, dlse, q, k, v)
@@ -75,7 +81,7 @@ def _backward(
     layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
-    saved = with_rows(out), lse.contiguous()
+    saved = with_rows(out), lse.contiguous(), residuals
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
     backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, gradients, backend)
     return gradients
@@ -86,18 +92,18 @@ def _save(ctx, arguments, outputs):
     return q, k, v, *outputs, pivots, seed
 
 
-def _differentiate(ctx, saved, dout, dlse):
-    q, k, v, out, lse, pivots, seed = saved
+def _differentiate(ctx, saved, dout, dlse, _):
+    q, k, v, out, lse, residuals, pivots, seed = saved
     if dout is None:
         dout = torch.zeros_like(out)
     gradients = three_region_attention_backward_op(
-        dout, dlse, q, k, v, out, lse, pivots, *ctx.options, seed, ctx.backend
+        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend
     )
     return *gradients, *(None,) * 8
 
 
 three_region_attention_op = Op(
-    f"three_region_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)",
+    f"three_region_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_empty_outputs,
     save=_save,
@@ -105,7 +111,7 @@ three_region_attention_op = Op(
 )
 three_region_attention_backward_op = Op(
     "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, {_FLAT}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, Tensor residuals, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
 )

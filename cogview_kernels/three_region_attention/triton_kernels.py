@@ -27,7 +27,7 @@ of queries, out of the L2 cache for the most part.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -44,6 +44,8 @@ from cogview_kernels._regions_triton import (
 from cogview_kernels._triton import (
     LN2,
     LOG2E,
+    Launch,
+    Plans,
     dropout_arguments,
     dropout_keeps,
     dropout_rows,
@@ -68,74 +70,82 @@ _LARGEST_TILE = 128
 
 @triton.jit
 def _index_kernel(
-    pivots_ptr, sorted_pivots_ptr, far_counts_ptr, rank_of_pivot_ptr, P, PP, T, NB, block_size, window_blocks,
-    HAS_RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    pivots_ptr, residuals_ptr, P, PP, T, NB, stride_i, block_size, window_blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sorts by counting, PP^2 comparisons a sample: ``sorted_pivots[rank] = pivot`` with pads as T up to PP.
-
-    ``far_counts[block]``: pivots left of the window of ``block``. ``rank_of_pivot[pivot] = rank``."""
+    """Of each sample, in a row of ``stride_i`` integers: the pivots in ascending order, T where padded up to
+    PP; the rank of each position among them, -1 for those that are none (T of them); and how many pivots lie
+    left of the window of each block of the layout (NB). By counting: P comparisons for each of these."""
     b = tl.program_id(1)
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row_ptr = pivots_ptr + offset(b, P)
     pivot = tl.load(row_ptr + mine, mask=mine < P, other=-1).to(tl.int32)
     pivot = tl.where((pivot < 0) | (pivot >= T), T, pivot)
-    start_of_mine = window_start_of_block(mine, block_size, window_blocks)
-    rank = tl.zeros([BLOCK], tl.int32)
-    before = tl.zeros([BLOCK], tl.int32)
+    window = window_start_of_block(mine, block_size, window_blocks)
+    # Summed after the loop: a sum across threads in each turn would take longer than the comparisons.
+    less_than_pivot = tl.zeros([BLOCK, BLOCK], tl.int32)
+    left_of_window = tl.zeros([BLOCK, BLOCK], tl.int32)
+    less_than_mine = tl.zeros([BLOCK, BLOCK], tl.int32)
+    same_as_mine = tl.zeros([BLOCK, BLOCK], tl.int32)
     for start in range(0, PP, BLOCK):
         index = start + tl.arange(0, BLOCK)
         other = tl.load(row_ptr + index, mask=index < P, other=-1).to(tl.int32)
-        other = tl.where((other < 0) | (other >= T), T, other)
+        other = tl.where((other < 0) | (other >= T), T, other)[None, :]
         # Equal ones (pads, or pivots wrongly given twice) keep their order, so that every rank is taken.
-        less = other[None, :] < pivot[:, None]
-        less = less | ((other[None, :] == pivot[:, None]) & (index[None, :] < mine[:, None]))
-        rank += tl.sum(less.to(tl.int32), axis=1)
-        before += tl.sum((other[None, :] < start_of_mine[:, None]).to(tl.int32), axis=1)
-    tl.store(sorted_pivots_ptr + offset(b, PP) + rank, pivot, mask=mine < PP)
-    tl.store(far_counts_ptr + offset(b, NB) + mine, before, mask=mine < NB)
-    if HAS_RANKS:
-        tl.store(rank_of_pivot_ptr + offset(b, T) + pivot, rank, mask=pivot < T)
+        less = (other < pivot[:, None]) | ((other == pivot[:, None]) & (index[None, :] < mine[:, None]))
+        less_than_pivot += less.to(tl.int32)
+        left_of_window += (other < window[:, None]).to(tl.int32)
+        less_than_mine += (other < mine[:, None]).to(tl.int32)
+        same_as_mine += (other == mine[:, None]).to(tl.int32)
+    index_ptr = residuals_ptr + offset(b, stride_i)
+    tl.store(index_ptr + tl.sum(less_than_pivot, axis=1), pivot, mask=mine < PP)
+    rank = tl.where(tl.sum(same_as_mine, axis=1) > 0, tl.sum(less_than_mine, axis=1), -1)
+    tl.store(index_ptr + PP + mine, rank, mask=mine < T)
+    tl.store(index_ptr + PP + T + mine, tl.sum(left_of_window, axis=1), mask=mine < NB)
 
 
 @triton.jit
 def _softmax_step(
-    acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, row_max, rest, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output.
 
-    One fused multiply-add rounds ``s * factor - peak`` once, while the peak itself was rounded as a product:
-    for the largest key the exponent is then off by up to half an ulp of the peak, which is no harm below
-    2^22 but 2^2900 and more for the largest scores of float16. With HUGE_SCORES the difference to the largest
-    score of the tile comes first: it is exactly 0 there, at the price of one more addition an element."""
-    top = tl.max(s, axis=1)
-    if HUGE_SCORES:
-        top = tl.maximum(top, _LOWEST)  # of a row that sees no key here, -inf - -inf would be NaN
-    peak = top * factor + bias
+    The difference to the largest score of the tile comes first: ``s * factor - peak`` in one fused
+    multiply-add would be off by what was rounded when the peak itself was computed, half an ulp of it: no
+    harm below 2^22, but 2^2900 for the largest scores of float16. ``rest`` is what the maximum was rounded
+    by; the backward needs it for the same reason."""
+    top = tl.maximum(tl.max(s, axis=1), _LOWEST)  # of a row that sees no key here, -inf - -inf would be NaN
+    peak = tl.fma(top, factor, bias)
     new_max = tl.maximum(row_max, peak)
-    if HUGE_SCORES:
-        p = tl.exp2(tl.fma(s - top[:, None], factor, (peak - new_max)[:, None]))
-    else:
-        p = tl.exp2(tl.fma(s, factor, (bias - new_max)[:, None]))
+    rest = tl.where(peak > row_max, tl.fma(top, factor, -peak) + bias, rest)
+    p = tl.exp2(tl.fma(s - top[:, None], factor, (peak - new_max)[:, None]))
     shrink = tl.exp2(row_max - new_max)
     total = total * shrink + tl.sum(p, axis=1)
     if HAS_DROPOUT:
         p = tl.where(dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold), p, 0.0)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return acc, new_max, total
+    if v.dtype == tl.float32:
+        # The sum of the tile by itself, then added: one long chain of additions would err more.
+        acc = tl.fma(acc, shrink[:, None], tl.dot(p, v, input_precision=PRECISION))
+    else:
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_max, rest, total
 
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _fwd_kernel(
-    q_ptr, k_ptr, v_ptr, sorted_pivots_ptr, far_counts_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, residuals_ptr, out_ptr, lse_ptr, seed,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
-    H, G, T, PP, NB, block_size, window_blocks, factor, bias, seed, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H, G, T, PP, stride_i, peaks_at, block_size, window_blocks, factor, bias, keep_threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """out = sum_j 2^(s_j - m) keep_j v_j / (1 - p) / sum_j 2^(s_j - m);  lse = ln(sum_j 2^s_j)."""
+    """out = sum_j 2^(s_j - m) keep_j v_j / (1 - p) / sum_j 2^(s_j - m);  lse = ln(sum_j 2^s_j).
+
+    The residuals get, from ``peaks_at`` on, the two parts of lse in log2, ``[B, H, 2, T]``: the rounded
+    maximum m, and log2(sum_j 2^(s_j - m)) with what m was rounded by. Added up, the second would drown in the
+    first, and the backward's probabilities with it."""
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     # The last queries see the most pivots: they start first.
@@ -158,26 +168,26 @@ def _fwd_kernel(
     last_window = window_start(stop_m - 1, block_size, window_blocks)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    rest = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
     if HAS_FAR:
-        full = tl.load(far_counts_ptr + offset(b, NB) + start_m // block_size)
-        stop = tl.load(far_counts_ptr + offset(b, NB) + (stop_m - 1) // block_size)
-        sorted_pivots_ptr += offset(b, PP)
+        index_ptr = residuals_ptr + offset(b, stride_i)
+        far_counts_ptr = index_ptr + PP + T
+        full = tl.load(far_counts_ptr + start_m // block_size)
+        stop = tl.load(far_counts_ptr + (stop_m - 1) // block_size)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(sorted_pivots_ptr + index)
+            columns = tl.load(index_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                far_count = tl.load(
-                    far_counts_ptr + offset(b, NB) + rows // block_size, mask=rows < T, other=0
-                )
+                far_count = tl.load(far_counts_ptr + rows // block_size, mask=rows < T, other=0)
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
-            acc, row_max, total = _softmax_step(
-                acc, row_max, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-                HUGE_SCORES, HAS_DROPOUT, PRECISION,
+            acc, row_max, rest, total = _softmax_step(
+                acc, row_max, rest, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
+                HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -189,12 +199,16 @@ def _fwd_kernel(
             starts = window_start(rows, block_size, window_blocks)
             seen = in_window(columns[None, :], rows[:, None], starts[:, None])
             s = tl.where(seen, s, float("-inf"))
-        acc, row_max, total = _softmax_step(
-            acc, row_max, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
-            HUGE_SCORES, HAS_DROPOUT, PRECISION,
+        acc, row_max, rest, total = _softmax_step(
+            acc, row_max, rest, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
+            HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
-    tl.store(lse_ptr + offset(bh, T) + rows, (row_max + tl.log2(total)) * LN2, mask=rows < T)
+    rest += tl.log2(total)
+    tl.store(lse_ptr + offset(bh, T) + rows, (row_max + rest) * LN2, mask=rows < T)
+    peaks_ptr = residuals_ptr + peaks_at + offset(bh, T) * 2 + rows
+    tl.store(peaks_ptr, row_max.to(tl.int32, bitcast=True), mask=rows < T)
+    tl.store(peaks_ptr + T, rest.to(tl.int32, bitcast=True), mask=rows < T)
     if HAS_DROPOUT:
         acc = acc * keep_scale
     acc = acc / total[:, None]
@@ -207,15 +221,16 @@ def _fwd_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _bwd_rows_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, stats_ptr, words_ptr,
-    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, TP, seed,
+    out_ptr, dout_ptr, residuals_ptr, dlse_ptr, stats_ptr, words_ptr, seed,
+    stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, TP, peaks_at,
     HAS_DLSE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Of each row lse in log2 and delta = sum_d out dout - dlse, and the dropout's words: ``[B, H, 2, TP]``.
+    """Of each row its two peaks and delta = sum_d out dout - dlse, ``[B, H, 3, TP]``, and the two words of
+    its dropout, ``[B, H, 2, TP]``.
 
-    Rows from T to TP, the next multiple of a tile, have lse = inf, hence p = 0, so that later loads need no
-    mask. With one, and at 4 bytes a row, each thread would copy many single numbers into shared memory."""
+    Rows from T to TP, the next multiple of a tile, have a peak of inf, hence p = 0, so that later loads need
+    no mask. With one, and at 4 bytes a row, each thread would copy many single numbers into shared memory."""
     tiles = TP // BLOCK_M
     pid = tl.program_id(0)
     bh = pid // tiles
@@ -228,16 +243,26 @@ def _bwd_rows_kernel(
     out = load_rows(out_ptr, rows, stride_ot, inside, D, BLOCK_D).to(tl.float32)
     dout = load_rows(dout_ptr, rows, stride_gt, inside, D, BLOCK_D).to(tl.float32)
     delta = tl.sum(out * dout, axis=1)
-    at = offset(bh, T) + rows
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
-    at_padded = offset(bh, TP) * 2 + rows
-    tl.store(stats_ptr + at_padded, tl.load(lse_ptr + at, mask=inside, other=float("inf")) * LOG2E)
-    tl.store(stats_ptr + TP + at_padded, delta)
+        delta -= tl.load(dlse_ptr + offset(bh, T) + rows, mask=inside, other=0.0)
+    peaks_ptr = residuals_ptr + peaks_at + offset(bh, T) * 2 + rows
+    peak = tl.load(peaks_ptr, mask=inside, other=0).to(tl.float32, bitcast=True)
+    rest = tl.load(peaks_ptr + T, mask=inside, other=0).to(tl.float32, bitcast=True)
+    stats_ptr += offset(bh, TP) * 3 + rows
+    tl.store(stats_ptr, tl.where(inside, peak, float("inf")))
+    tl.store(stats_ptr + TP, rest)
+    tl.store(stats_ptr + 2 * TP, delta)
     if HAS_DROPOUT:
         r0, r1 = dropout_rows(seed, rows, h, b)
-        tl.store(words_ptr + at_padded, r0.to(tl.int32, bitcast=True))
-        tl.store(words_ptr + TP + at_padded, r1.to(tl.int32, bitcast=True))
+        words_ptr += offset(bh, TP) * 2 + rows
+        tl.store(words_ptr, r0.to(tl.int32, bitcast=True))
+        tl.store(words_ptr + TP, r1.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _load_stats(stats_ptr, TP):
+    """The two peaks and delta, see :func:`_bwd_rows_kernel`."""
+    return tl.load(stats_ptr), tl.load(stats_ptr + TP), tl.load(stats_ptr + 2 * TP)
 
 
 @triton.jit
@@ -248,21 +273,18 @@ def _load_words(words_ptr, TP):
 
 
 @triton.jit
-def _probabilities(s, factor, lse2, HUGE_SCORES: tl.constexpr):
-    """2^(s factor - lse2); where scores are huge, rounding alone can make the exponent large: at most 0."""
-    exponent = tl.fma(s, factor, -lse2)
-    if HUGE_SCORES:
-        exponent = tl.minimum(exponent, 0.0)
-    return tl.exp2(exponent)
+def _probabilities(s, factor, peak, rest):
+    """2^(s factor - peak - rest); the first difference is exact where it is small, however large the peak."""
+    return tl.exp2(tl.fma(s, factor, -peak) - rest)
 
 
 @triton.jit
 def _dq_step(
-    dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds k for a tile of raw products ``s``; ``lse2`` is in log2, less the bias."""
-    p = _probabilities(s, factor, lse2[:, None], HUGE_SCORES)
+    """Adds ds k for a tile of raw products ``s``; the bias was taken off ``rest``."""
+    p = _probabilities(s, factor, peak[:, None], rest[:, None])
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
@@ -273,11 +295,11 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, sorted_pivots_ptr, far_counts_ptr, stats_ptr, words_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
-    H, G, T, TP, PP, NB, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -296,36 +318,32 @@ def _dq_kernel(
     stop_m = tl.minimum(start_m + BLOCK_M, T)
     q = load_rows(q_ptr, rows, stride_qt, rows < T, D, BLOCK_D)
     dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D)
-    at = offset(bh, TP) * 2 + rows
-    lse2 = tl.load(stats_ptr + at)
-    delta = tl.load(stats_ptr + TP + at)
+    peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP)
     r0, r1 = rows, rows
     if HAS_DROPOUT:
-        r0, r1 = _load_words(words_ptr + at, TP)
+        r0, r1 = _load_words(words_ptr + offset(bh, TP) * 2 + rows, TP)
 
     first_window = window_start(start_m, block_size, window_blocks)
     last_window = window_start(stop_m - 1, block_size, window_blocks)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_FAR:
-        full = tl.load(far_counts_ptr + offset(b, NB) + start_m // block_size)
-        stop = tl.load(far_counts_ptr + offset(b, NB) + (stop_m - 1) // block_size)
-        sorted_pivots_ptr += offset(b, PP)
-        far_lse2 = lse2 - bias
+        index_ptr = residuals_ptr + offset(b, stride_i)
+        far_counts_ptr = index_ptr + PP + T
+        full = tl.load(far_counts_ptr + start_m // block_size)
+        stop = tl.load(far_counts_ptr + (stop_m - 1) // block_size)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(sorted_pivots_ptr + index)
+            columns = tl.load(index_ptr + index)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if start + BLOCK_N > full:
-                far_count = tl.load(
-                    far_counts_ptr + offset(b, NB) + rows // block_size, mask=rows < T, other=0
-                )
+                far_count = tl.load(far_counts_ptr + rows // block_size, mask=rows < T, other=0)
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             dq = _dq_step(
-                dq, dout, delta, far_lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-                HUGE_SCORES, HAS_DROPOUT, PRECISION,
+                dq, dout, delta, peak, rest - bias, s, factor, k, v, columns, r0, r1,
+                keep_threshold, keep_scale, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -338,8 +356,8 @@ def _dq_kernel(
             seen = in_window(columns[None, :], rows[:, None], starts[:, None])
             s = tl.where(seen, s, float("-inf"))
         dq = _dq_step(
-            dq, dout, delta, lse2, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-            HUGE_SCORES, HAS_DROPOUT, PRECISION,
+            dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
+            HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)
@@ -355,7 +373,7 @@ def _key_gradients(
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-    HAS_END: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -371,24 +389,23 @@ def _key_gradients(
         h = kv_head * G + g
         q_head = q_ptr + offset(b, stride_qb) + offset(h, stride_qh)
         dout_head = dout_ptr + offset(b, stride_gb) + offset(h, stride_gh)
-        row_base = offset(b * H + h, TP) * 2
+        bh = b * H + h
         for start in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
-            lse2 = tl.load(stats_ptr + row_base + rows)
-            delta = tl.load(stats_ptr + row_base + TP + rows)
+            peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if (start < full_lo) | (start + BLOCK_M > full_hi):
                 seen = rows[None, :] >= first[:, None]
                 if HAS_END:
                     seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
-            p = _probabilities(s, factor, (lse2 - bias)[None, :], HUGE_SCORES)
+            p = _probabilities(s, factor, peak[None, :], (rest - bias)[None, :])
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
-                r0, r1 = _load_words(words_ptr + row_base + rows, TP)
+                r0, r1 = _load_words(words_ptr + offset(bh, TP) * 2 + rows, TP)
                 keeps = dropout_keeps(r0[None, :], r1[None, :], columns[:, None], keep_threshold)
                 kept = tl.where(keeps, p, 0.0)
                 dp = tl.where(keeps, dp * keep_scale, 0.0)
@@ -400,11 +417,11 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_far_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, sorted_pivots_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
-    H, G, T, TP, PP, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
+    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -416,7 +433,7 @@ def _dkv_far_kernel(
     heads = H // G
     b = pid // tiles // heads
     kv_head = pid // tiles % heads
-    columns = tl.load(sorted_pivots_ptr + offset(b, PP) + index)
+    columns = tl.load(residuals_ptr + offset(b, stride_i) + index)
     k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
@@ -431,7 +448,7 @@ def _dkv_far_kernel(
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-        False, HUGE_SCORES, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -444,12 +461,12 @@ def _dkv_far_kernel(
 
 @triton.jit(do_not_specialize=_NO_SPECIALIZATION)
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, rank_of_pivot_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
-    H, G, T, TP, PP, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HUGE_SCORES: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
+    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -475,7 +492,7 @@ def _dkv_kernel(
         start_m, stop_m, stop_n - 1, first_query_past(start_n, block_size, window_blocks), b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
-        True, HUGE_SCORES, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
@@ -483,7 +500,7 @@ def _dkv_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = (columns < T)[:, None] & (d < D)[None, :]
     if HAS_FAR:
-        rank = tl.load(rank_of_pivot_ptr + offset(b, T) + columns, mask=columns < T, other=-1)
+        rank = tl.load(residuals_ptr + offset(b, stride_i) + PP + columns, mask=columns < T, other=-1)
         far = inside & (rank >= 0)[:, None]
         at = offset(pid // tiles, PP) * D + offset(rank, D)[:, None] + d[None, :]
         dk += tl.load(dk_far_ptr + at, mask=far, other=0.0).to(tl.float32)
@@ -497,40 +514,40 @@ def _dkv_kernel(
 
 
 def _whole_tiles(n: int) -> int:
-    return triton.cdiv(n, _LARGEST_TILE) * _LARGEST_TILE
+    return (n + _LARGEST_TILE - 1) // _LARGEST_TILE * _LARGEST_TILE
 
 
-def _index(
-    pivots: Tensor, T: int, block_size: int, window_blocks: int, with_ranks: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sorted pivots ``[B, PP]``, how many are far from each block ``[B, NB]`` and, for the backward, the rank
-    of each pivot ``[B, T]``, -1 for other positions."""
-    B, P = pivots.shape
-    blocks, PP = triton.cdiv(T, block_size), _whole_tiles(P)
-    sorted_pivots = pivots.new_empty(B, PP, dtype=torch.int32)
-    far_counts = pivots.new_empty(B, blocks, dtype=torch.int32)
-    rank_of_pivot = pivots.new_full((B, T), -1, dtype=torch.int32) if with_ranks else sorted_pivots
-    block = 64
-    _index_kernel[(triton.cdiv(max(PP, blocks), block), B)](
-        pivots.contiguous(), sorted_pivots, far_counts, rank_of_pivot, P, PP, T, blocks,
-        block_size, window_blocks, HAS_RANKS=with_ranks, BLOCK=block,
-    )  # fmt: skip
-    return sorted_pivots, far_counts, rank_of_pivot
+class _Sizes:
+    """What both directions work out from shapes and layout. ``stride_i``: integers of a sample's index."""
+
+    def __init__(self, q: Tensor, k: Tensor, layout: ThreeRegionLayout) -> None:
+        self.B, self.H, self.T, self.D = q.shape
+        self.heads = k.shape[1]
+        self.G = self.H // self.heads
+        self.P = layout.pivots.shape[1]
+        # Block size and window blocks as short as makes no difference at T positions.
+        self.block_size = min(layout.block_size, self.T)
+        self.blocks = triton.cdiv(self.T, self.block_size)
+        self.window_blocks = min(layout.window_blocks, self.blocks)
+        self.TP, self.PP = _whole_tiles(self.T), _whole_tiles(self.P)
+        self.stride_i = _stride_of_index(self.T, self.P, layout.block_size, layout.window_blocks)
+        self.has_far = self.stride_i > 0
+        self.peaks_at = self.B * self.stride_i
 
 
-def _window(layout: ThreeRegionLayout, T: int) -> tuple[int, int]:
-    """Block size and window blocks, as short as makes no difference at T positions."""
-    block_size = min(layout.block_size, T)
-    return block_size, min(layout.window_blocks, triton.cdiv(T, block_size))
+def _stride_of_index(T: int, P: int, block_size: int, window_blocks: int) -> int:
+    """Integers of a sample in :func:`_index_kernel`, whole multiples of 64 bytes, so that nothing starts in
+    the middle of a vector; 0 where no key is far."""
+    if P == 0 or block_size * window_blocks >= T:
+        return 0
+    return (_whole_tiles(P) + T + (T - 1) // block_size + 16) // 16 * 16
 
 
-def _run(
-    kernel: str, q: Tensor, block_size: int, dropout: Dropout | None, launch: Callable[[Config], None]
-) -> None:
-    chosen = launch_config.choose(
-        kernel, q.device, q.shape[3], q.dtype, block_size, dropout is not None, launch
-    )
-    launch(chosen)
+def residuals_size(q: Tensor, pivots: Tensor, block_size: int, window_blocks: int) -> int:
+    """How many int32 the forward leaves for the backward besides out and lse: the index of the pivots, see
+    :func:`_index_kernel`, then the bits of both peaks of each row, see :func:`_fwd_kernel`."""
+    B, H, T, _ = q.shape
+    return B * (_stride_of_index(T, pivots.shape[1], block_size, window_blocks) + 2 * H * T)
 
 
 def _tiles(config: Config) -> dict[str, int | None]:
@@ -543,21 +560,97 @@ def _tiles(config: Config) -> dict[str, int | None]:
     }
 
 
+def _is_tf32(q: Tensor) -> bool:
+    """PyTorch's own switch decides whether products of float32 may use tf32."""
+    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def _flags(q: Tensor, dropout: Dropout | None) -> dict[str, Any]:
-    # PyTorch's own switch decides whether products of float32 may use tf32.
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "HUGE_SCORES": True,
         "HAS_DROPOUT": dropout is not None,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if _is_tf32(q) else "ieee",
         "D": q.shape[3],
         "BLOCK_D": launch_config.padded(q.shape[3]),
     }
 
 
+def _chosen(
+    kernel: str, q: Tensor, sizes: _Sizes, dropout: Dropout | None, launch: Callable[[Config], Launch],
+    arguments: Callable[[Launch], None],
+) -> Launch:  # fmt: skip
+    """``launch`` at the configuration that suits; ``arguments`` runs one, should it have to be timed."""
+    made: dict[Config, Launch] = {}
+
+    def run(config: Config) -> None:
+        if config not in made:
+            made[config] = launch(config)
+        arguments(made[config])
+
+    dropped = dropout is not None
+    return launch(launch_config.choose(kernel, q.device, sizes.D, q.dtype, sizes.block_size, dropped, run))
+
+
 def limit(backend: str, q: Tensor) -> str:
     """Why the kernels cannot take ``q``, and the way out; empty when they can."""
     return native.limit(backend, q)
+
+
+def _key(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, dropout: Dropout | None
+) -> tuple[Any, ...]:
+    """What both plans look at."""
+    pivots = layout.pivots
+    return (
+        q.dtype, q.get_device(), q.shape, k.shape, q.stride(), k.stride(), v.stride(), scale,
+        pivots.shape, pivots.dtype, layout.block_size, layout.window_blocks, layout.pivot_bias,
+        dropout and dropout.keep_threshold, _is_tf32(q), launch_config.choose,
+    )  # fmt: skip
+
+
+def _index_launch(sizes: _Sizes) -> Launch:
+    block = 64
+    entries = max(sizes.PP, sizes.T, sizes.blocks)
+    numbers = (
+        sizes.P,
+        sizes.PP,
+        sizes.T,
+        sizes.blocks,
+        sizes.stride_i,
+        sizes.block_size,
+        sizes.window_blocks,
+    )
+    return Launch(_index_kernel, (triton.cdiv(entries, block), sizes.B), numbers, BLOCK=block, num_warps=8)
+
+
+class _Forward(NamedTuple):
+    index: Launch | None
+    fwd: Launch
+
+
+def _plan_forward(q, k, v, layout, scale, dropout, out, lse, residuals) -> _Forward:
+    sizes = _Sizes(q, k, layout)
+    seed, keep_threshold, keep_scale = dropout_arguments(dropout)
+    index = _index_launch(sizes) if sizes.has_far else None
+    if index is not None:  # tuning launches the kernel
+        index(layout.pivots.contiguous(), residuals)
+
+    def fwd(config: Config) -> Launch:
+        numbers = (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            sizes.H, sizes.G, sizes.T, sizes.PP, sizes.stride_i, sizes.peaks_at,
+            sizes.block_size, sizes.window_blocks,
+            _factor(scale), layout.pivot_bias * LOG2E.value, keep_threshold, keep_scale,
+        )  # fmt: skip
+        grid = (triton.cdiv(sizes.T, config.block_m) * sizes.B * sizes.H,)
+        return Launch(
+            _fwd_kernel, grid, numbers, HAS_FAR=sizes.has_far, **_flags(q, dropout), **_tiles(config)
+        )
+
+    tensors = (q, k, v, residuals, out, lse)
+    return _Forward(index, _chosen("fwd", q, sizes, dropout, fwd, lambda launch: launch(*tensors, seed=seed)))
+
+
+_forward_plans: Plans[_Forward] = Plans(_plan_forward)
 
 
 def forward(
@@ -569,30 +662,97 @@ def forward(
     dropout: Dropout | None,
     out: Tensor,
     lse: Tensor,
+    residuals: Tensor,
     _: str,
 ) -> None:
-    """Fills ``out`` and ``lse``. Rows are contiguous. Two launches, one where there is no far key."""
+    """Fills ``out``, ``lse`` and ``residuals``. Rows are contiguous. Two launches; one if no key is far."""
     if scale < 0:
         q, scale = -q, -scale
-    B, H, T, _D = q.shape
-    block_size, window_blocks = _window(layout, T)
-    PP, blocks, G = _whole_tiles(layout.pivots.shape[1]), triton.cdiv(T, block_size), H // k.shape[1]
-    has_far = PP > 0 and blocks > window_blocks
-    sorted_pivots, far_counts, _ranks = (
-        _index(layout.pivots, T, block_size, window_blocks, False) if has_far else (lse, lse, lse)
-    )
+    key = (_key(q, k, v, layout, scale, dropout), out.stride())
+    plan = _forward_plans.get(key, q, k, v, layout, scale, dropout, out, lse, residuals)
+    if plan.index is not None:
+        plan.index(layout.pivots.contiguous(), residuals)
+    plan.fwd(q, k, v, residuals, out, lse, seed=dropout_arguments(dropout)[0])
+
+
+class _Backward(NamedTuple):
+    """The launches, the shapes of what they share (:func:`_bwd_rows_kernel`) and of the far gradients."""
+
+    rows: Launch
+    dq: Launch
+    dkv_far: Launch | None
+    dkv: Launch
+    stats_shape: tuple[int, ...]
+    words_shape: tuple[int, ...]
+    far_shape: tuple[int, ...]
+
+
+def _plan_backward(q, k, v, layout, scale, dq_scale, dropout, saved, doutputs, gradients) -> _Backward:
+    (out, lse, residuals), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
+    sizes = _Sizes(q, k, layout)
+    B, H, T, D = q.shape
     seed, keep_threshold, keep_scale = dropout_arguments(dropout)
+    factor, bias, flags = _factor(scale), layout.pivot_bias * LOG2E.value, _flags(q, dropout)
+    inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
+    common = (sizes.H, sizes.G, T, sizes.TP, sizes.PP, sizes.stride_i, sizes.block_size, sizes.window_blocks)
 
-    def launch(config: Config) -> None:
-        _fwd_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            q, k, v, sorted_pivots, far_counts, out, lse,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            H, G, T, PP, blocks, block_size, window_blocks, _factor(scale), layout.pivot_bias * LOG2E.value,
-            seed, keep_threshold, keep_scale,
-            HAS_FAR=has_far, **_flags(q, dropout), **_tiles(config),
+    block = 64
+    rows = Launch(
+        _bwd_rows_kernel,
+        (sizes.TP // block * B * H,),
+        (*out.stride()[:3], *dout.stride()[:3], H, T, sizes.TP, sizes.peaks_at),
+        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout is not None,
+        D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
+    )  # fmt: skip
+
+    def dq_launch(config: Config) -> Launch:
+        numbers = (*inputs, *dq.stride()[:3], *common, dq_scale, factor, bias, keep_threshold, keep_scale)
+        grid = (triton.cdiv(T, config.block_m) * B * H,)
+        return Launch(_dq_kernel, grid, numbers, HAS_FAR=sizes.has_far, **flags, **_tiles(config))
+
+    def dkv_far_launch(config: Config) -> Launch:
+        numbers = (*inputs, *common, scale, factor, bias, keep_threshold, keep_scale)
+        grid = (sizes.PP // config.block_n * B * sizes.heads,)
+        return Launch(_dkv_far_kernel, grid, numbers, **flags, **_tiles(config))
+
+    def dkv_launch(config: Config) -> Launch:
+        numbers = (
+            *inputs, *dk.stride()[:3], *dv.stride()[:3], *common, scale, factor, keep_threshold, keep_scale
         )  # fmt: skip
+        grid = (triton.cdiv(T, config.block_n) * B * sizes.heads,)
+        return Launch(_dkv_kernel, grid, numbers, HAS_FAR=sizes.has_far, **flags, **_tiles(config))
 
-    _run("fwd", q, block_size, dropout, launch)
+    stats_shape, words_shape, far_shape = (
+        (B, H, 3, sizes.TP),
+        (B, H, 2, sizes.TP),
+        (2, B, sizes.heads, sizes.PP, D),
+    )
+    # What tuning launches the kernels on.
+    stats, words = _empty_stats(lse, stats_shape, words_shape, dropout)
+    far = k.new_empty(far_shape if sizes.has_far else (2, 0))
+    rows(out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=seed)
+    before = (q, k, v, dout, residuals, stats, words)
+    return _Backward(
+        rows,
+        _chosen("dq", q, sizes, dropout, dq_launch, lambda launch: launch(*before, dq)),
+        _chosen("dkv_far", q, sizes, dropout, dkv_far_launch, lambda launch: launch(*before, *far))
+        if sizes.has_far
+        else None,
+        _chosen("dkv", q, sizes, dropout, dkv_launch, lambda launch: launch(*before, *far, dk, dv)),
+        stats_shape,
+        words_shape,
+        tuple(far.shape),
+    )
+
+
+def _empty_stats(
+    lse: Tensor, stats_shape: tuple[int, ...], words_shape: tuple[int, ...], dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    stats = lse.new_empty(stats_shape)
+    return stats, stats if dropout is None else lse.new_empty(words_shape, dtype=torch.int32)
+
+
+_backward_plans: Plans[_Backward] = Plans(_plan_backward)
 
 
 def backward(
@@ -602,76 +762,34 @@ def backward(
     layout: ThreeRegionLayout,
     scale: float,
     dropout: Dropout | None,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Tensor, Tensor, Tensor],
     _: str,
 ) -> None:
-    """Fills ``gradients``, of q, k and v. ``saved`` and ``doutputs``: of out and lse. Rows are contiguous."""
-    (out, lse), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
+    """Fills ``gradients``, of q, k and v. ``saved``: out, lse and residuals; ``doutputs``: of out and lse.
+
+    Rows are contiguous. Four launches, three where no key is far."""
+    (out, lse, residuals), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
+    dq_scale = scale
     if scale < 0:
-        # Scores stay what they were; dq belongs to -q, and its sign is turned back by the factor below.
-        q, scale, dq_scale = -q, -scale, scale
-    else:
-        dq_scale = scale
-    B, H, T, D = q.shape
-    block_size, window_blocks = _window(layout, T)
-    TP, PP, blocks = _whole_tiles(T), _whole_tiles(layout.pivots.shape[1]), triton.cdiv(T, block_size)
-    heads = k.shape[1]
-    G = H // heads
-    has_far = PP > 0 and blocks > window_blocks
-    sorted_pivots, far_counts, rank_of_pivot = (
-        _index(layout.pivots, T, block_size, window_blocks, True) if has_far else (lse, lse, lse)
-    )
-    seed, keep_threshold, keep_scale = dropout_arguments(dropout)
-    factor, bias, flags = _factor(scale), layout.pivot_bias * LOG2E.value, _flags(q, dropout)
-    q_strides, k_strides, v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
-    dout_strides = dout.stride()[:3]
-
-    block = 64
-    stats = lse.new_empty(B, H, 2, TP)
-    words = stats.new_empty(stats.shape, dtype=torch.int32) if dropout is not None else stats
-    _bwd_rows_kernel[(TP // block * B * H,)](
-        out, dout, lse, lse if dlse is None else dlse, stats, words,
-        *out.stride()[:3], *dout_strides, H, T, TP, seed,
-        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout is not None,
-        D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
+        # Scores stay what they were; dq belongs to -q, and its sign is turned back by dq_scale.
+        q, scale = -q, -scale
+    key = (
+        _key(q, k, v, layout, scale, dropout), dq_scale, dlse is None,
+        out.stride(), dout.stride(), dq.stride(), dk.stride(), dv.stride(),
     )  # fmt: skip
-
-    def launch_dq(config: Config) -> None:
-        _dq_kernel[(triton.cdiv(T, config.block_m) * B * H,)](
-            q, k, v, dout, sorted_pivots, far_counts, stats, words, dq,
-            *q_strides, *k_strides, *v_strides, *dout_strides, *dq.stride()[:3],
-            H, G, T, TP, PP, blocks, block_size, window_blocks,
-            dq_scale, factor, bias, keep_threshold, keep_scale,
-            HAS_FAR=has_far, **flags, **_tiles(config),
-        )  # fmt: skip
-
-    _run("dq", q, block_size, dropout, launch_dq)
-
-    dk_far = dv_far = lse
-    if has_far:
-        dk_far, dv_far = k.new_empty(2, B, heads, PP, D).unbind()
-
-        def launch_dkv_far(config: Config) -> None:
-            _dkv_far_kernel[(PP // config.block_n * B * heads,)](
-                q, k, v, dout, sorted_pivots, stats, words, dk_far, dv_far,
-                *q_strides, *k_strides, *v_strides, *dout_strides,
-                H, G, T, TP, PP, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-                **flags, **_tiles(config),
-            )  # fmt: skip
-
-        _run("dkv_far", q, block_size, dropout, launch_dkv_far)
-
-    def launch_dkv(config: Config) -> None:
-        _dkv_kernel[(triton.cdiv(T, config.block_n) * B * heads,)](
-            q, k, v, dout, rank_of_pivot, stats, words, dk_far, dv_far, dk, dv,
-            *q_strides, *k_strides, *v_strides, *dout_strides, *dk.stride()[:3], *dv.stride()[:3],
-            H, G, T, TP, PP, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
-            HAS_FAR=has_far, **flags, **_tiles(config),
-        )  # fmt: skip
-
-    _run("dkv", q, block_size, dropout, launch_dkv)
+    plan = _backward_plans.get(key, q, k, v, layout, scale, dq_scale, dropout, saved, doutputs, gradients)
+    stats, words = _empty_stats(lse, plan.stats_shape, plan.words_shape, dropout)
+    dk_far, dv_far = k.new_empty(plan.far_shape).unbind()
+    plan.rows(
+        out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=dropout_arguments(dropout)[0]
+    )
+    before = (q, k, v, dout, residuals, stats, words)
+    plan.dq(*before, dq)
+    if plan.dkv_far is not None:
+        plan.dkv_far(*before, dk_far, dv_far)
+    plan.dkv(*before, dk_far, dv_far, dk, dv)
 
 
 def _factor(scale: float) -> float:

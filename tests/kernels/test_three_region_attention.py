@@ -408,6 +408,29 @@ def test_logits_past_the_fp16_limit(backend, backend_device):
     torch.testing.assert_close(out.double(), truth, atol=1e-2, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_queries_and_keys_at_the_fp16_limit(backend, dtype, backend_device):
+    """One key takes everything: out and dv are copies. dq and dk, which are 0, are rounding times 65,504.
+
+    Peaks are then up to 2^35 in log2, and half an ulp of one is 2^11: an exponent that is off by it makes NaN
+    or an infinity of what is 1, or 0. Triton's interpreter rounds fused multiply-adds as a GPU does."""
+    if backend == "cuda" and dtype == torch.bfloat16:
+        pytest.skip("the cuda backend computes in float16")
+    device = backend_device(backend)
+    case = {"T": 200, "w": 32, "W": 2, "P": 40, "D": 64, "bias": 0.7, "dtype": torch.float32}
+    q, k, v, layout = make(**case, device=device)
+    q, k = ((x / x.abs().max() * 65280).to(dtype) for x in (q, k))
+    v, dout = v.to(dtype), torch.randn_like(v).to(dtype)
+    wide = [x.double() for x in (q, k, v)]
+    truth = with_gradients(three_region_attention, *wide, layout, dout=dout.double(), backend="reference")
+    found = with_gradients(three_region_attention, q, k, v, layout, dout=dout, backend=backend)
+    assert all(bool(x.isfinite().all()) for x in (found[0], found[3]))
+    # The C++ kernels save lse as one float32, of which a peak of 2^35 leaves no more than the peak.
+    for i in (0, 3) if backend == "triton" else (0,):
+        torch.testing.assert_close(found[i].double(), truth[i], atol=2e-2, rtol=2e-2)
+
+
 # ---- the cpu backend
 
 
@@ -464,10 +487,10 @@ def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
     layout = ThreeRegionLayout(torch.tensor(pivots), 2, 2)
     with pytest.raises(ValueError, match=message):
         three_region_attention(x, x, x, layout, backend="cpu")
-    out, lse = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8)
+    results = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8), torch.empty(0, dtype=torch.int32)
     arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
     with pytest.raises(ValueError, match=message):
-        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, out, lse, *arguments)
+        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, *results, *arguments)
 
 
 def test_cpu_refuses_large_heads(backend_device):
@@ -504,9 +527,9 @@ def test_opcheck(backend, backend_device):
         torch.ops.cogview_kernels.three_region_attention,
         torch.ops.cogview_kernels.three_region_attention_backward,
     )
-    out, lse = op(q, k, v, *arguments)
+    out, lse, residuals = op(q, k, v, *arguments)
     torch.library.opcheck(
-        backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *arguments)
+        backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, residuals, *arguments)
     )
     torch.library.opcheck(op, (*(x.requires_grad_() for x in (q, k, v)), *arguments))
 

@@ -19,15 +19,25 @@ MODULE = "cogview_kernels.three_region_attention.triton_kernels"
 # ---- the pivots' index and the branches of the launcher
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
-@pytest.mark.parametrize(("T", "w", "W", "P"), [(300, 16, 2, 130), (300, 7, 3, 5), (64, 64, 1, 64)])
-def test_index(T, w, W, P, dtype, backend_device):
-    device = backend_device("triton")
+def index_of(pivots, T, w, W):
+    """Sorted pivots, ranks of positions, and how many pivots are far from each block."""
     from cogview_kernels.three_region_attention import triton_kernels
 
+    q = torch.empty(len(pivots), 1, T, 32, device=pivots.device)
+    sizes = triton_kernels._Sizes(q, q, ThreeRegionLayout(pivots, w, W))
+    residuals = torch.empty(sizes.peaks_at, dtype=torch.int32, device=pivots.device)
+    triton_kernels._index_launch(sizes)(pivots, residuals)
+    widths = (sizes.PP, T, sizes.blocks)
+    return residuals.view(len(pivots), -1)[:, : sum(widths)].split(widths, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
+@pytest.mark.parametrize(("T", "w", "W", "P"), [(300, 16, 2, 130), (300, 7, 3, 5), (70, 64, 1, 64)])
+def test_index(T, w, W, P, dtype, backend_device):
+    device = backend_device("triton")
     pivots = torch.stack([torch.randperm(T)[:P] for _ in range(3)])
     pivots[1, ::3] = -1
-    sorted_pivots, far_counts, rank_of_pivot = triton_kernels._index(pivots.to(device, dtype), T, w, W, True)
+    sorted_pivots, rank_of_pivot, far_counts = index_of(pivots.to(device, dtype), T, w, W)
     expected = pivots.masked_fill(pivots < 0, T).sort(1).values
     assert torch.equal(sorted_pivots.cpu().long(), torch.nn.functional.pad(expected, (0, -P % 128), value=T))
     starts = ((torch.arange(-(-T // w)) - W + 1).clamp(min=0) * w).expand(3, -1).contiguous()
@@ -40,17 +50,15 @@ def test_index(T, w, W, P, dtype, backend_device):
 def test_index_takes_no_place_twice(backend_device):
     """Values that a GPU is not asked to check stay inside the tensors."""
     device = backend_device("triton")
-    from cogview_kernels.three_region_attention import triton_kernels
-
     pivots = torch.tensor([[5, 5, 99, -7, 5, 2]], device=device)
-    sorted_pivots, _, _ = triton_kernels._index(pivots, 10, 2, 1, True)
+    sorted_pivots, _, _ = index_of(pivots, 10, 2, 1)
     assert sorted_pivots.tolist() == [[2, 5, 5, 5] + 124 * [10]]
 
 
 @pytest.mark.parametrize(
     ("T", "W", "P", "launched"),
     [
-        (40, 2, 6, ["_index", "fwd", "_index", "dq", "dkv_far", "dkv"]),
+        (40, 2, 6, ["_index", "fwd", "dq", "dkv_far", "dkv"]),
         (40, 2, 0, ["fwd", "dq", "dkv"]),  # no pivots
         (40, 5, 6, ["fwd", "dq", "dkv"]),  # a window over everything
     ],
@@ -65,9 +73,9 @@ def test_launches(T, W, P, launched, backend_device, monkeypatch):
         calls.append(kernel)
         return Config(16, 16, 4, 1)
 
-    index = triton_kernels._index
+    index = triton_kernels._index_launch
     monkeypatch.setattr(launch_config, "choose", choose)
-    monkeypatch.setattr(triton_kernels, "_index", lambda *a: calls.append("_index") or index(*a))
+    monkeypatch.setattr(triton_kernels, "_index_launch", lambda *a: calls.append("_index") or index(*a))
     q = torch.randn(1, 1, T, 32, device=device, requires_grad=True)
     layout = ThreeRegionLayout(torch.randperm(T, device=device)[None, :P], 8, W)
     three_region_attention(q, q, q, layout, backend="triton").sum().backward()
@@ -181,8 +189,8 @@ def test_a_first_call_does_not_tune():
 
 # ---- compiled for chips that are not here
 
-_INTEGERS = ("H", "G", "T", "TP", "PP", "NB", "block_size", "window_blocks")
-_TYPES = dict.fromkeys(("sorted_pivots_ptr", "far_counts_ptr", "rank_of_pivot_ptr", "words_ptr"), "*i32")
+_INTEGERS = ("H", "G", "T", "TP", "PP", "peaks_at", "block_size", "window_blocks")
+_TYPES = dict.fromkeys(("residuals_ptr", "words_ptr"), "*i32")
 _TYPES |= dict.fromkeys(("lse_ptr", "dlse_ptr", "stats_ptr"), "*fp32") | {
     "seed": "i64",
     "keep_threshold": "i64",
@@ -212,7 +220,11 @@ def spec(
     for name in names:
         kind = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride_") else "constexpr"
         signature[name] = _TYPES.get(name, kind)
-    aligned = [name for name in names if name.endswith("_ptr") or name.startswith(("stride_", "TP", "PP"))]
+    aligned = [
+        name
+        for name in names
+        if name.endswith("_ptr") or name.startswith(("stride_", "TP", "PP", "peaks_at"))
+    ]
     values = {name: constants[name] for name, kind in signature.items() if kind == "constexpr"}
     return Spec(
         MODULE, f"_{kernel}_kernel", signature, values, arch, config.num_warps, aligned=aligned,
