@@ -133,10 +133,10 @@ class Launch:
     """A kernel with its grid and all arguments but tensors and the seed, compiled once and then run directly.
 
     Triton binds and classifies every argument anew at each call, for about 0.4 us each; the compiled kernel
-    alone takes a microsecond. The parameters of ``kernel`` come in the order tensors, the seed where it has
-    one, ``numbers``, and the compile-time ``constants``. A tensor that does not start at a multiple of 16
-    bytes sends the call Triton's own way, since the kernel is compiled differently for it. What changes how
-    Triton compiles (its environment variables) is read at the first call alone.
+    alone takes a microsecond. The parameters of ``kernel`` come in the order tensors (or None), the seed
+    where it has one, ``numbers``, and the compile-time ``constants``. A tensor that does not start at a
+    multiple of 16 bytes sends the call Triton's own way, since the kernel is compiled differently for it.
+    What changes how Triton compiles (its environment variables) is read at the first call alone.
     """
 
     def __init__(
@@ -146,34 +146,40 @@ class Launch:
         self.numbers, self.constants = tuple(numbers), constants
         self.rest = (*self.numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self.blocks = (*grid, 1, 1)[:3]
-        self.compiled: dict[str, tuple[Any, ...]] = {}  # by the kind of the seed
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # by dtypes and the kind of the seed
 
-    def __call__(self, *tensors: Tensor, seed: Tensor | int | None = None) -> None:
-        kind = _kind(seed)
-        compiled = self.compiled.get(kind)
-        addresses = [x.data_ptr() for x in tensors]
-        if compiled is None or any(address % 16 for address in addresses) or _is_watched():
-            self._bind(kind, tensors, seed)
-            return
+    def __call__(self, *tensors: Tensor | None, seed: Tensor | int | None = None) -> None:
+        addresses: list[Any] = []
+        kinds: list[Any] = []
+        misaligned = 0
+        for x in tensors:
+            if x is None:
+                addresses.append(None)
+                kinds.append(None)
+            else:
+                address = x.data_ptr()
+                misaligned |= address
+                addresses.append(address)
+                kinds.append(x.dtype)
         if seed is not None:
+            kinds.append(_kind(seed))
             addresses.append(seed.data_ptr() if isinstance(seed, Tensor) else seed)
+        kind = tuple(kinds)
+        compiled = self.compiled.get(kind)
+        if compiled is None or misaligned % 16 or _is_watched():
+            seeds = () if seed is None else (seed,)
+            kernel = self.kernel[self.grid](*tensors, *seeds, *self.numbers, **self.constants)
+            if not INTERPRETED and not misaligned % 16:
+                stream_of = driver.active.get_current_stream
+                self.compiled[kind] = (kernel.run, kernel.function, kernel.packed_metadata, stream_of)
+            return
         run, function, metadata, stream_of = compiled
-        stream = stream_of(tensors[0].get_device())
+        stream = stream_of(tensors[0].get_device())  # type: ignore[union-attr]
         run(*self.blocks, stream, function, metadata, None, None, None, *addresses, *self.rest)
 
-    def _bind(self, kind: str, tensors: Sequence[Tensor], seed: Tensor | int | None) -> None:
-        seeds = () if seed is None else (seed,)
-        compiled = self.kernel[self.grid](*tensors, *seeds, *self.numbers, **self.constants)
-        if INTERPRETED or any(x.data_ptr() % 16 for x in tensors):
-            return
-        stream_of = driver.active.get_current_stream
-        self.compiled[kind] = (compiled.run, compiled.function, compiled.packed_metadata, stream_of)
 
-
-def _kind(seed: Tensor | int | None) -> str:
+def _kind(seed: Tensor | int) -> str:
     """A kernel takes a seed as a pointer, or as an integer of the width that Triton gives it."""
-    if seed is None:
-        return ""
     if isinstance(seed, Tensor):
         return "pointer"
     return "32 bits" if -(2**31) <= seed < 2**31 else "64 bits"

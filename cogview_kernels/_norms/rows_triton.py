@@ -21,7 +21,17 @@ from torch import Tensor
 
 from cogview_kernels import _device
 from cogview_kernels._dropout import Dropout
-from cogview_kernels._triton import _WIDEN, dropout_keeps, dropout_rows, offset, round_to, store_rounded
+from cogview_kernels._triton import (
+    _WIDEN,
+    Launch,
+    Plans,
+    dropout_arguments,
+    dropout_keeps,
+    dropout_rows,
+    offset,
+    round_to,
+    store_rounded,
+)
 
 SM_REGISTERS = 65536
 
@@ -246,7 +256,7 @@ def gradient_through(dy, x, mean, rstd, weight, C: tl.constexpr, columns):
 
 @triton.jit(do_not_specialize=["seed", "keep_threshold"])
 def _abs_max_kernel(
-    x_ptr, abs_maxima_ptr, R, seed, keep_threshold, keep_scale,
+    x_ptr, abs_maxima_ptr, seed, R, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """abs_maxima[program] = max |x after dropout| over the program's rows. Bytes: R C elements read."""
@@ -290,34 +300,48 @@ def _store_sum(out_ptr, columns, value, C):
         store_rounded(out_ptr + columns, value, columns < C, out_ptr.dtype.element_ty)
 
 
-def dropout_arguments(dropout: Dropout | None) -> tuple[int | Tensor, int, float]:
-    """``seed, keep_threshold, keep_scale`` of a kernel; the seed is a tensor where it lies on a GPU, since
-    reading it would make the host wait."""
-    if dropout is None:
-        return 0, 0, 1.0
-    seed = dropout.seed if dropout.seed.is_cuda else int(dropout.seed)
-    return seed, dropout.keep_threshold, dropout.keep_scale
+def abs_max_programs(R: int, C: int, x: Tensor) -> int:
+    """How many maxima :func:`launch_abs_max` gives for R rows of C."""
+    return programs(R, x.device, tiling(C, x.element_size(), 80))
+
+
+def _plan_abs_max(R: int, C: int, x: Tensor, dropout: Dropout | None) -> Launch:
+    _, keep_threshold, keep_scale = dropout_arguments(dropout)
+    return Launch(
+        _abs_max_kernel,
+        (abs_max_programs(R, C, x),),
+        (R, keep_threshold, keep_scale),
+        HAS_DROPOUT=dropout is not None,
+        **tiling(C, x.element_size(), 80),
+    )
+
+
+_abs_max_plans: Plans[Launch] = Plans(_plan_abs_max)
 
 
 def launch_abs_max(x: Tensor, dropout: Dropout | None) -> Tensor:
     """Absolute maxima that together cover ``x`` after dropout, for pb_relax="tensor"."""
     C = x.shape[-1]
-    rows = x.numel() // C
-    tiles = tiling(C, x.element_size(), 80)
-    abs_maxima = x.new_empty(programs(rows, x.device, tiles), dtype=torch.float32)
-    _abs_max_kernel[(len(abs_maxima),)](
-        x, abs_maxima, rows, *dropout_arguments(dropout), HAS_DROPOUT=dropout is not None, **tiles
-    )
+    R = x.numel() // C
+    key = (R, C, x.element_size(), x.device, dropout and dropout.keep_threshold)
+    launch = _abs_max_plans.get(key, R, C, x, dropout)
+    abs_maxima = x.new_empty(launch.grid, dtype=torch.float32)
+    launch(x, abs_maxima, seed=dropout_arguments(dropout)[0])
     return abs_maxima
+
+
+def _plan_reduce_partials(P: int, slots: int, C: int) -> Launch:
+    block_c = 64
+    grid = (triton.cdiv(C, block_c), slots)
+    return Launch(_reduce_partials_kernel, grid, (P, C), SLOTS=slots, BLOCK_P=32, BLOCK_C=block_c)
+
+
+_reduce_partials_plans: Plans[Launch] = Plans(_plan_reduce_partials)
 
 
 def launch_reduce_partials(partials: Tensor, *outs: Tensor | None) -> None:
     """``partials``: [programs, slots, C]; a sum for each of ``outs`` that is not None."""
     if all(out is None for out in outs):
         return
-    P, slots, C = partials.shape
-    block_c = 64
-    outs = (*outs, None, None)[:4]
-    _reduce_partials_kernel[(triton.cdiv(C, block_c), slots)](
-        partials, *outs, P, C, SLOTS=slots, BLOCK_P=32, BLOCK_C=block_c
-    )
+    shape = tuple(partials.shape)
+    _reduce_partials_plans.get(shape, *shape)(partials, *(*outs, None, None)[:4])

@@ -15,6 +15,7 @@ from torch import Tensor
 from cogview_kernels._norms import rows
 from cogview_kernels._norms.rows import Affine, NormOptions
 from cogview_kernels._norms.rows_triton import (
+    abs_max_programs,
     add_rows,
     affine,
     columns_of,
@@ -30,7 +31,7 @@ from cogview_kernels._norms.rows_triton import (
     store_row,
     tiling,
 )
-from cogview_kernels._triton import offset
+from cogview_kernels._triton import Launch, Plans, offset
 
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 80, 168
 
@@ -82,16 +83,36 @@ def limit(backend: str, x: Tensor) -> str:
     return rows.limit(backend, "x", x)
 
 
+def _plan_forward(R: int, C: int, x: Tensor, options: NormOptions) -> Launch:
+    tiles = tiling(C, x.element_size(), FORWARD_REGISTERS)
+    count = abs_max_programs(R, C, x) if options.pb_relax == "tensor" else 0
+    return Launch(
+        _layer_norm_fwd_kernel,
+        (programs(R, x.device, tiles),),
+        (R, count, options.eps),
+        PB_RELAX=rows.PB_RELAX_CODES[options.pb_relax],
+        **tiles,
+    )
+
+
+_forward_plans: Plans[Launch] = Plans(_plan_forward)
+
+
 def forward(x: Tensor, y: Tensor, affine: Affine, stats: Tensor, options: NormOptions, _: str) -> None:
     """Fills ``y`` and ``stats`` [2, R]; everything is contiguous."""
     C = x.shape[-1]
     R = x.numel() // C
+    launch = _forward_plans.get((R, C, x.element_size(), x.device, options), R, C, x, options)
     abs_maxima = launch_abs_max(x, None) if options.pb_relax == "tensor" else None
-    tiles = tiling(C, x.element_size(), FORWARD_REGISTERS)
-    _layer_norm_fwd_kernel[(programs(R, x.device, tiles),)](
-        x, y, *affine, stats, abs_maxima, R, 0 if abs_maxima is None else len(abs_maxima), options.eps,
-        PB_RELAX=rows.PB_RELAX_CODES[options.pb_relax], **tiles,
-    )  # fmt: skip
+    launch(x, y, *affine, stats, abs_maxima)
+
+
+def _plan_backward(R: int, C: int, x: Tensor) -> Launch:
+    tiles = tiling(C, x.element_size(), BACKWARD_REGISTERS)
+    return Launch(_layer_norm_bwd_kernel, (programs(R, x.device, tiles),), (R,), **tiles)
+
+
+_backward_plans: Plans[Launch] = Plans(_plan_backward)
 
 
 def backward(
@@ -100,8 +121,7 @@ def backward(
     """Fills ``dx`` and what there is of ``gradients``; everything is contiguous."""
     C = x.shape[-1]
     R = x.numel() // C
-    tiles = tiling(C, x.element_size(), BACKWARD_REGISTERS)
-    grid = programs(R, x.device, tiles)
-    partials = torch.empty((grid, 2, C), dtype=torch.float32, device=x.device)
-    _layer_norm_bwd_kernel[(grid,)](dy, x, dx, weight, stats, partials, R, **tiles)
+    launch = _backward_plans.get((R, C, x.element_size(), x.device), R, C, x)
+    partials = torch.empty((*launch.grid, 2, C), dtype=torch.float32, device=x.device)
+    launch(dy, x, dx, weight, stats, partials)
     launch_reduce_partials(partials, *gradients)

@@ -19,11 +19,11 @@ from cogview_kernels._norms import rows as shared
 from cogview_kernels._norms.rows import NormOptions
 from cogview_kernels._norms.rows_triton import (
     abs_max_of_pieces,
+    abs_max_programs,
     add_rows,
     affine,
     columns_of,
     drop,
-    dropout_arguments,
     fill_row,
     gradient_through,
     launch_abs_max,
@@ -37,7 +37,7 @@ from cogview_kernels._norms.rows_triton import (
     store_row,
     tiling,
 )
-from cogview_kernels._triton import offset
+from cogview_kernels._triton import Launch, Plans, dropout_arguments, offset
 from cogview_kernels.sandwich_layer_norm.native import BackwardRows, ForwardRows, Norms
 
 FORWARD_REGISTERS, BACKWARD_REGISTERS = 168, 255
@@ -47,7 +47,7 @@ FORWARD_REGISTERS, BACKWARD_REGISTERS = 168, 255
 def _sandwich_layer_norm_fwd_kernel(
     branch_ptr, residual_ptr, residual_out_ptr, normed_ptr,
     post_weight_ptr, post_bias_ptr, pre_weight_ptr, pre_bias_ptr,
-    stats_ptr, abs_maxima_ptr, out_abs_maxima_ptr, R, COUNT, eps, seed, keep_threshold, keep_scale,
+    stats_ptr, abs_maxima_ptr, out_abs_maxima_ptr, seed, R, COUNT, eps, keep_threshold, keep_scale,
     POST: tl.constexpr, PRE: tl.constexpr, PB_RELAX: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ def _sandwich_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["seed", "keep_threshold"])
 def _sandwich_layer_norm_bwd_kernel(
     dresidual_out_ptr, dnormed_ptr, branch_ptr, residual_out_ptr, dbranch_ptr, dresidual_ptr,
-    post_weight_ptr, pre_weight_ptr, stats_ptr, partials_ptr, R, seed, keep_threshold, keep_scale,
+    post_weight_ptr, pre_weight_ptr, stats_ptr, partials_ptr, seed, R, keep_threshold, keep_scale,
     HAS_DROPOUT: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dresidual = dresidual_out + dLN_pre(dnormed), dbranch = dropout(dLN_post(dresidual)), where with
@@ -140,6 +140,36 @@ def limit(backend: str, branch: Tensor) -> str:
     return shared.limit(backend, "branch", branch)
 
 
+def _plan_forward(
+    R: int, C: int, branch: Tensor, options: NormOptions, dropout: Dropout | None
+) -> tuple[Launch, ...]:
+    """One launch, or with the maxima of whole tensors one for each of the two norms."""
+    tiles = tiling(C, branch.element_size(), FORWARD_REGISTERS)
+    grid = programs(R, branch.device, tiles)
+    _, keep_threshold, keep_scale = dropout_arguments(dropout)
+    launches = []
+    for post, pre in ((True, False), (False, True)) if options.pb_relax == "tensor" else ((True, True),):
+        count = 0
+        if options.pb_relax == "tensor":
+            count = abs_max_programs(R, C, branch) if post else grid
+        launches.append(
+            Launch(
+                _sandwich_layer_norm_fwd_kernel,
+                (grid,),
+                (R, count, options.eps, keep_threshold, keep_scale),
+                POST=post,
+                PRE=pre,
+                PB_RELAX=shared.PB_RELAX_CODES[options.pb_relax],
+                HAS_DROPOUT=dropout is not None,
+                **tiles,
+            )
+        )
+    return tuple(launches)
+
+
+_forward_plans: Plans[tuple[Launch, ...]] = Plans(_plan_forward)
+
+
 def forward(
     rows: ForwardRows, norms: Norms, stats: Tensor, options: NormOptions, dropout: Dropout | None, _: str
 ) -> None:
@@ -147,22 +177,32 @@ def forward(
     branch = rows.branch
     C = branch.shape[-1]
     R = branch.numel() // C
-    tiles = tiling(C, branch.element_size(), FORWARD_REGISTERS)
-    grid = programs(R, branch.device, tiles)
-    abs_maxima = out_abs_maxima = None
-    passes = [(True, True)]
-    if options.pb_relax == "tensor":
-        abs_maxima = launch_abs_max(branch, dropout)
-        out_abs_maxima = torch.empty(grid, dtype=torch.float32, device=branch.device)
-        passes = [(True, False), (False, True)]
-    for post, pre in passes:
-        given = abs_maxima if post else out_abs_maxima
-        _sandwich_layer_norm_fwd_kernel[(grid,)](
-            *rows, *norms.post, *norms.pre, stats, given, out_abs_maxima,
-            R, 0 if given is None else len(given), options.eps, *dropout_arguments(dropout),
-            POST=post, PRE=pre, PB_RELAX=shared.PB_RELAX_CODES[options.pb_relax],
-            HAS_DROPOUT=dropout is not None, **tiles,
-        )  # fmt: skip
+    key = (R, C, branch.element_size(), branch.device, options, dropout and dropout.keep_threshold)
+    launches = _forward_plans.get(key, R, C, branch, options, dropout)
+    seed = dropout_arguments(dropout)[0]
+    tensors = (*rows, *norms.post, *norms.pre, stats)
+    if len(launches) == 1:
+        launches[0](*tensors, None, None, seed=seed)
+        return
+    first, second = launches
+    out_abs_maxima = torch.empty(first.grid, dtype=torch.float32, device=branch.device)
+    first(*tensors, launch_abs_max(branch, dropout), out_abs_maxima, seed=seed)
+    second(*tensors, out_abs_maxima, out_abs_maxima, seed=seed)
+
+
+def _plan_backward(R: int, C: int, branch: Tensor, dropout: Dropout | None) -> Launch:
+    tiles = tiling(C, branch.element_size(), BACKWARD_REGISTERS)
+    _, keep_threshold, keep_scale = dropout_arguments(dropout)
+    return Launch(
+        _sandwich_layer_norm_bwd_kernel,
+        (programs(R, branch.device, tiles),),
+        (R, keep_threshold, keep_scale),
+        HAS_DROPOUT=dropout is not None,
+        **tiles,
+    )
+
+
+_backward_plans: Plans[Launch] = Plans(_plan_backward)
 
 
 def backward(
@@ -172,11 +212,9 @@ def backward(
     branch = rows.branch
     C = branch.shape[-1]
     R = branch.numel() // C
-    tiles = tiling(C, branch.element_size(), BACKWARD_REGISTERS)
-    grid = programs(R, branch.device, tiles)
-    partials = torch.empty((grid, 4, C), dtype=torch.float32, device=branch.device)
-    _sandwich_layer_norm_bwd_kernel[(grid,)](
-        *rows, norms.post.weight, norms.pre.weight, stats, partials, R, *dropout_arguments(dropout),
-        HAS_DROPOUT=dropout is not None, **tiles,
-    )  # fmt: skip
+    key = (R, C, branch.element_size(), branch.device, dropout and dropout.keep_threshold)
+    launch = _backward_plans.get(key, R, C, branch, dropout)
+    partials = torch.empty((*launch.grid, 4, C), dtype=torch.float32, device=branch.device)
+    weights = norms.post.weight, norms.pre.weight
+    launch(*rows, *weights, stats, partials, seed=dropout_arguments(dropout)[0])
     launch_reduce_partials(partials, *gradients.post, *gradients.pre)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview_kernels import _checks
-from cogview_kernels._triton import LOG2E, offset, store_rounded
+from cogview_kernels._triton import LOG2E, Launch, Plans, offset, store_rounded
 from cogview_kernels.stable_softmax.native import fold, four
 
 
@@ -218,29 +218,50 @@ def limit(backend: str, scores: Tensor) -> str:
     return _checks.kernel_dtype_limit(backend, "scores", scores)
 
 
+def _plan_forward(scores: Tensor, mask: Tensor | None, alpha: float, scale: float, causal: bool) -> Launch:
+    A, B, T, N = four(tuple(scores.shape), 1)
+    mask_stride = (0, 0, 0, 0) if mask is None else four(mask.stride(), 0)
+    # Masks take registers, and so do the addresses where each element is loaded by itself.
+    values = 64 if mask is None and not causal and N % 16 == 0 else 40
+    tiles = tiling(N, scores.element_size(), values)
+    return Launch(
+        _stable_softmax_fwd_kernel,
+        (triton.cdiv(A * B * T, tiles["BLOCK_R"]),),
+        (A * B * T, B, T, N, *four(scores.stride(), 0)[:3], *mask_stride, alpha, scale),
+        HAS_MASK=mask is not None,
+        IS_CAUSAL=causal,
+        **tiles,
+    )
+
+
+_forward_plans: Plans[Launch] = Plans(_plan_forward)
+
+
 def forward(
     scores: Tensor, mask: Tensor | None, probs: Tensor, alpha: float, scale: float, causal: bool, _: str
 ) -> None:
     """Fills ``probs``, which is contiguous; the last dimension of ``scores`` has stride 1."""
     mask = None if mask is None else fold(mask.expand(scores.shape)).view(torch.uint8)
     scores = fold(scores)
-    A, B, T, N = four(tuple(scores.shape), 1)
-    mask_stride = (0, 0, 0, 0) if mask is None else four(mask.stride(), 0)
-    # Masks take registers, and so do the addresses where each element is loaded by itself.
-    values = 64 if mask is None and not causal and N % 16 == 0 else 40
-    tiles = tiling(N, scores.element_size(), values)
-    _stable_softmax_fwd_kernel[(triton.cdiv(A * B * T, tiles["BLOCK_R"]),)](
-        scores, scores if mask is None else mask, probs, A * B * T, B, T, N,
-        *four(scores.stride(), 0)[:3], *mask_stride, alpha, scale,
-        HAS_MASK=mask is not None, IS_CAUSAL=causal, **tiles,
+    key = (
+        scores.shape, scores.stride(), scores.dtype, scores.get_device(),
+        None if mask is None else mask.stride(), alpha, scale, causal,
     )  # fmt: skip
+    launch = _forward_plans.get(key, scores, mask, alpha, scale, causal)
+    launch(scores, scores if mask is None else mask, probs)
+
+
+def _plan_backward(R: int, N: int, element_size: int, factor: float) -> Launch:
+    tiles = tiling(N, element_size, 40)
+    return Launch(_stable_softmax_bwd_kernel, (triton.cdiv(R, tiles["BLOCK_R"]),), (R, N, factor), **tiles)
+
+
+_backward_plans: Plans[Launch] = Plans(_plan_backward)
 
 
 def backward(dprobs: Tensor, probs: Tensor, dscores: Tensor, factor: float, _: str) -> None:
     """Fills ``dscores``; all three are contiguous and of one shape."""
     N = probs.shape[-1]
     R = probs.numel() // N
-    tiles = tiling(N, probs.element_size(), 40)
-    _stable_softmax_bwd_kernel[(triton.cdiv(R, tiles["BLOCK_R"]),)](
-        dprobs, probs, dscores, R, N, factor, **tiles
-    )
+    shape = (R, N, probs.element_size(), factor)
+    _backward_plans.get((shape, probs.get_device()), *shape)(dprobs, probs, dscores)

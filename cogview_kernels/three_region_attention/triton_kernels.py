@@ -623,16 +623,16 @@ def _index_launch(sizes: _Sizes) -> Launch:
 
 
 class _Forward(NamedTuple):
-    index: Launch | None
+    sort: Launch | None
     fwd: Launch
 
 
 def _plan_forward(q, k, v, layout, scale, dropout, out, lse, residuals) -> _Forward:
     sizes = _Sizes(q, k, layout)
     seed, keep_threshold, keep_scale = dropout_arguments(dropout)
-    index = _index_launch(sizes) if sizes.has_far else None
-    if index is not None:  # tuning launches the kernel
-        index(layout.pivots.contiguous(), residuals)
+    sort = _index_launch(sizes) if sizes.has_far else None
+    if sort is not None:  # tuning launches the kernel on what it leaves
+        sort(layout.pivots.contiguous(), residuals)
 
     def fwd(config: Config) -> Launch:
         numbers = (
@@ -647,7 +647,7 @@ def _plan_forward(q, k, v, layout, scale, dropout, out, lse, residuals) -> _Forw
         )
 
     tensors = (q, k, v, residuals, out, lse)
-    return _Forward(index, _chosen("fwd", q, sizes, dropout, fwd, lambda launch: launch(*tensors, seed=seed)))
+    return _Forward(sort, _chosen("fwd", q, sizes, dropout, fwd, lambda launch: launch(*tensors, seed=seed)))
 
 
 _forward_plans: Plans[_Forward] = Plans(_plan_forward)
@@ -670,8 +670,8 @@ def forward(
         q, scale = -q, -scale
     key = (_key(q, k, v, layout, scale, dropout), out.stride())
     plan = _forward_plans.get(key, q, k, v, layout, scale, dropout, out, lse, residuals)
-    if plan.index is not None:
-        plan.index(layout.pivots.contiguous(), residuals)
+    if plan.sort is not None:
+        plan.sort(layout.pivots.contiguous(), residuals)
     plan.fwd(q, k, v, residuals, out, lse, seed=dropout_arguments(dropout)[0])
 
 
