@@ -42,7 +42,7 @@ def _plan() -> Iterator[Wanted]:
         yield Wanted(_ATTENTION, "paper", way, ("triton", *_DENSE))
     for way in ways:
         yield Wanted(_SANDWICH, "width", way, ("triton", "cuda", "eager PB-relax"))
-    shares = tuple(f"triton, extra_memory={share}" for share in ("0.03", "0.5", "1"))
+    shares = tuple(f"triton, extra_memory={share}" for share in ("0.12", "0.5", "1"))
     yield Wanted(_LOSS, "cogview", BOTH, ("triton", *shares, "matrix products alone"))
     for shape in ("cogview", "cogview-16", "paper", "16k"):
         yield Wanted(_DECODE, shape, FORWARD, ("triton", "cuda", "SDPA over the cache"))

@@ -34,7 +34,7 @@ def _forward(
     stop: int,
     summed: bool,
     gradients: bool,
-    extra_memory: float | None,
+    extra_memory: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``(loss, losses, dhidden, dweight, scales)``; ``losses`` are not multiplied by ``coefficient``."""
@@ -90,7 +90,7 @@ def _backward(
     scales: Tensor | None,
     start: int,
     stop: int,
-    extra_memory: float | None,
+    extra_memory: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``(dhidden, dweight)`` from those that the forward pass made, or else from its arguments."""
@@ -144,7 +144,7 @@ def _differentiate(ctx, saved, dloss, *_):
 
 linear_cross_entropy_op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient,"
-    " int start, int stop, bool summed, bool gradients, float? extra_memory, str backend)"
+    " int start, int stop, bool summed, bool gradients, float extra_memory, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_fake,
@@ -154,7 +154,7 @@ linear_cross_entropy_op = Op(
 linear_cross_entropy_backward_op = Op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor? hidden, Tensor? weight, Tensor? target,"
     " Tensor? coefficient, Tensor? dhidden, Tensor? dweight, Tensor? scales, int start, int stop,"
-    " float? extra_memory, str backend) -> (Tensor, Tensor)",
+    " float extra_memory, str backend) -> (Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

@@ -23,9 +23,6 @@ from cogview_kernels import _device
 # 2.9 % of the logits of 8,704 tokens over 58,240 ids.
 CHUNK_ELEMENTS = 14 * 2**20
 
-# What an ``extra_memory`` of None stands for. On the CPU it is one piece, whatever its size.
-EXTRA_MEMORY_ON_GPU = 0.12
-
 
 class Steps(Protocol):
     """What a backend, a module, does to logits ``[v, n]`` (rows of any stride) and to gradients."""
@@ -50,12 +47,12 @@ class Steps(Protocol):
 class Options(NamedTuple):
     """Whether to make ``gradients``, by the ``steps`` of which backend, and in how much memory.
 
-    ``extra_memory`` is in units of that of all logits; None takes what suits the device.
+    ``extra_memory`` is in units of that of all logits; a piece is held in any case.
     """
 
     gradients: bool
     steps: Steps
-    extra_memory: float | None = None
+    extra_memory: float = 0.0
 
 
 class Result(NamedTuple):
@@ -214,9 +211,7 @@ def linear_cross_entropy_in_pieces(
     The coefficients of float16 gradients must be at most 1.
     """
     (N, C), (start, stop) = hidden.shape, vocab_range
-    V, gradients, extra_memory = stop - start, options.gradients, options.extra_memory
-    if extra_memory is None:
-        extra_memory = 0.0 if hidden.device.type == "cpu" else EXTRA_MEMORY_ON_GPU
+    V, gradients = stop - start, options.gradients
     dhidden = hidden.new_empty(hidden.shape if gradients else 0)
     dweight = hidden.new_empty(weight.shape if gradients else 0)
     in_range = dweight
@@ -234,7 +229,7 @@ def linear_cross_entropy_in_pieces(
     n = hidden.shape[0]
     stats = coefficient.new_empty(3, n)
     scales = _scales(hidden, weight) if gradients else None
-    room = int(min(extra_memory, 1.0) * n * V)
+    room = int(min(options.extra_memory, 1.0) * n * V)
     problem = _Problem(hidden, weight, target, coefficient, options.steps, stats, scales, room)
     part = dhidden if counted is None or not gradients else hidden.new_empty(hidden.shape)
     if n == 0:

@@ -70,37 +70,46 @@ _LARGEST_TILE = 128
 
 @triton.jit
 def _index_kernel(
-    pivots_ptr, residuals_ptr, P, PP, T, NB, stride_i, block_size, window_blocks, BLOCK: tl.constexpr,
+    pivots_ptr, residuals_ptr, P, PP, T, stride_i, block_size, window_blocks, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Of each sample, in a row of ``stride_i`` integers: the pivots in ascending order, T where padded up to
     PP; the rank of each position among them, -1 for those that are none (T of them); and how many pivots lie
-    left of the window of each block of the layout (NB). By counting: P comparisons for each of these."""
-    b = tl.program_id(1)
-    mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row_ptr = pivots_ptr + offset(b, P)
-    pivot = tl.load(row_ptr + mine, mask=mine < P, other=-1).to(tl.int32)
-    pivot = tl.where((pivot < 0) | (pivot >= T), T, pivot)
-    window = window_start_of_block(mine, block_size, window_blocks)
-    # Summed after the loop: a sum across threads in each turn would take longer than the comparisons.
-    less_than_pivot = tl.zeros([BLOCK, BLOCK], tl.int32)
-    left_of_window = tl.zeros([BLOCK, BLOCK], tl.int32)
-    less_than_mine = tl.zeros([BLOCK, BLOCK], tl.int32)
-    same_as_mine = tl.zeros([BLOCK, BLOCK], tl.int32)
+    left of the window of each block of the layout.
+
+    One program a sample. It marks the pivots among the positions (where the ranks will stand), and a running
+    count of the marks is all three. A pivot wrongly given twice counts once, one past T not at all."""
+    b = tl.program_id(0)
+    pivots_ptr += offset(b, P)
+    sorted_ptr = residuals_ptr + offset(b, stride_i)
+    rank_ptr = sorted_ptr + PP
+    far_counts_ptr = rank_ptr + T
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, T, BLOCK):
+        tl.store(rank_ptr + start + lanes, tl.zeros([BLOCK], tl.int32), mask=start + lanes < T)
     for start in range(0, PP, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        other = tl.load(row_ptr + index, mask=index < P, other=-1).to(tl.int32)
-        other = tl.where((other < 0) | (other >= T), T, other)[None, :]
-        # Equal ones (pads, or pivots wrongly given twice) keep their order, so that every rank is taken.
-        less = (other < pivot[:, None]) | ((other == pivot[:, None]) & (index[None, :] < mine[:, None]))
-        less_than_pivot += less.to(tl.int32)
-        left_of_window += (other < window[:, None]).to(tl.int32)
-        less_than_mine += (other < mine[:, None]).to(tl.int32)
-        same_as_mine += (other == mine[:, None]).to(tl.int32)
-    index_ptr = residuals_ptr + offset(b, stride_i)
-    tl.store(index_ptr + tl.sum(less_than_pivot, axis=1), pivot, mask=mine < PP)
-    rank = tl.where(tl.sum(same_as_mine, axis=1) > 0, tl.sum(less_than_mine, axis=1), -1)
-    tl.store(index_ptr + PP + mine, rank, mask=mine < T)
-    tl.store(index_ptr + PP + T + mine, tl.sum(left_of_window, axis=1), mask=mine < NB)
+        tl.store(sorted_ptr + start + lanes, tl.zeros([BLOCK], tl.int32) + T, mask=start + lanes < PP)
+    tl.debug_barrier()
+    for start in range(0, P, BLOCK):
+        pivot = tl.load(pivots_ptr + start + lanes, mask=start + lanes < P, other=-1).to(tl.int32)
+        tl.store(rank_ptr + pivot, tl.full([BLOCK], 1, tl.int32), mask=(pivot >= 0) & (pivot < T))
+    tl.debug_barrier()
+    before = 0
+    for start in range(0, T, BLOCK):
+        position = start + lanes
+        mark = tl.load(rank_ptr + position, mask=position < T, other=0)
+        rank = before + tl.cumsum(mark, axis=0) - mark
+        tl.store(rank_ptr + position, tl.where(mark == 1, rank, -1), mask=position < T)
+        tl.store(sorted_ptr + rank, position, mask=mark == 1)
+        # Where the window of a block begins, the count so far is how many pivots lie left of it.
+        block = position // block_size + window_blocks - 1
+        begins = window_start_of_block(block, block_size, window_blocks) == position
+        tl.store(far_counts_ptr + block, rank, mask=begins & (block * block_size < T))
+        before += tl.sum(mark, axis=0)
+    for start in range(0, window_blocks, BLOCK):
+        # The windows of these blocks begin with the first position.
+        tl.store(
+            far_counts_ptr + start + lanes, tl.zeros([BLOCK], tl.int32), mask=start + lanes < window_blocks
+        )
 
 
 @triton.jit
@@ -223,12 +232,14 @@ def _fwd_kernel(
 def _bwd_rows_kernel(
     out_ptr, dout_ptr, residuals_ptr, dlse_ptr, stats_ptr, words_ptr, seed,
     stride_ob, stride_oh, stride_ot, stride_gb, stride_gh, stride_gt, H, T, TP, peaks_at,
-    HAS_DLSE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Of each row its two peaks and delta = sum_d out dout - dlse, ``[B, H, 3, TP]``, and the two words of
     its dropout, ``[B, H, 2, TP]``.
 
+    Without TWO_PEAKS the first is lse in log2, and the second is not written: then the probabilities of
+    scores above 2^22 are rough, as bfloat16 leaves such scores themselves, and dk and dv cost 5 % less.
     Rows from T to TP, the next multiple of a tile, have a peak of inf, hence p = 0, so that later loads need
     no mask. With one, and at 4 bytes a row, each thread would copy many single numbers into shared memory."""
     tiles = TP // BLOCK_M
@@ -249,8 +260,11 @@ def _bwd_rows_kernel(
     peak = tl.load(peaks_ptr, mask=inside, other=0).to(tl.float32, bitcast=True)
     rest = tl.load(peaks_ptr + T, mask=inside, other=0).to(tl.float32, bitcast=True)
     stats_ptr += offset(bh, TP) * 3 + rows
+    if TWO_PEAKS:
+        tl.store(stats_ptr + TP, rest)
+    else:
+        peak += rest
     tl.store(stats_ptr, tl.where(inside, peak, float("inf")))
-    tl.store(stats_ptr + TP, rest)
     tl.store(stats_ptr + 2 * TP, delta)
     if HAS_DROPOUT:
         r0, r1 = dropout_rows(seed, rows, h, b)
@@ -260,9 +274,15 @@ def _bwd_rows_kernel(
 
 
 @triton.jit
-def _load_stats(stats_ptr, TP):
-    """The two peaks and delta, see :func:`_bwd_rows_kernel`."""
-    return tl.load(stats_ptr), tl.load(stats_ptr + TP), tl.load(stats_ptr + 2 * TP)
+def _load_stats(stats_ptr, TP, bias, TWO_PEAKS: tl.constexpr):
+    """The two peaks, less the bias of the keys, and delta, see :func:`_bwd_rows_kernel`."""
+    peak = tl.load(stats_ptr)
+    rest = peak
+    if TWO_PEAKS:
+        rest = tl.load(stats_ptr + TP) - bias
+    else:
+        peak -= bias
+    return peak, rest, tl.load(stats_ptr + 2 * TP)
 
 
 @triton.jit
@@ -273,18 +293,21 @@ def _load_words(words_ptr, TP):
 
 
 @triton.jit
-def _probabilities(s, factor, peak, rest):
-    """2^(s factor - peak - rest); the first difference is exact where it is small, however large the peak."""
-    return tl.exp2(tl.fma(s, factor, -peak) - rest)
+def _probabilities(s, factor, peak, rest, TWO_PEAKS: tl.constexpr):
+    """2^(s factor - peak - rest); the first difference is exact where it is small, however large the peak.
+
+    Without TWO_PEAKS it is 2^(s factor - peak), whose exponent rounding could make large: it ends at 0."""
+    exponent = tl.fma(s, factor, -peak)
+    return tl.exp2(exponent - rest if TWO_PEAKS else tl.minimum(exponent, 0.0))
 
 
 @triton.jit
 def _dq_step(
     dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds ds k for a tile of raw products ``s``; the bias was taken off ``rest``."""
-    p = _probabilities(s, factor, peak[:, None], rest[:, None])
+    """Adds ds k for a tile of raw products ``s``; the bias was taken off the peaks."""
+    p = _probabilities(s, factor, peak[:, None], rest[:, None], TWO_PEAKS)
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
@@ -299,7 +322,7 @@ def _dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -318,7 +341,8 @@ def _dq_kernel(
     stop_m = tl.minimum(start_m + BLOCK_M, T)
     q = load_rows(q_ptr, rows, stride_qt, rows < T, D, BLOCK_D)
     dout = load_rows(dout_ptr, rows, stride_gt, rows < T, D, BLOCK_D)
-    peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP)
+    stats_ptr += offset(bh, TP) * 3 + rows
+    peak, rest, delta = _load_stats(stats_ptr, TP, 0.0, TWO_PEAKS)
     r0, r1 = rows, rows
     if HAS_DROPOUT:
         r0, r1 = _load_words(words_ptr + offset(bh, TP) * 2 + rows, TP)
@@ -332,6 +356,7 @@ def _dq_kernel(
         far_counts_ptr = index_ptr + PP + T
         full = tl.load(far_counts_ptr + start_m // block_size)
         stop = tl.load(far_counts_ptr + (stop_m - 1) // block_size)
+        far_peak, far_rest, _ = _load_stats(stats_ptr, TP, bias, TWO_PEAKS)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
             columns = tl.load(index_ptr + index)
@@ -342,8 +367,8 @@ def _dq_kernel(
                 far_count = tl.load(far_counts_ptr + rows // block_size, mask=rows < T, other=0)
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             dq = _dq_step(
-                dq, dout, delta, peak, rest - bias, s, factor, k, v, columns, r0, r1,
-                keep_threshold, keep_scale, HAS_DROPOUT, PRECISION,
+                dq, dout, delta, far_peak, far_rest, s, factor, k, v, columns, r0, r1,
+                keep_threshold, keep_scale, TWO_PEAKS, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -357,7 +382,7 @@ def _dq_kernel(
             s = tl.where(seen, s, float("-inf"))
         dq = _dq_step(
             dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-            HAS_DROPOUT, PRECISION,
+            TWO_PEAKS, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)
@@ -373,7 +398,7 @@ def _key_gradients(
     start_m, stop_m, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-    HAS_END: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -394,14 +419,14 @@ def _key_gradients(
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
-            peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP)
+            peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP, bias, TWO_PEAKS)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             if (start < full_lo) | (start + BLOCK_M > full_hi):
                 seen = rows[None, :] >= first[:, None]
                 if HAS_END:
                     seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
-            p = _probabilities(s, factor, peak[None, :], (rest - bias)[None, :])
+            p = _probabilities(s, factor, peak[None, :], rest[None, :], TWO_PEAKS)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
@@ -421,7 +446,7 @@ def _dkv_far_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -448,7 +473,7 @@ def _dkv_far_kernel(
         start_m, T, full_lo, T + BLOCK_M, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-        False, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -466,7 +491,7 @@ def _dkv_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -492,7 +517,7 @@ def _dkv_kernel(
         start_m, stop_m, stop_n - 1, first_query_past(start_n, block_size, window_blocks), b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
-        True, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:
@@ -608,18 +633,8 @@ def _key(
 
 
 def _index_launch(sizes: _Sizes) -> Launch:
-    block = 64
-    entries = max(sizes.PP, sizes.T, sizes.blocks)
-    numbers = (
-        sizes.P,
-        sizes.PP,
-        sizes.T,
-        sizes.blocks,
-        sizes.stride_i,
-        sizes.block_size,
-        sizes.window_blocks,
-    )
-    return Launch(_index_kernel, (triton.cdiv(entries, block), sizes.B), numbers, BLOCK=block, num_warps=8)
+    numbers = (sizes.P, sizes.PP, sizes.T, sizes.stride_i, sizes.block_size, sizes.window_blocks)
+    return Launch(_index_kernel, (sizes.B,), numbers, BLOCK=1024, num_warps=8)
 
 
 class _Forward(NamedTuple):
@@ -692,7 +707,8 @@ def _plan_backward(q, k, v, layout, scale, dq_scale, dropout, saved, doutputs, g
     sizes = _Sizes(q, k, layout)
     B, H, T, D = q.shape
     seed, keep_threshold, keep_scale = dropout_arguments(dropout)
-    factor, bias, flags = _factor(scale), layout.pivot_bias * LOG2E.value, _flags(q, dropout)
+    factor, bias = _factor(scale), layout.pivot_bias * LOG2E.value
+    flags = _flags(q, dropout) | {"TWO_PEAKS": q.dtype != torch.bfloat16}
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     common = (sizes.H, sizes.G, T, sizes.TP, sizes.PP, sizes.stride_i, sizes.block_size, sizes.window_blocks)
 
@@ -701,7 +717,7 @@ def _plan_backward(q, k, v, layout, scale, dq_scale, dropout, saved, doutputs, g
         _bwd_rows_kernel,
         (sizes.TP // block * B * H,),
         (*out.stride()[:3], *dout.stride()[:3], H, T, sizes.TP, sizes.peaks_at),
-        HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout is not None,
+        TWO_PEAKS=flags["TWO_PEAKS"], HAS_DLSE=dlse is not None, HAS_DROPOUT=dropout is not None,
         D=D, BLOCK_D=flags["BLOCK_D"], BLOCK_M=block,
     )  # fmt: skip
 
