@@ -21,6 +21,7 @@ a row and split. FLOPs: 4 D a row and key; several rows are padded to 16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from cogview_kernels import _counters
 from cogview_kernels._regions_triton import window_start
-from cogview_kernels._triton import LOG2E, load_rows, offset, store_rounded
+from cogview_kernels._triton import LOG2E, Launch, Plans, load_rows, offset, store_rounded
 from cogview_kernels.decode_attention import native
 from cogview_kernels.layout import ThreeRegionLayout
 
@@ -268,6 +269,60 @@ def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
     return native.limit(backend, q, k_cache, v_cache)
 
 
+class _Plan(NamedTuple):
+    """``partials`` float32 and ``counters`` of the splits; both 0 where heads are not split."""
+
+    launch: Launch
+    has_regions: bool
+    partials: int
+    counters: int
+
+
+def _plan(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: ThreeRegionLayout | None,
+    scale: float,
+    tf32: bool,
+) -> _Plan:
+    B, H, Tq, D = q.shape
+    Hkv, S = k_cache.shape[1:3]
+    rows = H // Hkv * Tq
+    P, keys, pivot_bias = 0, S, 0.0
+    block_size, window_blocks = S, 1
+    if layout is not None:
+        block_size = min(layout.block_size, S)
+        window_blocks = min(layout.window_blocks, triton.cdiv(S, block_size))
+    # A window over the whole cache leaves no key far.
+    has_regions = layout is not None and block_size * window_blocks < S
+    if layout is not None and has_regions:
+        P, pivot_bias = layout.pivots.shape[1], layout.pivot_bias
+        keys = P + min(S, block_size * window_blocks + Tq)
+    t = tiles(rows, D, q.element_size() * 8, has_regions)
+    row_tiles = triton.cdiv(rows, t.block_m)
+    programs = B * Hkv * row_tiles
+    splits = split_count(programs, keys, t)
+    cells = B * H * Tq * splits
+    terms = Terms.of(scale, pivot_bias)
+    numbers = (
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        Hkv, H // Hkv, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells,
+        terms.sign, terms.factor, terms.bias,
+    )  # fmt: skip
+    launch = Launch(
+        _decode_kernel, (programs * splits,), numbers,
+        HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
+        D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
+    )  # fmt: skip
+    if splits == 1:
+        return _Plan(launch, has_regions, 0, 0)
+    return _Plan(launch, has_regions, cells * (D + 2), programs)
+
+
+_plans: Plans[_Plan] = Plans(_plan)
+
+
 def forward(
     q: Tensor,
     k_cache: Tensor,
@@ -280,37 +335,20 @@ def forward(
 ) -> None:
     """Fills ``out``, by one launch. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out``
     throughout."""
-    B, H, Tq, D = q.shape
-    Hkv, S = k_cache.shape[1:3]
-    rows = H // Hkv * Tq
-    pivots, P, keys, pivot_bias = lengths, 0, S, 0.0
-    block_size, window_blocks = S, 1
-    if layout is not None:
-        block_size = min(layout.block_size, S)
-        window_blocks = min(layout.window_blocks, triton.cdiv(S, block_size))
-    # A window over the whole cache leaves no key far.
-    has_regions = layout is not None and block_size * window_blocks < S
-    if layout is not None and has_regions:
-        pivots, P, pivot_bias = layout.pivots, layout.pivots.shape[1], layout.pivot_bias
-        keys = P + min(S, block_size * window_blocks + Tq)
-    t = tiles(rows, D, q.element_size() * 8, has_regions)
-    row_tiles = triton.cdiv(rows, t.block_m)
-    programs = B * Hkv * row_tiles
-    splits = split_count(programs, keys, t)
-    cells = B * H * Tq * splits
-    # Without splits neither is read.
-    partial, counters = out, lengths
-    if splits > 1:
-        partial = out.new_empty(cells * (D + 2), dtype=torch.float32)
-        counters = _counters.zeroed(programs, out.device)
-    terms = Terms.of(scale, pivot_bias)
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    _decode_kernel[(programs * splits,)](
-        q, k_cache, v_cache, lengths, pivots, partial, counters, out,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        Hkv, H // Hkv, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells,
-        terms.sign, terms.factor, terms.bias,
-        HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
-        D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
+    regions = None
+    if layout is not None:
+        regions = layout.pivots.shape[1], layout.block_size, layout.window_blocks, layout.pivot_bias
+    key = (
+        q.shape, k_cache.shape, q.stride(), k_cache.stride(), v_cache.stride(), q.dtype, q.get_device(),
+        regions, scale, tf32,
     )  # fmt: skip
+    plan = _plans.get(key, q, k_cache, v_cache, layout, scale, tf32)
+    pivots = layout.pivots if layout is not None and plan.has_regions else lengths
+    # Without splits neither is read.
+    partial, counters = out, lengths
+    if plan.counters:
+        partial = out.new_empty(plan.partials, dtype=torch.float32)
+        counters = _counters.zeroed(plan.counters, out.device)
+    plan.launch(q, k_cache, v_cache, lengths, pivots, partial, counters, out)
