@@ -48,11 +48,21 @@ def multiprocessors(device: torch.device) -> int:
     return properties(device).multiprocessors
 
 
-def current_stream() -> int:
-    """The cudaStream_t of the current GPU that PyTorch launches on, as an integer."""
-    return torch.cuda.current_stream().cuda_stream
+def current_stream(device: torch.device | None = None) -> int:
+    """The cudaStream_t that PyTorch launches on, as an integer, of a GPU (None: the current one).
+
+    0 for a CPU, on which interpreted kernels run one after the other."""
+    if device is not None and device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
 
 
-def is_capturing() -> bool:
-    """Whether the current stream is being captured in a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a GPU is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def wait_for_stream(device: torch.device) -> None:
+    """Waits until all that was launched on the current stream of a GPU is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -8,9 +8,11 @@ sample; tiles have BLOCK_M rows and BLOCK_N keys.
 The keys of a sample are items in a row: its pivots as they are listed, then all positions from the first
 query's window on (without a layout: all positions). How many there are only the device knows. The splits of a
 head share them equally, in steps of _STEP, so that a short sequence in a large cache keeps the chip as busy
-as a long one; a split without items leaves at once. Each split writes its maximum, sum and output in float32,
-and a second kernel merges them in order: two runs give the same bits. A head that is not split writes its
-output itself.
+as a long one. Each split writes its maximum, sum and output in float32, and whichever split of a row tile
+finishes last, as a counter tells it, merges them all in the order of the splits: two runs give the same bits.
+A head that is not split writes its output itself.
+
+Scores are compared unscaled, and differences are scaled: see ``Terms``.
 
 Bytes: k and v of the keys seen, once per BLOCK_M rows; where heads are split, 4 (D + 2) more written and read
 a row and split. FLOPs: 4 D a row and key; several rows are padded to 16.
@@ -25,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _counters
 from cogview_kernels._regions_triton import window_start
 from cogview_kernels._triton import LOG2E, load_rows, offset, store_rounded
 from cogview_kernels.decode_attention import native
@@ -33,38 +36,76 @@ from cogview_kernels.layout import ThreeRegionLayout
 # Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+_SMALLEST_NORMAL = 1.1754943508222875e-38
+
 # Items of a split are a multiple of it.
 _STEP = tl.constexpr(16)
 
-# Programs that an H200 of 132 multiprocessors should have, and those from which on a second launch to merge
-# costs more than a better filled chip saves.
+# Programs that a chip of 132 multiprocessors should have, and those from which on heads are not split: two on
+# a multiprocessor have 32 KB on their way, more than the memory's latency asks for, and a merge takes time.
 _PROGRAMS, _ENOUGH_PROGRAMS = 4 * 132, 2 * 132
 _MOST_SPLITS = 128
 
 
 @triton.jit
+def _merge_splits(
+    partial_ptr, cells, row, inside, splits, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """``(o, l)`` of rows: sums over their splits i of 2^(f (m_i - m)) o_i and of 2^(f (m_i - m)) l_i."""
+    # As many splits at once as registers hold: each turn waits for memory once.
+    TILE: tl.constexpr = BLOCK_M * BLOCK_D
+    BLOCK_SPLITS: tl.constexpr = 2048 // TILE if TILE < 2048 else 1
+    d = tl.arange(0, BLOCK_D)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    # Asynchronous copies of a pipelined loop might go through the L1 cache, which is no place for what other
+    # multiprocessors wrote: loads are plain and from the L2 cache.
+    for start in tl.range(0, splits, BLOCK_SPLITS, num_stages=1):
+        index = start + tl.arange(0, BLOCK_SPLITS)
+        there = inside[:, None] & (index < splits)[None, :]
+        cell = offset(row, splits)[:, None] + index[None, :]
+        there_d = there[:, :, None]
+        if D < BLOCK_D:
+            there_d = there_d & (d < D)[None, None, :]
+        pointers = partial_ptr + offset(cell, D)[:, :, None] + d[None, None, :]
+        part = tl.load(pointers, mask=there_d, other=0.0, cache_modifier=".cg")
+        maxima_ptr = partial_ptr + offset(cells, D) + cell
+        maxima = tl.load(maxima_ptr, mask=there, other=_LOWEST, cache_modifier=".cg")
+        totals = tl.load(maxima_ptr + cells, mask=there, other=0.0, cache_modifier=".cg")
+        new_max = tl.maximum(row_max, tl.max(maxima, axis=1))
+        weight = tl.exp2((maxima - new_max[:, None]) * factor)
+        old_weight = tl.exp2((row_max - new_max) * factor)
+        total = total * old_weight + tl.sum(totals * weight, axis=1)
+        acc = acc * old_weight[:, None] + tl.sum(part * weight[:, :, None], axis=1)
+        row_max = new_max
+    return acc, total
+
+
+@triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, pivots_ptr, partial_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, pivots_ptr, partial_ptr, counters_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    Hkv, G, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells, factor, bias,
+    Hkv, G, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells, sign, factor, bias,
     HAS_REGIONS: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Of a split's keys, s in log2: m = max s_j, l = sum 2^(s_j - m), o = sum 2^(s_j - m) v_j; unsplit o / l.
+    """out = o / l. Of a split's keys, with x_j = sign q k_j + bias_j and f the factor: m = max x_j,
+    p_j = 2^(f (x_j - m)), l = sum p_j, o = sum p_j v_j.
 
-    Partials: o ``[B, Hkv, R, splits, D]``, then m and l ``[B, Hkv, R, splits]``, cells = B Hkv R splits each.
-    A split without items writes no o: where l is 0 it may be anything."""
+    Partials: o ``[B, Hkv, R, splits, D]``, then m and l ``[B, Hkv, R, splits]``, cells = B Hkv R splits each;
+    a split without items writes l = 0 and o = 0. Counters: ``[B, Hkv, row_tiles]``, zero before and after."""
     pid = tl.program_id(0)
     # The row tiles of a split are neighbours: all but the first find its keys in the L2 cache.
-    start_m = pid % row_tiles * BLOCK_M
+    row_tile = pid % row_tiles
+    start_m = row_tile * BLOCK_M
     split = pid // row_tiles % splits
     bh = pid // row_tiles // splits
     b = bh // Hkv
     kv_head = bh % Hkv
     out_rows = start_m + tl.arange(0, BLOCK_M)
-    inside = out_rows < G * Tq
-    row = offset(bh, G * Tq) + out_rows
 
     # Nothing past the sequence is ever read: it may be anything. A wrong length must not leave the cache.
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), S).to(tl.int32)
@@ -78,13 +119,6 @@ def _decode_kernel(
     share = tl.cdiv(tl.cdiv(items, splits), _STEP) * _STEP
     start = split * share
     stop = tl.minimum(start + share, items)
-    if HAS_SPLITS:
-        partial_ptr += offset(cells, D)
-        cell = offset(row, splits) + split
-        if start >= stop:
-            tl.store(partial_ptr + cell, tl.full([BLOCK_M], _LOWEST, tl.float32), mask=inside)
-            tl.store(partial_ptr + cells + cell, tl.zeros([BLOCK_M], tl.float32), mask=inside)
-            return
 
     # A row alone would fill a sixteenth of a matrix product. Each of BLOCK_N places then has a softmax of its
     # own, over its keys of all tiles, so that nothing in the loop waits for other warps. Loaded once a place,
@@ -93,6 +127,7 @@ def _decode_kernel(
     rows = tl.zeros([PLACES], tl.int32) if BLOCK_M == 1 else out_rows
     q_rows = offset(kv_head * G + rows // Tq, stride_qh) + offset(rows % Tq, stride_qt)
     q = load_rows(q_ptr + offset(b, stride_qb), q_rows, 1, rows < G * Tq, D, BLOCK_D)
+    q = q * tl.cast(sign, q.dtype)
     k_ptr += offset(b, stride_kb) + offset(kv_head, stride_kh)
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     pivots_ptr += offset(b, P)
@@ -100,7 +135,7 @@ def _decode_kernel(
     starts = window_start(tl.maximum(position, 0), block_size, window_blocks)
 
     if BLOCK_M == 1:
-        q = q.to(tl.float32) * factor
+        q = q.to(tl.float32)
     acc = tl.zeros([PLACES, BLOCK_D], tl.float32)
     row_max = tl.full([PLACES], _LOWEST, tl.float32)
     total = tl.zeros([PLACES], tl.float32)
@@ -117,71 +152,81 @@ def _decode_kernel(
         k = load_rows(k_ptr, at, stride_kt, seen, D, BLOCK_D)
         v = load_rows(v_ptr, at, stride_vt, seen, D, BLOCK_D)
         if BLOCK_M == 1:
-            s = tl.sum(k.to(tl.float32) * q, axis=1)
+            x = tl.sum(k.to(tl.float32) * q, axis=1)
             if HAS_REGIONS:
-                s += tl.where(far, bias, 0.0)
-            s = tl.where(seen, s, float("-inf"))
-            new_max = tl.maximum(row_max, s)
-            p = tl.exp2(s - new_max)
-            shrink = tl.exp2(row_max - new_max)
+                x += tl.where(far, bias, 0.0)
+            x = tl.where(seen, x, float("-inf"))
+            new_max = tl.maximum(row_max, x)
+            p = tl.exp2((x - new_max) * factor)
+            shrink = tl.exp2((row_max - new_max) * factor)
             total = total * shrink + p
             acc = acc * shrink[:, None] + p[:, None] * v.to(tl.float32)
         else:
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+            x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             visible = seen[None, :] & (at[None, :] <= position[:, None])
             if HAS_REGIONS:
-                s += tl.where(far, bias, 0.0)[None, :]
+                x += tl.where(far, bias, 0.0)[None, :]
                 visible = visible & (far[None, :] == (at[None, :] < starts[:, None]))
-            s = tl.where(visible, s, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(s, axis=1))
-            p = tl.exp2(s - new_max[:, None])
-            shrink = tl.exp2(row_max - new_max)
+            x = tl.where(visible, x, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(x, axis=1))
+            p = tl.exp2((x - new_max[:, None]) * factor)
+            shrink = tl.exp2((row_max - new_max) * factor)
             total = total * shrink + tl.sum(p, axis=1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         row_max = new_max
 
     if BLOCK_M == 1:
         top = tl.max(row_max, axis=0, keep_dims=True)
-        weight = tl.exp2(row_max - top)
+        weight = tl.exp2((row_max - top) * factor)
         total = tl.sum(total * weight, axis=0, keep_dims=True)
         acc = tl.sum(acc * weight[:, None], axis=0, keep_dims=True)
         row_max = top
+    # Computed only here, so that the loop holds no registers for it.
+    inside = out_rows < G * Tq
+    row = offset(bh, G * Tq) + out_rows
     d = tl.arange(0, BLOCK_D)
     inside_d = inside[:, None] & (d < D)[None, :]
     if HAS_SPLITS:
-        tl.store(partial_ptr + cell, row_max, mask=inside)
-        tl.store(partial_ptr + cells + cell, total, mask=inside)
-        tl.store(partial_ptr - offset(cells, D) + offset(cell, D)[:, None] + d[None, :], acc, mask=inside_d)
-    else:
-        # A query that saw no key gives zeros.
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-        store_rounded(out_ptr + offset(row, D)[:, None] + d[None, :], acc, inside_d, out_ptr.dtype.element_ty)
+        cell = offset(row, splits) + split
+        tl.store(partial_ptr + offset(cell, D)[:, None] + d[None, :], acc, mask=inside_d)
+        maxima_ptr = partial_ptr + offset(cells, D) + cell
+        tl.store(maxima_ptr, row_max, mask=inside)
+        tl.store(maxima_ptr + cells, total, mask=inside)
+        # One thread counts for all: their stores precede its atomic by the barrier, and by its release those
+        # of the other programs precede what the last one loads. Splits without items count, too: the counter
+        # returns to zero whatever the lengths are, even if someone changes them under a running kernel.
+        tl.debug_barrier()
+        counter_ptr = counters_ptr + bh * row_tiles + row_tile
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived != splits - 1:
+            return
+        tl.store(counter_ptr, 0)
+        acc, total = _merge_splits(partial_ptr, cells, row, inside, splits, factor, D, BLOCK_D, BLOCK_M)
+    # A query that saw no key gives zeros.
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    pointers = out_ptr + offset(row, D)[:, None] + d[None, :]
+    store_rounded(pointers, acc, inside_d, out_ptr.dtype.element_ty)
 
 
-@triton.jit
-def _merge_kernel(
-    partial_ptr, out_ptr, splits, cells,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """out = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i over a row's splits; zeros if it saw no key."""
-    row = tl.program_id(0)
-    peaks_ptr = partial_ptr + offset(cells, D) + offset(row, splits)
-    every = tl.arange(0, BLOCK_SPLITS)
-    row_max = tl.max(tl.load(peaks_ptr + every, mask=every < splits, other=_LOWEST), axis=0)
-    d = tl.arange(0, BLOCK_D)
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = 0.0
-    for start in range(0, splits, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        inside = index < splits
-        weight = tl.exp2(tl.load(peaks_ptr + index, mask=inside, other=_LOWEST) - row_max)
-        part = tl.load(peaks_ptr + cells + index, mask=inside, other=0.0)
-        total += tl.sum(part * weight, axis=0)
-        written = (part != 0.0)[:, None] & (d < D)[None, :]
-        pointers = partial_ptr + offset(offset(row, splits) + index, D)[:, None] + d[None, :]
-        acc += tl.sum(tl.load(pointers, mask=written, other=0.0) * weight[:, None], axis=0)
-    acc = acc / tl.where(total == 0.0, 1.0, total)
-    store_rounded(out_ptr + offset(row, D) + d, acc, d < D, out_ptr.dtype.element_ty)
+@dataclass(frozen=True)
+class Terms:
+    """A score is ``factor (sign q k + bias)``, in units of log2, with factor > 0.
+
+    The largest score is subtracted from the others before any is scaled. Where a product is subtracted, a
+    compiler may round product and difference once, as a fused multiply-add, and the largest score no longer
+    cancels to 0: half an ulp of it is left, 64 at 1e9, and 2^64 is no float16."""
+
+    sign: float
+    factor: float
+    bias: float
+
+    @classmethod
+    def of(cls, scale: float, pivot_bias: float) -> Terms:
+        factor = abs(scale) * LOG2E.value
+        # A float32 holds neither: all scores but the bias are then 0.
+        if factor < _SMALLEST_NORMAL or abs(pivot_bias / scale) > -_LOWEST.value:
+            return cls(0.0, 1.0, pivot_bias * LOG2E.value)
+        return cls(1.0 if scale > 0 else -1.0, factor, pivot_bias / abs(scale))
 
 
 @dataclass(frozen=True)
@@ -197,13 +242,13 @@ def tiles(rows: int, D: int, bits: int, has_regions: bool) -> Tiles:
     """For ``rows`` that share keys. Chosen among what compiles without spills; not timed on a GPU yet."""
     block_d = max(16, triton.next_power_of_2(D))
     if rows == 1:
-        # Two tiles of k and v are on their way, 16 KB in 16 bits; registers leave room for 4 such programs or
-        # more on a multiprocessor, 7 or more without regions.
-        return Tiles(block_d, 1, min(128, 2048 // block_d), 4, 3)
+        # Two tiles of k and v are on their way, 16 KB; registers leave room for 5 such programs or more on a
+        # multiprocessor, 7 or more without regions.
+        return Tiles(block_d, 1, min(128, max(8, 32768 // (bits * block_d))), 4, 3)
     block_m = min(max(16, triton.next_power_of_2(rows)), 32 if block_d <= 64 else 16)
     block_n = 16 if bits * block_d > 4096 else 32
     # Products of float32 are made without matrix units and take more registers.
-    num_warps = 8 if bits == 32 and block_m * block_d > 1024 else 4
+    num_warps = 8 if bits == 32 and block_m * block_d >= 1024 else 4
     # In this loop, positions of pivots take every second stage from the rows that they name.
     return Tiles(block_d, block_m, block_n, num_warps, 5 if has_regions else 3)
 
@@ -233,8 +278,8 @@ def forward(
     out: Tensor,
     _: str,
 ) -> None:
-    """Fills ``out``, by one launch or two. Rows of q and the caches are contiguous, ``lengths``, pivots and
-    ``out`` throughout."""
+    """Fills ``out``, by one launch. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out``
+    throughout."""
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
     rows = H // Hkv * Tq
@@ -253,20 +298,19 @@ def forward(
     programs = B * Hkv * row_tiles
     splits = split_count(programs, keys, t)
     cells = B * H * Tq * splits
-    partial = out if splits == 1 else out.new_empty(cells * (D + 2), dtype=torch.float32)
+    # Without splits neither is read.
+    partial, counters = out, lengths
+    if splits > 1:
+        partial = out.new_empty(cells * (D + 2), dtype=torch.float32)
+        counters = _counters.zeroed(programs, out.device)
+    terms = Terms.of(scale, pivot_bias)
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     _decode_kernel[(programs * splits,)](
-        q, k_cache, v_cache, lengths, pivots, partial, out,
+        q, k_cache, v_cache, lengths, pivots, partial, counters, out,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         Hkv, H // Hkv, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells,
-        scale * LOG2E.value, pivot_bias * LOG2E.value,
+        terms.sign, terms.factor, terms.bias,
         HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
         D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
     )  # fmt: skip
-    if splits > 1:
-        most = triton.next_power_of_2(splits)
-        _merge_kernel[(B * H * Tq,)](
-            partial, out, splits, cells,
-            D=D, BLOCK_D=t.block_d, BLOCK_SPLITS=most, BLOCK_N=min(most, 4096 // t.block_d),
-        )  # fmt: skip
