@@ -157,7 +157,7 @@ def decode_attention_cpu(
     layout: _Layout,
     scale: float,
     dtype: int,
-    splits: tuple[int, int, _Address],
+    splits: tuple[int, int, _Address, _Address],
     threads: int,
 ) -> None: ...
 def stable_softmax_fwd_cuda(
@@ -272,6 +272,6 @@ def decode_attention_cuda(
     layout: _Layout,
     scale: float,
     dtype: int,
-    splits: tuple[int, int, _Address],
+    splits: tuple[int, int, _Address, _Address],
     stream: int,
 ) -> None: ...

@@ -243,11 +243,11 @@ AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Addre
 }
 
 // shape: in the order of DecodeShape; splits (CUDA): keys of a block, blocks of a row, where they leave their
-// parts.
+// parts, their counters.
 DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, StridedAddress v_cache,
                                  IntegerAddress lengths, StridedAddress out, std::array<int, 6> shape,
                                  LayoutArguments layout, float scale, int dtype,
-                                 std::tuple<int, int, Address> splits) {
+                                 std::tuple<int, int, Address, Address> splits) {
     return {{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
             layout_within(shape[4], layout),
             scale,
@@ -259,7 +259,8 @@ DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, Strid
             integer_list(lengths),
             std::get<0>(splits),
             std::get<1>(splits),
-            pointer<float>(std::get<2>(splits))};
+            pointer<float>(std::get<2>(splits)),
+            pointer<int>(std::get<3>(splits))};
 }
 
 // ---- from functions that make arguments to functions that Python calls by position or by name

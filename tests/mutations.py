@@ -179,9 +179,11 @@ MUTATIONS = [
     Mutation("decode-cuda-no-rescale", "csrc/decode_attention/*.cuh",
              "sum[r][i] * old + p", "sum[r][i] + p", _CUDA_DECODE),
     Mutation("decode-cuda-merge", "csrc/decode_attention/*.cuh",
-             "partial[s * (D + 2) + 2 + d] * power(partial[s * (D + 2)] - base)",
-             "partial[s * (D + 2) + 2 + d]",
+             "__ldcg(partial + s * (D + 2) + 2 + d) * power(__ldcg(partial + s * (D + 2)) - base)",
+             "__ldcg(partial + s * (D + 2) + 2 + d)",
              _CUDA_DECODE),
+    Mutation("decode-cuda-counter", "csrc/decode_attention/*.cuh",
+             "if (is_last) *counter = 0;", "", _CUDA_DECODE),
     # ---- layer_norm and sandwich_layer_norm, CPU
     Mutation("norm-cpu-mean-correction", "csrc/norms/row.h",
              "const float mean = first + correction;", "const float mean = first;", _CPU_NORM),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _checks, _extension
+from cogview_kernels import _checks, _counters, _extension
 from cogview_kernels._attention import aligned, causal_layout, native_layout, strided
 from cogview_kernels.layout import ThreeRegionLayout
 
@@ -53,13 +53,14 @@ def forward(
     """Fills ``out``. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out`` throughout."""
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
-    splits = (0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
+    splits = (0, 0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
     if backend == "cuda":
         q, k_cache, v_cache = aligned(q), aligned(k_cache), aligned(v_cache)
         keys = _most_keys(Tq, S, layout)
         parts = min(_MOST_SPLITS, -(-keys // _CHUNK))
         partial = q.new_empty(B, H, Tq, parts if parts > 1 else 0, D + 2, dtype=torch.float32)
-        splits = (-(-keys // parts), parts, partial.data_ptr())
+        counters = _counters.zeroed(B * H * Tq, q.device).data_ptr() if parts > 1 else 0
+        splits = (-(-keys // parts), parts, partial.data_ptr(), counters)
     _extension.call(
         "decode_attention",
         backend,

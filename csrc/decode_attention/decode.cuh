@@ -2,7 +2,8 @@
 // Decode attention: bound by memory, so plain arithmetic serves. A block takes `chunk` keys of one sample and
 // key head for up to ROWS of the queries that share it (group heads times new positions); LANES lanes share a
 // key, eight elements each, and keep a softmax of their own over the keys they meet. These are merged in the
-// block, and over blocks by decode_attention_merge_kernel, always in one order: two runs give the same bits.
+// block, and over blocks by whichever of them finishes last, as a counter tells it, always in one order: two
+// runs give the same bits.
 //
 // Bytes: k and v of the keys seen, once per ROWS queries. FLOPs: 4 D a key and query.
 #pragma once
@@ -43,12 +44,37 @@ __device__ __forceinline__ float power(float x) {
     return exp2f(x * 1.4426950408889634f);
 }
 
+// Of the queries from first_row on, from what all splits left in a.partial: their softmax over the splits. A
+// query that saw no key gives zeros. What other blocks wrote is read past the L1 cache.
+template <typename T, int ROWS>
+__device__ __forceinline__ void merge_splits(const DecodeAttention& a, int b, int kv_head, int first_row) {
+    const auto [B, H, Hkv, Tq, S, D] = a.shape;
+    const int heads = H / Hkv, rows = heads * Tq;
+    for (int r = 0; r < ROWS && first_row + r < rows; ++r) {
+        const int row = first_row + r, h = kv_head * heads + row / Tq, t = row % Tq;
+        const float* partial = a.partial + ((int64_t(b) * H + h) * Tq + t) * a.splits * (D + 2);
+        float top = -INFINITY, all = 0.0f;
+        for (int s = 0; s < a.splits; ++s) top = fmaxf(top, __ldcg(partial + s * (D + 2)));
+        const float base = top == -INFINITY ? 0.0f : top;
+        for (int s = 0; s < a.splits; ++s)
+            all += __ldcg(partial + s * (D + 2) + 1) * power(__ldcg(partial + s * (D + 2)) - base);
+        T* out = a.out.row<T>(b, h, t);
+        for (int d = threadIdx.x; d < D; d += kDecodeThreads) {
+            float x = 0.0f;
+            for (int s = 0; s < a.splits; ++s)
+                x += __ldcg(partial + s * (D + 2) + 2 + d) * power(__ldcg(partial + s * (D + 2)) - base);
+            narrow(all == 0.0f ? 0.0f : x / all, out + d);
+        }
+    }
+}
+
 // Occupancy on sm_70: 128 threads, 17.4 KB (ROWS 4) or 4.5 KB (ROWS 1) of shared memory.
 template <typename T, int LANES, int ROWS>
 __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(DecodeAttention a) {
     constexpr int kGroups = kDecodeThreads / LANES;
     __shared__ float sums[ROWS][kDecodeThreads * 8];
     __shared__ float maxima[ROWS][kGroups], totals[ROWS][kGroups];
+    __shared__ bool is_last;
 
     const auto [B, H, Hkv, Tq, S, D] = a.shape;
     const int heads = H / Hkv, rows = heads * Tq, row_tiles = (rows + ROWS - 1) / ROWS;
@@ -155,26 +181,21 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
             partial[1] = all;
         }
     }
-}
+    if (a.splits == 1) return;
 
-// A block per query: its softmax over the splits. A query that saw no key gives zeros.
-template <typename T>
-__global__ void __launch_bounds__(kDecodeThreads) decode_attention_merge_kernel(DecodeAttention a) {
-    const int64_t row = blockIdx.x;
-    const int H = a.shape.H, Tq = a.shape.Tq, D = a.shape.D;
-    const int t = row % Tq, h = row / Tq % H, b = row / Tq / H;
-    const float* partial = a.partial + row * a.splits * (D + 2);
-    float top = -INFINITY, all = 0.0f;
-    for (int s = 0; s < a.splits; ++s) top = fmaxf(top, partial[s * (D + 2)]);
-    const float base = top == -INFINITY ? 0.0f : top;
-    for (int s = 0; s < a.splits; ++s) all += partial[s * (D + 2) + 1] * power(partial[s * (D + 2)] - base);
-    T* out = a.out.row<T>(b, h, t);
-    for (int d = threadIdx.x; d < D; d += kDecodeThreads) {
-        float x = 0.0f;
-        for (int s = 0; s < a.splits; ++s)
-            x += partial[s * (D + 2) + 2 + d] * power(partial[s * (D + 2)] - base);
-        narrow(all == 0.0f ? 0.0f : x / all, out + d);
+    // Each thread's stores are visible before its block counts. A split without keys counts, too. The last
+    // one sets the counter back to zero for the next launch.
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int* counter = a.counters + blockIdx.x / a.splits;
+        is_last = atomicAdd(counter, 1) == a.splits - 1;
+        if (is_last) *counter = 0;
     }
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+    merge_splits<T, ROWS>(a, b, kv_head, first_row);
 }
 
 }  // namespace

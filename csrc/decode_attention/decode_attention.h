@@ -29,10 +29,13 @@ struct DecodeAttention {
     StridedInput q, k, v;
     StridedOutput out;
     IntegerList lengths;  // [B]
-    // CUDA: keys of a block, blocks that share a row's keys, and what these leave for the merge, written
-    // here: [B, H, Tq, splits, D + 2] of maximum, sum, unscaled output.
+    // CUDA: keys of a block, blocks that share a row's keys, and what these leave for the last of them,
+    // written here: [B, H, Tq, splits, D + 2] of maximum, sum, unscaled output. With several splits, a
+    // counter for each query and no fewer: zero before and after, and not of a launch that may run at the
+    // same time.
     int chunk, splits;
     float* partial;
+    int* counters;
 };
 
 COGVIEW_DECLARE_PER_ISA(void decode_attention_cpu(const DecodeAttention& args, int threads);)

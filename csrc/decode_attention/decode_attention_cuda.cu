@@ -15,7 +15,7 @@ void launch(const DecodeAttention& a, cudaStream_t stream) {
     const DecodeShape& shape = a.shape;
     const int64_t rows = int64_t(shape.H / shape.Hkv) * shape.Tq;
     const int64_t blocks = a.splits * ((rows + ROWS - 1) / ROWS) * shape.Hkv * shape.B;
-    if (blocks > 0x7fffffff || int64_t(shape.B) * shape.H * shape.Tq > 0x7fffffff)
+    if (blocks > 0x7fffffff)
         throw std::runtime_error("decode_attention_kernel: more than 2^31 blocks; split the batch");
     decode_attention_kernel<T, LANES, ROWS><<<unsigned(blocks), kDecodeThreads, 0, stream>>>(a);
     check_launch("decode_attention_kernel");
@@ -39,10 +39,6 @@ void run(const DecodeAttention& a, cudaStream_t stream) {
         pick_rows<T, 16>(a, stream);
     else
         pick_rows<T, 32>(a, stream);
-    if (a.splits == 1) return;
-    decode_attention_merge_kernel<T>
-        <<<unsigned(a.shape.B * a.shape.H * a.shape.Tq), kDecodeThreads, 0, stream>>>(a);
-    check_launch("decode_attention_merge_kernel");
 }
 
 // How many keys, pivots included, a query may have to look at.

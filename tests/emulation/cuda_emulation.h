@@ -427,6 +427,10 @@ inline unsigned atomicAdd(unsigned* at, unsigned value) {
     return std::exchange(*at, *at + value);
 }
 template <typename T>
+T __ldcg(const T* at) {
+    return *at;
+}
+template <typename T>
 T __ldg(const T* at) {
     return *at;
 }
