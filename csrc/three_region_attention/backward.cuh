@@ -3,7 +3,9 @@
 // delta_i = sum_d dout_i out_i - dlse_i:
 //     dv_j = sum_i m_ij P_ij dout_i          dS_ij = P_ij (m_ij dout_i v_j - delta_i)
 //     dq_i = scale sum_j dS_ij k_j           dk_j = scale sum_i dS_ij q_i
-// Scores are computed again in both kernels, and as q k^T in both: huge scores then round alike everywhere.
+// Scores are computed again in both kernels, as k q^T in the one for dk and dv: P and dS are then stored as
+// they are multiplied, rows of keys. A tensor core sums the same products in the same order either way, so
+// huge scores round alike everywhere.
 // No atomics: dq has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots
 // as far keys (packed, fp32), then for all positions as window keys, which add the pivots' part.
 //
@@ -37,12 +39,16 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (threadIdx.x % 32 == 0) args.delta[at] = args.dlse == nullptr ? dot : dot - args.dlse[at];
 }
 
-// What the elements of a row of scores need.
+// What a query's scores need. Two neighbours are read at once, so 16 bytes.
+struct __align__(8) QueryTerms {
+    float lse, delta;
+};
+
 template <int ROWS>
 struct RowData {
-    float lse[ROWS], delta[ROWS];
-    int window_start[ROWS];
+    QueryTerms terms[ROWS];
     RowWords words[ROWS];
+    int window_start[ROWS];
 
     template <bool DROPOUT>
     __device__ __forceinline__ void fill(const AttentionBackward& args, int b, int h, int first, int last) {
@@ -50,8 +56,7 @@ struct RowData {
         for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
             const int i = min(first + r, last);
             const int64_t at = (int64_t(b) * a.shape.H + h) * a.shape.T + i;
-            lse[r] = args.lse[at];
-            delta[r] = args.delta[at];
+            terms[r] = {args.lse[at], args.delta[at]};
             window_start[r] = a.layout.window_start(i);
             if (DROPOUT) words[r] = philox(a.dropout.read_seed(), i, h, b);
         }
@@ -61,15 +66,15 @@ struct RowData {
 // From a score and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
 template <bool DROPOUT>
 __device__ __forceinline__ float2 probability_and_gradient(const Attention& a, float score, float dprob,
-                                                           float bias, bool seen, float lse, float delta,
+                                                           float bias, bool seen, QueryTerms terms,
                                                            RowWords words, int position) {
     // At most 0 but for rounding, which for scores of 1e10 is thousands.
-    const float p = seen ? exp2_fast(fminf((score * a.scale + bias - lse) * kLog2e, 0.0f)) : 0.0f;
+    const float p = seen ? exp2_fast(fminf((score * a.scale + bias - terms.lse) * kLog2e, 0.0f)) : 0.0f;
     if (DROPOUT) {
         const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
-        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
+        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - terms.delta));
     }
-    return make_float2(p, p * (dprob - delta));
+    return make_float2(p, p * (dprob - terms.delta));
 }
 
 template <int D>
@@ -190,16 +195,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
+            for (int i = 0; i < 8; i += 2) {
                 const int row = warp * 16 + places.row(i), column = n * 16 + places.column(i);
-                const int position = full && !DROPOUT ? 0 : key_positions[column];
-                const bool seen =
-                    full || sees(far, position, rows->window_start[row], a.layout.window_last(first + row));
-                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both =
-                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row],
-                                                      rows->delta[row], words, position);
-                strip[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+                float dscore[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int position = full && !DROPOUT ? 0 : key_positions[column + j];
+                    const bool seen = full || sees(far, position, rows->window_start[row],
+                                                   a.layout.window_last(first + row));
+                    dscore[j] = probability_and_gradient<DROPOUT>(
+                                    a, scores.x[i + j], dprobs.x[i + j], bias, seen, rows->terms[row],
+                                    DROPOUT ? rows->words[row] : RowWords{0, 0}, position)
+                                    .y;
+                }
+                *reinterpret_cast<uint32_t*>(strip + places.row(i) * kStripRow + column) =
+                    pack(dscore[0], dscore[1]);
             }
         }
         __syncwarp();
@@ -286,7 +296,7 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         if (!FAR) return at;
         return sorted_pivots[at] < shape.T ? sorted_pivots[at] : kNowhere;
     };
-    FragmentBT k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
+    FragmentA k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
     {
         __half* staged = reinterpret_cast<__half*>(raw);
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
@@ -366,37 +376,43 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
             wmma::fill_fragment(dprob, 0.0f);
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {
-                FragmentA left;
+                FragmentBT right;
                 if (Shape::kHoldsKeys) {
-                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
-                    wmma::mma_sync(scores, left, k[Shape::kHoldsKeys ? d : 0], scores);
-                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
-                    wmma::mma_sync(dprob, left, v[Shape::kHoldsKeys ? d : 0], dprob);
+                    wmma::load_matrix_sync(right, queries + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(scores, k[Shape::kHoldsKeys ? d : 0], right, scores);
+                    wmma::load_matrix_sync(right, douts + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(dprob, v[Shape::kHoldsKeys ? d : 0], right, dprob);
                 } else {
-                    FragmentBT right;
-                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
-                    wmma::load_matrix_sync(right, held_keys + warp * 16 * kRow + d * 16, kRow);
+                    FragmentA left;
+                    wmma::load_matrix_sync(left, held_keys + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, queries + m * kRow + d * 16, kRow);
                     wmma::mma_sync(scores, left, right, scores);
-                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
-                    wmma::load_matrix_sync(right, held_values + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(left, held_values + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, douts + m * kRow + d * 16, kRow);
                     wmma::mma_sync(dprob, left, right, dprob);
                 }
             }
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int row = m + places.row(i), column = places.column(i);
-                const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + column];
-                const bool seen = full || (first + row < end && sees(FAR, position, rows->window_start[row],
-                                                                     a.layout.window_last(first + row)));
-                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both =
-                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row],
-                                                      rows->delta[row], words, position);
-                probs[places.row(i) * kStripRow + column] = __float2half_rn(both.x);
-                dscores[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+            for (int i = 0; i < 8; i += 2) {
+                const int key = places.row(i), query = m + places.column(i);
+                const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + key];
+                float2 both[2];
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int row = query + j;
+                    const bool seen =
+                        full || (first + row < end && sees(FAR, position, rows->window_start[row],
+                                                           a.layout.window_last(first + row)));
+                    both[j] = probability_and_gradient<DROPOUT>(
+                        a, scores.x[i + j], dprob.x[i + j], bias, seen, rows->terms[row],
+                        DROPOUT ? rows->words[row] : RowWords{0, 0}, position);
+                }
+                const int at = key * kStripRow + places.column(i);
+                *reinterpret_cast<uint32_t*>(probs + at) = pack(both[0].x, both[1].x);
+                *reinterpret_cast<uint32_t*>(dscores + at) = pack(both[0].y, both[1].y);
             }
             __syncwarp();
-            FragmentAT left;
+            FragmentA left;
             wmma::load_matrix_sync(left, probs, kStripRow);
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {

@@ -3,8 +3,9 @@
 // dropout.
 //
 // A warp owns 16 (or 32) rows of scores and works on a strip of shared memory of its own, so that barriers of
-// the block are needed only where tiles change. wmma does not say where a fragment keeps an element; `Places`
-// asks, by loading a matrix of its own numbers, and so the same source serves every chip.
+// the block are needed only where tiles change. wmma does not say where a fragment keeps an element. `Places`
+// asks, by loading a matrix of its own numbers, and stops the kernel where the answer has another shape than
+// the kernels count on. So the same source serves every chip.
 #pragma once
 
 #include <mma.h>
@@ -39,11 +40,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// Row and column, in its 16 x 16 matrix, of each element that a lane of an Accumulator holds: 4 bits each.
+// Where, in its 16 x 16 matrix, a lane's eight elements of an Accumulator lie: in two rows, and in each row as
+// two pairs of neighbours. What belongs to a row is so read twice instead of eight times, and two neighbours
+// are stored at once.
 struct Places {
-    uint32_t rows, columns;
-    __device__ __forceinline__ int row(int i) const { return rows >> (4 * i) & 15; }
-    __device__ __forceinline__ int column(int i) const { return columns >> (4 * i) & 15; }
+    int first_row, first_column, row_step, column_step;
+    __device__ __forceinline__ int row(int i) const { return first_row + (i & 2 ? row_step : 0); }
+    __device__ __forceinline__ int column(int i) const {
+        return first_column + (i & 1) + (i & 4 ? column_step : 0);
+    }
 };
 
 // `scratch`: 256 floats of this warp's own.
@@ -52,13 +57,18 @@ __device__ __forceinline__ Places find_places(float* scratch) {
     __syncwarp();
     Accumulator numbers;
     wmma::load_matrix_sync(numbers, scratch, 16, wmma::mem_row_major);
-    Places places = {0, 0};
+    const int first = int(numbers.x[0]);
+    Places places = {first / 16, first % 16, int(numbers.x[2]) / 16 - first / 16, int(numbers.x[4]) - first};
+#if defined(__CUDA_ARCH__)
+    // Known to the compiler the steps cost no registers.
+    places.row_step = __CUDA_ARCH__ < 750 ? 2 : 8;
+    places.column_step = __CUDA_ARCH__ < 750 ? 4 : 8;
+#endif
+    bool wrong = false;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const uint32_t number = uint32_t(numbers.x[i]);
-        places.rows |= number / 16 << (4 * i);
-        places.columns |= number % 16 << (4 * i);
-    }
+    for (int i = 0; i < 8; ++i) wrong |= int(numbers.x[i]) != places.row(i) * 16 + places.column(i);
+    // By a vote: after a branch that lanes may take apart the compiler would have them meet at each barrier.
+    if (__any_sync(kAllLanes, wrong)) __trap();
     __syncwarp();
     return places;
 }

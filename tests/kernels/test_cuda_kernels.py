@@ -77,10 +77,19 @@ def test_neither_order_of_threads_nor_fragment_layout_matters(D, emulation):
     inputs = *(x.requires_grad_() for x in (q, k, v)), layout
     emulation.configure()
     expected = _all_results(*inputs)
-    for settings in ({"order": 7}, {"fragment_layout": 1}, {"order": 11, "fragment_layout": 2}):
+    for settings in ({"order": 7}, {"fragment_layout": 1}, {"order": 11, "fragment_layout": 1}):
         emulation.configure(**settings)
         for a, b in zip(_all_results(*inputs), expected, strict=True):
             assert torch.equal(a, b), settings
+
+
+@needs_emulation
+def test_a_fragment_layout_without_pairs_stops_the_kernel(emulation):
+    """Wrong numbers would be worse."""
+    q, k, v, layout = _small("cpu")
+    emulation.configure(fragment_layout=2)
+    with pytest.raises(RuntimeError, match="trap"):
+        three_region_attention(q, k, v, layout, backend="cuda")
 
 
 @needs_emulation
