@@ -39,42 +39,49 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (threadIdx.x % 32 == 0) args.delta[at] = args.dlse == nullptr ? dot : dot - args.dlse[at];
 }
 
-// What a query's scores need. Two neighbours are read at once, so 16 bytes.
-struct __align__(8) QueryTerms {
+// What a query's scores need.
+struct QueryTerms {
     float lse, delta;
 };
 
+// Of the queries of a tile. Two neighbours are read at once: hence the alignment.
 template <int ROWS>
-struct RowData {
+struct __align__(16) RowData {
     QueryTerms terms[ROWS];
     RowWords words[ROWS];
     int window_start[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void fill(const AttentionBackward& args, int b, int h, int first, int last) {
+    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, int b, int h, int query) {
         const Attention& a = args.common;
-        for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
-            const int i = min(first + r, last);
-            const int64_t at = (int64_t(b) * a.shape.H + h) * a.shape.T + i;
-            terms[r] = {args.lse[at], args.delta[at]};
-            window_start[r] = a.layout.window_start(i);
-            if (DROPOUT) words[r] = philox(a.dropout.read_seed(), i, h, b);
-        }
+        terms[threadIdx.x] = of;
+        window_start[threadIdx.x] = a.layout.window_start(query);
+        if (DROPOUT) words[threadIdx.x] = philox(a.dropout.read_seed(), query, h, b);
+    }
+    __device__ __forceinline__ void read_two(int row, QueryTerms* to) const {
+        const float4 two = *reinterpret_cast<const float4*>(terms + row);
+        to[0] = {two.x, two.y}, to[1] = {two.z, two.w};
     }
 };
 
-// From a score and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
+__device__ __forceinline__ QueryTerms read_terms(const AttentionBackward& args, int b, int h, int query) {
+    const AttentionShape& shape = args.common.shape;
+    const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
+    return {args.lse[at], args.delta[at]};
+}
+
+// log2 of P: at most 0 but for rounding, which for scores of 1e10 is thousands.
+__device__ __forceinline__ float log2_probability(const Attention& a, float score, float bias, float lse) {
+    return fminf((score * a.scale + bias - lse) * kLog2e, 0.0f);
+}
+
+// From P and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
 template <bool DROPOUT>
-__device__ __forceinline__ float2 probability_and_gradient(const Attention& a, float score, float dprob,
-                                                           float bias, bool seen, QueryTerms terms,
-                                                           RowWords words, int position) {
-    // At most 0 but for rounding, which for scores of 1e10 is thousands.
-    const float p = seen ? exp2_fast(fminf((score * a.scale + bias - terms.lse) * kLog2e, 0.0f)) : 0.0f;
-    if (DROPOUT) {
-        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
-        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - terms.delta));
-    }
-    return make_float2(p, p * (dprob - terms.delta));
+__device__ __forceinline__ float2 dropped_and_gradient(const Attention& a, float p, float dprob, float delta,
+                                                       RowWords words, int position) {
+    if (!DROPOUT) return make_float2(p, p * (dprob - delta));
+    const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
+    return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
 }
 
 template <int D>
@@ -137,7 +144,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         carrier.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
         __syncthreads();
         carrier.put(Shape::kHoldsDout ? staged : douts);
-        rows->template fill<DROPOUT>(args, b, h, first, last);
+        if (threadIdx.x < kBackwardRows) {
+            const int query = min(first + int(threadIdx.x), last);
+            rows->template put<DROPOUT>(args, read_terms(args, b, h, query), b, h, query);
+        }
         __syncthreads();
         if (Shape::kHoldsDout) {
 #pragma unroll
@@ -194,23 +204,29 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                     wmma::mma_sync(dprobs, left, value, dprobs);
                 }
             }
+            const int row = warp * 16;
+            const QueryTerms terms[2] = {rows->terms[row + places.row(0)], rows->terms[row + places.row(2)]};
 #pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                const int row = warp * 16 + places.row(i), column = n * 16 + places.column(i);
-                float dscore[2];
+            for (int i = 0; i < 8; ++i)
+                scores.x[i] = log2_probability(a, scores.x[i], bias, terms[i / 2 % 2].lse);
+            if (!full) {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int position = full && !DROPOUT ? 0 : key_positions[column + j];
-                    const bool seen = full || sees(far, position, rows->window_start[row],
-                                                   a.layout.window_last(first + row));
-                    dscore[j] = probability_and_gradient<DROPOUT>(
-                                    a, scores.x[i + j], dprobs.x[i + j], bias, seen, rows->terms[row],
-                                    DROPOUT ? rows->words[row] : RowWords{0, 0}, position)
-                                    .y;
+                for (int i = 0; i < 8; ++i) {
+                    const int query = row + places.row(i);
+                    if (!sees(far, key_positions[n * 16 + places.column(i)], rows->window_start[query],
+                              a.layout.window_last(first + query)))
+                        scores.x[i] = -INFINITY;
                 }
-                *reinterpret_cast<uint32_t*>(strip + places.row(i) * kStripRow + column) =
-                    pack(dscore[0], dscore[1]);
             }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int position = DROPOUT ? key_positions[n * 16 + places.column(i)] : 0;
+                const RowWords words = DROPOUT ? rows->words[row + places.row(i)] : RowWords{0, 0};
+                scores.x[i] = dropped_and_gradient<DROPOUT>(a, exp2_fast(scores.x[i]), dprobs.x[i],
+                                                            terms[i / 2 % 2].delta, words, position)
+                                  .y;
+            }
+            places.store_halves(strip + n * 16, kStripRow, scores);
         }
         __syncwarp();
         // Not before: beside the scores there is no room for it in the registers.
@@ -357,16 +373,23 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         next_queries.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
         next_douts.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
     };
-    if (steps > 0) fetch(0);
+    QueryTerms next_terms = {0.0f, 0.0f};
+    const auto fetch_terms = [&](int step) {
+        const int h = kv_head * group + step / query_tiles;
+        const int query = begin + step % query_tiles * kTileQueries + threadIdx.x;
+        if (threadIdx.x < kTileQueries) next_terms = read_terms(args, b, h, min(query, end - 1));
+    };
+    if (steps > 0) fetch(0), fetch_terms(0);
     for (int step = 0; step < steps; ++step) {
         const int h = kv_head * group + step / query_tiles;
         const int first = begin + step % query_tiles * kTileQueries;
         __syncthreads();  // no warp reads the tile before any more
         next_queries.put(queries);
         next_douts.put(douts);
-        rows->template fill<DROPOUT>(args, b, h, first, end - 1);
+        if (threadIdx.x < kTileQueries)
+            rows->template put<DROPOUT>(args, next_terms, b, h, min(first + int(threadIdx.x), end - 1));
         __syncthreads();
-        if (step + 1 < steps) fetch(step + 1);
+        if (step + 1 < steps) fetch(step + 1), fetch_terms(step + 1);
 
         const bool full = first >= full_begin && first + kTileQueries <= full_end;
 #pragma unroll 1
@@ -392,25 +415,32 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                     wmma::mma_sync(dprob, left, right, dprob);
                 }
             }
+            QueryTerms terms[4];
+            rows->read_two(m + places.column(0), terms);
+            rows->read_two(m + places.column(4), terms + 2);
 #pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                const int key = places.row(i), query = m + places.column(i);
-                const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + key];
-                float2 both[2];
+            for (int i = 0; i < 8; ++i)
+                scores.x[i] = log2_probability(a, scores.x[i], bias, terms[i / 4 * 2 + i % 2].lse);
+            if (!full) {
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int row = query + j;
-                    const bool seen =
-                        full || (first + row < end && sees(FAR, position, rows->window_start[row],
-                                                           a.layout.window_last(first + row)));
-                    both[j] = probability_and_gradient<DROPOUT>(
-                        a, scores.x[i + j], dprob.x[i + j], bias, seen, rows->terms[row],
-                        DROPOUT ? rows->words[row] : RowWords{0, 0}, position);
+                for (int i = 0; i < 8; ++i) {
+                    const int query = m + places.column(i);
+                    if (first + query >= end ||
+                        !sees(FAR, key_positions[warp * 16 + places.row(i)], rows->window_start[query],
+                              a.layout.window_last(first + query)))
+                        scores.x[i] = -INFINITY;
                 }
-                const int at = key * kStripRow + places.column(i);
-                *reinterpret_cast<uint32_t*>(probs + at) = pack(both[0].x, both[1].x);
-                *reinterpret_cast<uint32_t*>(dscores + at) = pack(both[0].y, both[1].y);
             }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int position = DROPOUT ? key_positions[warp * 16 + places.row(i)] : 0;
+                const RowWords words = DROPOUT ? rows->words[m + places.column(i)] : RowWords{0, 0};
+                const float2 both = dropped_and_gradient<DROPOUT>(
+                    a, exp2_fast(scores.x[i]), dprob.x[i], terms[i / 4 * 2 + i % 2].delta, words, position);
+                scores.x[i] = both.x, dprob.x[i] = both.y;
+            }
+            places.store_halves(probs, kStripRow, scores);
+            places.store_halves(dscores, kStripRow, dprob);
             __syncwarp();
             FragmentA left;
             wmma::load_matrix_sync(left, probs, kStripRow);

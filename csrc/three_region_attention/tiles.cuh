@@ -40,6 +40,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 two = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+__device__ __forceinline__ uint4 pack(const float* eight) {
+    return make_uint4(pack(eight[0], eight[1]), pack(eight[2], eight[3]), pack(eight[4], eight[5]),
+                      pack(eight[6], eight[7]));
+}
+
 // Where, in its 16 x 16 matrix, a lane's eight elements of an Accumulator lie: in two rows, and in each row as
 // two pairs of neighbours. What belongs to a row is so read twice instead of eight times, and two neighbours
 // are stored at once.
@@ -48,6 +58,12 @@ struct Places {
     __device__ __forceinline__ int row(int i) const { return first_row + (i & 2 ? row_step : 0); }
     __device__ __forceinline__ int column(int i) const {
         return first_column + (i & 1) + (i & 4 ? column_step : 0);
+    }
+    // Rounded to fp16.
+    __device__ __forceinline__ void store_halves(__half* to, int stride, const Accumulator& from) const {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2)
+            *reinterpret_cast<uint32_t*>(to + row(i) * stride + column(i)) = pack(from.x[i], from.x[i + 1]);
     }
 };
 
@@ -88,16 +104,6 @@ __device__ __forceinline__ void by_rows(const Accumulator& from, float* scratch,
     }
     use(row, column, values);
     __syncwarp();
-}
-
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __half2 two = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&two);
-}
-
-__device__ __forceinline__ uint4 pack(const float* eight) {
-    return make_uint4(pack(eight[0], eight[1]), pack(eight[2], eight[3]), pack(eight[4], eight[5]),
-                      pack(eight[6], eight[7]));
 }
 
 // ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS
