@@ -52,10 +52,10 @@ struct __align__(16) RowData {
     int window_start[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, int b, int h, int query) {
+    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, bool full, int b, int h, int query) {
         const Attention& a = args.common;
         terms[threadIdx.x] = of;
-        window_start[threadIdx.x] = a.layout.window_start(query);
+        if (!full) window_start[threadIdx.x] = a.layout.window_start(query);  // has a division
         if (DROPOUT) words[threadIdx.x] = philox(a.dropout.read_seed(), query, h, b);
     }
     __device__ __forceinline__ void read_two(int row, QueryTerms* to) const {
@@ -89,7 +89,7 @@ struct QueryGradientShape {
     // At 128 q and dq are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileKeys = D <= 96 ? 32 : 16;
     static constexpr int kRow = D + kPad;
-    static constexpr int kStripRow = kTileKeys + kPad;  // halves
+    static constexpr int kStripRow = kTileKeys + kStripPad;  // halves
     // dout of 16 rows is D / 2 registers a lane: past 64 it stays in shared memory.
     static constexpr bool kHoldsDout = D <= 64;
     static constexpr int kTileHalves = 2 * kTileKeys * kRow;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         carrier.put(Shape::kHoldsDout ? staged : douts);
         if (threadIdx.x < kBackwardRows) {
             const int query = min(first + int(threadIdx.x), last);
-            rows->template put<DROPOUT>(args, read_terms(args, b, h, query), b, h, query);
+            rows->template put<DROPOUT>(args, read_terms(args, b, h, query), false, b, h, query);
         }
         __syncthreads();
         if (Shape::kHoldsDout) {
@@ -261,7 +261,7 @@ struct KeyGradientShape {
     // At 128 dk and dv are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileQueries = D <= 96 ? 32 : 16;
     static constexpr int kRow = D + kPad;
-    static constexpr int kStripRow = 16 + kPad;  // halves; P and dS of 16 x 16: 384 floats
+    static constexpr int kStripRow = 16 + kStripPad;  // halves; P and dS of 16 x 16: 384 floats
     // k and v of 16 keys are D registers a lane: past 64 they stay in shared memory.
     static constexpr bool kHoldsKeys = D <= 64;
     static constexpr int kTileHalves = 2 * kTileQueries * kRow;
@@ -362,36 +362,35 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         full_begin = last_position == kNowhere ? shape.T : last_position;
         full_end = a.layout.first_query_past(first_position, shape.T);
     }
-    const int query_tiles = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
-    const int steps = query_tiles * group;
-
+    // Steps: the tiles of queries of one head, then those of the next head of the group.
+    int steps = max(0, (end - begin + kTileQueries - 1) / kTileQueries) * group;
+    struct {
+        int h, first;
+    } now, next = {kv_head * group, begin};
     Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
-    const auto fetch = [&](int step) {
-        const int h = kv_head * group + step / query_tiles;
-        const int first = begin + step % query_tiles * kTileQueries;
-        const auto position = [&](int row) { return first + row < end ? first + row : kNowhere; };
-        next_queries.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
-        next_douts.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
-    };
     QueryTerms next_terms = {0.0f, 0.0f};
-    const auto fetch_terms = [&](int step) {
-        const int h = kv_head * group + step / query_tiles;
-        const int query = begin + step % query_tiles * kTileQueries + threadIdx.x;
-        if (threadIdx.x < kTileQueries) next_terms = read_terms(args, b, h, min(query, end - 1));
+    const auto fetch = [&] {
+        const auto position = [&](int row) { return next.first + row < end ? next.first + row : kNowhere; };
+        next_queries.fetch(a.q.head<__half>(b, next.h), a.q.stride[2], position);
+        next_douts.fetch(args.dout.head<__half>(b, next.h), args.dout.stride[2], position);
+        if (threadIdx.x < kTileQueries)
+            next_terms = read_terms(args, b, next.h, min(next.first + int(threadIdx.x), end - 1));
     };
-    if (steps > 0) fetch(0), fetch_terms(0);
-    for (int step = 0; step < steps; ++step) {
-        const int h = kv_head * group + step / query_tiles;
-        const int first = begin + step % query_tiles * kTileQueries;
+    if (steps > 0) fetch();
+    for (; steps > 0; --steps) {
+        now = next;
+        next.first += kTileQueries;
+        if (next.first >= end) ++next.h, next.first = begin;
+        const int first = now.first;
         __syncthreads();  // no warp reads the tile before any more
         next_queries.put(queries);
         next_douts.put(douts);
-        if (threadIdx.x < kTileQueries)
-            rows->template put<DROPOUT>(args, next_terms, b, h, min(first + int(threadIdx.x), end - 1));
-        __syncthreads();
-        if (step + 1 < steps) fetch(step + 1), fetch_terms(step + 1);
-
         const bool full = first >= full_begin && first + kTileQueries <= full_end;
+        if (threadIdx.x < kTileQueries)
+            rows->template put<DROPOUT>(args, next_terms, full, b, now.h, min(first + int(threadIdx.x), end - 1));
+        __syncthreads();
+        if (steps > 1) fetch();
+
 #pragma unroll 1
         for (int m = 0; m < kTileQueries; m += 16) {
             Accumulator scores, dprob;

@@ -28,7 +28,8 @@ static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
 // Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
-constexpr int kPad = 8;
+constexpr int kPad = 16;
+constexpr int kStripPad = 8;
 
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
