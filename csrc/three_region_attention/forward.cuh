@@ -97,19 +97,26 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     const KeyWalk<kTileKeys> walk(a, b, first, last);
     const __half* k = a.k.head<__half>(b, kv_head);
     const __half* v = a.v.head<__half>(b, kv_head);
-    Carrier<kTileKeys, D, Shape::kThreads> next_keys, next_values;
-    const auto fetch = [&](int tile) {
-        const auto position = [&](int key) { return walk.position(tile, key); };
-        next_keys.fetch(k, a.k.stride[2], position);
-        next_values.fetch(v, a.v.stride[2], position);
+    using KeyCarrier = Carrier<kTileKeys, D, Shape::kThreads>;
+    KeyCarrier next_keys, next_values;
+    typename KeyCarrier::Positions positions;
+    const auto find = [&](int tile) {
+        positions.find([&](int key) { return walk.position(tile, key); });
     };
-    fetch(0);
+    const auto fetch = [&] {
+        next_keys.fetch(k, a.k.stride[2], positions);
+        next_values.fetch(v, a.v.stride[2], positions);
+    };
+    find(0);
+    fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
         next_keys.put(keys);
         next_values.put(values);
-        if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
+        positions.put(key_positions);
         __syncthreads();
+        // Long before the rows are fetched: what is loaded here is where they lie.
+        if (tile + 1 < walk.tiles) find(tile + 1);
 
 #pragma unroll
         for (int n = 0; n < kTileKeys / 16; ++n) {
@@ -171,7 +178,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         if (column == 0) factors[row] = factor;
         __syncwarp();
         // Not before: beside a row of scores there is no room for it in the registers.
-        if (tile + 1 < walk.tiles) fetch(tile + 1);
+        if (tile + 1 < walk.tiles) fetch();
 
         if (__any_sync(kAllLanes, factor != 1.0f)) {
 #pragma unroll

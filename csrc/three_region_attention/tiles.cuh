@@ -111,21 +111,45 @@ __device__ __forceinline__ void by_rows(const Accumulator& from, float* scratch,
 // threads: fetched while the tile before is worked on.
 template <int ROWS, int D, int THREADS>
 struct Carrier {
-    static constexpr int kChunks = ROWS * D / 8;
+    static constexpr int kRowChunks = D / 8;
+    static constexpr int kChunks = ROWS * kRowChunks;
     static constexpr int kPerThread = (kChunks + THREADS - 1) / THREADS;
     uint4 chunks[kPerThread];
 
-    // `position(row)`: where the row lies in `from`, kNowhere for a row of zeros.
-    template <typename F>
-    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, F position) {
+    // Where the rows of this thread's chunks lie, kNowhere for a row of zeros.
+    struct Positions {
+        int at[kPerThread];
+
+        template <typename F>
+        __device__ __forceinline__ void find(F position) {
+#pragma unroll
+            for (int i = 0; i < kPerThread; ++i) {
+                const int chunk = threadIdx.x + i * THREADS;
+                at[i] = chunk < kChunks ? position(chunk / kRowChunks) : kNowhere;
+            }
+        }
+        __device__ __forceinline__ void put(int* to) const {
+#pragma unroll
+            for (int i = 0; i < kPerThread; ++i) {
+                const int chunk = threadIdx.x + i * THREADS;
+                if (chunk < kChunks && chunk % kRowChunks == 0) to[chunk / kRowChunks] = at[i];
+            }
+        }
+    };
+
+    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, const Positions& positions) {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-            const int chunk = threadIdx.x + i * THREADS;
-            const int at = chunk < kChunks ? position(chunk / (D / 8)) : kNowhere;
+            const int column = (threadIdx.x + i * THREADS) % kRowChunks * 8, at = positions.at[i];
             chunks[i] = make_uint4(0, 0, 0, 0);
-            if (at != kNowhere)
-                chunks[i] = *reinterpret_cast<const uint4*>(from + at * stride + chunk % (D / 8) * 8);
+            if (at != kNowhere) chunks[i] = *reinterpret_cast<const uint4*>(from + at * stride + column);
         }
+    }
+    template <typename F>
+    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, F position) {
+        Positions positions;
+        positions.find(position);
+        fetch(from, stride, positions);
     }
 
     __device__ __forceinline__ void put(__half* to) const {
@@ -133,7 +157,7 @@ struct Carrier {
         for (int i = 0; i < kPerThread; ++i) {
             const int chunk = threadIdx.x + i * THREADS;
             if (chunk < kChunks)
-                *reinterpret_cast<uint4*>(to + chunk / (D / 8) * (D + kPad) + chunk % (D / 8) * 8) =
+                *reinterpret_cast<uint4*>(to + chunk / kRowChunks * (D + kPad) + chunk % kRowChunks * 8) =
                     chunks[i];
         }
     }
