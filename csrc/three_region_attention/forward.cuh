@@ -145,13 +145,17 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
             const float4 four = *reinterpret_cast<const float4*>(strip + row * kStripRow + column + c);
             x[c] = four.x, x[c + 1] = four.y, x[c + 2] = four.z, x[c + 3] = four.w;
         }
+#pragma unroll
+        for (int c = 0; c < 16 * M; ++c) x[c] = x[c] * a.scale + bias;
+        // In a loop of its own: few tiles need a mask, and without branches the rest of a row's work overlaps.
+        if (!full) {
+#pragma unroll
+            for (int c = 0; c < 16 * M; ++c)
+                if (!sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
+        }
         float new_max = row_max;
 #pragma unroll
-        for (int c = 0; c < 16 * M; ++c) {
-            x[c] = x[c] * a.scale + bias;
-            if (!full && !sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
-            new_max = fmaxf(new_max, x[c]);
-        }
+        for (int c = 0; c < 16 * M; ++c) new_max = fmaxf(new_max, x[c]);
         if (M == 1) new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 16));
         // A row that has seen no key yet: -inf minus -inf would be NaN.
         const float base = new_max == -INFINITY ? 0.0f : new_max;
@@ -159,22 +163,19 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         const float factor = exp2_fast((row_max - base) * kLog2e);
         row_max = new_max;
         sum *= factor;
-#pragma unroll
-        for (int c = 0; c < 16 * M; ++c) {
-            x[c] = exp2_fast((x[c] - base) * kLog2e);
-            sum += x[c];
-        }
-        if (DROPOUT) {
-#pragma unroll
-            for (int c = 0; c < 16 * M; ++c)
-                if (!keep_mask(words.r0, words.r1, uint32_t(key_positions[column + c]),
-                               a.dropout.keep_threshold))
-                    x[c] = 0.0f;
-        }
         __syncwarp();  // the other half of a row (M = 1) has been read: its place is written now
 #pragma unroll
-        for (int c = 0; c < 16 * M; c += 8)
+        for (int c = 0; c < 16 * M; c += 8) {
+#pragma unroll
+            for (int i = c; i < c + 8; ++i) {
+                x[i] = exp2_fast((x[i] - base) * kLog2e);
+                sum += x[i];
+                if (DROPOUT && !keep_mask(words.r0, words.r1, uint32_t(key_positions[column + i]),
+                                          a.dropout.keep_threshold))
+                    x[i] = 0.0f;
+            }
             *reinterpret_cast<uint4*>(halves + row * 2 * kStripRow + column + c) = pack(x + c);
+        }
         if (column == 0) factors[row] = factor;
         __syncwarp();
         // Not before: beside a row of scores there is no room for it in the registers.
