@@ -52,7 +52,8 @@ struct __align__(16) RowData {
     int window_start[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, bool full, int b, int h, int query) {
+    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, bool full, int b, int h,
+                                        int query) {
         const Attention& a = args.common;
         terms[threadIdx.x] = of;
         if (!full) window_start[threadIdx.x] = a.layout.window_start(query);  // has a division
@@ -88,7 +89,7 @@ template <int D>
 struct QueryGradientShape {
     // At 128 q and dq are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileKeys = D <= 96 ? 32 : 16;
-    static constexpr int kRow = D + kPad;
+    static constexpr int kRow = padded_row(D);
     static constexpr int kStripRow = kTileKeys + kStripPad;  // halves
     // dout of 16 rows is D / 2 registers a lane: past 64 it stays in shared memory.
     static constexpr bool kHoldsDout = D <= 64;
@@ -136,14 +137,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
         const auto position = [=](int row) { return first + row <= last ? first + row : kNowhere; };
         carrier.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
-        carrier.put(staged);
+        carrier.put(staged, kRow);
         __syncthreads();
 #pragma unroll
         for (int d = 0; d < D / 16; ++d)
             wmma::load_matrix_sync(q[d], staged + warp * 16 * kRow + d * 16, kRow);
         carrier.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
         __syncthreads();
-        carrier.put(Shape::kHoldsDout ? staged : douts);
+        carrier.put(Shape::kHoldsDout ? staged : douts, kRow);
         if (threadIdx.x < kBackwardRows) {
             const int query = min(first + int(threadIdx.x), last);
             rows->template put<DROPOUT>(args, read_terms(args, b, h, query), false, b, h, query);
@@ -168,9 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     using KeyCarrier = Carrier<kTileKeys, D, kBackwardThreads>;
     KeyCarrier next_keys, next_values;
     typename KeyCarrier::Positions positions;
-    const auto find = [&](int tile) {
-        positions.find([&](int key) { return walk.position(tile, key); });
-    };
+    const auto find = [&](int tile) { positions.find([&](int key) { return walk.position(tile, key); }); };
     const auto fetch = [&] {
         next_keys.fetch(k, a.k.stride[2], positions);
         next_values.fetch(v, a.v.stride[2], positions);
@@ -179,8 +178,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
-        next_keys.put(keys);
-        next_values.put(values);
+        next_keys.put(keys, kRow);
+        next_values.put(values, kRow);
         positions.put(key_positions);
         __syncthreads();
         // Long before the rows are fetched: what is loaded here is where they lie.
@@ -267,7 +266,8 @@ template <int D>
 struct KeyGradientShape {
     // At 128 dk and dv are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileQueries = D <= 96 ? 32 : 16;
-    static constexpr int kRow = D + kPad;
+    // At 96 that would be too much shared memory for a second block.
+    static constexpr int kRow = D == 96 ? D + 8 : padded_row(D);
     static constexpr int kStripRow = 16 + kStripPad;  // halves; P and dS of 16 x 16: 384 floats
     // k and v of 16 keys are D registers a lane: past 64 they stay in shared memory.
     static constexpr bool kHoldsKeys = D <= 64;
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         __half* staged = reinterpret_cast<__half*>(raw);
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
         carrier.fetch(a.k.head<__half>(b, kv_head), a.k.stride[2], position_of);
-        carrier.put(Shape::kHoldsKeys ? staged : held_keys);
+        carrier.put(Shape::kHoldsKeys ? staged : held_keys, kRow);
         if (threadIdx.x < kBackwardRows) key_positions[threadIdx.x] = position_of(threadIdx.x);
         carrier.fetch(a.v.head<__half>(b, kv_head), a.v.stride[2], position_of);
         __syncthreads();
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                 wmma::load_matrix_sync(k[d], staged + warp * 16 * kRow + d * 16, kRow);
             __syncthreads();
         }
-        carrier.put(Shape::kHoldsKeys ? staged : held_values);
+        carrier.put(Shape::kHoldsKeys ? staged : held_values, kRow);
         __syncthreads();
         if (Shape::kHoldsKeys) {
 #pragma unroll
@@ -390,11 +390,12 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         if (next.first >= end) ++next.h, next.first = begin;
         const int first = now.first;
         __syncthreads();  // no warp reads the tile before any more
-        next_queries.put(queries);
-        next_douts.put(douts);
+        next_queries.put(queries, kRow);
+        next_douts.put(douts, kRow);
         const bool full = first >= full_begin && first + kTileQueries <= full_end;
         if (threadIdx.x < kTileQueries)
-            rows->template put<DROPOUT>(args, next_terms, full, b, now.h, min(first + int(threadIdx.x), end - 1));
+            rows->template put<DROPOUT>(args, next_terms, full, b, now.h,
+                                        min(first + int(threadIdx.x), end - 1));
         __syncthreads();
         if (steps > 1) fetch();
 

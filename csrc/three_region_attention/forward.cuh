@@ -25,7 +25,7 @@ struct ForwardShape {
     static constexpr int kWarps = 8 / kM;
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kQueries = 128;
-    static constexpr int kRow = D + kPad;            // halves
+    static constexpr int kRow = padded_row(D);       // halves
     static constexpr int kStripRow = kTileKeys + 4;  // floats
     // k, v and the strips; the queries pass through the same place before the first tile.
     static constexpr int kTileHalves = 2 * kTileKeys * kRow;
@@ -38,7 +38,9 @@ struct ForwardShape {
 // Occupancy on sm_70, by registers. D = 32: 168, 24 KB, 3 blocks of 4 warps. D = 64: 243, 28 KB, 2 blocks of
 // 4 warps. D = 80, 96, 128: 192 to 236, 30 to 36 KB, 1 block of 8 warps.
 template <int D, bool DROPOUT>
-__global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(ForwardShape<D>::kThreads, D == 32   ? 3
+                                                             : D == 64 ? 2
+                                                                       : 1)
     three_region_attention_fwd_kernel(AttentionForward args) {
     using Shape = ForwardShape<D>;
     constexpr int M = Shape::kM, kRows = Shape::kRows, kRow = Shape::kRow, kStripRow = Shape::kStripRow;
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         Carrier<Shape::kQueries, D, Shape::kThreads> rows;
         rows.fetch(a.q.head<__half>(b, h), a.q.stride[2],
                    [=](int row) { return first + row <= last ? first + row : kNowhere; });
-        rows.put(staged);
+        rows.put(staged, kRow);
         __syncthreads();
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -100,9 +102,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     using KeyCarrier = Carrier<kTileKeys, D, Shape::kThreads>;
     KeyCarrier next_keys, next_values;
     typename KeyCarrier::Positions positions;
-    const auto find = [&](int tile) {
-        positions.find([&](int key) { return walk.position(tile, key); });
-    };
+    const auto find = [&](int tile) { positions.find([&](int key) { return walk.position(tile, key); }); };
     const auto fetch = [&] {
         next_keys.fetch(k, a.k.stride[2], positions);
         next_values.fetch(v, a.v.stride[2], positions);
@@ -111,12 +111,10 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
-        next_keys.put(keys);
-        next_values.put(values);
+        next_keys.put(keys, kRow);
+        next_values.put(values, kRow);
         positions.put(key_positions);
         __syncthreads();
-        // Long before the rows are fetched: what is loaded here is where they lie.
-        if (tile + 1 < walk.tiles) find(tile + 1);
 
 #pragma unroll
         for (int n = 0; n < kTileKeys / 16; ++n) {
@@ -147,7 +145,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         }
 #pragma unroll
         for (int c = 0; c < 16 * M; ++c) x[c] = x[c] * a.scale + bias;
-        // In a loop of its own: few tiles need a mask, and without branches the rest of a row's work overlaps.
+        // In a loop of its own: few tiles need a mask, and without branches the rest of a row's work
+        // overlaps.
         if (!full) {
 #pragma unroll
             for (int c = 0; c < 16 * M; ++c)
@@ -163,6 +162,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         const float factor = exp2_fast((row_max - base) * kLog2e);
         row_max = new_max;
         sum *= factor;
+        // Long before the rows are fetched: what is loaded here is where they lie.
+        if (tile + 1 < walk.tiles) find(tile + 1);
         __syncwarp();  // the other half of a row (M = 1) has been read: its place is written now
 #pragma unroll
         for (int c = 0; c < 16 * M; c += 8) {

@@ -27,8 +27,13 @@ static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
-// Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
-constexpr int kPad = 16;
+// From one row of a tile to the next, in halves. Fragments are read 16 or 8 bytes a lane, of rows 0 to 3 and
+// others at once: these lie in different banks where the distance is an odd number of 32 bytes. (With D = 80
+// it cannot be that but for 64 bytes of padding; then it is an odd number of 16 bytes.)
+constexpr int padded_row(int D) {
+    return D + (D % 32 == 0 ? 16 : 8);
+}
+// Beside the columns of a warp's strip.
 constexpr int kStripPad = 8;
 
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -51,9 +56,9 @@ __device__ __forceinline__ uint4 pack(const float* eight) {
                       pack(eight[6], eight[7]));
 }
 
-// Where, in its 16 x 16 matrix, a lane's eight elements of an Accumulator lie: in two rows, and in each row as
-// two pairs of neighbours. What belongs to a row is so read twice instead of eight times, and two neighbours
-// are stored at once.
+// Where, in its 16 x 16 matrix, a lane's eight elements of an Accumulator lie: in two rows, and in each row
+// as two pairs of neighbours. What belongs to a row is so read twice instead of eight times, and two
+// neighbours are stored at once.
 struct Places {
     int first_row, first_column, row_step, column_step;
     __device__ __forceinline__ int row(int i) const { return first_row + (i & 2 ? row_step : 0); }
@@ -152,13 +157,13 @@ struct Carrier {
         fetch(from, stride, positions);
     }
 
-    __device__ __forceinline__ void put(__half* to) const {
+    // `row`: from one row to the next.
+    __device__ __forceinline__ void put(__half* to, int row) const {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
             const int chunk = threadIdx.x + i * THREADS;
             if (chunk < kChunks)
-                *reinterpret_cast<uint4*>(to + chunk / kRowChunks * (D + kPad) + chunk % kRowChunks * 8) =
-                    chunks[i];
+                *reinterpret_cast<uint4*>(to + chunk / kRowChunks * row + chunk % kRowChunks * 8) = chunks[i];
         }
     }
 };

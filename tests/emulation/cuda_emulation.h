@@ -565,8 +565,8 @@ struct fragment {
     T x[num_elements];
 };
 
-// Which element of an accumulator lane `lane` holds as x[i]. CUDA leaves it open: a kernel asks, and stops where
-// the answer is none that it can use.
+// Which element of an accumulator lane `lane` holds as x[i]. CUDA leaves it open: a kernel asks, and stops
+// where the answer is none that it can use.
 //   0: as Volta's quad pairs hold it   1: as mma.m16n8k16 holds it   2: without any pattern
 inline void accumulator_place(int lane, int i, int* row, int* column) {
     switch (emulation::settings.fragment_layout) {
