@@ -44,32 +44,39 @@ struct QueryTerms {
     float lse, delta;
 };
 
+// Of one query, on its way from device memory to RowData: read while the tile before is worked on.
+template <bool DROPOUT>
+struct NextRow {
+    QueryTerms terms;
+    RowWords words;
+
+    __device__ __forceinline__ void fetch(const AttentionBackward& args, uint64_t seed, int b, int h,
+                                          int query) {
+        const AttentionShape& shape = args.common.shape;
+        const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
+        terms = {args.lse[at], args.delta[at]};
+        if (DROPOUT) words = philox(seed, query, h, b);
+    }
+};
+
 // Of the queries of a tile. Two neighbours are read at once: hence the alignment.
 template <int ROWS>
 struct __align__(16) RowData {
+    static_assert(ROWS <= kBackwardThreads, "a thread puts one row");
     QueryTerms terms[ROWS];
     RowWords words[ROWS];
     int window_start[ROWS];
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void put(const AttentionBackward& args, QueryTerms of, bool full, int b, int h,
-                                        int query) {
-        const Attention& a = args.common;
-        terms[threadIdx.x] = of;
-        if (!full) window_start[threadIdx.x] = a.layout.window_start(query);  // has a division
-        if (DROPOUT) words[threadIdx.x] = philox(a.dropout.read_seed(), query, h, b);
+    __device__ __forceinline__ void put(int row, const NextRow<DROPOUT>& from) {
+        terms[row] = from.terms;
+        if (DROPOUT) words[row] = from.words;
     }
     __device__ __forceinline__ void read_two(int row, QueryTerms* to) const {
         const float4 two = *reinterpret_cast<const float4*>(terms + row);
         to[0] = {two.x, two.y}, to[1] = {two.z, two.w};
     }
 };
-
-__device__ __forceinline__ QueryTerms read_terms(const AttentionBackward& args, int b, int h, int query) {
-    const AttentionShape& shape = args.common.shape;
-    const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
-    return {args.lse[at], args.delta[at]};
-}
 
 // log2 of P: at most 0 but for rounding, which for scores of 1e10 is thousands.
 __device__ __forceinline__ float log2_probability(const Attention& a, float score, float bias, float lse) {
@@ -104,8 +111,8 @@ struct QueryGradientShape {
         (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows>)) + kTileKeys * 4;
 };
 
-// Occupancy on sm_70: 2 blocks of 4 warps, by registers (175 at D = 32, 241 at 64, 228 to 255 past it), with
-// 12 to 33 KB of shared memory.
+// Occupancy on sm_70, by registers: 4 blocks of 4 warps at D = 32 (128 registers), else 2 (194 at D = 64, 213
+// to 238 past it), with 12 to 35 KB of shared memory.
 template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     three_region_attention_bwd_dq_kernel(AttentionBackward args) {
@@ -147,7 +154,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         carrier.put(Shape::kHoldsDout ? staged : douts, kRow);
         if (threadIdx.x < kBackwardRows) {
             const int query = min(first + int(threadIdx.x), last);
-            rows->template put<DROPOUT>(args, read_terms(args, b, h, query), false, b, h, query);
+            NextRow<DROPOUT> row;
+            row.fetch(args, DROPOUT ? a.dropout.read_seed() : 0, b, h, query);
+            rows->put(threadIdx.x, row);
+            rows->window_start[threadIdx.x] = a.layout.window_start(query);
         }
         __syncthreads();
         if (Shape::kHoldsDout) {
@@ -210,6 +220,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                     wmma::mma_sync(dprobs, left, value, dprobs);
                 }
             }
+            // By a loop for each: few tiles need a mask, and without branches the rest overlaps.
             const int row = warp * 16;
             const QueryTerms terms[2] = {rows->terms[row + places.row(0)], rows->terms[row + places.row(2)]};
 #pragma unroll
@@ -282,8 +293,8 @@ struct KeyGradientShape {
 
 // FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them; else 64
 // positions, seen by the queries in whose window they lie.
-// Occupancy on sm_70. D = 32: 168 registers, 12 KB, 3 blocks of 4 warps. D = 64, 80, 96: 234 to 247
-// registers, 16 to 46 KB, 2 blocks. D = 128: 255 registers, 49 KB, 1 block, by shared memory.
+// Occupancy on sm_70. D = 32: 161 registers, 13 KB, 3 blocks of 4 warps. D = 64, 80, 96: 211 to 242
+// registers, 17 to 46 KB, 2 blocks. D = 128: 251 registers, 52 KB, 1 block, by shared memory.
 template <int D, bool DROPOUT, bool FAR>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     three_region_attention_bwd_dkv_kernel(AttentionBackward args) {
@@ -371,31 +382,33 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     }
     // Steps: the tiles of queries of one head, then those of the next head of the group.
     int steps = max(0, (end - begin + kTileQueries - 1) / kTileQueries) * group;
-    struct {
-        int h, first;
-    } now, next = {kv_head * group, begin};
+    int next_h = kv_head * group, next_first = begin;
+    const uint64_t seed = DROPOUT ? a.dropout.read_seed() : 0;
     Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
-    QueryTerms next_terms = {0.0f, 0.0f};
+    NextRow<DROPOUT> next_row;
     const auto fetch = [&] {
-        const auto position = [&](int row) { return next.first + row < end ? next.first + row : kNowhere; };
-        next_queries.fetch(a.q.head<__half>(b, next.h), a.q.stride[2], position);
-        next_douts.fetch(args.dout.head<__half>(b, next.h), args.dout.stride[2], position);
+        const auto position = [&](int row) { return next_first + row < end ? next_first + row : kNowhere; };
+        next_queries.fetch(a.q.head<__half>(b, next_h), a.q.stride[2], position);
+        next_douts.fetch(args.dout.head<__half>(b, next_h), args.dout.stride[2], position);
         if (threadIdx.x < kTileQueries)
-            next_terms = read_terms(args, b, next.h, min(next.first + int(threadIdx.x), end - 1));
+            next_row.fetch(args, seed, b, next_h, min(next_first + int(threadIdx.x), end - 1));
     };
     if (steps > 0) fetch();
     for (; steps > 0; --steps) {
-        now = next;
-        next.first += kTileQueries;
-        if (next.first >= end) ++next.h, next.first = begin;
-        const int first = now.first;
+        const int first = next_first;
+        next_first += kTileQueries;
+        if (next_first >= end) ++next_h, next_first = begin;
         __syncthreads();  // no warp reads the tile before any more
         next_queries.put(queries, kRow);
         next_douts.put(douts, kRow);
         const bool full = first >= full_begin && first + kTileQueries <= full_end;
-        if (threadIdx.x < kTileQueries)
-            rows->template put<DROPOUT>(args, next_terms, full, b, now.h,
-                                        min(first + int(threadIdx.x), end - 1));
+        if (threadIdx.x < kTileQueries) {
+            rows->put(threadIdx.x, next_row);
+            // It takes a division, and only a mask asks for it.
+            if (!full)
+                rows->window_start[threadIdx.x] =
+                    a.layout.window_start(min(first + int(threadIdx.x), end - 1));
+        }
         __syncthreads();
         if (steps > 1) fetch();
 

@@ -19,7 +19,6 @@ namespace {
 namespace wmma = nvcuda::wmma;
 
 using FragmentA = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major>;
-using FragmentAT = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::col_major>;
 using FragmentB = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major>;
 using FragmentBT = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major>;
 using Accumulator = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
@@ -27,9 +26,10 @@ static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
-// From one row of a tile to the next, in halves. Fragments are read 16 or 8 bytes a lane, of rows 0 to 3 and
-// others at once: these lie in different banks where the distance is an odd number of 32 bytes. (With D = 80
-// it cannot be that but for 64 bytes of padding; then it is an odd number of 16 bytes.)
+
+// From one row of a tile to the next, in halves. Volta reads fragments 16 or 8 bytes a lane, from several
+// rows at once. They lie in different banks where the distance is an odd number of 32 bytes. At D = 80 that
+// takes 64 bytes of padding; an odd number of 16 bytes is second best.
 constexpr int padded_row(int D) {
     return D + (D % 32 == 0 ? 16 : 8);
 }
