@@ -4,10 +4,10 @@
 //     dv_j = sum_i m_ij P_ij dout_i          dS_ij = P_ij (m_ij dout_i v_j - delta_i)
 //     dq_i = scale sum_j dS_ij k_j           dk_j = scale sum_i dS_ij q_i
 // Scores are computed again in both kernels, as k q^T in the one for dk and dv: P and dS are then stored as
-// they are multiplied, rows of keys. A tensor core sums the same products in the same order either way, so
-// huge scores round alike everywhere.
-// No atomics: dq has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots
-// as far keys (packed, fp32), then for all positions as window keys, which add the pivots' part.
+// they are multiplied, rows of keys. That huge scores round alike everywhere rests on a tensor core summing
+// the same products in the same order either way. If one did not, P would still be at most 1. No atomics: dq
+// has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots as far keys
+// (packed, fp32), then for all positions as window keys, which add the pivots' part.
 //
 // FLOPs: 14 D a visible pair (7 products instead of 5). Bytes: q, k, v, dout, out, dq, dk, dv once, tiles
 // again by each block, mostly from L2; 16 D bytes a pivot and key head for dk_far, dv_far.
