@@ -3,9 +3,11 @@
 // delta_i = sum_d dout_i out_i - dlse_i:
 //     dv_j = sum_i m_ij P_ij dout_i          dS_ij = P_ij (m_ij dout_i v_j - delta_i)
 //     dq_i = scale sum_j dS_ij k_j           dk_j = scale sum_i dS_ij q_i
-// Scores are computed again in both kernels, and as q k^T in both: huge scores then round alike everywhere.
-// No atomics: dq has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots
-// as far keys (packed, fp32), then for all positions as window keys, which add the pivots' part.
+// Scores are computed again in both kernels, as k q^T in the one for dk and dv: P and dS are then stored as
+// they are multiplied, rows of keys. That huge scores round alike everywhere rests on a tensor core summing
+// the same products in the same order either way. If one did not, P would still be at most 1. No atomics: dq
+// has a block per 64 queries. dk and dv have a block per 64 keys, first for the sorted pivots as far keys
+// (packed, fp32), then for all positions as window keys, which add the pivots' part.
 //
 // FLOPs: 14 D a visible pair (7 products instead of 5). Bytes: q, k, v, dout, out, dq, dk, dv once, tiles
 // again by each block, mostly from L2; 16 D bytes a pivot and key head for dk_far, dv_far.
@@ -37,47 +39,65 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (threadIdx.x % 32 == 0) args.delta[at] = args.dlse == nullptr ? dot : dot - args.dlse[at];
 }
 
-// What the elements of a row of scores need.
-template <int ROWS>
-struct RowData {
-    float lse[ROWS], delta[ROWS];
-    int window_start[ROWS];
-    RowWords words[ROWS];
+// What a query's scores need.
+struct QueryTerms {
+    float lse, delta;
+};
 
-    template <bool DROPOUT>
-    __device__ __forceinline__ void fill(const AttentionBackward& args, int b, int h, int first, int last) {
-        const Attention& a = args.common;
-        for (int r = threadIdx.x; r < ROWS; r += kBackwardThreads) {
-            const int i = min(first + r, last);
-            const int64_t at = (int64_t(b) * a.shape.H + h) * a.shape.T + i;
-            lse[r] = args.lse[at];
-            delta[r] = args.delta[at];
-            window_start[r] = a.layout.window_start(i);
-            if (DROPOUT) words[r] = philox(a.dropout.read_seed(), i, h, b);
-        }
+// Of one query, on its way from device memory to RowData: read while the tile before is worked on.
+template <bool DROPOUT>
+struct NextRow {
+    QueryTerms terms;
+    RowWords words;
+
+    __device__ __forceinline__ void fetch(const AttentionBackward& args, uint64_t seed, int b, int h,
+                                          int query) {
+        const AttentionShape& shape = args.common.shape;
+        const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
+        terms = {args.lse[at], args.delta[at]};
+        if (DROPOUT) words = philox(seed, query, h, b);
     }
 };
 
-// From a score and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
-template <bool DROPOUT>
-__device__ __forceinline__ float2 probability_and_gradient(const Attention& a, float score, float dprob,
-                                                           float bias, bool seen, float lse, float delta,
-                                                           RowWords words, int position) {
-    // At most 0 but for rounding, which for scores of 1e10 is thousands.
-    const float p = seen ? exp2_fast(fminf((score * a.scale + bias - lse) * kLog2e, 0.0f)) : 0.0f;
-    if (DROPOUT) {
-        const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
-        return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
+// Of the queries of a tile. Two neighbours are read at once: hence the alignment.
+template <int ROWS>
+struct __align__(16) RowData {
+    static_assert(ROWS <= kBackwardThreads, "a thread puts one row");
+    QueryTerms terms[ROWS];
+    RowWords words[ROWS];
+    int window_start[ROWS];
+
+    template <bool DROPOUT>
+    __device__ __forceinline__ void put(int row, const NextRow<DROPOUT>& from) {
+        terms[row] = from.terms;
+        if (DROPOUT) words[row] = from.words;
     }
-    return make_float2(p, p * (dprob - delta));
+    __device__ __forceinline__ void read_two(int row, QueryTerms* to) const {
+        const float4 two = *reinterpret_cast<const float4*>(terms + row);
+        to[0] = {two.x, two.y}, to[1] = {two.z, two.w};
+    }
+};
+
+// log2 of P: at most 0 but for rounding, which for scores of 1e10 is thousands.
+__device__ __forceinline__ float log2_probability(const Attention& a, float score, float bias, float lse) {
+    return fminf((score * a.scale + bias - lse) * kLog2e, 0.0f);
+}
+
+// From P and dprob = dout v: {m P (without the factor 1 / (1 - p)), dS}.
+template <bool DROPOUT>
+__device__ __forceinline__ float2 dropped_and_gradient(const Attention& a, float p, float dprob, float delta,
+                                                       RowWords words, int position) {
+    if (!DROPOUT) return make_float2(p, p * (dprob - delta));
+    const bool keep = keep_mask(words.r0, words.r1, uint32_t(position), a.dropout.keep_threshold);
+    return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
 }
 
 template <int D>
 struct QueryGradientShape {
     // At 128 q and dq are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileKeys = D <= 96 ? 32 : 16;
-    static constexpr int kRow = D + kPad;
-    static constexpr int kStripRow = kTileKeys + kPad;  // halves
+    static constexpr int kRow = padded_row(D);
+    static constexpr int kStripRow = kTileKeys + kStripPad;  // halves
     // dout of 16 rows is D / 2 registers a lane: past 64 it stays in shared memory.
     static constexpr bool kHoldsDout = D <= 64;
     static constexpr int kTileHalves = 2 * kTileKeys * kRow;
@@ -91,8 +111,8 @@ struct QueryGradientShape {
         (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows>)) + kTileKeys * 4;
 };
 
-// Occupancy on sm_70: 2 blocks of 4 warps, by registers (175 at D = 32, 241 at 64, 228 to 255 past it), with
-// 12 to 33 KB of shared memory.
+// Occupancy on sm_70, by registers: 4 blocks of 4 warps at D = 32 (128 registers), else 2 (194 at D = 64, 213
+// to 238 past it), with 12 to 35 KB of shared memory.
 template <int D, bool DROPOUT>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     three_region_attention_bwd_dq_kernel(AttentionBackward args) {
@@ -124,15 +144,21 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
         const auto position = [=](int row) { return first + row <= last ? first + row : kNowhere; };
         carrier.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
-        carrier.put(staged);
+        carrier.put(staged, kRow);
         __syncthreads();
 #pragma unroll
         for (int d = 0; d < D / 16; ++d)
             wmma::load_matrix_sync(q[d], staged + warp * 16 * kRow + d * 16, kRow);
         carrier.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
         __syncthreads();
-        carrier.put(Shape::kHoldsDout ? staged : douts);
-        rows->template fill<DROPOUT>(args, b, h, first, last);
+        carrier.put(Shape::kHoldsDout ? staged : douts, kRow);
+        if (threadIdx.x < kBackwardRows) {
+            const int query = min(first + int(threadIdx.x), last);
+            NextRow<DROPOUT> row;
+            row.fetch(args, DROPOUT ? a.dropout.read_seed() : 0, b, h, query);
+            rows->put(threadIdx.x, row);
+            rows->window_start[threadIdx.x] = a.layout.window_start(query);
+        }
         __syncthreads();
         if (Shape::kHoldsDout) {
 #pragma unroll
@@ -150,19 +176,24 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     const KeyWalk<kTileKeys> walk(a, b, first, last);
     const __half* k = a.k.head<__half>(b, kv_head);
     const __half* v = a.v.head<__half>(b, kv_head);
-    Carrier<kTileKeys, D, kBackwardThreads> next_keys, next_values;
-    const auto fetch = [&](int tile) {
-        const auto position = [&](int key) { return walk.position(tile, key); };
-        next_keys.fetch(k, a.k.stride[2], position);
-        next_values.fetch(v, a.v.stride[2], position);
+    using KeyCarrier = Carrier<kTileKeys, D, kBackwardThreads>;
+    KeyCarrier next_keys, next_values;
+    typename KeyCarrier::Positions positions;
+    const auto find = [&](int tile) { positions.find([&](int key) { return walk.position(tile, key); }); };
+    const auto fetch = [&] {
+        next_keys.fetch(k, a.k.stride[2], positions);
+        next_values.fetch(v, a.v.stride[2], positions);
     };
-    fetch(0);
+    find(0);
+    fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
-        next_keys.put(keys);
-        next_values.put(values);
-        if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
+        next_keys.put(keys, kRow);
+        next_values.put(values, kRow);
+        positions.put(key_positions);
         __syncthreads();
+        // Long before the rows are fetched: what is loaded here is where they lie.
+        if (tile + 1 < walk.tiles) find(tile + 1);
 
         const bool far = walk.is_far(tile), full = walk.is_full(tile);
         const float bias = far ? a.layout.pivot_bias : 0.0f;
@@ -189,22 +220,34 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
                     wmma::mma_sync(dprobs, left, value, dprobs);
                 }
             }
+            // By a loop for each: few tiles need a mask, and without branches the rest overlaps.
+            const int row = warp * 16;
+            const QueryTerms terms[2] = {rows->terms[row + places.row(0)], rows->terms[row + places.row(2)]};
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                scores.x[i] = log2_probability(a, scores.x[i], bias, terms[i / 2 % 2].lse);
+            if (!full) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int query = row + places.row(i);
+                    if (!sees(far, key_positions[n * 16 + places.column(i)], rows->window_start[query],
+                              a.layout.window_last(first + query)))
+                        scores.x[i] = -INFINITY;
+                }
+            }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int row = warp * 16 + places.row(i), column = n * 16 + places.column(i);
-                const int position = full && !DROPOUT ? 0 : key_positions[column];
-                const bool seen =
-                    full || sees(far, position, rows->window_start[row], a.layout.window_last(first + row));
-                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both =
-                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprobs.x[i], bias, seen, rows->lse[row],
-                                                      rows->delta[row], words, position);
-                strip[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+                const int position = DROPOUT ? key_positions[n * 16 + places.column(i)] : 0;
+                const RowWords words = DROPOUT ? rows->words[row + places.row(i)] : RowWords{0, 0};
+                scores.x[i] = dropped_and_gradient<DROPOUT>(a, exp2_fast(scores.x[i]), dprobs.x[i],
+                                                            terms[i / 2 % 2].delta, words, position)
+                                  .y;
             }
+            places.store_halves(strip + n * 16, kStripRow, scores);
         }
         __syncwarp();
         // Not before: beside the scores there is no room for it in the registers.
-        if (tile + 1 < walk.tiles) fetch(tile + 1);
+        if (tile + 1 < walk.tiles) fetch();
 #pragma unroll(Shape::kHoldsDout ? 2 : 1)
         for (int n = 0; n < kTileKeys / 16; ++n) {
             FragmentA dscores;
@@ -234,8 +277,9 @@ template <int D>
 struct KeyGradientShape {
     // At 128 dk and dv are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileQueries = D <= 96 ? 32 : 16;
-    static constexpr int kRow = D + kPad;
-    static constexpr int kStripRow = 16 + kPad;  // halves; P and dS of 16 x 16: 384 floats
+    // At 96 that would be too much shared memory for a second block.
+    static constexpr int kRow = D == 96 ? D + 8 : padded_row(D);
+    static constexpr int kStripRow = 16 + kStripPad;  // halves; P and dS of 16 x 16: 384 floats
     // k and v of 16 keys are D registers a lane: past 64 they stay in shared memory.
     static constexpr bool kHoldsKeys = D <= 64;
     static constexpr int kTileHalves = 2 * kTileQueries * kRow;
@@ -249,8 +293,8 @@ struct KeyGradientShape {
 
 // FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them; else 64
 // positions, seen by the queries in whose window they lie.
-// Occupancy on sm_70. D = 32: 168 registers, 12 KB, 3 blocks of 4 warps. D = 64, 80, 96: 234 to 247
-// registers, 16 to 46 KB, 2 blocks. D = 128: 255 registers, 49 KB, 1 block, by shared memory.
+// Occupancy on sm_70. D = 32: 161 registers, 13 KB, 3 blocks of 4 warps. D = 64, 80, 96: 211 to 242
+// registers, 17 to 46 KB, 2 blocks. D = 128: 251 registers, 52 KB, 1 block, by shared memory.
 template <int D, bool DROPOUT, bool FAR>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     three_region_attention_bwd_dkv_kernel(AttentionBackward args) {
@@ -286,12 +330,12 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         if (!FAR) return at;
         return sorted_pivots[at] < shape.T ? sorted_pivots[at] : kNowhere;
     };
-    FragmentBT k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
+    FragmentA k[Shape::kHoldsKeys ? D / 16 : 1], v[Shape::kHoldsKeys ? D / 16 : 1];
     {
         __half* staged = reinterpret_cast<__half*>(raw);
         Carrier<kBackwardRows, D, kBackwardThreads> carrier;
         carrier.fetch(a.k.head<__half>(b, kv_head), a.k.stride[2], position_of);
-        carrier.put(Shape::kHoldsKeys ? staged : held_keys);
+        carrier.put(Shape::kHoldsKeys ? staged : held_keys, kRow);
         if (threadIdx.x < kBackwardRows) key_positions[threadIdx.x] = position_of(threadIdx.x);
         carrier.fetch(a.v.head<__half>(b, kv_head), a.v.stride[2], position_of);
         __syncthreads();
@@ -301,7 +345,7 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                 wmma::load_matrix_sync(k[d], staged + warp * 16 * kRow + d * 16, kRow);
             __syncthreads();
         }
-        carrier.put(Shape::kHoldsKeys ? staged : held_values);
+        carrier.put(Shape::kHoldsKeys ? staged : held_values, kRow);
         __syncthreads();
         if (Shape::kHoldsKeys) {
 #pragma unroll
@@ -336,29 +380,38 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
         full_begin = last_position == kNowhere ? shape.T : last_position;
         full_end = a.layout.first_query_past(first_position, shape.T);
     }
-    const int query_tiles = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
-    const int steps = query_tiles * group;
-
+    // Steps: the tiles of queries of one head, then those of the next head of the group.
+    int steps = max(0, (end - begin + kTileQueries - 1) / kTileQueries) * group;
+    int next_h = kv_head * group, next_first = begin;
+    const uint64_t seed = DROPOUT ? a.dropout.read_seed() : 0;
     Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
-    const auto fetch = [&](int step) {
-        const int h = kv_head * group + step / query_tiles;
-        const int first = begin + step % query_tiles * kTileQueries;
-        const auto position = [&](int row) { return first + row < end ? first + row : kNowhere; };
-        next_queries.fetch(a.q.head<__half>(b, h), a.q.stride[2], position);
-        next_douts.fetch(args.dout.head<__half>(b, h), args.dout.stride[2], position);
+    NextRow<DROPOUT> next_row;
+    const auto fetch = [&] {
+        const auto position = [&](int row) { return next_first + row < end ? next_first + row : kNowhere; };
+        next_queries.fetch(a.q.head<__half>(b, next_h), a.q.stride[2], position);
+        next_douts.fetch(args.dout.head<__half>(b, next_h), args.dout.stride[2], position);
+        if (threadIdx.x < kTileQueries)
+            next_row.fetch(args, seed, b, next_h, min(next_first + int(threadIdx.x), end - 1));
     };
-    if (steps > 0) fetch(0);
-    for (int step = 0; step < steps; ++step) {
-        const int h = kv_head * group + step / query_tiles;
-        const int first = begin + step % query_tiles * kTileQueries;
+    if (steps > 0) fetch();
+    for (; steps > 0; --steps) {
+        const int first = next_first;
+        next_first += kTileQueries;
+        if (next_first >= end) ++next_h, next_first = begin;
         __syncthreads();  // no warp reads the tile before any more
-        next_queries.put(queries);
-        next_douts.put(douts);
-        rows->template fill<DROPOUT>(args, b, h, first, end - 1);
-        __syncthreads();
-        if (step + 1 < steps) fetch(step + 1);
-
+        next_queries.put(queries, kRow);
+        next_douts.put(douts, kRow);
         const bool full = first >= full_begin && first + kTileQueries <= full_end;
+        if (threadIdx.x < kTileQueries) {
+            rows->put(threadIdx.x, next_row);
+            // It takes a division, and only a mask asks for it.
+            if (!full)
+                rows->window_start[threadIdx.x] =
+                    a.layout.window_start(min(first + int(threadIdx.x), end - 1));
+        }
+        __syncthreads();
+        if (steps > 1) fetch();
+
 #pragma unroll 1
         for (int m = 0; m < kTileQueries; m += 16) {
             Accumulator scores, dprob;
@@ -366,37 +419,50 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
             wmma::fill_fragment(dprob, 0.0f);
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {
-                FragmentA left;
+                FragmentBT right;
                 if (Shape::kHoldsKeys) {
-                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
-                    wmma::mma_sync(scores, left, k[Shape::kHoldsKeys ? d : 0], scores);
-                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
-                    wmma::mma_sync(dprob, left, v[Shape::kHoldsKeys ? d : 0], dprob);
+                    wmma::load_matrix_sync(right, queries + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(scores, k[Shape::kHoldsKeys ? d : 0], right, scores);
+                    wmma::load_matrix_sync(right, douts + m * kRow + d * 16, kRow);
+                    wmma::mma_sync(dprob, v[Shape::kHoldsKeys ? d : 0], right, dprob);
                 } else {
-                    FragmentBT right;
-                    wmma::load_matrix_sync(left, queries + m * kRow + d * 16, kRow);
-                    wmma::load_matrix_sync(right, held_keys + warp * 16 * kRow + d * 16, kRow);
+                    FragmentA left;
+                    wmma::load_matrix_sync(left, held_keys + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, queries + m * kRow + d * 16, kRow);
                     wmma::mma_sync(scores, left, right, scores);
-                    wmma::load_matrix_sync(left, douts + m * kRow + d * 16, kRow);
-                    wmma::load_matrix_sync(right, held_values + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(left, held_values + warp * 16 * kRow + d * 16, kRow);
+                    wmma::load_matrix_sync(right, douts + m * kRow + d * 16, kRow);
                     wmma::mma_sync(dprob, left, right, dprob);
+                }
+            }
+            QueryTerms terms[4];
+            rows->read_two(m + places.column(0), terms);
+            rows->read_two(m + places.column(4), terms + 2);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                scores.x[i] = log2_probability(a, scores.x[i], bias, terms[i / 4 * 2 + i % 2].lse);
+            if (!full) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int query = m + places.column(i);
+                    if (first + query >= end ||
+                        !sees(FAR, key_positions[warp * 16 + places.row(i)], rows->window_start[query],
+                              a.layout.window_last(first + query)))
+                        scores.x[i] = -INFINITY;
                 }
             }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int row = m + places.row(i), column = places.column(i);
-                const int position = full && !DROPOUT ? 0 : key_positions[warp * 16 + column];
-                const bool seen = full || (first + row < end && sees(FAR, position, rows->window_start[row],
-                                                                     a.layout.window_last(first + row)));
-                const RowWords words = DROPOUT ? rows->words[row] : RowWords{0, 0};
-                const float2 both =
-                    probability_and_gradient<DROPOUT>(a, scores.x[i], dprob.x[i], bias, seen, rows->lse[row],
-                                                      rows->delta[row], words, position);
-                probs[places.row(i) * kStripRow + column] = __float2half_rn(both.x);
-                dscores[places.row(i) * kStripRow + column] = __float2half_rn(both.y);
+                const int position = DROPOUT ? key_positions[warp * 16 + places.row(i)] : 0;
+                const RowWords words = DROPOUT ? rows->words[m + places.column(i)] : RowWords{0, 0};
+                const float2 both = dropped_and_gradient<DROPOUT>(
+                    a, exp2_fast(scores.x[i]), dprob.x[i], terms[i / 4 * 2 + i % 2].delta, words, position);
+                scores.x[i] = both.x, dprob.x[i] = both.y;
             }
+            places.store_halves(probs, kStripRow, scores);
+            places.store_halves(dscores, kStripRow, dprob);
             __syncwarp();
-            FragmentAT left;
+            FragmentA left;
             wmma::load_matrix_sync(left, probs, kStripRow);
 #pragma unroll
             for (int d = 0; d < D / 16; ++d) {

@@ -24,8 +24,9 @@ struct ForwardShape {
     static constexpr int kRows = 16 * kM;
     static constexpr int kWarps = 8 / kM;
     static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kBlocks = D == 32 ? 3 : D == 64 ? 2 : 1;  // at once on a multiprocessor
     static constexpr int kQueries = 128;
-    static constexpr int kRow = D + kPad;            // halves
+    static constexpr int kRow = padded_row(D);       // halves
     static constexpr int kStripRow = kTileKeys + 4;  // floats
     // k, v and the strips; the queries pass through the same place before the first tile.
     static constexpr int kTileHalves = 2 * kTileKeys * kRow;
@@ -35,10 +36,10 @@ struct ForwardShape {
     static constexpr int kShared = (kMain > kStaged ? kMain : kStaged) + kQueries * 4 + kTileKeys * 4;
 };
 
-// Occupancy on sm_70, by registers. D = 32: 168, 24 KB, 3 blocks of 4 warps. D = 64: 243, 28 KB, 2 blocks of
-// 4 warps. D = 80, 96, 128: 192 to 236, 30 to 36 KB, 1 block of 8 warps.
+// Occupancy on sm_70, by registers. D = 32: 168, 25 KB, 3 blocks of 4 warps. D = 64: 251, 29 KB, 2 blocks of
+// 4 warps. D = 80, 96, 128: 184 to 227, 30 to 37 KB, 1 block of 8 warps.
 template <int D, bool DROPOUT>
-__global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kBlocks)
     three_region_attention_fwd_kernel(AttentionForward args) {
     using Shape = ForwardShape<D>;
     constexpr int M = Shape::kM, kRows = Shape::kRows, kRow = Shape::kRow, kStripRow = Shape::kStripRow;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         Carrier<Shape::kQueries, D, Shape::kThreads> rows;
         rows.fetch(a.q.head<__half>(b, h), a.q.stride[2],
                    [=](int row) { return first + row <= last ? first + row : kNowhere; });
-        rows.put(staged);
+        rows.put(staged, kRow);
         __syncthreads();
 #pragma unroll
         for (int m = 0; m < M; ++m)
@@ -97,18 +98,21 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
     const KeyWalk<kTileKeys> walk(a, b, first, last);
     const __half* k = a.k.head<__half>(b, kv_head);
     const __half* v = a.v.head<__half>(b, kv_head);
-    Carrier<kTileKeys, D, Shape::kThreads> next_keys, next_values;
-    const auto fetch = [&](int tile) {
-        const auto position = [&](int key) { return walk.position(tile, key); };
-        next_keys.fetch(k, a.k.stride[2], position);
-        next_values.fetch(v, a.v.stride[2], position);
+    using KeyCarrier = Carrier<kTileKeys, D, Shape::kThreads>;
+    KeyCarrier next_keys, next_values;
+    typename KeyCarrier::Positions positions;
+    const auto find = [&](int tile) { positions.find([&](int key) { return walk.position(tile, key); }); };
+    const auto fetch = [&] {
+        next_keys.fetch(k, a.k.stride[2], positions);
+        next_values.fetch(v, a.v.stride[2], positions);
     };
-    fetch(0);
+    find(0);
+    fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
-        next_keys.put(keys);
-        next_values.put(values);
-        if (threadIdx.x < kTileKeys) key_positions[threadIdx.x] = walk.position(tile, threadIdx.x);
+        next_keys.put(keys, kRow);
+        next_values.put(values, kRow);
+        positions.put(key_positions);
         __syncthreads();
 
 #pragma unroll
@@ -138,13 +142,18 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
             const float4 four = *reinterpret_cast<const float4*>(strip + row * kStripRow + column + c);
             x[c] = four.x, x[c + 1] = four.y, x[c + 2] = four.z, x[c + 3] = four.w;
         }
+#pragma unroll
+        for (int c = 0; c < 16 * M; ++c) x[c] = x[c] * a.scale + bias;
+        // In a loop of its own: few tiles need a mask, and without branches the rest of a row's work
+        // overlaps.
+        if (!full) {
+#pragma unroll
+            for (int c = 0; c < 16 * M; ++c)
+                if (!sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
+        }
         float new_max = row_max;
 #pragma unroll
-        for (int c = 0; c < 16 * M; ++c) {
-            x[c] = x[c] * a.scale + bias;
-            if (!full && !sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
-            new_max = fmaxf(new_max, x[c]);
-        }
+        for (int c = 0; c < 16 * M; ++c) new_max = fmaxf(new_max, x[c]);
         if (M == 1) new_max = fmaxf(new_max, __shfl_xor_sync(kAllLanes, new_max, 16));
         // A row that has seen no key yet: -inf minus -inf would be NaN.
         const float base = new_max == -INFINITY ? 0.0f : new_max;
@@ -152,26 +161,25 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, D <= 64 ? 2 : 1)
         const float factor = exp2_fast((row_max - base) * kLog2e);
         row_max = new_max;
         sum *= factor;
-#pragma unroll
-        for (int c = 0; c < 16 * M; ++c) {
-            x[c] = exp2_fast((x[c] - base) * kLog2e);
-            sum += x[c];
-        }
-        if (DROPOUT) {
-#pragma unroll
-            for (int c = 0; c < 16 * M; ++c)
-                if (!keep_mask(words.r0, words.r1, uint32_t(key_positions[column + c]),
-                               a.dropout.keep_threshold))
-                    x[c] = 0.0f;
-        }
+        // Long before the rows are fetched: what is loaded here is where they lie.
+        if (tile + 1 < walk.tiles) find(tile + 1);
         __syncwarp();  // the other half of a row (M = 1) has been read: its place is written now
 #pragma unroll
-        for (int c = 0; c < 16 * M; c += 8)
+        for (int c = 0; c < 16 * M; c += 8) {
+#pragma unroll
+            for (int i = c; i < c + 8; ++i) {
+                x[i] = exp2_fast((x[i] - base) * kLog2e);
+                sum += x[i];
+                if (DROPOUT && !keep_mask(words.r0, words.r1, uint32_t(key_positions[column + i]),
+                                          a.dropout.keep_threshold))
+                    x[i] = 0.0f;
+            }
             *reinterpret_cast<uint4*>(halves + row * 2 * kStripRow + column + c) = pack(x + c);
+        }
         if (column == 0) factors[row] = factor;
         __syncwarp();
         // Not before: beside a row of scores there is no room for it in the registers.
-        if (tile + 1 < walk.tiles) fetch(tile + 1);
+        if (tile + 1 < walk.tiles) fetch();
 
         if (__any_sync(kAllLanes, factor != 1.0f)) {
 #pragma unroll

@@ -3,8 +3,9 @@
 // dropout.
 //
 // A warp owns 16 (or 32) rows of scores and works on a strip of shared memory of its own, so that barriers of
-// the block are needed only where tiles change. wmma does not say where a fragment keeps an element; `Places`
-// asks, by loading a matrix of its own numbers, and so the same source serves every chip.
+// the block are needed only where tiles change. wmma does not say where a fragment keeps an element. `Places`
+// asks, by loading a matrix of its own numbers, and stops the kernel where the answer has another shape than
+// the kernels count on. So the same source serves every chip.
 #pragma once
 
 #include <mma.h>
@@ -18,7 +19,6 @@ namespace {
 namespace wmma = nvcuda::wmma;
 
 using FragmentA = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major>;
-using FragmentAT = wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::col_major>;
 using FragmentB = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::row_major>;
 using FragmentBT = wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major>;
 using Accumulator = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
@@ -26,8 +26,15 @@ static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
-// Rows of a tile are padded by 16 bytes: eight rows at the same column then lie in different banks.
-constexpr int kPad = 8;
+
+// From one row of a tile to the next, in halves. Volta reads fragments 16 or 8 bytes a lane, from several
+// rows at once. They lie in different banks where the distance is an odd number of 32 bytes. At D = 80 that
+// takes 64 bytes of padding; an odd number of 16 bytes is second best.
+constexpr int padded_row(int D) {
+    return D + (D % 32 == 0 ? 16 : 8);
+}
+// Beside the columns of a warp's strip.
+constexpr int kStripPad = 8;
 
 __device__ __forceinline__ float exp2_fast(float x) {
 #if defined(__CUDA_ARCH__)
@@ -39,11 +46,31 @@ __device__ __forceinline__ float exp2_fast(float x) {
 #endif
 }
 
-// Row and column, in its 16 x 16 matrix, of each element that a lane of an Accumulator holds: 4 bits each.
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    const __half2 two = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&two);
+}
+
+__device__ __forceinline__ uint4 pack(const float* eight) {
+    return make_uint4(pack(eight[0], eight[1]), pack(eight[2], eight[3]), pack(eight[4], eight[5]),
+                      pack(eight[6], eight[7]));
+}
+
+// Where, in its 16 x 16 matrix, a lane's eight elements of an Accumulator lie: in two rows, and in each row
+// as two pairs of neighbours. What belongs to a row is so read twice instead of eight times, and two
+// neighbours are stored at once.
 struct Places {
-    uint32_t rows, columns;
-    __device__ __forceinline__ int row(int i) const { return rows >> (4 * i) & 15; }
-    __device__ __forceinline__ int column(int i) const { return columns >> (4 * i) & 15; }
+    int first_row, first_column, row_step, column_step;
+    __device__ __forceinline__ int row(int i) const { return first_row + (i & 2 ? row_step : 0); }
+    __device__ __forceinline__ int column(int i) const {
+        return first_column + (i & 1) + (i & 4 ? column_step : 0);
+    }
+    // Rounded to fp16.
+    __device__ __forceinline__ void store_halves(__half* to, int stride, const Accumulator& from) const {
+#pragma unroll
+        for (int i = 0; i < 8; i += 2)
+            *reinterpret_cast<uint32_t*>(to + row(i) * stride + column(i)) = pack(from.x[i], from.x[i + 1]);
+    }
 };
 
 // `scratch`: 256 floats of this warp's own.
@@ -52,13 +79,18 @@ __device__ __forceinline__ Places find_places(float* scratch) {
     __syncwarp();
     Accumulator numbers;
     wmma::load_matrix_sync(numbers, scratch, 16, wmma::mem_row_major);
-    Places places = {0, 0};
+    const int first = int(numbers.x[0]);
+    Places places = {first / 16, first % 16, int(numbers.x[2]) / 16 - first / 16, int(numbers.x[4]) - first};
+#if defined(__CUDA_ARCH__)
+    // Known to the compiler the steps cost no registers.
+    places.row_step = __CUDA_ARCH__ < 750 ? 2 : 8;
+    places.column_step = __CUDA_ARCH__ < 750 ? 4 : 8;
+#endif
+    bool wrong = false;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const uint32_t number = uint32_t(numbers.x[i]);
-        places.rows |= number / 16 << (4 * i);
-        places.columns |= number % 16 << (4 * i);
-    }
+    for (int i = 0; i < 8; ++i) wrong |= int(numbers.x[i]) != places.row(i) * 16 + places.column(i);
+    // By a vote: after a branch that lanes may take apart the compiler would have them meet at each barrier.
+    if (__any_sync(kAllLanes, wrong)) __trap();
     __syncwarp();
     return places;
 }
@@ -80,44 +112,58 @@ __device__ __forceinline__ void by_rows(const Accumulator& from, float* scratch,
     __syncwarp();
 }
 
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    const __half2 two = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&two);
-}
-
-__device__ __forceinline__ uint4 pack(const float* eight) {
-    return make_uint4(pack(eight[0], eight[1]), pack(eight[2], eight[3]), pack(eight[4], eight[5]),
-                      pack(eight[6], eight[7]));
-}
-
 // ROWS rows of D halves on their way from device memory to shared memory, in the registers of THREADS
 // threads: fetched while the tile before is worked on.
 template <int ROWS, int D, int THREADS>
 struct Carrier {
-    static constexpr int kChunks = ROWS * D / 8;
+    static constexpr int kRowChunks = D / 8;
+    static constexpr int kChunks = ROWS * kRowChunks;
     static constexpr int kPerThread = (kChunks + THREADS - 1) / THREADS;
     uint4 chunks[kPerThread];
 
-    // `position(row)`: where the row lies in `from`, kNowhere for a row of zeros.
-    template <typename F>
-    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, F position) {
+    // Where the rows of this thread's chunks lie, kNowhere for a row of zeros.
+    struct Positions {
+        int at[kPerThread];
+
+        template <typename F>
+        __device__ __forceinline__ void find(F position) {
+#pragma unroll
+            for (int i = 0; i < kPerThread; ++i) {
+                const int chunk = threadIdx.x + i * THREADS;
+                at[i] = chunk < kChunks ? position(chunk / kRowChunks) : kNowhere;
+            }
+        }
+        __device__ __forceinline__ void put(int* to) const {
+#pragma unroll
+            for (int i = 0; i < kPerThread; ++i) {
+                const int chunk = threadIdx.x + i * THREADS;
+                if (chunk < kChunks && chunk % kRowChunks == 0) to[chunk / kRowChunks] = at[i];
+            }
+        }
+    };
+
+    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, const Positions& positions) {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
-            const int chunk = threadIdx.x + i * THREADS;
-            const int at = chunk < kChunks ? position(chunk / (D / 8)) : kNowhere;
+            const int column = (threadIdx.x + i * THREADS) % kRowChunks * 8, at = positions.at[i];
             chunks[i] = make_uint4(0, 0, 0, 0);
-            if (at != kNowhere)
-                chunks[i] = *reinterpret_cast<const uint4*>(from + at * stride + chunk % (D / 8) * 8);
+            if (at != kNowhere) chunks[i] = *reinterpret_cast<const uint4*>(from + at * stride + column);
         }
     }
+    template <typename F>
+    __device__ __forceinline__ void fetch(const __half* from, int64_t stride, F position) {
+        Positions positions;
+        positions.find(position);
+        fetch(from, stride, positions);
+    }
 
-    __device__ __forceinline__ void put(__half* to) const {
+    // `row`: from one row to the next.
+    __device__ __forceinline__ void put(__half* to, int row) const {
 #pragma unroll
         for (int i = 0; i < kPerThread; ++i) {
             const int chunk = threadIdx.x + i * THREADS;
             if (chunk < kChunks)
-                *reinterpret_cast<uint4*>(to + chunk / (D / 8) * (D + kPad) + chunk % (D / 8) * 8) =
-                    chunks[i];
+                *reinterpret_cast<uint4*>(to + chunk / kRowChunks * row + chunk % kRowChunks * 8) = chunks[i];
         }
     }
 };

@@ -11,7 +11,7 @@ What it finds, beside wrong results:
 
 - accesses past the end of dynamic shared memory, or of a tensor made by ``guarded``: both end at a page that
   may not be touched. Either begins as NaN, so what is read before it is written shows too;
-- barriers that some threads miss (deadlock), warp functions after some lanes have left;
+- barriers that some threads miss (deadlock), warp functions after some lanes have left, traps;
 - races, as results that change with ``configure(order=seed)``, which shuffles threads and blocks;
 - a kernel that relies on where a wmma fragment keeps an element: ``configure(fragment_layout=...)`` has
   Volta's places, Ampere's, and places without any pattern;

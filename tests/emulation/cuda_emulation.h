@@ -372,6 +372,10 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 
 // ---- barriers, warps, atomics on integers, arithmetic
 
+[[noreturn]] inline void __trap() {
+    emulation::fail("trap");
+}
+
 inline void __syncthreads() {
     emulation::wait(emulation::state.block_barrier, [] {});
 }
@@ -565,7 +569,8 @@ struct fragment {
     T x[num_elements];
 };
 
-// Which element of an accumulator lane `lane` holds as x[i]. CUDA leaves it open; kernels must not know it.
+// Which element of an accumulator lane `lane` holds as x[i]. CUDA leaves it open: a kernel asks, and stops
+// where the answer is none that it can use.
 //   0: as Volta's quad pairs hold it   1: as mma.m16n8k16 holds it   2: without any pattern
 inline void accumulator_place(int lane, int i, int* row, int* column) {
     switch (emulation::settings.fragment_layout) {
