@@ -10,7 +10,7 @@ from cogview_kernels import ThreeRegionLayout
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
-from tests.helpers.rounding import RoundedIntermediates, SumsInAnotherOrder
+from tests.helpers.rounding import RoundedIntermediates, SumsInAnotherOrder, in_one_chain
 from tests.helpers.tolerance import OUTPUT, assert_within_budget, judge
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +68,14 @@ def test_two_bits_fewer_do_not_pass(dtype):
     coarse = truth * (1 + 4 * torch.finfo(dtype).eps * (torch.rand_like(truth) - 0.5))
     with pytest.raises(AssertionError, match="rms error"):
         assert_within_budget(coarse.to(dtype), eager, truth, dtype=dtype)
+
+
+def test_one_chain_errs_more_than_a_split_sum():
+    a, b = torch.randn(2, 40, 256), torch.randn(2, 256, 30)
+    truth = a.double() @ b.double()
+    halves = a[..., :128] @ b[:, :128] + a[..., 128:] @ b[:, 128:]
+    error = lambda x: float((x - truth).norm() / truth.norm())  # noqa: E731
+    assert error(halves) < error(in_one_chain(a, b)) < 1e-6
 
 
 def test_sums_are_taken_in_another_order():

@@ -400,7 +400,7 @@ def test_gpu_memory_beyond_the_gradients(extra_memory, monkeypatch):
     torch.cuda.reset_peak_memory_stats()
     gradients = torch.autograd.grad(2 * call(*leaves, target), leaves)
     own = sum(x.numel() * x.element_size() for x in gradients)
-    # Partial sums of the softmax take less than a megabyte: 12 bytes, 128 tokens and four programs a processor.
+    # Partial sums take less than a megabyte: 12 bytes, 128 tokens, four programs a multiprocessor.
     allowed = (extra_memory or 0.03) * 2 * N * V + 64 * N + 2**20
     assert torch.cuda.max_memory_allocated() - before - own <= allowed
 
