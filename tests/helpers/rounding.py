@@ -86,9 +86,9 @@ def in_one_chain(a: Tensor, b: Tensor) -> Tensor:
 class SumsInAnotherOrder(TorchDispatchMode):
     """Permutes the dimension over which an operation sums.
 
-    Float32 products on a GPU are also taken in one chain, as kernels without matrix units take them. Libraries
-    may split long sums, which errs less: on an H100 eager attention over heads of 256 errs by 0.65e-7, and
-    PyTorch's own fused attention by 1.5e-7."""
+    Float32 products on a GPU are also taken in one chain, as kernels without matrix units take them.
+    Libraries may split long sums, which errs less: on an H100 eager attention over heads of 256 errs by
+    0.65e-7, and PyTorch's own fused attention by 1.5e-7."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
