@@ -44,6 +44,7 @@ _CPU_ATTENTION = (
     "(any_order or D32 or past_an_edge or grouped_heads)"
 )
 _TRITON_ATTENTION = f"{_ATTENTION} test_small_triton_tiles or (test_dropout_and_lse and triton and any_order)"
+_TRITON_LIMITS = f"{_ATTENTION} test_queries_and_keys_at_the_fp16_limit and triton"
 _CUDA_ATTENTION = "cuda_kernels test_forward_and_backward and (any_order or grouped_heads or D32)"
 _CPU_DECODE = "decode_attention (test_error_budget or test_edges) and cpu"
 _TRITON_DECODE = (
@@ -111,10 +112,19 @@ MUTATIONS = [
     Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
              "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
     Mutation("attention-triton-bias", "cogview_kernels/three_region_attention/*.py",
-             "(new_max - bias)[:, None]", "new_max[:, None]",
+             "peak = tl.fma(top, factor, bias)", "peak = tl.fma(top, factor, 0.0)",
              _TRITON_ATTENTION),
     Mutation("attention-triton-bias-of-the-gradient", "cogview_kernels/three_region_attention/*.py",
-             "far_lse2 = lse2 - bias", "far_lse2 = lse2", _TRITON_ATTENTION),
+             "tl.load(stats_ptr + TP) - bias", "tl.load(stats_ptr + TP)", _TRITON_ATTENTION),
+    Mutation("attention-triton-bias-of-the-one-peak", "cogview_kernels/three_region_attention/*.py",
+             "peak -= bias", "peak -= 0.0", _TRITON_ATTENTION),
+    Mutation("attention-triton-fused-exponent", "cogview_kernels/three_region_attention/*.py",
+             "tl.fma(s - top[:, None], factor, (peak - new_max)[:, None])",
+             "tl.fma(s, factor, (bias - new_max)[:, None])", _TRITON_LIMITS),
+    Mutation("attention-triton-rest-of-the-peak", "cogview_kernels/three_region_attention/*.py",
+             "tl.fma(top, factor, -peak) + bias, rest)", "0.0 * peak, rest)", _TRITON_LIMITS),
+    Mutation("attention-triton-ranks", "cogview_kernels/three_region_attention/*.py",
+             "tl.where(mark == 1, rank, -1)", "rank", _TRITON_ATTENTION),
     Mutation("attention-triton-window", "cogview_kernels/_regions_triton.py",
              "tl.maximum(block - window_blocks + 1, 0)", "tl.maximum(block - window_blocks + 2, 0)",
              _TRITON_ATTENTION),
@@ -129,7 +139,7 @@ MUTATIONS = [
              "dp = tl.where(keeps, dp * keep_scale, 0.0)", "dp = tl.where(keeps, dp, 0.0)",
              _TRITON_ATTENTION),
     Mutation("attention-triton-lse", "cogview_kernels/three_region_attention/*.py",
-             "(row_max + tl.log2(total)) * LN2", "row_max * LN2 + tl.log2(total)",
+             "(row_max + rest) * LN2", "row_max * LN2 + rest",
              _TRITON_ATTENTION),
     Mutation("attention-triton-bf16-weights", "cogview_kernels/three_region_attention/*.py",
              "ds.to(k.dtype), k, dq", "ds.to(tl.float16).to(k.dtype), k, dq", _TRITON_ATTENTION),
@@ -219,7 +229,7 @@ MUTATIONS = [
     Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
              "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
     Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
-             "x.of[i] * dropout.keep_scale : 0.0f", "x.of[i] : 0.0f", _CUDA_SANDWICH),
+             "? x.of[i] * dropout.keep_scale", "? x.of[i]", _CUDA_SANDWICH),
     Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
              "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
     # ---- stable_softmax
