@@ -43,13 +43,9 @@ test: build  ## every test that this machine can run
 
 # The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use.
 SEEDS ?= 50
-BUDGET := test_forward_and_backward or test_error_budget or test_edges or test_every_instruction_set
-BUDGET := $(BUDGET) or test_extreme_rows or test_dropout_and_lse or test_widths or test_one_chunk or test_long_rows
-BUDGET := $(BUDGET) or test_head_sizes or test_dtypes or test_windows or test_maxima or test_small_triton_tiles
-BUDGET := $(BUDGET) or test_float16_under_a_loss_scale or test_decode or test_flex_attention or test_kept_in_a_buffer
 seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most
 	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n auto --dist worksteal \
-	  tests/kernels --seeds $(SEEDS) -k "($(BUDGET))$(if $(ONLY), and ($(ONLY)))"
+	  tests/kernels --seeds $(SEEDS) -m budget $(if $(ONLY),-k "$(ONLY)")
 
 # The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.

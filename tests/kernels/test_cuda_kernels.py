@@ -31,6 +31,7 @@ needs_emulation = pytest.mark.skipif(HAS_GPU, reason="checks of the emulation; t
 # ---- three_region_attention
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_backward(case, backend_device):
     """Alternately with dropout, so that each head size meets both."""
@@ -41,6 +42,7 @@ def test_forward_and_backward(case, backend_device):
     )
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("D", CUDA_HEADS)
 def test_head_sizes(D, dropout_p, backend_device):
@@ -175,6 +177,7 @@ def test_opcheck(dropout_p, backend_device):
 # ---- decode_attention
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("with_layout", [False, True])
 @pytest.mark.parametrize("dtype", decode.DTYPES, ids=str)
 @pytest.mark.parametrize("case", decode.CASES)
@@ -182,6 +185,7 @@ def test_decode(case, dtype, with_layout, backend_device):
     decode.test_error_budget("cuda", case, dtype, with_layout, backend_device)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize(("D", "Hkv", "Tq"), [(32, 4, 1), (64, 4, 1), (80, 2, 3), (128, 1, 2), (256, 4, 1)])
 def test_decode_over_several_blocks(D, Hkv, Tq, backend_device):
     """Past one block's keys, with rubbish past each sequence's end, against the last rows of training.
@@ -211,6 +215,7 @@ def test_decode_over_several_blocks(D, Hkv, Tq, backend_device):
         torch.testing.assert_close(out.float(), expected[:, :, T - Tq :], atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("with_layout", [False, True])
 def test_decode_properties(with_layout, backend_device):
     decode.test_a_query_before_the_start_gives_zeros("cuda", 90, with_layout, backend_device)

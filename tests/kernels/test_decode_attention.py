@@ -72,6 +72,7 @@ def test_equals_the_last_rows_of_training_attention(backend, case, backend_devic
         torch.testing.assert_close(dense[b].cpu(), causal[b, :, n - Tq : n])
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("with_layout", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -169,6 +170,7 @@ def make_large(case, dtype, device):
     return q, k_cache, v_cache, lengths.to(device), layout
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("backend", ["cpu"])  # test_decode_attention_triton.py has edges of its own
@@ -196,6 +198,7 @@ def test_neither_the_batch_nor_another_run_changes_a_bit(case, backend_device):
         assert torch.equal(together[i : i + 1], run(slice(i, i + 1)))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa, instruction_set, backend_device):
     instruction_set(isa)

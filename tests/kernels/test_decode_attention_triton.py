@@ -69,6 +69,7 @@ def check(q, k, v, lengths, layout=None, scale=0.25):
 EDGES = [1, 17, 32, 33, 129, 290]
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("with_layout", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 9])
 @pytest.mark.parametrize("rows", ROWS)
@@ -79,6 +80,7 @@ def test_edges_of_tiles_and_splits(rows, splits, with_layout, kernels, device, m
     check(*inputs, make_layout(inputs[0].shape[0], 290, 140, device=device) if with_layout else None)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("P", [0, 1, 127, 128, 129, 261])
 @pytest.mark.parametrize("rows", ["one", "several"])
 def test_edges_of_the_pivots(rows, P, kernels, device, monkeypatch):
@@ -87,6 +89,7 @@ def test_edges_of_the_pivots(rows, P, kernels, device, monkeypatch):
         check(*make([300, 140, 17, 3], 300, rows, device=device), make_layout(4, 300, P, 7, 1, device=device))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize(
     ("w", "W"), [(1, 1), (1, 30), (16, 3), (7, 5), (64, 1), (99, 1), (100, 1), (3, 10**6)]
 )
@@ -97,6 +100,7 @@ def test_windows(rows, w, W, kernels, device, monkeypatch):
     check(*make([100, 64, 63, 1], 100, rows, device=device), make_layout(4, 100, 40, w, W, device=device))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("rows", ["one", "several"])
 @pytest.mark.parametrize("D", [1, 8, 33, 40, 64, 80, 128, 200, 256])
 def test_head_sizes(D, rows, kernels, device, monkeypatch):
@@ -106,6 +110,7 @@ def test_head_sizes(D, rows, kernels, device, monkeypatch):
         check(*inputs, make_layout(2, 70, 30, device=device), scale=D**-0.5)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("splits", [1, 5])
 @pytest.mark.parametrize("rows", ["one", "several"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,6 +121,7 @@ def test_dtypes(dtype, rows, splits, kernels, device, monkeypatch):
     check(*inputs, scale=0.125)
 
 
+@pytest.mark.budget
 def test_maxima_that_differ_between_splits(kernels, device, monkeypatch):
     """Logits from -1000 to 1000, far from what float32 can raise to a power."""
     for rows in ("one", "several"):

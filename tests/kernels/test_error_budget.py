@@ -26,6 +26,7 @@ def random_layout(device) -> tuple[ThreeRegionLayout, int]:
     return layout, T
 
 
+@pytest.mark.budget
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number", range(5))

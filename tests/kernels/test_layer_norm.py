@@ -182,6 +182,7 @@ def test_half_types_are_widened():
 # ---- every backend against the reference
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -193,6 +194,7 @@ def test_forward_and_backward(backend, dtype, case, mode, backend_device):
     check(backend, inputs, dy, pb_relax=mode)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -275,6 +277,7 @@ def test_strides(backend, backend_device):
         torch.testing.assert_close(y, F.layer_norm(x, (24,), weight))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("C", [511, 512, 513, 640, 641, 2048, 2049, 2560, 3000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_widths_at_the_edges_of_pieces(backend, C, backend_device):
@@ -321,6 +324,7 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_d
 # ---- dispatch
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa, instruction_set):
     instruction_set(isa)

@@ -159,6 +159,7 @@ def check(backend, dtype, case, reduction):
     assert_within_budget(ours[2], eager[2], truth[2], dtype=dtype, factor=GRADIENT, name="dweight")
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -167,6 +168,7 @@ def test_forward_and_backward(backend, dtype, case, reduction):
     check(backend, dtype, case, reduction)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("case", ["a_chunk", "rounds_and_a_bit"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,6 +178,7 @@ def test_one_chunk(backend, dtype, case, reduction, monkeypatch):
     check(backend, dtype, case, reduction)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("kept", [1, 10, 30, 37])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -277,6 +280,7 @@ def test_way_to_the_gradients(dtype, N, chunk, way, monkeypatch):
     assert seen == [way, "_losses_only"]
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_every_instruction_set(isa, backend, instruction_set):
@@ -528,6 +532,7 @@ def test_losses_beside_the_loss_take_no_product_of_matrices(backend):
     assert products(return_losses=True) == products() > 0
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**16])
 @pytest.mark.parametrize("backend", BACKENDS)

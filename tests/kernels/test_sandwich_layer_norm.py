@@ -199,6 +199,7 @@ def test_a_seed_on_the_device_is_the_same_seed(backend, backend_device):
 # ---- every backend against the reference
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -226,6 +227,7 @@ def test_gradient_of_one_output_alone(backend, case, only, backend_device):
     check(backend, inputs, douts, **arguments)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -295,6 +297,7 @@ def test_two_runs_give_the_same_bits_on_any_number_of_threads(backend, backend_d
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa, instruction_set):
     instruction_set(isa)

@@ -103,6 +103,7 @@ def check(backend, scores, dprobs, arguments):
         assert_within_budget(a, e, t, dtype=scores.dtype, factor=factor, name=name)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -183,6 +184,7 @@ def test_two_runs_give_the_same_bits(backend, backend_device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("N", [58_240, 100_000])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_long_rows(backend, N, backend_device):
@@ -207,6 +209,7 @@ def test_subnormal_scores_and_a_huge_outlier(backend, backend_device):
 # ---- dispatch
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa, instruction_set):
     instruction_set(isa)

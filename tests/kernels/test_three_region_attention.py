@@ -238,6 +238,7 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
         assert_within_budget(a, e, t, dtype=dtype, factor=factor, name=name)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("case", [*SMALL, *LARGE])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -249,6 +250,7 @@ def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch)
     check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)], ids=str)
 @pytest.mark.parametrize("case", ["remainder", "different_counts", "odd_blocks_of_seven", "grouped_heads"])
 def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
@@ -258,6 +260,7 @@ def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
     check_against_reference("triton", case, torch.float32, backend_device("triton"), dropout_p=0.3, lse=True)
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize(
     "case", ["any_order_and_pads", "grouped_heads", "all_are_pivots", "no_pivots", "D128"]
 )
@@ -434,6 +437,7 @@ def test_queries_and_keys_at_the_fp16_limit(backend, dtype, backend_device):
 # ---- the cpu backend
 
 
+@pytest.mark.budget
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set(isa, dtype, instruction_set):
