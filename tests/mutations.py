@@ -111,6 +111,8 @@ MUTATIONS = [
     # ---- three_region_attention, Triton
     Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
              "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
+    Mutation("attention-triton-no-rescale-in-float32", "cogview_kernels/three_region_attention/*.py",
+             "tl.fma(acc, shrink[:, None],", "tl.fma(acc, 1.0,", _TRITON_ATTENTION),
     Mutation("attention-triton-bias", "cogview_kernels/three_region_attention/*.py",
              "peak = tl.fma(top, factor, bias)", "peak = tl.fma(top, factor, 0.0)",
              _TRITON_ATTENTION),

@@ -115,7 +115,7 @@ def _index_kernel(
 @triton.jit
 def _softmax_step(
     acc, row_max, rest, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    IS_FLOAT32: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile of raw products ``s`` (-inf: not seen) to the running maximum, sum and output.
 
@@ -132,7 +132,7 @@ def _softmax_step(
     total = total * shrink + tl.sum(p, axis=1)
     if HAS_DROPOUT:
         p = tl.where(dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold), p, 0.0)
-    if v.dtype == tl.float32:
+    if IS_FLOAT32:
         # The sum of the tile by itself, then added: one long chain of additions would err more.
         acc = tl.fma(acc, shrink[:, None], tl.dot(p, v, input_precision=PRECISION))
     else:
@@ -155,6 +155,8 @@ def _fwd_kernel(
     The residuals get, from ``peaks_at`` on, the two parts of lse in log2, ``[B, H, 2, T]``: the rounded
     maximum m, and log2(sum_j 2^(s_j - m)) with what m was rounded by. Added up, the second would drown in the
     first, and the backward's probabilities with it."""
+    # Not the dtype of k and v, which the interpreter widens.
+    IS_FLOAT32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     tiles = tl.cdiv(T, BLOCK_M)
     pid = tl.program_id(0)
     # The last queries see the most pivots: they start first.
@@ -196,7 +198,7 @@ def _fwd_kernel(
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
             acc, row_max, rest, total = _softmax_step(
                 acc, row_max, rest, total, s, factor, bias, v, columns, r0, r1, keep_threshold,
-                HAS_DROPOUT, PRECISION,
+                IS_FLOAT32, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
@@ -210,7 +212,7 @@ def _fwd_kernel(
             s = tl.where(seen, s, float("-inf"))
         acc, row_max, rest, total = _softmax_step(
             acc, row_max, rest, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
-            HAS_DROPOUT, PRECISION,
+            IS_FLOAT32, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     rest += tl.log2(total)
