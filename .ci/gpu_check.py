@@ -8,8 +8,8 @@ kernels that come next:
 - full, at most 380 s: the tests that need a GPU, tiles tuned for the shape ``paper``, and headlines with the
   rivals that must be compiled;
 - deep, at most 400 s: profiler counters of the attention kernels, compute-sanitizer's memcheck, generation
-  and a training step of the preset ``base``, and the CUDA C++ kernels built for a V100 (a T4 where the nvcc no
-  longer can), whose PTX this GPU's driver compiles and tests run.
+  and a training step of the preset ``base``, and the CUDA C++ kernels built for a V100 (a T4 where the nvcc
+  no longer can), whose PTX this GPU's driver compiles and tests run.
 
 ``--stages`` asks for single stages instead, also for ``racecheck``, which no tier has. It needs only what is
 installed (PyTorch, Triton, nvcc, ninja, pybind11, pytest, matplotlib, tabulate, tqdm) and no network. Every
