@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= build/gpu-check
+TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -77,8 +78,8 @@ bounds: build  ## wall-clock bounds that the project promises; wants a quiet mac
 	$(BIN)/python -m benchmarks.bounds
 
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
-gpu-check:  ## build, test and time on an NVIDIA GPU in under 9 minutes; results in $(OUT)
-	@$(PYTHON) .ci/gpu_check.py --out "$(OUT)"
+gpu-check:  ## on an NVIDIA GPU, into OUT=folder: TIER=quick (3 minutes), full (6, the default) or deep (7)
+	@$(PYTHON) .ci/gpu_check.py --tier "$(TIER)" --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m cogview_kernels.three_region_attention.tune [D ...]``: tunes the Triton kernels on this GPU.
 
-For each head size (default 64 and 128), dtype and dropout off and on, compiles every configuration that can
-be worth it (:func:`configurations`, up to a hundred a kernel, in as many processes as there are processors),
-times them on the shape of CogView's super-resolution, and prints the fastest and the row to put into
-``launch_config.DEFAULTS``. Results also stay in the cache file, where ``COGVIEW_KERNELS_AUTOTUNE=1`` finds
-them.
+For each head size (default 64 and 128), dtype and dropout (by default off and on), compiles every
+configuration that can be worth it (:func:`configurations`, up to a hundred a kernel, in as many processes as
+there are processors), times them on the shape of CogView's super-resolution, and prints the fastest and the
+row to put into ``launch_config.DEFAULTS``. With ``--save`` all of this is also in a file, which grows with
+each combination. Results also stay in the cache file, where ``COGVIEW_KERNELS_AUTOTUNE=1`` finds them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -143,29 +144,48 @@ def tune(
     return times
 
 
-def main(arguments: list[str] | None = None) -> None:
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m cogview_kernels.three_region_attention.tune",
         description=(__doc__ or "").split("\n")[0],
     )
     parser.add_argument("D", type=int, nargs="*", default=[64, 128], help="head sizes")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="probabilities")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--save", type=Path, metavar="FILE", help="for what is printed")
+    return parser.parse_args(arguments)
+
+
+def report(problem: Problem, arch: int, times: dict[str, list[tuple[float, Config]]]) -> str:
+    """The fastest five of each kernel, and the row for ``launch_config.DEFAULTS``."""
+    lines = []
+    for kernel, found in times.items():
+        fastest = ", ".join(f"{config} {ms:.3f} ms" for ms, config in found[:5])
+        lines.append(f"  {kernel} of {len(found)}: {fastest}")
+    row = " ".join(str(found[0][1]) for found in times.values())
+    key = f"({launch_config.padded(problem.D)}, {problem.dropout_p > 0})"
+    return "\n".join([*lines, f'({arch}, {problem.bits}): {key}: _row("{row}")'])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     device = torch.device("cuda")
     arch = launch_config.architecture(device)
-    print(f"{torch.cuda.get_device_name()}, results in {launch_config.cache_file()}")
+    text = f"{torch.cuda.get_device_name()}, results in {launch_config.cache_file()}"
+    print(text)
     for D in options.D:
-        for dtype in (torch.bfloat16, torch.float32):
-            for dropout_p in (0.0, 0.1):
-                problem = Problem(D, dtype, dropout_p)
-                times = tune(problem, device, processes=options.processes)
-                for kernel, found in times.items():
-                    fastest = ", ".join(f"{config} {ms:.3f} ms" for ms, config in found[:5])
-                    print(f"  {kernel} of {len(found)}: {fastest}", flush=True)
-                row = " ".join(str(found[0][1]) for found in times.values())
-                print(
-                    f'({arch}, {problem.bits}): ({launch_config.padded(D)}, {dropout_p > 0}): _row("{row}")'
-                )
+        for dtype in options.dtypes:
+            for dropout_p in options.dropout:
+                problem = Problem(D, DTYPES[dtype], dropout_p)
+                found = report(problem, arch, tune(problem, device, processes=options.processes))
+                print(found, flush=True)
+                text += f"\n{found}"
+                if options.save:
+                    options.save.write_text(text + "\n")
 
 
 if __name__ == "__main__":

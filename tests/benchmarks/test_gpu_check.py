@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""make gpu-check without a GPU: one clear line, and a rehearsal that goes through every stage."""
+"""make gpu-check without a GPU: one clear line, and a rehearsal that goes through every tier."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import os
-import re
+import pickle
 import subprocess
 import sys
+import time
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from benchmarks import once
+from cogview_kernels.three_region_attention import tune
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / ".ci" / "gpu_check.py"
@@ -46,39 +52,58 @@ def test_no_gpu_is_one_clear_line():
     assert "no NVIDIA GPU answers" in done.stdout and "Traceback" not in done.stderr
 
 
-def test_rehearsal_goes_through_every_stage(tmp_path):
-    select = ["--ops", "stable_softmax", "--tests", "test_empty and triton"]
-    select += ["--cases", "float32-fwd (triton|eager)"]
+FILES = {
+    "quick": {"build.log", "run.log", "summary.txt", "results.json"},
+    "full": {"build.log", "run.log", "summary.txt", "results.json", "tests.log", "tests.xml"},
+    "deep": {"build.log", "run.log", "summary.txt"},
+}
+
+
+@pytest.mark.parametrize("tier", FILES)
+def test_rehearsal_goes_through_every_tier(tier, tmp_path):
     # Nothing is compiled: other tests use the extension at the same time.
     environment = {"GPU_CHECK_REHEARSE": "1", "COGVIEW_SKIP_EXTENSION": "1"}
-    done = gpu_check("--out", str(tmp_path), *select, **environment)
+    done = gpu_check("--tier", tier, "--out", str(tmp_path), "--ops", "stable_softmax", **environment)
     assert done.returncode == 0, done.stdout
-    report = json.loads((tmp_path / "gpu-check.json").read_text())
-    assert report["passed"]
-    assert [s["stage"] for s in report["stages"]] == [
-        "build",
-        "tests of the kernels",
-        "benchmark of stable_softmax",
-        "old PTX",
-        "memcheck",
-        "racecheck",
-    ]
-    rows = json.loads((tmp_path / "results.json").read_text())["stable_softmax"]["rows"]
-    assert {"triton", "eager PB-relax"} <= {row["variant"] for row in rows}
-    names = [path.name for path in tmp_path.iterdir()]
-    assert len(names) <= 8 and all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+    assert {path.name for path in tmp_path.iterdir()} == FILES[tier]
+    assert "the times mean nothing): passed" in (tmp_path / "summary.txt").read_text()
+    if tier != "deep":
+        rows = json.loads((tmp_path / "results.json").read_text())["stable_softmax"]["rows"]
+        assert {"triton", "eager softmax"} <= {row["variant"] for row in rows}
+
+
+def test_at_most_eight_files_with_one_half_written():
+    assert len(script.FILES) < 8 and script.BUDGETS.keys() == script.TIERS.keys()
+
+
+def test_every_stage_is_there():
+    assert all(callable(getattr(script.Check, name.replace("-", "_"))) for name in script.STAGES)
+
+
+def test_tuning_understands_its_options():
+    options = tune.parse(script.tune_options(Path("out")))
+    assert (options.D, options.dtypes, options.dropout) == ([64], ["bfloat16"], [0.0])
+    assert options.save == Path("out/tuned.txt")
+
+
+def test_calls_can_be_sent_to_other_processes():
+    chosen = SimpleNamespace(device="cpu", tiny=False, select="bfloat16-.* triton", ops=[], checks=True)
+    tasks = list(once.tasks(chosen))
+    assert len(tasks) > 12
+    assert [function for function, _ in pickle.loads(pickle.dumps(tasks))] == [f for f, _ in tasks]
 
 
 @pytest.fixture
 def check(tmp_path):
-    return script.Check(tmp_path, script.Wishes(budget=60, rehearse=True, ops=()))
+    wishes = script.Wishes(stages=(), deadline=time.monotonic() + 60, rehearse=True)
+    return script.Check(tmp_path, wishes, "no machine", None)
 
 
 def test_a_failed_stage_is_a_failed_check(check, capsys):
     bad = "import sys; sys.exit('the reason')"
     assert check.stage(script.Stage("good", [sys.executable, "-c", "print('fine')"], "tests.log", 30))
     assert not check.stage(script.Stage("bad", [sys.executable, "-c", bad], "tests.log", 30))
-    assert check.finish({}, "no machine") == 1
+    assert check.finish() == 1
     assert "the reason" in capsys.readouterr().out  # the log's end is shown
     assert (check.out / "tests.log").read_text().splitlines().count("fine") == 1
 
@@ -87,17 +112,35 @@ def test_a_failed_stage_is_a_failed_check(check, capsys):
 def test_a_stage_is_stopped_at_its_limit(check, may_be_late, monkeypatch):
     monkeypatch.setattr(script, "SHORTEST_S", 0)
     command = [sys.executable, "-c", "import time; time.sleep(60)"]
-    check.stage(script.Stage("slow", command, "bench.log", 0.3, may_be_late=may_be_late))
+    check.stage(script.Stage("slow", command, "run.log", 0.3, may_be_late=may_be_late))
     assert check.stages[-1]["outcome"] == "out of time" and check.stages[-1]["seconds"] < 60
-    assert check.finish({}, "no machine") == (0 if may_be_late else 1)
+    assert "out of time" in (check.out / "summary.txt").read_text()  # before the next stage begins
+    assert check.finish() == (0 if may_be_late else 1)
+
+
+def test_tests_that_are_cut_keep_their_names(check, tmp_path, monkeypatch):
+    """Both the log and the report name what failed before the limit."""
+    (tmp_path / "test_slow.py").write_text(
+        "import time\ndef test_red(): assert False\ndef test_slow(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(script, "CORES", 4)  # two workers
+    command, env = script.pytest_command()
+    report = tmp_path / "tests.xml"
+    command += [f"--junitxml={report}", "--rootdir", str(tmp_path), str(tmp_path / "test_slow.py")]
+    check.stage(script.Stage("tests", command, "tests.log", 8, env, cwd=tmp_path))
+    assert check.stages[-1]["outcome"] == "out of time"
+    assert "FAILED" in (tmp_path / "tests.log").read_text()
+    red = [case.get("name") for case in ElementTree.parse(report).iter("testcase") if len(case)]
+    assert red == ["test_red"]
 
 
 def test_stages_can_be_asked_for_alone(tmp_path):
-    done = gpu_check("--out", str(tmp_path), "--stages", "racecheck", "old-ptx", GPU_CHECK_REHEARSE="1")
-    stages = json.loads((tmp_path / "gpu-check.json").read_text())["stages"]
-    assert done.returncode == 0 and [s["stage"] for s in stages] == ["old PTX", "racecheck"]
+    done = gpu_check("--out", str(tmp_path), "--stages", "tune", "old-ptx", GPU_CHECK_REHEARSE="1")
+    summary = (tmp_path / "summary.txt").read_text()
+    assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["summary.txt"]
+    assert summary.index("tuning of paper") < summary.index("old PTX")
 
 
 def test_a_stage_without_time_is_left_out(check):
-    check.stage(script.Stage("late", ["never run"], "bench.log", 1))
+    check.stage(script.Stage("late", ["never run"], "run.log", 1))
     assert check.stages[-1]["outcome"] == "left out: out of time"

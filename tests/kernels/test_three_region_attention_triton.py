@@ -170,6 +170,17 @@ def test_tune_goes_through_every_kernel(device, tiny_problem, monkeypatch):
     assert launch_config._read().keys() == {f"a GPU/{kernel}/D32/32/w1/dropout1" for kernel in KERNELS}
 
 
+def test_tune_saves_the_row_to_ship(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
+    monkeypatch.setattr(launch_config, "architecture", lambda device: 90)
+    times = {kernel: [(1.0, Config(64, 32, 4, 3)), (2.0, Config(64, 64, 4, 3, 168))] for kernel in KERNELS}
+    monkeypatch.setattr(tune, "tune", lambda problem, device, processes: times)
+    tune.main(["64", "--dtypes", "bfloat16", "--dropout", "0", "--save", str(tmp_path / "tuned.txt")])
+    saved = (tmp_path / "tuned.txt").read_text().splitlines()
+    assert saved[0].startswith("a GPU") and "  fwd of 2: 64/32/4/3 1.000 ms, 64/64/4/3/168 2.000 ms" in saved
+    assert saved[-1] == '(90, 16): (64, False): _row("64/32/4/3 64/32/4/3 64/32/4/3 64/32/4/3")'
+
+
 def test_tune_compiles_what_is_asked_for(device, tiny_problem):
     wanted = [("fwd", Config(16, 16, 4, 1)), ("dkv", Config(32, 16, 4, 1)), ("dkv", Config(16, 32, 4, 1))]
     assert tune.compile_some(tiny_problem, wanted, device) == 3
