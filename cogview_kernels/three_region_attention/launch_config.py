@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from cogview_kernels import _device
+
 AUTOTUNE = os.environ.get("COGVIEW_KERNELS_AUTOTUNE", "0") not in ("", "0")
 
 # fwd, dq: BLOCK_M queries walk over BLOCK_N keys at a time; dkv (window), dkv_far (pivots): BLOCK_N keys walk
@@ -94,9 +96,7 @@ DEFAULTS = {
 
 def architecture(device: torch.device) -> int:
     """The row of the table: chips with the shared memory of sm_80, sm_90 or (all others) sm_86."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _device.capability(device)
     return 80 if (major, minor) == (8, 0) else 90 if major in (9, 10) else 86
 
 
