@@ -251,8 +251,8 @@ def test_compiles_for_sm80_and_sm90(D, arch):
     ]
     if D != shapes.HEAD:
         calls += [
-            call(arch, D, torch.bfloat16, shapes.PAPER),
-            call(arch, D, torch.bfloat16, shapes.PAPER, **_DROPOUT),
-            call(arch, D, torch.float32, shapes.PAPER, **_DROPOUT),
+            call(arch, D, dtype, shapes.PAPER, **dropout)
+            for dtype in (torch.bfloat16, torch.float32)
+            for dropout in ({}, _DROPOUT)
         ]
     assert_compiles(calls)
