@@ -37,7 +37,7 @@ class Config:
     block_n: int
     num_warps: int
     stages: int
-    # Registers a thread: where fewer let one more block run on a processor, or 255 where ptxas on its own would
+    # Registers a thread: fewer where that lets one more block run on a processor, or 255 where ptxas would
     # spill some for the sake of another block.
     maxnreg: int | None = None
 
