@@ -115,11 +115,14 @@ class TrainConfig:
     caption_fraction: float = 0.5  # share of rows in image-to-text order
     checkpoint_every: int = 1000
     seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        known = self.precision in ("fp32", "bf16", "fp16")
+        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1

@@ -67,6 +67,9 @@ def test_short_forms_name_the_part_that_the_verb_trains():
     short = ("--steps", "3", "--batch-size=5", "--seed", "7")
     given = parse("train", (*TRAIN, *short), "").train
     assert (given.steps, given.batch_size, given.seed) == (3, 5, 7)
+    assert parse("train", (*TRAIN, "--precision", "bf16"), "").train.precision == "bf16"
+    assert "--precision" in mistake("train-tokenizer", *TRAIN, "--precision", "bf16")
+    assert "--train.precision" in mistake("train", *TRAIN, "--precision", "int8")
     given = parse("train-tokenizer", (*TRAIN, *short), "").image_tokenizer_train
     assert (given.steps, given.batch_size, given.seed) == (3, 5, 7)
 
