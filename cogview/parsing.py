@@ -37,7 +37,10 @@ SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
     },
-    options.Train: {name: f"train.{name}" for name in ("steps", "batch-size", "seed", "precision")},
+    options.Train: {
+        **{name: f"train.{name}" for name in ("steps", "batch-size", "seed", "precision", "accumulate")},
+        "checkpoint-layers": "model.activation-checkpointing",
+    },
 }
 
 
@@ -109,7 +112,12 @@ def _last_value(words: Sequence[str], name: str) -> str | None:
 
 def _in_full(word: str, short: Mapping[str, str]) -> str:
     name, equals, value = word.partition("=")
-    return f"--{short[name[2:]]}{equals}{value}" if name[:2] == "--" and name[2:] in short else word
+    plain = name[:2] == "--" and name[2:].removeprefix("no-")
+    if not plain or plain not in short:
+        return word
+    table, _, option = short[plain].rpartition(".")
+    negation = "no-" if name == f"--no-{plain}" else ""
+    return f"--{table}.{negation}{option}{equals}{value}"
 
 
 def _words_of_file(path: Path, kind: type) -> list[str]:

@@ -93,6 +93,12 @@ class Batch:
         tensors = (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask)
         return Batch(*(tensor.to(device) for tensor in tensors))
 
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in order, in ``parts`` batches that differ by one row at most."""
+        tensors = (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask)
+        pieces = [tensor.tensor_split(parts) for tensor in tensors]
+        return [Batch(*part) for part in zip(*pieces, strict=True)]
+
 
 def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_weight: float = 1.0) -> Batch:
     """Pad rows to ``length`` tokens and shift; T is ``length - 1``. A longer row is a ValueError."""

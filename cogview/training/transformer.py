@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,26 +56,48 @@ def sample_layouts(
     ]
 
 
+def split_layouts(
+    layouts: list[ThreeRegionLayout] | None, parts: int
+) -> list[list[ThreeRegionLayout] | None]:
+    """The layouts of the rows of :meth:`Batch.split`."""
+    if layouts is None:
+        return [None] * parts
+    pivots = [layout.pivots.tensor_split(parts) for layout in layouts]
+    return [
+        [dataclasses.replace(layout, pivots=rows[part]) for layout, rows in zip(layouts, pivots, strict=True)]
+        for part in range(parts)
+    ]
+
+
 def losses_of(
-    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None
+    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None, whole: Batch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
 
-    One pass over the logits gives all three. Nats per token.
+    One pass over the logits gives all three. Nats per token. The means are those of ``whole``, of which
+    ``batch`` is a part: the sums over the parts are divided by what counts in ``whole``, so the losses of
+    the parts, and their gradients, add up to those of ``whole``.
     """
+    whole = batch if whole is None else whole
     hidden = model(batch.tokens, layout=layouts)
     loss, token_losses = linear_cross_entropy(
         hidden,
         model.word_embeddings.weight,
         batch.targets,
-        token_weight=batch.weight,
+        token_weight=batch.weight / whole.weight.sum(),
+        reduction="sum",
         return_losses=True,
     )
-    has_target = batch.weight > 0
-    after_image, after_text = has_target & ~batch.text_mask, has_target & batch.text_mask
-    image_loss = (token_losses * after_image).sum() / after_image.sum().clamp(min=1)
-    text_loss = (token_losses * after_text).sum() / after_text.sum().clamp(min=1)
+    (after_image, after_text), counted = _kinds(batch), _kinds(whole)
+    image_loss = (token_losses * after_image).sum() / counted[0].sum().clamp(min=1)
+    text_loss = (token_losses * after_text).sum() / counted[1].sum().clamp(min=1)
     return loss, image_loss, text_loss
+
+
+def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens count that come after an image code, and which that come after another token."""
+    has_target = batch.weight > 0
+    return has_target & ~batch.text_mask, has_target & batch.text_mask
 
 
 class TransformerTrainer(Trainer):
@@ -129,17 +152,26 @@ class TransformerTrainer(Trainer):
         scaler: torch.amp.GradScaler | None,
         watch: NonFiniteWatch | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of a step; leaves their gradient, times the loss scale, at the parameters."""
+        """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
+
+        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
+        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        """
         torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        with self.precision.autocast():
-            loss, image_loss, text_loss = losses_of(self.model, batch, layouts)
-        if watch is not None:
-            watch.look("the loss", loss)
-        backward(loss, scaler)
-        return loss.detach(), image_loss, text_loss
+        parts = self.config.accumulate
+        losses = []
+        for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+            with self.precision.autocast():
+                loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
+            if watch is not None:
+                watch.look("the loss", loss)
+            backward(loss, scaler)
+            losses.append((loss.detach(), image_loss, text_loss))
+        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        return loss, image_loss, text_loss
 
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
