@@ -118,6 +118,10 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
     accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
+    log_every: int = field(
+        default=1, compare=False
+    )  # steps after which the host waits for the device to report
+    embedding_gradient: float = 1.0  # factor on the gradient that reaches the word embeddings from below
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
@@ -125,6 +129,9 @@ class TrainConfig:
         _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
         known = self.precision in ("fp32", "bf16", "fp16")
         _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
+        shrinks = 0 < self.embedding_gradient <= 1
+        _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).

@@ -38,7 +38,10 @@ SHORT: dict[type, dict[str, str]] = {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
     },
     options.Train: {
-        **{name: f"train.{name}" for name in ("steps", "batch-size", "seed", "precision", "accumulate")},
+        **{
+            name: f"train.{name}"
+            for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every")
+        },
         "checkpoint-layers": "model.activation-checkpointing",
     },
 }

@@ -61,6 +61,7 @@ class Trainer(ABC):
     board: str  # prefix of the TensorBoard scalars
     checkpoints: str  # folder of the checkpoints, inside the run folder
     recorded: tuple[str, ...]  # names of the values that make up the history
+    log_every: int = 1  # steps after which the host waits for the device and reports
 
     model: nn.Module
     optimizers: Mapping[str, torch.optim.Optimizer]  # by the name of the file that keeps its state
@@ -80,8 +81,9 @@ class Trainer(ABC):
     def explain(self, step: int, batch: Any, values: Mapping[str, float]) -> str:
         """Where the first value that is not finite arose in a skipped step; empty if that is not known.
 
-        Called once the step has been reported with ``values``, those of ``board_only`` included. It must
-        leave the weights and all that later steps depend on as they are.
+        Called once ``values`` of the step have been read, those of ``board_only`` included. The weights are
+        those after the steps that were reported with it, at most ``log_every - 1`` later ones. It must leave
+        them, and all that later steps depend on, as they are.
         """
         return ""
 
@@ -196,8 +198,9 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
     """Train to ``config.steps``, from the latest checkpoint under ``out`` if there is one.
 
     Writes checkpoints and TensorBoard scalars below ``out``, and tells of every skipped step and of their
-    number. On Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history, one value
-    per step under each recorded name, and leaves the model in eval mode.
+    number. It reads what the steps report every ``trainer.log_every`` steps and before each checkpoint, and
+    does not wait for the device in between. On Ctrl-C, finishes the step, saves and raises KeyboardInterrupt.
+    Returns the history, one value per step under each recorded name, and leaves the model in eval mode.
     """
     # TensorBoard takes a second to load, which only a training should pay.
     from torch.utils.tensorboard import SummaryWriter
@@ -222,10 +225,12 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         steps = range(start, config.steps)
         for step, batch in zip(steps, trainer.batches(start), strict=False):
             report.add(step, batch, trainer.step(step, batch))
-            report.read()
             done = step + 1
             stops = interrupt.requested
-            if done % config.checkpoint_every == 0 or done == config.steps or stops:
+            saves = done % config.checkpoint_every == 0 or done == config.steps or stops
+            if saves or done % trainer.log_every == 0:
+                report.read()
+            if saves:
                 state = {"skipped_steps": report.skipped_steps, "trainer": trainer.state()}
                 save_checkpoint(folder, done, trainer.model, trainer.optimizers, history, state)
             if stops:

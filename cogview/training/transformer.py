@@ -27,7 +27,7 @@ from cogview.training.loop import (
     run_loop,
     set_learning_rate,
 )
-from cogview.training.optim import learning_rate, make_optimizer
+from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradient
 from cogview.training.precision import NonFiniteWatch, Precision
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
@@ -119,6 +119,7 @@ class TransformerTrainer(Trainer):
         self.device = model.word_embeddings.weight.device
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
+        self.log_every = config.log_every
         self.precision = Precision(config.precision, self.device)
         self._layout_generator = torch.Generator(device=self.device)
 
@@ -164,7 +165,8 @@ class TransformerTrainer(Trainer):
         parts = self.config.accumulate
         losses = []
         for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
-            with self.precision.autocast():
+            shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
+            with shrunk, self.precision.autocast():
                 loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
             if watch is not None:
                 watch.look("the loss", loss)

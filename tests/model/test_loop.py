@@ -89,6 +89,27 @@ def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path)
     ]
 
 
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_steps_are_read_every_few_steps_and_before_each_checkpoint(tmp_path, monkeypatch, every):
+    expected = run_loop(Duel(10), Config(), tmp_path / "1", progress=False)
+    real, read = cogview.training.loop._read, []
+    monkeypatch.setattr(
+        cogview.training.loop, "_read", lambda results: read.append(len(results)) or real(results)
+    )
+    trainer = Duel(10)
+    trainer.log_every = every
+    assert run_loop(trainer, Config(), tmp_path / "2", progress=False) == expected
+    assert read == {1: [1] * 10, 3: [3, 1, 2, 2, 1, 1], 100: [4, 4, 2]}[every]
+
+
+def test_skipped_steps_are_told_with_their_own_numbers_however_late(tmp_path, capsys):
+    trainer = Duel(5, spoil=2)
+    trainer.log_every = 5
+    run_loop(trainer, Config(steps=5, checkpoint_every=100), tmp_path, progress=False)
+    shown = capsys.readouterr().err
+    assert "step 2: loss nan" in shown and "1 of 5 steps skipped" in shown
+
+
 def test_a_finished_run_takes_no_step(tmp_path):
     expected = run_loop(Duel(10), Config(), tmp_path, progress=False)
     trainer = Duel(10)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogview.training.transformer
 from cogview.config import TrainConfig
 from cogview.data.tokens import TokenDataset
 from cogview.training.transformer import TransformerTrainer, losses_of, sample_layouts, train
+from cogview_kernels.linear_cross_entropy import native
 from tests.model.helpers import VOCAB, small_model
 
 CONFIG = TrainConfig(
@@ -77,6 +80,50 @@ def test_training_in_parts_and_with_checkpointed_layers_learns_the_same(tmp_path
     assert train(checkpointed, dataset(), CONFIG, tmp_path / "c", progress=False) == train(
         small_model(dropout=0.1), dataset(), CONFIG, tmp_path / "d", progress=False
     )
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose result the host would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), named=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "_unique2", "equal"):
+            self.seen.append(function)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_device(precision, monkeypatch):
+    # On the CPU alone, the loss looks whether the factor of its gradients is 1.
+    monkeypatch.setattr(native, "scale", lambda gradient, factor: gradient.mul_(factor.view(1)))
+    model = small_model(dropout=0.1, activation_checkpointing=True).train()
+    config = dataclasses.replace(CONFIG, precision=precision, accumulate=2, embedding_gradient=0.5)
+    trainer = TransformerTrainer(model, dataset(), config)
+    batch = next(trainer.batches(0))
+    with Waits() as waits:
+        result = trainer.step(0, batch)
+    assert not waits.seen
+    with Waits() as waits:
+        result.descent.loss.item()
+    assert waits.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_a_gpu(precision):
+    model = small_model(dropout=0.1, activation_checkpointing=True).train().cuda()
+    config = dataclasses.replace(CONFIG, precision=precision, accumulate=2, embedding_gradient=0.5)
+    trainer = TransformerTrainer(model, dataset(), config)
+    first, second = itertools.islice(trainer.batches(0), 2)
+    trainer.step(0, first)  # compiles kernels, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(1, second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_layer_draws_its_own_pivots_and_all_text_is_among_them():
