@@ -118,10 +118,8 @@ class TrainConfig:
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
     accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
-    log_every: int = field(
-        default=1, compare=False
-    )  # steps after which the host waits for the device to report
-    embedding_gradient: float = 1.0  # factor on the gradient that reaches the word embeddings from below
+    log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
+    embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
