@@ -106,8 +106,8 @@ def _parse(verb: str, words: list[str]) -> Any:
     parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
-        names = " ".join(f"--{name}" for name in short)
-        parts.append(f"{names} are short for --{' --'.join(short.values())}.")
+        width = max(map(len, short))
+        parts.append("\n".join(["short forms:", *(f"  --{name:<{width}}  --{short[name]}" for name in short)]))
         parts.append("presets:\n" + "\n".join(f"  {name:<9} {about}" for name, about in ABOUT.items()))
     return parse(verb, words[1:], "\n\n".join(parts))
 
