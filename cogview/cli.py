@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(verb: str, words: list[str]) -> Any:
     """The options of the verb; None if help or the version was asked for and printed."""
-    from cogview.parsing import SHORT, TRAINED_PART, VERBS, parse
+    from cogview.parsing import SHORT, VERBS, parse
     from cogview.presets import ABOUT
 
     if words[:1] == ["--version"]:
@@ -104,9 +104,10 @@ def _parse(verb: str, words: list[str]) -> Any:
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
     parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
-    if VERBS[verb] in TRAINED_PART:
-        short, part = " ".join(f"--{name}" for name in SHORT), TRAINED_PART[VERBS[verb]]
-        parts.append(f"{short} are short for --{part}.{SHORT[0]} and so on.")
+    if VERBS[verb] in SHORT:
+        short = SHORT[VERBS[verb]]
+        width = max(map(len, short))
+        parts.append("\n".join(["short forms:", *(f"  --{name:<{width}}  --{short[name]}" for name in short)]))
         parts.append("presets:\n" + "\n".join(f"  {name:<9} {about}" for name, about in ABOUT.items()))
     return parse(verb, words[1:], "\n\n".join(parts))
 

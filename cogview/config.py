@@ -87,7 +87,8 @@ class ModelConfig:
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
     three_region: ThreeRegionConfig | None = None
-    activation_checkpointing: bool = False
+    # recompute each layer in the backward pass, to the same bits, rather than keep its activations
+    activation_checkpointing: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         _require(self.num_layers >= 1, "num_layers", "at least 1", self.num_layers)
@@ -115,11 +116,22 @@ class TrainConfig:
     caption_fraction: float = 0.5  # share of rows in image-to-text order
     checkpoint_every: int = 1000
     seed: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
+    log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
+    embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        known = self.precision in ("fp32", "bf16", "fp16")
+        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
+        shrinks = 0 < self.embedding_gradient <= 1
+        _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
+        fits = 1 <= self.accumulate <= self.batch_size
+        _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1

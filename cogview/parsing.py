@@ -8,7 +8,7 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,19 @@ VERBS: dict[str, type] = {
     "rerank": options.Rerank,
     "demo": options.Demo,
 }
-# Options of a training verb that have a short form: --steps is --train.steps.
-SHORT = ("steps", "batch-size", "seed")
-TRAINED_PART = {options.TrainTokenizer: "image-tokenizer-train", options.Train: "train"}
+# Options of a training verb that have a short form, and what each is short for.
+SHORT: dict[type, dict[str, str]] = {
+    options.TrainTokenizer: {
+        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
+    },
+    options.Train: {
+        **{
+            name: f"train.{name}"
+            for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every")
+        },
+        "checkpoint-layers": "model.activation-checkpointing",
+    },
+}
 
 
 def parse(verb: str, words: Sequence[str], description: str) -> Any:
@@ -45,11 +55,11 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
     kind = VERBS[verb]
     default: Any = {}
     words = list(words)
-    if kind in TRAINED_PART:
+    if kind in SHORT:
         path = _last_value(words, "settings")
         if path is not None:
             words = _words_of_file(Path(path), kind) + words
-        words = [_in_full(word, TRAINED_PART[kind]) for word in words]
+        words = [_in_full(word, SHORT[kind]) for word in words]
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
     try:
@@ -103,9 +113,14 @@ def _last_value(words: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _in_full(word: str, part: str) -> str:
+def _in_full(word: str, short: Mapping[str, str]) -> str:
     name, equals, value = word.partition("=")
-    return f"--{part}.{name[2:]}{equals}{value}" if name[:2] == "--" and name[2:] in SHORT else word
+    plain = name[:2] == "--" and name[2:].removeprefix("no-")
+    if not plain or plain not in short:
+        return word
+    table, _, option = short[plain].rpartition(".")
+    negation = "no-" if name == f"--no-{plain}" else ""
+    return f"--{table}.{negation}{option}{equals}{value}"
 
 
 def _words_of_file(path: Path, kind: type) -> list[str]:

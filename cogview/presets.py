@@ -103,12 +103,13 @@ _PRESETS: dict[str, Preset] = {
             betas=(0.9, 0.999),
             weight_decay=0.01,
             text_weight=5.0,
+            log_every=10,
         ),
     ),
     # The 4-billion-parameter model of the paper, trained with dense attention.
     "base": Preset(
         model=ModelConfig(num_layers=48, hidden_size=2560, num_heads=40, activation_checkpointing=True),
-        train=TrainConfig(),
+        train=TrainConfig(log_every=10),
     ),
     # 800 px garments as 50x50 codes, trained with three-region attention. The paper gives the size
     # (3 billion) but not the shape; these layers have that many parameters.
@@ -121,7 +122,7 @@ _PRESETS: dict[str, Preset] = {
             three_region=ThreeRegionConfig(),
             activation_checkpointing=True,
         ),
-        train=TrainConfig(),
+        train=TrainConfig(log_every=10),
         image_tokenizer=ImageTokenizerConfig(stages=4, image_size=800),
     ),
 }

@@ -11,6 +11,7 @@ import dataclasses
 import shlex
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -93,11 +94,23 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def _free(settings: Any, prefix: str = "") -> Iterator[str]:
+    """The keys of :func:`_flat` whose dataclass field has ``compare=False``."""
+    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
+        return
+    for part in dataclasses.fields(settings):
+        key = f"{prefix}.{part.name}".strip(".")
+        if part.compare:
+            yield from _free(getattr(settings, part.name), key)
+        else:
+            yield key
+
+
 def check_settings(path: StrPath, settings: Any) -> None:
     """ValueError that names the first difference if the file ``path`` holds other settings.
 
-    Writes nothing; no file, no difference. A dataclass field with ``compare=False`` is no setting of the
-    run, so it may differ.
+    Writes nothing; no file, no difference. A dataclass field with ``compare=False``, at any depth, is no
+    setting of the run, so it may differ.
     """
     path = Path(path)
     if not path.exists():
@@ -108,12 +121,10 @@ def check_settings(path: StrPath, settings: Any) -> None:
         # file does not fit the dataclass at all, the comparison below names what differs.
         with contextlib.suppress(TypeError, ValueError):
             content = plain(build(type(settings), content))
-        passing = [field.name for field in dataclasses.fields(settings) if not field.compare]
-        content = {name: value for name, value in content.items() if name not in passing}
-    then = _flat(content)
-    now = {key: value for key, value in _flat(plain(settings)).items() if key in then or key not in passing}
+    then, now = _flat(content), _flat(plain(settings))
+    free = set(_free(settings))
     for key in [*now, *(key for key in then if key not in now)]:
-        if then.get(key) != now.get(key):
+        if then.get(key) != now.get(key) and key not in free:
             raise ValueError(
                 f"{path.parent} was started with {key} = {then.get(key)!r}, now {now.get(key)!r}; "
                 "repeat the same settings to go on with it, or choose another folder"

@@ -61,6 +61,18 @@ class Demo:
     progress: bool = True
 
 
+@dataclass(frozen=True)
+class DemoSettings:
+    """What a demo was started with, ``demo.json`` in its folder."""
+
+    seed: int
+    num_candidates: int
+    draws: int
+    preset: Preset
+    training_phrasings: Any = TRAINING_PHRASINGS
+    held_out_phrasings: Any = HELD_OUT_PHRASINGS
+
+
 class PhaseClock:
     """Wall-clock and processor seconds per phase, summed over interrupted runs, in ``timings.json``.
 
@@ -95,14 +107,7 @@ def run_demo(options: Demo) -> dict[str, Any]:
         train=dataclasses.replace(options.preset.train, seed=options.seed),
         image_tokenizer_train=dataclasses.replace(options.preset.image_tokenizer_train, seed=options.seed),
     )
-    settings = {
-        "seed": options.seed,
-        "num_candidates": options.num_candidates,
-        "draws": options.draws,
-        "preset": preset,
-        "training_phrasings": TRAINING_PHRASINGS,
-        "held_out_phrasings": HELD_OUT_PHRASINGS,
-    }
+    settings = DemoSettings(options.seed, options.num_candidates, options.draws, preset)
     claim_settings(out / "demo.json", settings)
     clock = PhaseClock(out / "timings.json")
     device, progress = options.device, options.progress
@@ -124,7 +129,7 @@ def run_demo(options: Demo) -> dict[str, Any]:
             **drawings_report(drawings),
             **run_report(run, judge),
             "final_losses": {name: sum(values[-50:]) / len(values[-50:]) for name, values in history.items()},
-            "settings": settings,
+            "settings": plain(settings),
             "environment": environment(device),
             "prompts": prompts_report(drawings),
         }

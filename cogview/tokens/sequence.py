@@ -89,9 +89,18 @@ class Batch:
     valid_mask: Tensor  # bool: input is not PAD
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
+        """The same batch on ``device``; the host does not wait for a copy to a GPU."""
+        tensors = [self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask]
+        if torch.device(device).type == "cuda":
+            # Only from pinned memory does a copy run beside the host.
+            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in order, in ``parts`` batches that differ by one row at most."""
         tensors = (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask)
-        return Batch(*(tensor.to(device) for tensor in tensors))
+        pieces = [tensor.tensor_split(parts) for tensor in tensors]
+        return [Batch(*part) for part in zip(*pieces, strict=True)]
 
 
 def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_weight: float = 1.0) -> Batch:

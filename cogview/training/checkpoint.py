@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +58,12 @@ def save_checkpoint(
     model: nn.Module,
     optimizers: Optimizers,
     history: Mapping[str, list[float]],
+    state: Mapping[str, Any],
 ) -> Path:
-    """Save the state after ``step`` steps as ``folder/step-...`` and remove older ones."""
+    """Save the state after ``step`` steps as ``folder/step-...`` and remove older ones.
+
+    ``state`` is whatever else the training needs to go on, for JSON.
+    """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     aside = folder / "writing.tmp"
@@ -67,7 +72,7 @@ def save_checkpoint(
     save_tensors(aside / "model.safetensors", model.state_dict())
     for name, optimizer in optimizers.items():
         save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
-    write_json(aside / "state.json", {"step": step, "history": dict(history)})
+    write_json(aside / "state.json", {**state, "step": step, "history": dict(history)})
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     for old in folder.glob("step-*"):
@@ -83,10 +88,10 @@ def latest_checkpoint(folder: StrPath) -> Path | None:
 
 def load_checkpoint(
     path: Path, model: nn.Module, optimizers: Optimizers
-) -> tuple[int, dict[str, list[float]]]:
-    """Restore model and optimizers; returns the steps done and the history of losses."""
+) -> tuple[int, dict[str, list[float]], dict[str, Any]]:
+    """Restore model and optimizers; returns the steps done, the history of losses and what else was saved."""
     state = read_json(path / "state.json")
     load_weights(model, load_tensors(path / "model.safetensors"), path)
     for name, optimizer in optimizers.items():
         _restore_optimizer(model, optimizer, load_tensors(path / f"{name}.safetensors"))
-    return state["step"], state["history"]
+    return state.pop("step"), state.pop("history"), state

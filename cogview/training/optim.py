@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cogview.config import TrainConfig
 
@@ -29,6 +32,29 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over :func:`parameter_groups`, in PyTorch's fused form."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+
+
+@contextmanager
+def shrunk_gradient(embedding: nn.Embedding, factor: float) -> Iterator[None]:
+    """What ``embedding`` gives within the block sends back ``factor`` times its gradient.
+
+    This is the gradient of ``factor * x + (1 - factor) * x.detach()``, without the rounding of its value. The
+    head that is tied to the embedding keeps its whole gradient. The gradients of embeddings are far larger
+    than others, so shrinking them allows fp16 a larger loss scale (CogView, arXiv:2105.13290).
+    """
+    if factor == 1:
+        yield
+        return
+
+    def shrink(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * factor)
+
+    handle = embedding.register_forward_hook(shrink)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

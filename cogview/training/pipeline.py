@@ -36,6 +36,7 @@ from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
+from cogview.training.precision import Precision
 from cogview.training.transformer import train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 
@@ -132,13 +133,15 @@ def train_model(options: TrainModel) -> History:
     per step.
 
     Raises:
-        ValueError: the preset is made for other pictures than the folder's tokenizers; the folder was
-            started with other settings; images that cannot be read, all of them listed.
+        ValueError: the preset is made for other pictures than the folder's tokenizers; the device cannot
+            compute in the preset's precision; the folder was started with other settings; images that cannot
+            be read, all of them listed.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
     out = Path(options.out)
     preset = options.preset or implied_preset(out)
     require_fitting_preset(out, preset)
+    Precision(preset.train.precision, options.device)  # Found out before the images are encoded.
     tokenizers = load_tokenizers(out, options.device)
     pairs = open_pairs(options.data)
     captions = tokenize_captions(pairs, tokenizers.text)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +18,17 @@ from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training.checkpoint import CHECKPOINTS
-from cogview.training.loop import History, StepResult, Trainer, descend, run_loop, set_learning_rate
-from cogview.training.optim import learning_rate, make_optimizer
+from cogview.training.loop import (
+    History,
+    StepResult,
+    Trainer,
+    backward,
+    descend,
+    run_loop,
+    set_learning_rate,
+)
+from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradient
+from cogview.training.precision import NonFiniteWatch, Precision
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 
@@ -44,30 +56,56 @@ def sample_layouts(
     ]
 
 
+def split_layouts(
+    layouts: list[ThreeRegionLayout] | None, parts: int
+) -> list[list[ThreeRegionLayout] | None]:
+    """The layouts of the rows of :meth:`Batch.split`."""
+    if layouts is None:
+        return [None] * parts
+    pivots = [layout.pivots.tensor_split(parts) for layout in layouts]
+    return [
+        [dataclasses.replace(layout, pivots=rows[part]) for layout, rows in zip(layouts, pivots, strict=True)]
+        for part in range(parts)
+    ]
+
+
 def losses_of(
-    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None
+    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None, whole: Batch | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
 
-    One pass over the logits gives all three. Nats per token.
+    One pass over the logits gives all three. Nats per token. The means are those of ``whole``, of which
+    ``batch`` is a part: the sums over the parts are divided by what counts in ``whole``, so the losses of
+    the parts, and their gradients, add up to those of ``whole``.
     """
+    whole = batch if whole is None else whole
     hidden = model(batch.tokens, layout=layouts)
     loss, token_losses = linear_cross_entropy(
         hidden,
         model.word_embeddings.weight,
         batch.targets,
-        token_weight=batch.weight,
+        token_weight=batch.weight / whole.weight.sum(),
+        reduction="sum",
         return_losses=True,
     )
-    has_target = batch.weight > 0
-    after_image, after_text = has_target & ~batch.text_mask, has_target & batch.text_mask
-    image_loss = (token_losses * after_image).sum() / after_image.sum().clamp(min=1)
-    text_loss = (token_losses * after_text).sum() / after_text.sum().clamp(min=1)
+    (after_image, after_text), counted = _kinds(batch), _kinds(whole)
+    image_loss = (token_losses * after_image).sum() / counted[0].sum().clamp(min=1)
+    text_loss = (token_losses * after_text).sum() / counted[1].sum().clamp(min=1)
     return loss, image_loss, text_loss
 
 
+def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which tokens count that come after an image code, and which that come after another token."""
+    has_target = batch.weight > 0
+    return has_target & ~batch.text_mask, has_target & batch.text_mask
+
+
 class TransformerTrainer(Trainer):
-    """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine."""
+    """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
+
+    Raises:
+        ValueError: the device cannot compute in ``config.precision``.
+    """
 
     label = "train"
     board = "train"
@@ -81,6 +119,8 @@ class TransformerTrainer(Trainer):
         self.device = model.word_embeddings.weight.device
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
+        self.log_every = config.log_every
+        self.precision = Precision(config.precision, self.device)
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -95,21 +135,64 @@ class TransformerTrainer(Trainer):
             )
 
     def step(self, step: int, batch: Batch) -> StepResult:
+        rate = learning_rate(step, self.config)
+        set_learning_rate(self.optimizer, rate)
+        scaler, scale = self.precision.scaler, self.precision.loss_scale()
+        loss, image_loss, text_loss = self._gradient(step, batch, scaler)
+        descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm, scaler=scaler)
+        return StepResult(
+            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate},
+            descent,
+            {} if scale is None else {"loss_scale": scale},
+        )
+
+    def _gradient(
+        self,
+        step: int,
+        batch: Batch,
+        scaler: torch.amp.GradScaler | None,
+        watch: NonFiniteWatch | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
+
+        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
+        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        """
         torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
-        rate = learning_rate(step, self.config)
-        set_learning_rate(self.optimizer, rate)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        loss, image_loss, text_loss = losses_of(self.model, batch, layouts)
-        descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm)
-        image, text = image_loss.item(), text_loss.item()
-        return StepResult(
-            {"image_loss": image, "text_loss": text, "learning_rate": rate},
-            f"image {image:.3f}, text {text:.3f}",
-            descent.skipped,
-            {"gradient_norm": descent.gradient_norm},
-        )
+        parts = self.config.accumulate
+        losses = []
+        for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+            shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
+            with shrunk, self.precision.autocast():
+                loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
+            if watch is not None:
+                watch.look("the loss", loss)
+            backward(loss, scaler)
+            losses.append((loss.detach(), image_loss, text_loss))
+        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        return loss, image_loss, text_loss
+
+    def shown(self, values: Mapping[str, float]) -> str:
+        return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
+
+    def explain(self, step: int, batch: Batch, values: Mapping[str, float]) -> str:
+        """Runs the step once more, at the loss scale that it had."""
+        scaler = None
+        if self.precision.scaler is not None:
+            scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
+        with NonFiniteWatch(self.model) as watch:
+            self._gradient(step, batch, scaler, watch)
+        self.optimizer.zero_grad(set_to_none=True)
+        return watch.where
+
+    def state(self) -> dict[str, Any]:
+        return self.precision.state()
+
+    def load_state(self, state: Mapping[str, Any], source: Path) -> None:
+        self.precision.load_state(state, source)
 
 
 def train(
@@ -117,7 +200,8 @@ def train(
 ) -> History:
     """Train ``model`` in place, resuming from the latest checkpoint under ``out`` if there is one.
 
-    A step whose loss or gradient is not finite changes nothing. Seeds PyTorch's global generators. On
+    A step whose loss or gradient is not finite changes nothing; it is run once more to name the module where
+    that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators. On
     Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
     ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
     """

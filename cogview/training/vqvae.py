@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from cogview.data.pairs import Pairs
 from cogview.files import StrPath
 from cogview.seeding import derive_seed
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.loop import History, StepResult, Trainer, descend, run_loop, set_learning_rate
+from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
 
 
 class ImageTokenizerTrainer(Trainer):
@@ -53,18 +53,16 @@ class ImageTokenizerTrainer(Trainer):
         result = self.model(images)
         reconstruction = F.mse_loss(result.images, images)
         loss = reconstruction + self.config.commitment * result.commitment
+        backward(loss)
         descent = descend(loss, self.model, self.optimizer)
-        if descent.skipped:
-            # The forward pass has already moved the codebook: put it back.
-            for name, buffer in self.model.quantize_t.named_buffers():
-                buffer.copy_(book[name])
-        mse, codes_used = reconstruction.item(), len(result.codes.unique())
-        return StepResult(
-            {"reconstruction": mse, "codes_used": float(codes_used)},
-            f"mse {mse:.5f}, codes {codes_used}",
-            descent.skipped,
-            {"gradient_norm": descent.gradient_norm},
-        )
+        # The forward pass has already moved the codebook: after a skipped step it is put back.
+        for name, buffer in self.model.quantize_t.named_buffers():
+            buffer.copy_(torch.where(descent.skipped, book[name], buffer))
+        codes_used = float(len(result.codes.unique()))
+        return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
+
+    def shown(self, values: Mapping[str, float]) -> str:
+        return f"mse {values['reconstruction']:.5f}, codes {values['codes_used']:.0f}"
 
 
 def train_image_tokenizer(

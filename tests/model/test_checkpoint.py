@@ -20,9 +20,15 @@ def trained(seed, steps):
 
 def test_a_checkpoint_restores_weights_and_optimizer(tmp_path):
     model, optimizer = trained(0, 3)
-    path = save_checkpoint(tmp_path, 3, model, {"optimizer": optimizer}, {"loss": [3.0, 2.0, 1.0]})
+    path = save_checkpoint(
+        tmp_path, 3, model, {"optimizer": optimizer}, {"loss": [3.0, 2.0, 1.0]}, {"scale": 2.0}
+    )
     other, fresh = trained(1, 0)
-    assert load_checkpoint(path, other, {"optimizer": fresh}) == (3, {"loss": [3.0, 2.0, 1.0]})
+    assert load_checkpoint(path, other, {"optimizer": fresh}) == (
+        3,
+        {"loss": [3.0, 2.0, 1.0]},
+        {"scale": 2.0},
+    )
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         assert optimizer.state[mine].keys() == fresh.state[theirs].keys() == {"step", "exp_avg", "exp_avg_sq"}
@@ -33,10 +39,10 @@ def test_a_checkpoint_restores_weights_and_optimizer(tmp_path):
 def test_only_the_newest_is_kept_and_a_half_written_one_does_not_count(tmp_path):
     model, optimizer = trained(0, 1)
     assert latest_checkpoint(tmp_path / "absent") is None
-    save_checkpoint(tmp_path, 9, model, {"optimizer": optimizer}, {})
-    newest = save_checkpoint(tmp_path, 10, model, {"optimizer": optimizer}, {})
+    save_checkpoint(tmp_path, 9, model, {"optimizer": optimizer}, {}, {})
+    newest = save_checkpoint(tmp_path, 10, model, {"optimizer": optimizer}, {}, {})
     (tmp_path / "writing.tmp").mkdir()  # as a kill in the middle of a save leaves it
     assert latest_checkpoint(tmp_path) == newest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "writing.tmp"]
-    save_checkpoint(tmp_path, 11, model, {"optimizer": optimizer}, {})
+    save_checkpoint(tmp_path, 11, model, {"optimizer": optimizer}, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000011"]

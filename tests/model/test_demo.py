@@ -10,8 +10,8 @@ from PIL import Image
 import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
 from cogview.demo.report import all_prompts, summary
-from cogview.demo.run import Demo, run_demo
-from cogview.settings import plain
+from cogview.demo.run import Demo, DemoSettings, run_demo
+from cogview.settings import claim_settings, plain
 from tests.model.helpers import tiny_preset
 
 
@@ -26,6 +26,18 @@ def demo(tmp_path_factory, one_copy_of_each_digit):
         progress=False,
     )
     return options, run_demo(options)
+
+
+def test_a_demo_of_before_a_setting_was_there_goes_on(tmp_path):
+    settings = DemoSettings(0, 16, 4, tiny_preset())
+    content = plain(settings)
+    del content["preset"]["train"]["precision"]
+    (tmp_path / "demo.json").write_text(json.dumps(content))
+    claim_settings(tmp_path / "demo.json", settings)
+    changed = dataclasses.replace(settings.preset.train, precision="bf16")
+    other = dataclasses.replace(settings, preset=dataclasses.replace(settings.preset, train=changed))
+    with pytest.raises(ValueError, match=r"started with preset\.train\.precision = 'fp32', now 'bf16'"):
+        claim_settings(tmp_path / "demo.json", other)
 
 
 def test_two_hundred_prompts_by_default_and_none_in_a_training_phrasing():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop itself, with a trainer of two small networks and two optimizers."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import cogview.training.loop
 from cogview.seeding import derive_seed
-from cogview.training.loop import StepResult, Trainer, descend, run_loop
+from cogview.training.loop import StepResult, Trainer, backward, descend, run_loop
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,21 @@ class Duel(Trainer):
         first = (self.model["a"](batch) - 3 + noise).square().mean()
         if step == self.spoil:
             first = first * float("nan")
+        backward(first)
         outcome = descend(first, self.model, self.optimizers["first"], clip_norm=1.0)
         second = (self.model["b"](batch) + self.model["a"](batch).detach()).square().mean()
+        backward(second)
         descend(second, self.model, self.optimizers["second"])
-        values = {"first": first.item(), "second": second.item()}
-        return StepResult(values, f"first {first:.3f}", outcome.skipped, {"norm": outcome.gradient_norm})
+        return StepResult({"first": first, "second": second}, outcome)
+
+    def shown(self, values):
+        return f"first {values['first']:.3f}"
+
+    def state(self):
+        return {"spoil": self.spoil}
+
+    def load_state(self, state, source):
+        self.loaded = state
 
 
 def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path):
@@ -76,6 +87,27 @@ def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path)
         "second.safetensors",
         "state.json",
     ]
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_steps_are_read_every_few_steps_and_before_each_checkpoint(tmp_path, monkeypatch, every):
+    expected = run_loop(Duel(10), Config(), tmp_path / "1", progress=False)
+    real, read = cogview.training.loop._read, []
+    monkeypatch.setattr(
+        cogview.training.loop, "_read", lambda results: read.append(len(results)) or real(results)
+    )
+    trainer = Duel(10)
+    trainer.log_every = every
+    assert run_loop(trainer, Config(), tmp_path / "2", progress=False) == expected
+    assert read == {1: [1] * 10, 3: [3, 1, 2, 2, 1, 1], 100: [4, 4, 2]}[every]
+
+
+def test_skipped_steps_are_told_with_their_own_numbers_however_late(tmp_path, capsys):
+    trainer = Duel(5, spoil=2)
+    trainer.log_every = 5
+    run_loop(trainer, Config(steps=5, checkpoint_every=100), tmp_path, progress=False)
+    shown = capsys.readouterr().err
+    assert "step 2: loss nan" in shown and "1 of 5 steps skipped" in shown
 
 
 def test_a_finished_run_takes_no_step(tmp_path):
@@ -118,26 +150,69 @@ def test_a_skipped_step_is_reported_and_changes_only_what_it_must(tmp_path, caps
         name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])
     }
     assert changed == {"b.weight", "b.bias"}
-    assert "step 0: loss nan, gradient norm nan; step skipped" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "step 0: loss nan, gradient norm nan; step skipped\n" in shown
+    assert "1 of 1 steps skipped" in shown
 
 
-@pytest.mark.parametrize("at", ["loss", "gradient"])
-def test_nothing_moves_where_the_loss_or_a_gradient_is_not_finite(at):
+def test_the_number_of_skipped_steps_and_the_state_of_the_trainer_survive_a_resumption(tmp_path, capsys):
+    run_loop(Duel(4, spoil=1), Config(steps=4), tmp_path, progress=False)
+    capsys.readouterr()
+    other = Duel(10, spoil=5)
+    run_loop(other, Config(), tmp_path, progress=False)
+    assert other.loaded == {"spoil": 1}
+    assert "2 of 10 steps skipped" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_state_of_the_trainer_is_gone_on_with(tmp_path):
+    expected = run_loop(Duel(10), Config(), tmp_path / "whole", progress=False)
+    run_loop(Duel(4), Config(steps=4), tmp_path / "cut", progress=False)
+    (path,) = (tmp_path / "cut" / "duel-checkpoints").glob("*/state.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: content[name] for name in ("step", "history")}))
+    other = Duel(10, seed=3)
+    assert run_loop(other, Config(), tmp_path / "cut", progress=False) == expected
+    assert other.loaded == {}
+
+
+OPTIMIZERS = {
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=1.0, fused=True),
+    "plain": lambda parameters: torch.optim.SGD(parameters, lr=1.0),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("at", ["loss", "constant", "gradient"])
+def test_nothing_moves_where_the_loss_or_a_gradient_is_not_finite(at, kind, scaled):
     model = nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
     before = model.weight.clone()
     # The square root has the value 0 and an infinite slope at 0.
-    loss = model.weight.sum() * float("inf") if at == "loss" else (model.weight * 0).sum().sqrt()
-    outcome = descend(loss, model, optimizer)
-    assert "gradient norm nan" in outcome.skipped
+    loss = {
+        "loss": model.weight.sum() * float("inf"),
+        "constant": model.weight.sum() + float("inf"),
+        "gradient": (model.weight * 0).sum().sqrt(),
+    }[at]
+    backward(loss, scaler)
+    outcome = descend(loss, model, optimizer, scaler=scaler)
+    assert outcome.skipped and outcome.gradient_norm.isnan()
     assert torch.equal(model.weight, before)
     assert model.weight.grad is None
+    backward(model.weight.sum(), scaler)
+    assert not descend(loss, model, optimizer, scaler=scaler).skipped
+    assert not torch.equal(model.weight, before)
 
 
-def test_the_gradient_is_clipped():
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_gradient_is_clipped_without_its_scale(scaled):
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = model.weight.detach().clone()
-    outcome = descend((model.weight * torch.tensor([[3.0, 4.0]])).sum(), model, optimizer, clip_norm=1.0)
-    assert outcome.gradient_norm == pytest.approx(5.0)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+    loss = (model.weight * torch.tensor([[3.0, 4.0]])).sum()
+    backward(loss, scaler)
+    outcome = descend(loss, model, optimizer, clip_norm=1.0, scaler=scaler)
+    assert outcome.gradient_norm.item() == pytest.approx(5.0)
     torch.testing.assert_close(before - model.weight, torch.tensor([[0.6, 0.8]]))

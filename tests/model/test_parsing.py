@@ -67,6 +67,15 @@ def test_short_forms_name_the_part_that_the_verb_trains():
     short = ("--steps", "3", "--batch-size=5", "--seed", "7")
     given = parse("train", (*TRAIN, *short), "").train
     assert (given.steps, given.batch_size, given.seed) == (3, 5, 7)
+    assert parse("train", (*TRAIN, "--precision", "bf16"), "").train.precision == "bf16"
+    assert parse("train", (*TRAIN, "--accumulate=4"), "").train.accumulate == 4
+    assert "from 1 to batch_size" in mistake("train", *TRAIN, "--accumulate", "100000")
+    base = (*TRAIN, "--preset", "base")
+    assert parse("train", (*TRAIN, "--checkpoint-layers"), "").model.activation_checkpointing
+    assert parse("train", base, "").model.activation_checkpointing
+    assert not parse("train", (*base, "--no-checkpoint-layers"), "").model.activation_checkpointing
+    assert "--precision" in mistake("train-tokenizer", *TRAIN, "--precision", "bf16")
+    assert "--train.precision" in mistake("train", *TRAIN, "--precision", "int8")
     given = parse("train-tokenizer", (*TRAIN, *short), "").image_tokenizer_train
     assert (given.steps, given.batch_size, given.seed) == (3, 5, 7)
 

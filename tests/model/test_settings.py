@@ -74,6 +74,18 @@ def test_the_first_difference_is_named(tmp_path):
         claim_settings(tmp_path / "demo.json", {"seed": 1, "draws": [1, 2]})
 
 
+def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path):
+    preset = PRESETS["digits"]
+    settings = ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
+    claim_settings(tmp_path / MODEL_SETTINGS, settings)
+    model = dataclasses.replace(preset.model, activation_checkpointing=True)
+    train = dataclasses.replace(preset.train, accumulate=4)
+    check_settings(tmp_path / MODEL_SETTINGS, dataclasses.replace(settings, model=model, train=train))
+    train = dataclasses.replace(train, precision="bf16")
+    with pytest.raises(ValueError, match=r"started with train\.precision = 'fp32', now 'bf16'"):
+        check_settings(tmp_path / MODEL_SETTINGS, dataclasses.replace(settings, train=train))
+
+
 def test_fields_that_an_earlier_version_did_not_have_are_no_difference(tmp_path):
     settings = tokenizer_settings()
     content = plain(settings)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogview.training.transformer
 from cogview.config import TrainConfig
 from cogview.data.tokens import TokenDataset
-from cogview.training.transformer import losses_of, sample_layouts, train
+from cogview.training.transformer import TransformerTrainer, losses_of, sample_layouts, train
+from cogview_kernels.linear_cross_entropy import native
 from tests.model.helpers import VOCAB, small_model
 
 CONFIG = TrainConfig(
@@ -46,6 +49,81 @@ def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
     gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)]
     for fused, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_batch_in_parts_has_the_losses_and_the_gradient_of_the_whole(parts, precision):
+    """The parts differ in their numbers of tokens of either kind, so that no mean of means is right."""
+    results = []
+    for accumulate in (1, parts):
+        model = small_model(scale=5.0).train()
+        config = dataclasses.replace(CONFIG, accumulate=accumulate, precision=precision)
+        trainer = TransformerTrainer(model, dataset(), config)
+        losses = trainer._gradient(3, next(trainer.batches(3)), None)
+        results.append([*losses, *(parameter.grad for parameter in model.parameters())])
+    batch = next(trainer.batches(3))
+    assert len({part.weight.sum().item() for part in batch.split(parts)}) > 1
+    rtol, atol = {"fp32": (1e-4, 1e-6), "fp16": (1e-2, 1e-3)}[precision]
+    for whole, in_parts in zip(*results, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=rtol, atol=atol)
+
+
+def test_training_in_parts_and_with_checkpointed_layers_learns_the_same(tmp_path):
+    whole = train(small_model(), dataset(), CONFIG, tmp_path / "whole", progress=False)
+    config = dataclasses.replace(CONFIG, accumulate=3)
+    model = small_model(activation_checkpointing=True)
+    parts = train(model, dataset(), config, tmp_path / "parts", progress=False)
+    for name in whole:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+    checkpointed = small_model(dropout=0.1, activation_checkpointing=True)
+    assert train(checkpointed, dataset(), CONFIG, tmp_path / "c", progress=False) == train(
+        small_model(dropout=0.1), dataset(), CONFIG, tmp_path / "d", progress=False
+    )
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations for whose result the host would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, kinds, arguments=(), named=None):
+        if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "_unique2", "equal"):
+            self.seen.append(function)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_the_device(precision, monkeypatch):
+    # On the CPU alone, the loss looks whether the factor of its gradients is 1.
+    monkeypatch.setattr(native, "scale", lambda gradient, factor: gradient.mul_(factor.view(1)))
+    model = small_model(dropout=0.1, activation_checkpointing=True).train()
+    config = dataclasses.replace(CONFIG, precision=precision, accumulate=2, embedding_gradient=0.5)
+    trainer = TransformerTrainer(model, dataset(), config)
+    batch = next(trainer.batches(0))
+    with Waits() as waits:
+        result = trainer.step(0, batch)
+    assert not waits.seen
+    with Waits() as waits:
+        result.descent.loss.item()
+    assert waits.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_no_step_waits_for_a_gpu(precision):
+    model = small_model(dropout=0.1, activation_checkpointing=True).train().cuda()
+    config = dataclasses.replace(CONFIG, precision=precision, accumulate=2, embedding_gradient=0.5)
+    trainer = TransformerTrainer(model, dataset(), config)
+    first, second = itertools.islice(trainer.batches(0), 2)
+    trainer.step(0, first)  # compiles kernels, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(1, second)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_every_layer_draws_its_own_pivots_and_all_text_is_among_them():

@@ -126,16 +126,31 @@ def test_nothing_looks_ahead():
     assert not torch.allclose(before[:, 12:], after[:, 12:], atol=1e-2)
 
 
-def test_activation_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("attention", ["dense", "three-region"])
+def test_activation_checkpointing_changes_no_bit(attention, dtype):
     tokens = torch.randint(0, 60, (2, 20))
-    grads = []
+    is_text = torch.arange(20).expand(2, 20) < 4
+    layouts = None
+    if attention == "three-region":
+        layouts = [ThreeRegionLayout.sample(is_text, 8, block_size=4, window_blocks=2) for _ in range(3)]
+    runs = []
     for activation_checkpointing in (False, True):
-        model = small_model(dropout=0.1, activation_checkpointing=activation_checkpointing).train()
+        model = small_model(
+            dropout=0.1, num_layers=3, activation_checkpointing=activation_checkpointing
+        ).train()
+        calls = []
+        for layer in model.transformer.layers:
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
-        model(tokens).square().sum().backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    for plain, checkpointed in zip(*grads, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            hidden = model(tokens, layout=layouts)
+        after = torch.rand(())  # Recomputation must not move the generator that comes next.
+        hidden.square().sum().backward()
+        assert len(calls) == (6 if activation_checkpointing else 3)
+        runs.append([hidden, after, torch.rand(()), *(parameter.grad for parameter in model.parameters())])
+    for plain, checkpointed in zip(*runs, strict=True):
+        assert torch.equal(plain, checkpointed)
 
 
 def test_initial_weights():
