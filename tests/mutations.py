@@ -133,6 +133,17 @@ MUTATIONS = [
              _TRITON_ATTENTION),
     Mutation("attention-triton-bf16-weights", "cogview_kernels/three_region_attention/*.py",
              "ds.to(k.dtype), k, dq", "ds.to(tl.float16).to(k.dtype), k, dq", _TRITON_ATTENTION),
+    # ---- launches of compiled Triton kernels
+    Mutation("launch-width-of-the-seed", "cogview_kernels/_triton.py",
+             'return "32 bits" if -(2**31) <= seed < 2**31 else "64 bits"', 'return "32 bits"',
+             "launch test_what_is_run_directly"),
+    Mutation("launch-dtypes", "cogview_kernels/_triton.py",
+             "kinds.append(x.dtype)", "kinds.append(0)", "launch test_what_is_run_directly"),
+    Mutation("launch-misaligned", "cogview_kernels/_triton.py",
+             "compiled is None or misaligned % 16 or", "compiled is None or",
+             "launch test_a_misaligned_tensor_is_bound_each_time"),
+    Mutation("launch-unwatched", "cogview_kernels/_triton.py",
+             " or _is_watched():", ":", "launch test_hooks_see_each_launch"),
     # ---- three_region_attention, CUDA
     Mutation("attention-cuda-no-rescale", "csrc/three_region_attention/*.cuh",
              "out[m][d].x[i] *= f;", "out[m][d].x[i] *= 1.0f;", _CUDA_ATTENTION),

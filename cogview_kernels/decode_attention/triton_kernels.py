@@ -237,6 +237,7 @@ class Tiles:
     block_n: int
     num_warps: int
     stages: int
+    maxnreg: int | None = None
 
 
 def tiles(rows: int, D: int, bits: int, has_regions: bool) -> Tiles:
@@ -247,11 +248,12 @@ def tiles(rows: int, D: int, bits: int, has_regions: bool) -> Tiles:
         # multiprocessor, 7 or more without regions.
         return Tiles(block_d, 1, min(128, max(8, 32768 // (bits * block_d))), 4, 3)
     block_m = min(max(16, triton.next_power_of_2(rows)), 32 if block_d <= 64 else 16)
-    block_n = 16 if bits * block_d > 4096 else 32
     # Products of float32 are made without matrix units and take more registers.
+    block_n = 16 if bits == 32 and block_d > 64 else 32
     num_warps = 8 if bits == 32 and block_m * block_d >= 1024 else 4
-    # In this loop, positions of pivots take every second stage from the rows that they name.
-    return Tiles(block_d, block_m, block_n, num_warps, 5 if has_regions else 3)
+    # In this loop, positions of pivots take every second stage from the rows that they name. Without 255 some
+    # registers would be spilled to make room for one more program on a multiprocessor.
+    return Tiles(block_d, block_m, block_n, num_warps, 5 if has_regions else 3, maxnreg=255)
 
 
 def split_count(programs: int, keys: int, t: Tiles) -> int:
@@ -314,6 +316,7 @@ def _plan(
         _decode_kernel, (programs * splits,), numbers,
         HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
         D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
+        maxnreg=t.maxnreg,
     )  # fmt: skip
     if splits == 1:
         return _Plan(launch, has_regions, 0, 0)

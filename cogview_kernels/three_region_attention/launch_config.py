@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from cogview_kernels import _device
+
 AUTOTUNE = os.environ.get("COGVIEW_KERNELS_AUTOTUNE", "0") not in ("", "0")
 
 # fwd, dq: BLOCK_M queries walk over BLOCK_N keys at a time; dkv (window), dkv_far (pivots): BLOCK_N keys walk
@@ -35,7 +37,9 @@ class Config:
     block_n: int
     num_warps: int
     stages: int
-    maxnreg: int | None = None  # registers a thread, where fewer let one more block run on a processor
+    # Registers a thread: fewer where that lets one more block run on a processor, or 255 where ptxas would
+    # spill some for the sake of another block.
+    maxnreg: int | None = None
 
     def __str__(self) -> str:
         """As :func:`_row` reads it."""
@@ -53,7 +57,7 @@ def _row(text: str) -> tuple[Config, ...]:
 # on sm_90, where the fastest tiles spill a few registers; the others are not timed yet.
 _SM80_16_BIT = {
     (32, False): _row("128/64/4/3 128/64/8/3 32/128/8/2 16/64/4/3"),
-    (32, True): _row("64/64/4/3 128/64/8/3 32/128/8/2 16/64/4/3"),
+    (32, True): _row("64/64/4/3 128/64/8/3 32/128/8/2 16/64/4/2"),
     (64, False): _row("128/64/4/3 64/64/8/3 32/128/8/2 16/64/4/3"),
     (64, True): _row("128/64/8/3 128/32/8/3 32/128/8/2 16/64/4/3"),
     (128, False): _row("128/32/8/3 64/32/4/2 32/64/8/2 32/64/8/2"),
@@ -77,11 +81,11 @@ _FP32 = {
     (64, False): _row("64/32/8/2 64/32/8/2 32/32/8/2 32/32/8/2"),
     (64, True): _row("64/32/8/2 64/32/8/2 32/32/8/2 32/32/8/2"),
     (128, False): _row("32/32/8/2 32/16/8/1 32/32/8/1 32/32/8/1"),
-    (128, True): _row("32/32/8/2 32/32/8/1 32/32/8/1 32/32/8/1"),
-    (256, False): _row("32/16/8/1 16/16/8/1 16/32/8/1 16/16/8/1"),
-    (256, True): _row("32/16/8/1 16/16/8/1 16/32/8/1 16/16/8/1"),
+    (128, True): _row("32/32/8/2 32/32/8/1/255 32/32/8/1 32/32/8/1"),
+    (256, False): _row("32/16/8/1/255 16/16/8/1/255 16/16/8/1/255 16/16/8/1"),
+    (256, True): _row("32/16/8/1 16/16/8/1 16/16/8/1/255 16/16/8/1"),
 }
-_SM90_FP32 = {**_FP32, (128, False): _row("32/32/8/2 32/32/8/1 32/32/8/1 32/16/8/2")}
+_SM90_FP32 = {**_FP32, (128, False): _row("32/32/8/2 32/32/8/1 32/32/8/1/255 32/16/8/2")}
 DEFAULTS = {
     (80, 16): _SM80_16_BIT,
     (86, 16): _SM80_16_BIT,
@@ -94,9 +98,7 @@ DEFAULTS = {
 
 def architecture(device: torch.device) -> int:
     """The row of the table: chips with the shared memory of sm_80, sm_90 or (all others) sm_86."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = _device.capability(device)
     return 80 if (major, minor) == (8, 0) else 90 if major in (9, 10) else 86
 
 

@@ -1,204 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles Triton kernels for NVIDIA chips on a machine that has none, and reads what they use.
 
-A test process runs Triton's interpreter, in which ``triton.jit`` compiles nothing, so the compiler runs in a
-process of its own: ``compile_kernels(specs)`` starts it once for a list of specs and returns a report each.
+A call of a public function on meta tensors goes the whole way that it would go on a GPU, up to a driver that
+launches nothing. So Triton specialises and compiles the kernels that users get, and no test has to repeat
+what a launcher passes. A test process runs Triton's interpreter, in which ``triton.jit`` compiles nothing, so
+``compile_calls(calls)`` does this in a process of its own.
+
+ptxas runs once for each kernel, inside Triton. What it prints is kept with the kernel in Triton's cache,
+which is one of its own, in ``build``, since a kernel that Triton compiled elsewhere would come without.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
+import pickle
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+META = torch.device("meta")
+
 # What one block may use (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+# An A100 and an H100.
+_MULTIPROCESSORS = {80: 108, 90: 132}
 
 
 @dataclass(frozen=True)
-class Spec:
-    """One kernel at one configuration. ``signature``: argument name to Triton type, in order ("*fp16", "i32",
-    "fp32", "constexpr"); ``constexprs``: values of those marked so."""
+class Call:
+    """Of the library's public function ``op``; its backward follows where a tensor requires a gradient."""
 
-    module: str
-    kernel: str
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
+    op: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
     arch: int
-    num_warps: int = 4
-    num_stages: int = 3
-    # Pointers and strides that the launcher always passes as multiples of 16.
-    aligned: list[str] = field(default_factory=list)
-    maxnreg: int | None = None
-
-
-def norm_spec(
-    module: str, kernel: str, signature: dict[str, str], constexprs: dict[str, Any], arch: int
-) -> Spec:
-    """Of a LayerNorm kernel; ``constexprs``: those of the kernel and what ``rows_triton.tiling`` gives."""
-    constexprs = dict(constexprs)
-    warps, maxnreg = constexprs.pop("num_warps"), constexprs.pop("maxnreg")
-    aligned = [name for name, kind in signature.items() if kind[0] == "*"]
-    signature = signature | dict.fromkeys(constexprs, "constexpr")
-    return Spec(module, kernel, signature, constexprs, arch, warps, aligned=aligned, maxnreg=maxnreg)
-
-
-def assert_norms_fit(specs: list[Spec]) -> None:
-    """They compile without spills, within their registers and the smallest chip's shared memory."""
-    for spec, report in zip(specs, compile_kernels(specs), strict=True):
-        assert report.spills == 0, (spec, report.spills)
-        assert report.registers <= (spec.maxnreg or 0), (spec, report.registers)
-        assert report.shared <= SHARED_MEMORY_LIMIT[86], (spec, report.shared)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A call of a function that launches one kernel, which Triton then specialises as it would on a GPU.
-
-    ``arguments``: numbers and None as they are, a tensor as ``{"shape": [2, 3], "dtype": "bfloat16"}``."""
-
-    module: str
-    function: str
-    arguments: list[Any]
-    arch: int
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
+    """Of one kernel as Triton specialised it."""
+
+    name: str
+    arch: int
+    constants: dict[str, Any]  # by parameter, those that Triton made so included (None, integers equal to 1)
+    types: dict[str, str]  # of the other parameters
+    options: dict[str, int | None]  # num_warps, maxnreg
     registers: int
     spills: int  # bytes stored and loaded
     shared: int  # bytes
+    warnings: tuple[str, ...]  # ptxas's "Potential Performance Loss" by its numbers, as C7510
     matrix_instructions: list[str]  # of "wgmma", "mma"
-    ptx: str
+    ptx: str = field(repr=False)
 
 
-def compile_kernels(specs: Sequence[Spec | Launch]) -> list[Report]:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META, requires_grad=grad)
+
+
+def benchmark_calls(op: str, arch: int, **options: Any) -> Iterator[Call]:
+    """Those of every case that the benchmark of ``op`` has on a GPU, with ``options`` besides."""
+    from benchmarks.definitions import FORWARD, benchmark_of
+
+    benchmark = benchmark_of(op)
+    for case in benchmark.cases(torch.device("cuda"), False):
+        inputs = benchmark.inputs(case, META)
+        for name in inputs.leaves if case.direction != FORWARD else ():
+            inputs.values[name].requires_grad_()
+        yield benchmark.call(lambda *a, **given: Call(op, a, {**given, **options}, arch), inputs)
+
+
+_SERVE = """
+import pickle, sys
+out, sys.stdout = sys.stdout.buffer, sys.stderr
+function, arguments = pickle.load(sys.stdin.buffer)
+out.write(pickle.dumps(function(*arguments)))
+"""
+
+
+def without_interpreter(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` gives in a process in which ``triton.jit`` compiles."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "COGVIEW_"))}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.helpers.triton_compile"],
-        input=json.dumps([asdict(s) for s in specs]),
+        [sys.executable, "-c", _SERVE],
+        input=pickle.dumps((function, arguments)),
         capture_output=True,
-        text=True,
-        cwd=root,
+        cwd=ROOT,
         env=environment,
     )
-    assert done.returncode == 0, f"compilation failed:\n{done.stderr[-4000:]}"
-    return [Report(**r) for r in json.loads(done.stdout.splitlines()[-1])]
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    return pickle.loads(done.stdout)
 
 
-def _compile(spec: Spec) -> Report:
-    import importlib
+def compile_calls(calls: Iterable[Call]) -> list[Report]:
+    """A report for each kernel that the calls launch, once for each way in which Triton compiles it."""
+    return without_interpreter(_reports, list(calls))
 
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(spec.module), spec.kernel)
-    names = list(spec.signature)
-    source = ASTSource(
-        fn=kernel,
-        signature=spec.signature,
-        constexprs={(names.index(name),): value for name, value in spec.constexprs.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in spec.aligned},
+def assert_clean(reports: Iterable[Report], spills: Callable[[Report], int] = lambda report: 0) -> None:
+    """No register is spilled, shared memory suffices, and ptxas warns of nothing that costs speed.
+
+    ``spills``: the bytes that a kernel may spill. The warnings C7510, C7511 and C7515 say that matrix
+    products of sm_90, which should overlap with what follows, are waited for one by one."""
+    reports = list(reports)
+    assert reports
+    for report in reports:
+        assert not report.warnings, report
+        assert report.spills <= spills(report), report
+        # What is compiled for sm_80 also serves sm_86, which has less.
+        assert report.shared <= SHARED_MEMORY_LIMIT[86 if report.arch == 80 else report.arch], report
+
+
+def assert_norms_fit(reports: Iterable[Report]) -> None:
+    """Those of rows in registers: two rows of four tensors lie in the shared memory of any chip."""
+    reports = list(reports)
+    assert_clean(reports)
+    for report in reports:
+        assert report.shared <= SHARED_MEMORY_LIMIT[86], report
+
+
+class Silent:
+    """What Triton asks of a driver. Nothing is loaded or run; ``launched`` tells of each launch."""
+
+    def __init__(self) -> None:
+        self.arch, self.stream = 90, 0
+        self.launched: list[tuple[Any, ...]] = []
+        self.loaded = 0
+        self.utils = self
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, *rest: Any) -> None:
+            arguments = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in rest[3:]]
+            self.launched.append((metadata.name, (x, y, z), stream, function, packed, *arguments))
+
+        return launch
+
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        return {"max_shared_mem": SHARED_MEMORY_LIMIT[self.arch], "warpSize": 32}
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        """Module, function, registers, spills and the most threads."""
+        self.loaded += 1
+        return 1, self.loaded, 0, 0, 1024
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton keeps the kernels of each device, and here each chip, apart.
+
+    def get_current_stream(self, _: int) -> int:
+        return self.stream
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    @classmethod
+    def activate(cls) -> Silent:
+        """Makes it the driver of this process, which from then on takes any tensor for one on a GPU."""
+        from triton.runtime import driver
+
+        from cogview_kernels import _backends, _torch_ops
+
+        silent = cls()
+        driver.set_active(silent)
+        _backends.why_not = lambda backend, device: "" if backend == "triton" else "not here"
+        _torch_ops.Op._dispatch = _torch_ops.Op._on_its_device  # type: ignore[method-assign]
+        _keep_what_ptxas_says()
+        return silent
+
+    def run(self, call: Call) -> None:
+        import cogview_kernels
+        from cogview_kernels import _device
+
+        self.arch = call.arch
+        _device.INTERPRETED = _device.Properties("a GPU", divmod(call.arch, 10), _MULTIPROCESSORS[call.arch])
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if call.tf32 else "ieee"
+        out = getattr(cogview_kernels, call.op)(*call.arguments, **call.options, backend="triton")
+        outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+        if outs:
+            torch.autograd.backward(outs, [torch.empty_like(x) for x in outs])
+
+
+def _keep_what_ptxas_says() -> None:
+    from triton import knobs
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    make_cubin = CUDABackend.make_cubin
+
+    def make_and_keep(backend: Any, source: str, metadata: dict[str, Any], *rest: Any) -> bytes:
+        with contextlib.redirect_stdout(io.StringIO()) as log, knobs.nvidia.scope():
+            knobs.nvidia.dump_ptxas_log = True
+            cubin = make_cubin(backend, source, metadata, *rest)
+        metadata["ptxas"] = log.getvalue()
+        return cubin
+
+    CUDABackend.make_cubin = make_and_keep
+
+
+def _reports(calls: list[Call]) -> list[Report]:
+    from triton.runtime.jit import JITFunction
+
+    from cogview_kernels import _triton
+
+    kernels: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def run_and_keep(function: Any, *arguments: Any, **options: Any) -> Any:
+        kernel = run(function, *arguments, **options)
+        kernels.setdefault(kernel.hash, kernel)
+        return kernel
+
+    silent = Silent.activate()
+    JITFunction.run = run_and_keep
+    # A plan that is kept would run kernels directly, unseen.
+    _triton.Plans.get = lambda plans, key, *arguments: plans.make(*arguments)  # type: ignore[method-assign]
+    for call in calls:
+        silent.run(call)
+    return [_report(kernel) for kernel in kernels.values()]
+
+
+def _report(kernel: Any) -> Report:
+    log, ptx = kernel.metadata.ptxas, kernel.asm["ptx"]
+    names = kernel.src.fn.arg_names
+    return Report(
+        name=kernel.metadata.name,
+        arch=kernel.metadata.target.arch,
+        constants={names[place[0]]: value for place, value in kernel.src.constants.items()},
+        types={name: kind for name, kind in kernel.src.signature.items() if kind != "constexpr"},
+        options={name: getattr(kernel.metadata, name) for name in ("num_warps", "maxnreg")},
+        registers=int(re.search(r"Used (\d+) registers", log).group(1)),  # type: ignore[union-attr]
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", log))),
+        shared=kernel.metadata.shared,
+        warnings=tuple(sorted(set(re.findall(r"\((C\d+)\) Potential Performance Loss", log)))),
+        matrix_instructions=[n for n in ("wgmma", "mma") if re.search(rf"^\s*{n}\.", ptx, re.MULTILINE)],
+        ptx=ptx,
     )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.maxnreg}
-    return _report(
-        triton.compile(source, target=GPUTarget("cuda", spec.arch, 32), options=options), spec.arch
-    )
-
-
-def _compile_launch(launch: Launch) -> Report:
-    import importlib
-
-    import torch
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
-
-    class Nothing:
-        """What Triton asks of a driver; what it loads and launches is nothing."""
-
-        utils: Any = None
-
-        def __init__(self, *_: Any) -> None:
-            self.utils = self
-
-        def __call__(self, *_: Any) -> None:
-            pass
-
-        def get_device_properties(self, _: int) -> dict[str, int]:
-            return {"max_shared_mem": SHARED_MEMORY_LIMIT[launch.arch], "warpSize": 32}
-
-        def load_binary(self, *_: Any) -> tuple[int, ...]:
-            return 1, 1, 0, 0, 1024
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, _: int) -> int:
-            return 0
-
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", launch.arch, 32)
-
-    Nothing.launcher_cls = Nothing  # type: ignore[attr-defined]
-    compiled = []
-    compile_one = jit.JITFunction._do_compile
-
-    def keep(*arguments: Any, **named: Any) -> Any:
-        compiled.append(compile_one(*arguments, **named))
-        return compiled[-1]
-
-    def on_meta(argument: Any) -> Any:
-        if not isinstance(argument, dict):
-            return argument
-        return torch.empty(argument["shape"], dtype=getattr(torch, argument["dtype"]), device="meta")
-
-    function = getattr(importlib.import_module(launch.module), launch.function)
-    driver.set_active(Nothing())
-    # A kernel that an earlier launch compiled may serve this one too; the cache would then hide it.
-    for kernel in vars(sys.modules[launch.module]).values():
-        if isinstance(kernel, jit.JITFunction):
-            kernel.device_caches.clear()
-    jit.JITFunction._do_compile = keep
-    try:
-        function(*map(on_meta, launch.arguments))
-    finally:
-        jit.JITFunction._do_compile = compile_one
-    (kernel,) = compiled
-    return _report(kernel, launch.arch)
-
-
-def _report(compiled: Any, arch: int) -> Report:
-    ptx = compiled.asm["ptx"]
-    used = _ptxas(ptx, arch)
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", used))
-    registers = int(re.search(r"Used (\d+) registers", used).group(1))  # type: ignore[union-attr]
-    matrix = [name for name in ("wgmma", "mma") if re.search(rf"^\s*{name}\.", ptx, re.MULTILINE)]
-    return Report(registers, spills, compiled.metadata.shared, matrix, ptx)
-
-
-def _ptxas(ptx: str, arch: int) -> str:
-    """What ptxas -v prints; the ptxas is the one for which Triton wrote the PTX."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.ptx")
-        path.write_text(ptx)
-        target = f"sm_{arch}a" if arch == 90 else f"sm_{arch}"
-        command = [get_ptxas(arch).path, "-v", f"-arch={target}", str(path), "-o", str(path) + ".cubin"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-if __name__ == "__main__":
-    reports = [
-        _compile_launch(Launch(**s)) if "function" in s else _compile(Spec(**s)) for s in json.load(sys.stdin)
-    ]
-    print(json.dumps([asdict(r) for r in reports]))

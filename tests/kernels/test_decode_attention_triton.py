@@ -14,7 +14,14 @@ from cogview_kernels.decode_attention.reference import decode_attention_referenc
 from tests.conftest import HAS_GPU
 from tests.helpers.fused import fuse_products
 from tests.helpers.tolerance import assert_within_budget, judge
-from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Spec, compile_kernels
+from tests.helpers.triton_compile import (
+    SHARED_MEMORY_LIMIT,
+    Call,
+    assert_clean,
+    benchmark_calls,
+    compile_calls,
+    meta,
+)
 
 MODULE = "cogview_kernels.decode_attention.triton_kernels"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -420,53 +427,14 @@ def test_a_capture_without_counters_ahead_clears_its_own(monkeypatch):
 
 # ---- compiled for chips that are not here
 
-_INTEGERS = ("Hkv", "G", "Tq", "S", "P", "block_size", "window_blocks", "row_tiles", "splits", "cells")
-_TYPES = {
-    "lengths_ptr": "*i64",
-    "pivots_ptr": "*i64",
-    "partial_ptr": "*fp32",
-    "counters_ptr": "*i32",
-    "sign": "fp32",
-    "factor": "fp32",
-    "bias": "fp32",
-}
-_TYPES |= dict.fromkeys(_INTEGERS, "i32")
 
-
-def spec(kernels, kernel, constants, arch, dtype, ones=()):
-    """As a launch would compile it, pointers and strides multiples of 16, ``ones`` equal to 1."""
-    names = getattr(kernels, kernel).arg_names
-    signature = {}
-    for name in names:
-        kind = f"*{dtype}" if name.endswith("_ptr") else "i32" if name.startswith("stride_") else "constexpr"
-        signature[name] = "constexpr" if name in ones else _TYPES.get(name, kind)
-    constants = dict.fromkeys(ones, 1) | constants
-    aligned = [name for name in names if name.endswith("_ptr") or name.startswith("stride_")]
-    return Spec(MODULE, kernel, signature, constants, arch, constants.pop("num_warps"), aligned=aligned)
-
-
-def decode_spec(kernels, arch, dtype, D, rows, has_regions, has_splits, precision="ieee"):
-    t = kernels.tiles(rows, D, 32 if dtype == "fp32" else 16, has_regions)
-    constants = {
-        "HAS_REGIONS": has_regions,
-        "HAS_SPLITS": has_splits,
-        "PRECISION": precision,
-        "D": D,
-        "BLOCK_D": t.block_d,
-        "BLOCK_M": t.block_m,
-        "BLOCK_N": t.block_n,
-        "STAGES": t.stages,
-        "num_warps": t.num_warps,
-    }
-    ones = ("G", "Tq", "row_tiles") if rows == 1 else ()
-    return spec(kernels, "_decode_kernel", constants, arch, dtype, ones)
-
-
-def compile_all(specs):
-    return [
-        (s, r, f"{s.kernel} sm_{s.arch} {s.signature['out_ptr']} {s.constexprs}: {r}"[:600])
-        for s, r in zip(specs, compile_kernels(specs), strict=True)
-    ]
+def call(arch, dtype, D, rows, regions, splits=True, tf32=False):
+    """``rows`` queries share the keys of a sample: of one, or of so many that no head is split."""
+    B, S = 1 if splits else 300, 4224
+    layout = ThreeRegionLayout(meta(B, 768, dtype=torch.int64), 128, 6, 0.5) if regions else None
+    q, k, v = (meta(B, heads, n, D, dtype=dtype) for heads, n in ((rows, 1), (1, S), (1, S)))
+    lengths = meta(B, dtype=torch.int64)
+    return Call("decode_attention", (q, k, v, lengths), {"layout": layout}, arch, tf32)
 
 
 def assert_merge_is_ordered(ptx, message):
@@ -479,34 +447,64 @@ def assert_merge_is_ordered(ptx, message):
     assert "cp.async" not in after, message
 
 
+def assert_suits_a_row_alone(report):
+    """It has little work a program, so that four and more have to run at once on a multiprocessor."""
+    assert report.shared <= SHARED_MEMORY_LIMIT[86] // 2, report
+    assert report.registers <= 128 or report.types["q_ptr"] == "*fp32", report
+    if report.types["q_ptr"] != "*fp32":
+        assert not report.matrix_instructions, report
+
+
+def assert_copies_and_merges(report):
+    # All of k and v arrive by asynchronous copies of 16 bytes; only positions are smaller.
+    assert report.ptx.count("cp.async.cg.shared.global") >= 8, report
+    if report.constants["HAS_SPLITS"]:
+        assert_merge_is_ordered(report.ptx, report)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_compiles_the_benchmarks(arch):
+    reports = compile_calls(benchmark_calls("decode_attention", arch))
+    assert_clean(reports)
+    kinds = {(r.constants["HAS_SPLITS"], r.constants["HAS_REGIONS"]) for r in reports}
+    assert kinds == {(True, False), (False, False), (True, True)}
+    for report in reports:
+        assert_suits_a_row_alone(report)
+        assert_copies_and_merges(report)
+
+
 @pytest.mark.parametrize("rows", [1, 16, 32])
 @pytest.mark.parametrize("D", [64, 128])
-def test_compiles_for_sm80_and_sm90(D, rows, kernels):
-    """No spills, shared memory for several programs a multiprocessor, 16 bytes a copy."""
-    variants = [("bf16", True), ("fp16", False), ("fp32", True), ("fp32", False)]
-    specs = [
-        decode_spec(kernels, arch, dtype, D, rows, has_regions, has_splits)
-        for arch in (80, 90)
-        for dtype, has_splits in variants
-        for has_regions in (False, True)
+def test_compiles_for_sm80_and_sm90(D, rows):
+    variants = [
+        (torch.bfloat16, True),
+        (torch.float16, False),
+        (torch.float32, True),
+        (torch.float32, False),
     ]
-    for s, report, message in compile_all(specs):
-        assert report.spills == 0, message
-        # sm_86 has the least. A row alone has little work a program: four and more have to run at once.
-        assert report.shared <= SHARED_MEMORY_LIMIT[86] // (2 if rows == 1 else 1), message
-        assert rows > 1 or report.registers <= 128 or s.signature["q_ptr"] == "*fp32", message
-        # All of k and v arrive by asynchronous copies of 16 bytes; only positions are smaller.
-        assert report.ptx.count("cp.async.cg.shared.global") >= 8, message
-        if s.constexprs["HAS_SPLITS"]:
-            assert_merge_is_ordered(report.ptx, message)
-        if s.signature["q_ptr"] != "*fp32":
-            assert report.matrix_instructions == (["mma"] if rows > 1 else []), message
+    reports = compile_calls(
+        call(arch, dtype, D, rows, regions, splits)
+        for arch in (80, 90)
+        for dtype, splits in variants
+        for regions in (False, True)
+    )
+    assert len(reports) == 16
+    assert_clean(reports)
+    for report in reports:
+        # sm_86 has the least shared memory.
+        assert report.shared <= SHARED_MEMORY_LIMIT[86], report
+        assert_copies_and_merges(report)
+        if rows == 1:
+            assert_suits_a_row_alone(report)
+        elif report.types["q_ptr"] != "*fp32":
+            assert report.matrix_instructions == ["mma"], report
 
 
-def test_other_head_sizes_and_tf32_compile(kernels):
-    specs = [decode_spec(kernels, 80, "fp32", D, rows, True, True) for D in (16, 80, 256) for rows in (1, 16)]
-    specs.append(decode_spec(kernels, 90, "bf16", 256, 32, True, True))
-    specs.append(decode_spec(kernels, 90, "fp32", 64, 32, True, True, "tf32"))
-    for _, report, message in compile_all(specs):
-        assert report.spills == 0 and report.shared <= SHARED_MEMORY_LIMIT[86], message
-    assert report.matrix_instructions == ["mma"]
+def test_other_head_sizes_and_tf32_compile():
+    calls = [call(80, torch.float32, D, rows, True) for D in (16, 80, 256) for rows in (1, 16)]
+    calls.append(call(90, torch.bfloat16, 256, 32, True))
+    calls.append(call(90, torch.float32, 64, 32, True, tf32=True))
+    reports = compile_calls(calls)
+    assert_clean(reports)
+    assert len(reports) == 8 and all(report.shared <= SHARED_MEMORY_LIMIT[86] for report in reports)
+    assert reports[-1].constants["PRECISION"] == "tf32" and reports[-1].matrix_instructions == ["mma"]

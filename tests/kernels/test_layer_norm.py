@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -15,7 +14,7 @@ from cogview_kernels._norms.rows import GPU_MAX_WIDTH
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
-from tests.helpers.triton_compile import assert_norms_fit, norm_spec
+from tests.helpers.triton_compile import Call, assert_norms_fit, benchmark_calls, compile_calls, meta
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -428,28 +427,19 @@ def test_results_past_the_caches_are_streamed(dtype):
         torch.testing.assert_close(gradients, sums, rtol=1e-5, atol=1e-3)
 
 
-def test_triton_compiles_for_sm80_and_sm90():
-    from cogview_kernels._norms.rows_triton import tiling
-    from cogview_kernels.layer_norm import triton_kernels as launchers
-
-    specs = []
-    for arch, (dtype, parameter, C) in itertools.product(
-        (80, 90), (("bf16", "bf16", 2560), ("fp16", "fp32", 64), ("fp32", "fp32", 2560))
-    ):
-        forward = dict.fromkeys(("x_ptr", "y_ptr"), f"*{dtype}")
-        forward |= dict.fromkeys(("weight_ptr", "bias_ptr"), f"*{parameter}")
-        forward |= dict.fromkeys(("stats_ptr", "abs_maxima_ptr"), "*fp32")
-        forward |= {"R": "i32", "COUNT": "i32", "eps": "fp32"}
-        backward = dict.fromkeys(("dy_ptr", "x_ptr", "dx_ptr"), f"*{dtype}")
-        backward |= {"weight_ptr": f"*{parameter}", "stats_ptr": "*fp32", "partials_ptr": "*fp32"}
-        backward |= {"R": "i32"}
-        for name, signature, flags, registers in (
-            ("_layer_norm_fwd_kernel", forward, {"PB_RELAX": 2}, launchers.FORWARD_REGISTERS),
-            ("_layer_norm_bwd_kernel", backward, {}, launchers.BACKWARD_REGISTERS),
-        ):
-            flags |= tiling(C, 4 if dtype == "fp32" else 2, registers)
-            specs.append(norm_spec(launchers.__name__, name, signature, flags, arch))
-    assert_norms_fit(specs)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_compiles_for_sm80_and_sm90(arch):
+    """The benchmark's shapes; parameters in float32 and none; the other two modes; the widest row."""
+    parameters = [meta(64, dtype=torch.float32, grad=True) for _ in range(2)]
+    x = meta(64, 64, dtype=torch.float16, grad=True)
+    wide = meta(64, GPU_MAX_WIDTH, dtype=torch.float32, grad=True)
+    calls = [
+        *benchmark_calls("layer_norm", arch),
+        Call("layer_norm", (x, *parameters), {"pb_relax": "tensor"}, arch),
+        Call("layer_norm", (x,), {"pb_relax": None}, arch),
+        Call("layer_norm", (wide,), {"pb_relax": "tensor"}, arch),
+    ]
+    assert_norms_fit(compile_calls(calls))
 
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())

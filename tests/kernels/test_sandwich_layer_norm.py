@@ -12,7 +12,7 @@ from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
-from tests.helpers.triton_compile import assert_norms_fit, norm_spec
+from tests.helpers.triton_compile import Call, assert_norms_fit, benchmark_calls, compile_calls, meta
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -423,44 +423,24 @@ def test_results_past_the_caches_are_streamed(dtype):
         torch.testing.assert_close(whole[4:], sums, rtol=1e-5, atol=1e-3)
 
 
-def test_triton_compiles_for_sm80_and_sm90():
-    from cogview_kernels._norms.rows_triton import tiling
-    from cogview_kernels.sandwich_layer_norm import triton_kernels as launchers
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_compiles_for_sm80_and_sm90(arch):
+    """The benchmark's shapes; dropout with parameters in float32; pb_relax="tensor"; a width of no vector."""
 
-    scalars = {"R": "i32", "COUNT": "i32", "eps": "fp32", "seed": "i64"}
-    scalars |= {"keep_threshold": "i64", "keep_scale": "fp32"}
-    specs = []
-    for arch, dtype, parameter, C in (
-        (80, "bf16", "bf16", 2560),
-        (80, "fp32", "fp32", 4096),
-        (90, "bf16", "bf16", 2560),
-        (90, "fp16", "fp32", 2560),
-    ):
-        forward = dict.fromkeys(("branch_ptr", "residual_ptr", "residual_out_ptr", "normed_ptr"), f"*{dtype}")
-        forward |= dict.fromkeys((f"{p}_ptr" for p in PARAMETERS), f"*{parameter}")
-        forward |= dict.fromkeys(("stats_ptr", "abs_maxima_ptr", "out_abs_maxima_ptr"), "*fp32") | scalars
-        names = ("dresidual_out", "dnormed", "branch", "residual_out", "dbranch", "dresidual")
-        backward = dict.fromkeys((f"{name}_ptr" for name in names), f"*{dtype}")
-        backward |= dict.fromkeys(("post_weight_ptr", "pre_weight_ptr"), f"*{parameter}")
-        backward |= dict.fromkeys(("stats_ptr", "partials_ptr"), "*fp32")
-        backward |= {k: v for k, v in scalars.items() if k not in ("COUNT", "eps")}
-        row = {"POST": True, "PRE": True, "PB_RELAX": 1, "HAS_DROPOUT": True}
-        tensor = {**row, "PRE": False, "PB_RELAX": 2}
-        kernels = [
-            ("_sandwich_layer_norm_fwd_kernel", forward, row, launchers.FORWARD_REGISTERS),
-            (
-                "_sandwich_layer_norm_bwd_kernel",
-                backward,
-                {"HAS_DROPOUT": True},
-                launchers.BACKWARD_REGISTERS,
-            ),
-        ]
-        if dtype == "bf16":
-            kernels.append(("_sandwich_layer_norm_fwd_kernel", forward, tensor, launchers.FORWARD_REGISTERS))
-        for name, signature, flags, registers in kernels:
-            flags = flags | tiling(C, 4 if dtype == "fp32" else 2, registers)
-            specs.append(norm_spec(launchers.__name__, name, signature, flags, arch))
-    assert_norms_fit(specs)
+    def call(C, dtype, parameter_dtype, **options):
+        rows = [meta(64, C, dtype=dtype, grad=True) for _ in range(2)]
+        parameters = [meta(C, dtype=parameter_dtype, grad=True) for _ in range(4)]
+        return Call("sandwich_layer_norm", (*rows, *parameters), options, arch)
+
+    dropout = {"dropout_p": 0.1, "seed": 2**40}
+    calls = [
+        *benchmark_calls("sandwich_layer_norm", arch),
+        call(2560, torch.bfloat16, torch.bfloat16, pb_relax="tensor", **dropout),
+        call(2560, torch.float16, torch.float32, **dropout),
+        call(4096, torch.float32, torch.float32, **dropout),
+        call(1001, torch.float16, torch.float16),
+    ]
+    assert_norms_fit(compile_calls(calls))
 
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())

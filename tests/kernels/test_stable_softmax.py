@@ -8,13 +8,12 @@ import re
 import pytest
 import torch
 
-from benchmarks import shapes
 from cogview_kernels import _extension, stable_softmax
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 from tests.helpers import cuda_compile
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
-from tests.helpers.triton_compile import SHARED_MEMORY_LIMIT, Launch, compile_kernels
+from tests.helpers.triton_compile import Call, assert_clean, benchmark_calls, compile_calls, meta
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -336,50 +335,41 @@ def test_a_backend_asked_for_never_falls_back():
 # ---- compiled for chips that are not here
 
 
-def launches(dtype, arch, shape, causal=False, mask=None):
-    """Both directions, specialised as Triton would on a GPU."""
-    module = "cogview_kernels.stable_softmax.triton_kernels"
-    scores = {"shape": shape, "dtype": dtype}
-    if mask is not None:
-        mask = {"shape": mask, "dtype": "bool"}
-    return [
-        Launch(module, "forward", [scores, mask, scores, 2.0, 1.0, causal, ""], arch),
-        Launch(module, "backward", [scores, scores, scores, 2.0, ""], arch),
-    ]
+@pytest.fixture(scope="module")
+def benchmarked():
+    """The kernels of the benchmark's shapes."""
+    return compile_calls(call for arch in (80, 90) for call in benchmark_calls("stable_softmax", arch))
 
 
-def test_triton_compiles_for_sm80_and_sm90():
-    some = []
-    for arch in (80, 90):
-        for dtype in ("float32", "float16", "bfloat16"):
-            for shape, causal, mask in (
-                ((4, 8, 1024, 1024), True, (1024, 1024)),
-                ((6, 17), False, None),
-                ((64, 20479), False, (64, 20479)),
-                ((64, 100_000), True, (64, 100_000)),
-                ((64, 100_001), False, None),
-            ):
-                some += launches(dtype, arch, shape, causal, mask)
-    for launch, report in zip(some, compile_kernels(some), strict=True):
-        assert report.spills == 0, (launch, report.spills)
-        assert report.shared <= SHARED_MEMORY_LIMIT[launch.arch], (launch, report.shared)
+def test_triton_compiles_the_benchmarks_for_sm80_and_sm90(benchmarked):
+    assert_clean(benchmarked)
 
 
-def test_triton_moves_sixteen_bytes_at_once_in_benchmarks():
+def test_triton_moves_sixteen_bytes_at_once_in_benchmarks(benchmarked):
     """A thread's every load and store has 16 bytes. A mask that can end anywhere, such as the diagonal, makes
     eight of a load."""
-    some = []
-    for shape in shapes.SOFTMAX.gpu:
-        causal = isinstance(shape, shapes.ScoreShape)
-        size = (shape.B, shape.H, shape.T, shape.T) if causal else (shape.N, shape.C)
-        for dtype in ("float32", "float16", "bfloat16"):
-            some += launches(dtype, 90, size, causal)
-    for launch, report in zip(some, compile_kernels(some), strict=True):
+    for report in benchmarked:
         moves = re.findall(r"(?:ld|st)\.global\S*|cp\.async\.c\S+ .*", report.ptx)
         assert moves
         for move in moves:
-            assert ".v4.b32" in move or ", 0x10, " in move, (launch, move)
-        assert report.spills == 0, (launch, report.spills)
+            assert ".v4.b32" in move or ", 0x10, " in move, (report, move)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_compiles_masks_and_odd_widths(arch):
+    def calls():
+        for shape, causal, mask in (
+            ((4, 8, 1024, 1024), True, (1024, 1024)),
+            ((6, 17), False, None),
+            ((64, 20479), False, (64, 20479)),
+            ((64, 100_000), True, (64, 100_000)),
+            ((64, 100_001), False, None),
+        ):
+            options = {"causal": causal, "mask": mask and meta(*mask, dtype=torch.bool)}
+            for dtype in DTYPES:
+                yield Call("stable_softmax", (meta(*shape, dtype=dtype, grad=True),), options, arch)
+
+    assert_clean(compile_calls(calls()))
 
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
