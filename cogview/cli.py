@@ -107,7 +107,8 @@ def _parse(verb: str, words: list[str]) -> Any:
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))
-        parts.append("\n".join(["short forms:", *(f"  --{name:<{width}}  --{short[name]}" for name in short)]))
+        lines = (f"  --{name:<{width}}  --{short[name]}" for name in short)
+        parts.append("\n".join(["short forms:", *lines]))
         parts.append("presets:\n" + "\n".join(f"  {name:<9} {about}" for name, about in ABOUT.items()))
     return parse(verb, words[1:], "\n\n".join(parts))
 
