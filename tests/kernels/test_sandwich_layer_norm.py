@@ -439,10 +439,13 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
     calls = [
         *benchmark_calls("sandwich_layer_norm", arch),
         call(2560, torch.bfloat16, torch.bfloat16, pb_relax="tensor", **dropout),
-        call(2560, torch.float16, torch.float32, **dropout),
-        call(4096, torch.float32, torch.float32, **dropout),
-        call(1001, torch.float16, torch.float16),
     ]
+    if arch == 90:  # The same pieces and registers: one chip tells.
+        calls += [
+            call(2560, torch.float16, torch.float32, **dropout),
+            call(4096, torch.float32, torch.float32, **dropout),
+            call(1001, torch.float16, torch.float16),
+        ]
     assert_norms_fit(compile_calls(calls))
 
 
