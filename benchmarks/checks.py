@@ -65,8 +65,9 @@ CHECKS = (
     Check("bf16, D=128", torch.bfloat16, 2e-2, D=128),
     Check("bf16, dropout", torch.bfloat16, 2e-2, dropout_p=0.1),
     Check("fp16", torch.float16, 4e-3),
-    Check("fp16, q and k up to 2,000", torch.float16, 5e-2, largest=2e3),
-    Check("fp16, q and k up to 65,504", torch.float16, float("inf"), largest=65504.0),
+    Check("fp16, q and k up to 2,000", torch.float16, 4e-3, largest=2e3),
+    Check("fp16, q and k up to 65,504", torch.float16, 4e-3, largest=65504.0),
+    # One float32 lse is saved for bfloat16, so dv is rough there: only that all is finite can be asked.
     Check("bf16, q and k up to 65,280", torch.bfloat16, float("inf"), largest=65280.0),
     Check("fp32", torch.float32, 1e-4),
 )

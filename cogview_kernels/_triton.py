@@ -174,6 +174,7 @@ class Launch:
                 self.compiled[kind] = (kernel.run, kernel.function, kernel.packed_metadata, stream_of)
             return
         run, function, metadata, stream_of = compiled
+        # Every kernel here takes a tensor first, never None.
         stream = stream_of(tensors[0].get_device())  # type: ignore[union-attr]
         run(*self.blocks, stream, function, metadata, None, None, None, *addresses, *self.rest)
 

@@ -97,7 +97,7 @@ def linear_cross_entropy(
                 extra_memory     0      0.12   0.5    1
                 MB beyond          29    119    507  1,014
                 matrix products  3.71   3.62   3.23  3
-                time on an H100  1.53   1.60   1.44  1.15   in times of three products
+                time on an H100  1.53   1.53   1.43  1.14   in times of three products
 
             The logits of C tokens or fewer are never made twice. Nor are any in float32, where more memory
             makes fewer and larger products.

@@ -53,8 +53,8 @@ def _row(text: str) -> tuple[Config, ...]:
 
 
 # By (head size padded to a power of two, dropout): fwd, dq, dkv, dkv_far, for blocks that 128 divides. Chosen
-# among what compiles without spills, narrower blocks included. Timed on a GPU is head size 64 without dropout
-# on sm_90, where the fastest tiles spill a few registers; the others are not timed yet.
+# among what compiles without spills, narrower blocks included. Only head size 64 without dropout on sm_90 was
+# timed on a GPU, and its fastest tiles spill a few registers.
 _SM80_16_BIT = {
     (32, False): _row("128/64/4/3 128/64/8/3 32/128/8/2 16/64/4/3"),
     (32, True): _row("64/64/4/3 128/64/8/3 32/128/8/2 16/64/4/2"),
