@@ -28,7 +28,7 @@ from cogview.data.image_files import Picture, pixels_of
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
-from cogview.files import StrPath, load_tensors
+from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
@@ -38,7 +38,13 @@ from cogview.progress import Progress
 from cogview.settings import load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
 from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
 from cogview.weights import load_weights
 
 MAX_BATCH = 256  # rows that are decoded or scored together
@@ -240,9 +246,7 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
     with torch.device("meta"):
         model = CogView(settings.model)
-    model.to_empty(device="cpu")
-    weights = checkpoint / "model.safetensors"
-    load_weights(model, load_tensors(weights), weights)
+    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
     return Run(model.to(device).eval(), tokenizers, settings.sampling, settings.max_text_tokens)
 
 
