@@ -2,6 +2,7 @@
 """What a run was set up with: ``tokenizers.json`` and ``model.json`` in its folder.
 
 A run that goes on must go on with the same settings: others would give a model that neither describes.
+Beside them, ``train-tokenizer.toml`` and ``train.toml`` hold all options as ``--settings`` reads them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import shlex
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +23,16 @@ from cogview.config import (
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
     ModelConfig,
+    Preset,
     SamplingConfig,
     TrainConfig,
 )
-from cogview.files import StrPath, exists, read_json, write_json
+from cogview.files import StrPath, exists, read_json, write_json, write_text
 
 TOKENIZER_SETTINGS = "tokenizers.json"
 MODEL_SETTINGS = "model.json"
+TOKENIZER_OPTIONS = "train-tokenizer.toml"
+MODEL_OPTIONS = "train.toml"
 
 # Settings that may differ when a run goes on, by their names in these files and in ``demo.json``: how a run
 # is computed, shown and kept, how it draws, how long it trains, and where its data lie. Checkpoints know the
@@ -149,6 +154,50 @@ def check_settings(path: StrPath, settings: Any) -> None:
 def write_settings(path: StrPath, settings: Any) -> None:
     """Write a run's settings: to be called once training can start, so that a mistake binds no folder."""
     write_json(path, plain(settings))
+
+
+def tokenizer_options(settings: TokenizerSettings) -> dict[str, Any]:
+    """The options of ``cogview train-tokenizer`` that give these settings."""
+    return plain(settings)
+
+
+def model_options(data: str, preset: Preset) -> dict[str, Any]:
+    """The options of ``cogview train`` that give this preset; what follows from the data is left out."""
+    model = plain(preset.model)
+    del model["vocab_size"], model["max_positions"]
+    attention = "dense" if model["three_region"] is None else "three-region"
+    if model["three_region"] is None:
+        del model["three_region"]
+    return {
+        "data": data,
+        "preset": preset.name,
+        "attention": attention,
+        "min_text_tokens": preset.min_text_tokens,
+        "max_text_tokens": preset.max_text_tokens,
+        "model": model,
+        "train": plain(preset.train),
+        "sampling": plain(preset.sampling),
+    }
+
+
+def write_options(path: StrPath, options: Mapping[str, Any]) -> None:
+    """Write all options of a training, but its folder and device, as TOML that ``--settings`` reads."""
+    import tomli_w
+
+    path = Path(path)
+    verb = path.name.removesuffix(".toml")
+    head = (
+        f"# All options of this run. Another one like it: cogview {verb} --settings {path.name} --out NEW\n"
+    )
+    given = {name: value for name, value in options.items() if name != "preset" or value}
+    write_text(path, head + tomli_w.dumps(_without_none(given)))
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null; on the command line and in these files it is the word None."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items()}
+    return "None" if value is None else value
 
 
 def claim_settings(path: StrPath, settings: Any) -> None:

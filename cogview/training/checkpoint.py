@@ -192,6 +192,25 @@ def read_state(path: Path) -> CheckpointState:
     return state
 
 
+_CHANGED = {
+    "data": "the pictures or captions are not those that {run} was started with: put them back to go on with "
+    "it, or train in another folder",
+    "tokenizers": "the tokenizers in {run} are not those that its transformer was trained with: put them "
+    "back, or train the transformer in another folder",
+}
+
+
+def check_origin(path: Path, origin: Mapping[str, str]) -> None:
+    """ValueError unless the checkpoint was trained on what has these fingerprints, as far as it knows.
+
+    Where the data lie is of no concern, nor where the run folder does.
+    """
+    saved = read_state(path).origin
+    for name, fingerprint in origin.items():
+        if saved.get(name, fingerprint) != fingerprint:
+            raise ValueError(_CHANGED[name].format(run=path.parent.parent))
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> CheckpointState:
     """Restore model and optimizers; returns the rest.
 
