@@ -88,9 +88,10 @@ def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"cogview generate --run '{out}' 'a text' --out out.png" in shown
     assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert main(["train", *common[:-3], "3", *common[-2:]]) == 0
     # Other settings would describe neither the old nor the new run.
-    line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
-    assert "was started with train.steps = 2, now 3" in line
+    line = mistake(capsys, "train", *common[:-1], "3")
+    assert "was started with train.batch_size = 4, now 3" in line
 
 
 def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
@@ -103,7 +104,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, small, tutorial, base, fashion" in mistake(
+    assert "unknown preset 'huge'; known presets: digits, small, card, tutorial, base, fashion" in mistake(
         capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
