@@ -21,6 +21,7 @@ EXIT_INTERRUPTED = 130
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "train": "--data photos --out runs/photos",
+    "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',

@@ -55,6 +55,15 @@ def train(given: options.Train) -> None:
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def plan(given: options.Plan) -> None:
+    """``cogview plan``."""
+    from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
+
+    tflops = H100_TFLOPS[given.train.precision] if given.tflops is None else given.tflops
+    cluster = Cluster(given.gpus, given.memory, tflops, given.utilization, given.headroom)
+    print(in_words(Forecast(given.model, given.train, cluster)))
+
+
 def generate(given: options.Generate) -> None:
     """``cogview generate``."""
     from cogview.images import picture_grid, save_png
