@@ -22,9 +22,11 @@ EXIT_SIGNAL = 128  # and the number of the signal
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "train": "--data photos --out runs/photos",
+    "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "presets": "",
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "train", "demo")
@@ -104,7 +106,8 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
+    parts = [VERBS[verb].__doc__ or "", f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))

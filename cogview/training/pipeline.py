@@ -7,7 +7,6 @@ the folder once a first checkpoint is there: a call that failed before it can be
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from cogview.config import Preset
+from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
 from cogview.device import default_device
@@ -56,11 +56,6 @@ TOKENIZER_HISTORY = "image_tokenizer_history.json"
 # A picture of texts by a model that is being trained, at which TensorBoard shows how far it is. It is handed
 # in from above, as training does not know how pictures are drawn.
 Draw = Callable[[CogView, Tokenizers, ModelSettings, Sequence[str]], Any]
-
-
-def data_fingerprint(pairs: Pairs) -> str:
-    captions = repr([pairs.captions(index) for index in range(len(pairs))])
-    return hashlib.blake2b(captions.encode(), digest_size=20).hexdigest()
 
 
 def _tell(notes: Sequence[str], progress: bool) -> None:
@@ -112,7 +107,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     if is_started:
         check_settings(out / TOKENIZER_SETTINGS, settings)
     pairs = open_pairs(options.data)
-    origin = {"data": data_fingerprint(pairs)}
+    origin = {"data": fingerprint(pairs)}
     if saved is not None:
         check_origin(saved, origin)
     if not is_finished:
@@ -221,7 +216,7 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     settings = ModelSettings(
         os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
     )
-    origin = {"tokenizers": tokenizers.fingerprint, "data": data_fingerprint(pairs)}
+    origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(pairs)}
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,7 @@ def test_help_and_mistakes_need_no_pytorch():
     assert "--checkpoint-layers  --model.activation-checkpointing" in done.stdout
     mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
     assert [line.partition(";")[0] for line in mistakes] == [
-        "cogview: which command? one of train-tokenizer, train, generate, caption, rerank, demo",
+        f"cogview: which command? one of {', '.join(VERBS)}",
         "cogview: unknown command 'trian'",
         'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",
@@ -209,6 +210,16 @@ def test_generate_shows_its_progress(run_folder, tmp_path, capsys):
     arguments = ["generate", "--run", str(run_folder), "a handwritten seven", "--num", "2"]
     assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 0
     assert "draw: code 32 of 32" in capsys.readouterr().err
+
+
+def test_presets_are_listed_with_their_sizes(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(PRESETS)]] == list(PRESETS)
+    (card,) = (line for line in lines if line.startswith("card"))
+    assert "92.3 M" in card and "40 + 256 tokens" in card and "one 24 GB card" in card
+    held = float(re.search(r"([\d.]+)  128 px", card)[1])
+    assert 1 < held < 20  # GiB: room is left on the card for what is no tensor
 
 
 def test_version(capsys):
