@@ -5,11 +5,14 @@
 
     runs/x/
       tokenizers.json              data, sizes and schedule of both tokenizers
+      train-tokenizer.toml         all options of that training, for ``--settings``
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
-      checkpoints/step-00000400/   weights, optimizer, losses so far
-      tensorboard/                 scalars
+      train.toml                   all options of that training, for ``--settings``
+      checkpoints/step-00000400/   weights, optimizer, losses so far; the last three, unless told otherwise
+      tensorboard/                 curves and sample pictures
+      training.lock                held by the training at work in the folder, if there is one
 """
 
 from __future__ import annotations

@@ -200,6 +200,18 @@ _CHANGED = {
 }
 
 
+def check_resumable(path: Path, origin: Mapping[str, str]) -> None:
+    """What can be told at once of whether a training on ``origin`` can go on from a checkpoint.
+
+    The rest is found when the files are read. ValueError as for :func:`load_checkpoint` or
+    :func:`check_origin`.
+    """
+    state = read_state(path)
+    for name in state.files or ():
+        _check_size(path, name, state)
+    check_origin(path, origin)
+
+
 def check_origin(path: Path, origin: Mapping[str, str]) -> None:
     """ValueError unless the checkpoint was trained on what has these fingerprints, as far as it knows.
 
@@ -231,21 +243,26 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> Che
 def verified_tensors(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
     """The tensors of a file of a checkpoint. ValueError unless it is the file that was written with it."""
     file = path / name
-    if not exists(file):
-        raise _refusal(path, f"{name} is missing")
+    _check_size(path, name, state)
     require_readable(file, "weights")
-    if state.files is not None:
-        if name not in state.files:
-            raise _refusal(path, f"{STATE} does not know {name}")
-        saved, size = state.files[name], file.stat().st_size
-        if size != saved.bytes:
-            raise _refusal(path, f"{name} has {size} of {saved.bytes} bytes")
-        if digest(file) != saved.digest:
-            raise _refusal(path, f"{name} is not the file that was saved with it")
+    if state.files is not None and digest(file) != state.files[name].digest:
+        raise _refusal(path, f"{name} is not the file that was saved with it")
     try:
         return load_tensors(file)
     except ValueError as error:
         raise _refusal(path, str(error)) from None
+
+
+def _check_size(path: Path, name: str, state: CheckpointState) -> None:
+    """ValueError if a file of a checkpoint is not there, or not whole, as far as its size tells."""
+    if not exists(path / name):
+        raise _refusal(path, f"{name} is missing")
+    if state.files is not None:
+        if name not in state.files:
+            raise _refusal(path, f"{STATE} does not know {name}")
+        size = (path / name).stat().st_size
+        if size != state.files[name].bytes:
+            raise _refusal(path, f"{name} has {size} of {state.files[name].bytes} bytes")
 
 
 def _refusal(path: Path, reason: str) -> ValueError:

@@ -35,6 +35,7 @@ from cogview.settings import (
     ModelSettings,
     TokenizerSettings,
     check_settings,
+    load_model_settings,
     model_options,
     tokenizer_options,
     write_options,
@@ -43,7 +44,7 @@ from cogview.settings import (
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.checkpoint import CHECKPOINTS, check_origin, latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
@@ -109,7 +110,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     pairs = open_pairs(options.data)
     origin = {"data": fingerprint(pairs)}
     if saved is not None:
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
     if not is_finished:
         pairs.check(preset.image_tokenizer.image_size, progress=options.progress)
     text = None if is_started else _plan_text(pairs, preset, options)
@@ -220,7 +221,8 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
+        _tell(_notes_on_going_on(out, preset), options.progress)
     draw = _sample_drawer(options, settings, tokenizers, pairs)
     _tell(plan.notes, options.progress)
     pairs.check(tokenizers.image.config.image_size, progress=options.progress)
@@ -241,6 +243,15 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
     )
+
+
+def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
+    before = load_model_settings(out).train.steps
+    if before == preset.train.steps:
+        return []
+    return [
+        f"the learning rate follows the schedule of {preset.train.steps} steps from here on, not {before}"
+    ]
 
 
 def _sample_drawer(
