@@ -44,12 +44,11 @@ def write_original(path: StrPath, weights: Weights, ranks: int = 1, *, progress:
     ):
         (folder / iteration).mkdir()
         for rank in range(ranks):
-            module = {}
-            for name, tensor in weights.tensors.items():
-                module[name] = _rank_tensor(name, tensor, rank, ranks)
-                bar.update()
-            content = {"module": module, "iteration": weights.iteration or 0}
-            _save(content, folder / iteration / f"mp_rank_{rank:02d}_model_states.pt")
+            # Nothing but the call holds the module, so it is freed before that of the next rank is made.
+            _save(
+                {"module": _rank_module(weights, rank, ranks, bar), "iteration": weights.iteration or 0},
+                folder / iteration / f"mp_rank_{rank:02d}_model_states.pt",
+            )
         write_text(folder / TRACKERS[0], iteration)
 
 
@@ -59,6 +58,14 @@ def _save(content: object, path: Path) -> None:
         torch.save(content, path)
     except RuntimeError as error:
         raise OSError(f"{path} cannot be written, is the disk full? {error}") from None
+
+
+def _rank_module(weights: Weights, rank: int, ranks: int, bar: Progress) -> dict[str, Tensor]:
+    module = {}
+    for name, tensor in weights.tensors.items():
+        module[name] = _rank_tensor(name, tensor, rank, ranks)
+        bar.update()
+    return module
 
 
 def _rank_tensor(name: str, tensor: LazyTensor, rank: int, ranks: int) -> Tensor:

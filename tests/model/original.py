@@ -83,13 +83,21 @@ class Original:
 def random_original(
     ranks: int, *, rows: int, width: int, heads: int, layers: int = 2, positions: int = 40, seed: int = 0
 ) -> Original:
-    """Random weights, large enough that every part of the model matters; ``rows`` of vocabulary per rank."""
+    """Random weights, large enough that every part of the model matters; ``rows`` of vocabulary per rank.
+
+    Embeddings differ in size by up to a factor of 10,000, so that PB-relax over the tensor is another
+    function than PB-relax over each row: eps counts in the small rows.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, scale: float = 0.3, mean: float = 0.0) -> Tensor:
         return mean + scale * torch.randn(shape, generator=generator, dtype=torch.float32)
 
     states: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+
+    def draw_embeddings(number: int) -> Tensor:
+        size = 10 ** (-4 * torch.rand(number, 1, generator=generator, dtype=torch.float32))
+        return 2 * size * draw(number, width)
 
     def everywhere(name: str, tensor: Tensor) -> None:
         for state in states:
@@ -103,8 +111,9 @@ def random_original(
         everywhere(f"{name}.weight", draw(width, mean=1.0))
         everywhere(f"{name}.bias", draw(width))
 
-    on_each("word_embeddings.weight", rows, width)
-    everywhere("transformer.position_embeddings.weight", draw(positions, width))
+    for state in states:
+        state["word_embeddings.weight"] = draw_embeddings(rows)
+    everywhere("transformer.position_embeddings.weight", draw_embeddings(positions))
     for layer in range(layers):
         prefix = f"transformer.layers.{layer}."
         norm(prefix + "input_layernorm")

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 import shutil
 import sys
 import types
@@ -86,7 +85,9 @@ def test_any_number_of_ranks_becomes_any_other(tmp_path):
             )
         )
         assert (out / "latest_checkpointed_iteration.txt").read_text() == "release"
-        assert len(list(out.glob("release/*"))) == ranks
+        sizes = [file.stat().st_size for file in out.glob("release/*")]
+        assert len(sizes) == ranks
+        assert sum(sizes) < 2 * (tmp_path / f"{ranks}.safetensors").stat().st_size
         again = converted(out)
         rows = again.pop("word_embeddings.weight")
         assert all(torch.equal(again[name], whole[name]) for name in again)
@@ -203,7 +204,7 @@ class TouchesAFile:
         self.path = path
 
     def __reduce__(self):
-        return (os.system, (f"touch {self.path}",))
+        return (exec, (f"open({str(self.path)!r}, 'w')",))
 
 
 def refused(capsys, source, out, *options) -> str:
@@ -243,7 +244,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, place):
     torch.save(content, tmp_path / "evil.pt", _use_new_zipfile_serialization=place != "old format")
     line = refused(capsys, tmp_path / "evil.pt", tmp_path / "x.safetensors")
     assert "evil.pt cannot be read safely as weights: it " in line
-    assert "holds code, posix.system; nothing of it was run" in line.replace("code posix", "code, posix")
+    assert "holds code" in line and line.endswith("exec; nothing of it was run")
     assert not touched.exists()
 
 
