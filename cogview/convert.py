@@ -48,6 +48,7 @@ from cogview.weights.released import (
 )
 
 HEAD_SIZE = 64  # of every released transformer
+CAPTION_TOKENS = 20  # The original draws this many: its models have learned no end of a caption.
 POSITIONS = "transformer.position_embeddings.weight"
 DATA = "released weights"  # what the settings of a converted run name as its data
 
@@ -235,9 +236,10 @@ def _run_settings(
             f"{weights.source} has {config.max_positions} positions, too few for a text and the "
             f"{image.codes_per_image} codes of {image.image_size} px; give a smaller --image-size"
         )
+    caption_tokens = min(CAPTION_TOKENS, room)
     preset = PRESETS["base"].name if image == PRESETS["base"].image_tokenizer else ""
     model = replace(config, vocab_size=rows)
     return {
         TOKENIZER_SETTINGS: TokenizerSettings(DATA, text_pieces, image, ImageTokenizerTrainConfig(), preset),
-        MODEL_SETTINGS: ModelSettings(DATA, model, SamplingConfig(), room, TrainConfig()),
+        MODEL_SETTINGS: ModelSettings(DATA, model, SamplingConfig(), room, TrainConfig(), caption_tokens),
     }

@@ -40,7 +40,8 @@ class LazyTensor:
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
         """A tensor that is there already, for example in a mapped file."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+        plain = tensor.detach()  # A file may hold parameters, which want a gradient.
+        return cls(tuple(plain.shape), plain.dtype, lambda: plain)
 
 
 def open_safetensors(path: StrPath) -> dict[str, LazyTensor]:
@@ -78,6 +79,8 @@ def write_safetensors(
     end = 0
     for name in names:
         tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{name} has the dtype {tensor.dtype}, which no model here has")
         start, end = end, end + torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
