@@ -59,16 +59,15 @@ class Weights:
 
 def known_kind(tensors: Mapping[str, object], source: StrPath) -> Kind:
     """What the names are those of. ValueError that shows the first unexpected names, and what is known."""
-    pattern, kind = _TRANSFORMER_NAME, "transformer"
-    if WORD_EMBEDDINGS not in tensors:
-        pattern, kind = _IMAGE_TOKENIZER_NAME, "image tokenizer"
+    kind: Kind = "transformer" if WORD_EMBEDDINGS in tensors else "image tokenizer"
+    pattern = _TRANSFORMER_NAME if kind == "transformer" else _IMAGE_TOKENIZER_NAME
     unexpected = [name for name in tensors if not pattern.fullmatch(name)]
     if unexpected or not tensors:
         raise ValueError(
             f"{source} holds an unknown architecture; known are {KNOWN}; "
             f"the first unexpected names are {unexpected[:3]}"
         )
-    return kind  # type: ignore[return-value]
+    return kind
 
 
 def read_released(path: StrPath) -> Weights:
