@@ -37,7 +37,7 @@ def write_original(path: StrPath, weights: Weights, ranks: int = 1, *, progress:
         with written_aside(path) as aside:
             _save({name: _own(tensor.read()) for name, tensor in weights.tensors.items()}, aside)
         return
-    iteration = "release" if weights.iteration is None else str(weights.iteration)
+    iteration = str(weights.iteration or "release")  # The original takes no iteration 0.
     with (
         folder_written_aside(path) as folder,
         Progress(ranks * len(weights.tensors), "convert", unit="tensor", enabled=progress) as bar,

@@ -76,7 +76,10 @@ def test_logits_are_those_of_the_original_and_it_gets_its_files_back(tmp_path, r
 
 
 def test_any_number_of_ranks_becomes_any_other(tmp_path):
-    whole = converted(saved(tmp_path, tiny(1, rows=256), "one"))
+    source = saved(tmp_path, tiny(1, rows=256), "one", iteration=0)
+    whole = converted(source)
+    convert(Convert(source, tmp_path / "zero", "original", num_heads=4, progress=False))
+    assert (tmp_path / "zero" / "release" / "mp_rank_00_model_states.pt").is_file()
     for ranks in (4, 2, 1):
         out = tmp_path / f"ranks-{ranks}"
         save_file(whole, tmp_path / f"{ranks}.safetensors")
