@@ -27,6 +27,7 @@ EXAMPLES = {
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "presets": "",
+    "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "train", "demo")

@@ -33,6 +33,7 @@ VERBS: dict[str, type] = {
     "caption": options.Caption,
     "rerank": options.Rerank,
     "presets": options.Presets,
+    "convert": options.Convert,
     "demo": options.Demo,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.

@@ -113,7 +113,7 @@ def save_checkpoint(
         save_tensors(aside / MODEL, model.state_dict())
         for name, optimizer in optimizers.items():
             save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
-        _complete(aside, state)
+        complete_checkpoint(aside, state)
         _put_in_place(aside, final)
     except OSError as error:
         raise OSError(f"{final} cannot be saved: {error}; {_what_remains(folder)}") from None
@@ -124,8 +124,8 @@ def save_checkpoint(
     return final
 
 
-def _complete(folder: Path, state: CheckpointState) -> None:
-    """Write ``state.json``, with the fingerprints of all other files of the checkpoint."""
+def complete_checkpoint(folder: Path, state: CheckpointState) -> None:
+    """Write ``state.json``, with the fingerprints of all other files of the checkpoint, which are there."""
     files = {path.name: SavedFile(path.stat().st_size, digest(path)) for path in sorted(folder.iterdir())}
     content = {**plain(state), "files": plain(files)}
     write_json(folder / STATE, content)
