@@ -117,7 +117,11 @@ def _server() -> subprocess.Popen[bytes]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "COGVIEW_"))}
     environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
     command = [sys.executable, "-c", _SERVE]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment
+    )
+    atexit.register(server.communicate)
+    return server
 
 
 def without_interpreter(function: Callable[..., Any], *arguments: Any) -> Any:
