@@ -30,6 +30,7 @@ VERBS: dict[str, type] = {
     "generate": options.Generate,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "convert": options.Convert,
     "demo": options.Demo,
 }
 # Options of a training verb that have a short form, and what each is short for.
