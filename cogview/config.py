@@ -86,6 +86,7 @@ class ModelConfig:
     init_std: float = 0.02  # of all weights; about 1 / sqrt(hidden_size) in the released model
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
+    sandwich_norm: bool = True  # False: plain pre-LN, without the norms that end the branches
     three_region: ThreeRegionConfig | None = None
     # recompute each layer in the backward pass, to the same bits, rather than keep its activations
     activation_checkpointing: bool = field(default=False, compare=False)
