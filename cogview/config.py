@@ -121,6 +121,9 @@ class TrainConfig:
     accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
     log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
+    resblock_scaling: bool = (
+        False  # fp16: a gradient scale for each residual block, as DALL-E, not for the loss
+    )
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
@@ -131,6 +134,8 @@ class TrainConfig:
         _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
         shrinks = 0 < self.embedding_gradient <= 1
         _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
+        narrow = self.precision == "fp16" or not self.resblock_scaling
+        _require(narrow, "resblock_scaling", "False unless precision is fp16", self.resblock_scaling)
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
