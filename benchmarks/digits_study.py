@@ -40,10 +40,6 @@ from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, 
 from cogview.training.transformer import losses_of, sample_layouts
 
 SEEDS = (0, 1, 2)
-FULL_STEPS = PRESETS["digits"].train.steps
-# On a processor without 16-bit units a step in 16 bits takes many times as long, so the comparison of the
-# precisions has a shorter schedule, the same one for all three.
-SHORT_STEPS = 240
 PASSES = 4  # times that each held-out scan is judged, each time with another caption or in another order
 
 
@@ -70,11 +66,13 @@ class Variant:
         )
 
 
-VARIANTS = (
-    Variant("attention", "dense", False, "fp32", FULL_STEPS),
-    Variant("attention", "three-region", True, "fp32", FULL_STEPS),
-    *(Variant("precision", name, True, name, SHORT_STEPS) for name in ("fp32", "bf16", "fp16")),
-)
+def all_variants(steps: int, steps_of_precisions: int) -> list[Variant]:
+    """What is compared, the judge of each study first."""
+    attention = [
+        Variant("attention", name, name != "dense", "fp32", steps) for name in ("dense", "three-region")
+    ]
+    names = ("fp32", "bf16", "fp16")
+    return attention + [Variant("precision", name, True, name, steps_of_precisions) for name in names]
 
 
 @torch.no_grad()
@@ -128,10 +126,12 @@ def train_one(out: Path, variant: Variant, seed: int) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]], study: str) -> str:
+def table(rows: Sequence[dict[str, Any]], variants: Sequence[Variant]) -> str:
     """Validation loss by variant: each seed, mean and spread, and the difference to the first variant."""
-    variants = [variant for variant in VARIANTS if variant.study == study]
-    found = {(row["variant"], row["seed"]): row["validation"]["loss"] for row in rows if row["study"] == study}
+    study = variants[0].study
+    found = {
+        (row["variant"], row["seed"]): row["validation"]["loss"] for row in rows if row["study"] == study
+    }
     lines = []
     for variant in variants:
         values = [found.get((variant.name, seed)) for seed in SEEDS]
@@ -146,7 +146,12 @@ def table(rows: Sequence[dict[str, Any]], study: str) -> str:
                 "" if variant is variants[0] else _mean_and_spread(gaps, "+"),
             ]
         )
-    header = ["variant", *(f"seed {seed}" for seed in SEEDS), "mean ± s.d.", f"minus {variants[0].name}, ± s.d."]
+    header = [
+        "variant",
+        *(f"seed {seed}" for seed in SEEDS),
+        "mean ± s.d.",
+        f"minus {variants[0].name}, ± s.d.",
+    ]
     return tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
@@ -157,8 +162,10 @@ def _mean_and_spread(values: Sequence[float], sign: str) -> str:
     return f"{statistics.mean(values):{sign}.4f}{spread}"
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
+def page(rows: Sequence[dict[str, Any]], variants: Sequence[Variant]) -> str:
     """The README of the folder: what was trained, how, and what came out."""
+    attention = [variant for variant in variants if variant.study == "attention"]
+    precision = [variant for variant in variants if variant.study == "precision"]
     dense = [
         f"{row['variant']} {row['validation_under_dense_attention']['loss']:.4f} (seed {row['seed']})"
         for row in rows
@@ -166,38 +173,39 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     ]
     return f"""# Digits over three seeds
 
-Written by `python -m benchmarks.digits_study`, from [digits.json](digits.json). It trains the transformer of
-the preset `digits` (0.6 million parameters). A seed has one pair of tokenizers, one initialisation and one order
-of batches for all its models. The figures are the validation loss in nats per token, with the weights of training:
-held-out scans, each {PASSES} times with a caption of training, the same rows for every model of a seed.
-Differences are taken within a seed. The losses of two seeds cannot be compared closely, since their codes differ.
+Written by `python -m benchmarks.digits_study`, from [digits.json](digits.json). It trains the transformer
+of the preset `digits` (0.6 million parameters). A seed has one pair of tokenizers, one initialisation and one
+order of batches for all its models. The figures are the validation loss in nats per token, weighted as in
+training: held-out scans, each {PASSES} times with a caption of training, the same rows for every model of a
+seed. Differences are taken within a seed: two seeds have different codes, hence different losses.
 
 ## Three-region against dense attention
 
-{FULL_STEPS} steps, float32.
+{attention[0].steps} steps, float32. The preset has {PRESETS["digits"].train.steps}.
 
-{table(rows, "attention")}
+{table(rows, attention)}
 
 Judged under dense attention, which is how it draws, the model that trained with three-region attention
 reaches: {", ".join(dense) or "unmeasured"}.
 
 ## Precision
 
-{SHORT_STEPS} steps rather than {FULL_STEPS}, three-region attention. All models are judged in float32.
+{precision[0].steps} steps, three-region attention. All models are judged in float32.
 
-{table(rows, "precision")}
+{table(rows, precision)}
 
 ![Validation loss by variant and seed](digits.png)
 """
 
 
-def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+def plot(path: Path, rows: Sequence[dict[str, Any]], variants: Sequence[Variant]) -> None:
     """One point per model, one panel per study."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     for axes, study in zip(figure.subplots(1, 2), ("attention", "precision"), strict=True):
-        names = [variant.name for variant in VARIANTS if variant.study == study]
+        shown = [variant for variant in variants if variant.study == study]
+        names = [variant.name for variant in shown]
         for seed in SEEDS:
             mine = [row for row in rows if row["study"] == study and row["seed"] == seed]
             places = [names.index(row["variant"]) for row in mine]
@@ -205,7 +213,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             axes.plot(places, losses, "o-", linewidth=0.8, label=f"seed {seed}")
         axes.set_xticks(range(len(names)), names)
         axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.set_title(f"{study}, {FULL_STEPS if study == 'attention' else SHORT_STEPS} steps", fontsize=10)
+        axes.set_title(f"{study}, {shown[0].steps} steps", fontsize=10)
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -217,7 +225,12 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the models and the results")
-    out = parser.parse_args().out
+    default = PRESETS["digits"].train.steps
+    parser.add_argument("--steps", type=int, default=default, help="of dense and three-region attention")
+    # On a processor without 16-bit units a step in 16 bits takes many times as long.
+    parser.add_argument("--steps-of-precisions", type=int, default=240, help="of fp32, bf16 and fp16")
+    given = parser.parse_args()
+    out, variants = given.out, all_variants(given.steps, given.steps_of_precisions)
     path = out / "digits.json"
     document: dict[str, Any] = read_json(path) if path.exists() else {"rows": []}
     document["environment"] = {
@@ -226,17 +239,19 @@ def main() -> None:
         "machine": platform.machine(),
         "torch_threads": torch.get_num_threads(),
     }
-    done = {(row["study"], row["variant"], row["seed"]) for row in document["rows"]}
-    for study in ("attention", "precision"):
-        for seed in SEEDS:
-            for variant in VARIANTS:
-                if variant.study != study or (study, variant.name, seed) in done:
-                    continue
-                document["rows"].append(train_one(out, variant, seed))
-                write_json(path, document)
-                write(out / "README.md", page(document["rows"]))
-                plot(out / "digits.png", document["rows"])
-    print(page(document["rows"]))
+    rows = document["rows"]
+    done = {(row["study"], row["variant"], row["seed"]) for row in rows}
+    order = sorted(
+        ((variant, seed) for variant in variants for seed in SEEDS), key=lambda v: (v[0].study, v[1])
+    )
+    for variant, seed in order:
+        if (variant.study, variant.name, seed) in done:
+            continue
+        rows.append(train_one(out, variant, seed))
+        write_json(path, document)
+        write(out / "README.md", page(rows, variants))
+        plot(out / "digits.png", rows, variants)
+    print(page(rows, variants))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ EXAMPLES = {
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "demo": "--out runs/demo",
+    "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo")
+RESUMABLE = ("train-tokenizer", "train", "demo", "study")
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 

@@ -121,9 +121,7 @@ class TrainConfig:
     accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
     log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
-    resblock_scaling: bool = (
-        False  # fp16: a gradient scale for each residual block, as DALL-E, not for the loss
-    )
+    resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)

@@ -31,6 +31,7 @@ VERBS: dict[str, type] = {
     "caption": options.Caption,
     "rerank": options.Rerank,
     "demo": options.Demo,
+    "study": options.Study,
 }
 # Options of a training verb that have a short form, and what each is short for.
 SHORT: dict[type, dict[str, str]] = {

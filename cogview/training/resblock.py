@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Per-resblock gradient scaling: how DALL-E trained in float16 (Ramesh et al., arXiv:2102.12092, appendix D).
 
-A loss scale is one number for the whole model, and what suits the gradients of the last block may be too little
-or too much for the first. Here each residual block has a scale of its own. The trunk and its gradient are
-float32, the block between them float16::
+A loss scale is one number for the whole model, and what suits the gradients of the last block may be too
+little or too much for the first. Here each residual block has a scale of its own. The trunk and its gradient
+are float32, the block between them float16::
 
     gradient of the trunk --------------------------------------------------+--> float32
               |                                                             |
               +-- * scale --> float16 --> backward of the block --> filter / scale
 
-The filter turns what is not finite into zero, so a block that overflows spoils none before it. Its own step is
-dropped and its scale divided by sqrt(2), at most once in 125 steps. After every other step it grows by a factor
-of 2 ** (1 / 1000). The head has no block around it, so its logits and their gradient are float32.
+The filter turns what is not finite into zero, so a block that overflows spoils none before it. Its own step
+is dropped and its scale divided by sqrt(2), at most once in 125 steps. After every other step it grows by a
+factor of 2 ** (1 / 1000). The head has no block around it, so its logits and their gradient are float32.
 """
 
 from __future__ import annotations

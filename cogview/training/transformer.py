@@ -154,8 +154,9 @@ class TransformerTrainer(Trainer):
             board_only["smallest_block_scale"] = self.resblocks.scales.min()
             board_only["dropped_blocks"] = self.resblocks.unscale()
         descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm, scaler=scaler)
-        values = {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate}
-        return StepResult(values, descent, board_only)
+        return StepResult(
+            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate}, descent, board_only
+        )
 
     def _gradient(
         self,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gradient scale for each residual block: the same gradients, none lost in float16, none spoilt by another."""
+"""A gradient scale for each residual block: no gradient is changed, lost to float16 or spoilt."""
 
 import dataclasses
 import json
