@@ -31,20 +31,30 @@ ALPHA = 32  # of PB-Relax attention, the paper's example
 aten = torch.ops.aten
 
 
-class ProductsInFloat32(TorchDispatchMode):
-    """Within the block, matrix products of float16 are taken in float32 and rounded once to float16.
+class SumsInFloat32(TorchDispatchMode):
+    """Within the block, long sums of float16 numbers are taken in float32 and rounded once to float16.
 
-    A GPU's tensor cores do the same. A CPU without float16 units takes such products many times more slowly
-    otherwise. Gradients are products as well, so the backward pass belongs inside.
+    These are the matrix products and the gradients of the embeddings. A GPU does the same. Otherwise a CPU
+    without float16 units takes many times as long for such products, and any CPU sums the gradients of
+    embeddings in float16. All else is PyTorch's float16: each operation computes in float32 and rounds its
+    result. The backward pass belongs inside as well.
     """
 
-    _PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+    _SUMS = (
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten.baddbmm.default,
+        aten.embedding_dense_backward.default,
+    )
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._PRODUCTS and args[-1].dtype == torch.float16:
-            wide = [argument.float() for argument in args]
-            return func(*wide, **(kwargs or {})).half()
-        return func(*args, **(kwargs or {}))
+        if func not in self._SUMS or args[0].dtype != torch.float16:
+            return func(*args, **(kwargs or {}))
+        wide = [
+            part.float() if isinstance(part, Tensor) and part.is_floating_point() else part for part in args
+        ]
+        return func(*wide, **(kwargs or {})).half()
 
 
 class Softmax(nn.Module):
@@ -192,7 +202,7 @@ class HalfTrainer:
         wide = self.techniques.float32_trunk
         self.sizes.clear()
         with (
-            ProductsInFloat32() if self.device.type == "cpu" else nullcontext(),
+            SumsInFloat32() if self.device.type == "cpu" else nullcontext(),
             nullcontext() if self.resblocks is None else self.resblocks.scaled(),
             shrunk_gradient(self.model.word_embeddings, self.techniques.embedding_gradient),
         ):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -98,8 +100,8 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
     """Train every variant of :data:`VARIANTS` with every seed until it overflows; returns one record per run.
 
     Writes each finished run to ``runs/`` below ``out``, so that an interrupted study goes on after it. At the
-    end, and after each variant, writes ``stability.json`` (all of the runs), ``stability.csv`` (the table)
-    and ``stability.png``.
+    end, and on Ctrl-C, writes ``stability.json`` (all finished runs), ``stability.csv`` (the table) and
+    ``stability.png``.
 
     Raises:
         ValueError: the folder holds a study of another size.
@@ -111,16 +113,18 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
     dataset = TokenDataset(VOCAB, torch.tensor(scans).long(), captions, ROW)
     records: list[dict[str, Any]] = []
     total = len(VARIANTS) * options.seeds * size.steps
-    with Progress(total, "stability", enabled=options.progress) as bar:
-        for name in VARIANTS:
-            for seed in range(options.seeds):
+    try:
+        with Progress(total, "stability", enabled=options.progress) as bar:
+            for name, seed in itertools.product(VARIANTS, range(options.seeds)):
                 path = out / "runs" / f"{_file_name(name)}-seed{seed}.json"
                 if path.exists():
                     bar.update(size.steps)
                 else:
                     write_json(path, _run(options, name, seed, dataset, bar))
                 records.append(read_json(path))
-            write_json(out / "stability.json", records)
+    finally:
+        if records:
+            write_text(out / "stability.json", _json(records))
             write_text(out / "stability.csv", _csv(stability_rows(records)))
             save_stability_plot(out / "stability.png", records)
     return records
@@ -210,6 +214,11 @@ def stability_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def stability_table(records: Sequence[dict[str, Any]], tablefmt: str = "simple") -> str:
     """The rows of :func:`stability_rows` as text."""
     return tabulate(stability_rows(records), headers="keys", tablefmt=tablefmt, floatfmt=".3g")
+
+
+def _json(records: Sequence[dict[str, Any]]) -> str:
+    """A line per run: a person looks at the table, not at these many numbers."""
+    return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cogview.evaluation.study as study
 from cogview.cli import main
 from cogview.config import TrainConfig
-from cogview.evaluation.half import ALPHA, HalfTrainer, ProductsInFloat32, ScoredAttention, Techniques
+from cogview.evaluation.half import ALPHA, HalfTrainer, ScoredAttention, SumsInFloat32, Techniques
 from cogview.evaluation.study import StabilityStudy, StudySize, finding, place, study_stability
 from tests.model.helpers import small_model
 from tests.model.test_training_transformer import dataset
@@ -22,16 +22,19 @@ TINY = StudySize(study._shape(2, 32, 2), batch_size=2, steps=2, learning_rate=0.
 BATCH = dataset().batch(0, 4, text_weight=1.0, caption_fraction=0.0, seed=0)
 
 
-class ProductDtypes(TorchDispatchMode):
-    """The dtype of every matrix product that is computed within the block."""
+SUMS = ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear", "embedding_dense_backward")
+
+
+class DtypesOfSums(TorchDispatchMode):
+    """The dtype of every long sum that is computed within the block."""
 
     def __init__(self):
         super().__init__()
         self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.name().split("::")[1] in ("mm", "bmm", "addmm", "baddbmm", "matmul", "linear"):
-            self.seen.append(args[-1].dtype)
+        if func.name().split("::")[1] in SUMS:
+            self.seen.append(args[0].dtype)
         return func(*args, **(kwargs or {}))
 
 
@@ -42,14 +45,18 @@ def trainer(**techniques):
     return HalfTrainer(model, config, Techniques(**techniques), torch.device("cpu"))
 
 
-def test_products_of_float16_are_rounded_once_in_both_passes():
+def test_long_sums_of_float16_are_rounded_once_in_both_passes():
     a, b = (torch.randn(2, 5, 7).half().requires_grad_() for _ in range(2))
-    with ProductDtypes() as products, ProductsInFloat32():
+    with DtypesOfSums() as sums, SumsInFloat32():
         out = a @ b.transpose(1, 2)
         out.sum().backward()
-    assert products.seen == [torch.float32] * 3
+    assert sums.seen == [torch.float32] * 3
     assert torch.equal(out, (a.float() @ b.float().transpose(1, 2)).half())
     assert a.grad.dtype == torch.float16
+    table = torch.zeros(3, 2, dtype=torch.float16, requires_grad=True)
+    with SumsInFloat32():
+        torch.nn.functional.embedding(torch.ones(4096, dtype=torch.int64), table).sum().backward()
+    assert table.grad[1].tolist() == [4096, 4096]  # In float16, 2048 + 1 is 2048.
 
 
 @pytest.mark.parametrize("float32_trunk", [False, True])
@@ -59,10 +66,10 @@ def test_a_step_keeps_to_its_dtypes_and_moves_the_master_copy(float32_trunk):
     one.model.transformer.layers[0].register_forward_hook(lambda _, inputs, out: outputs.append(out[0]))
     before = one.master.word_embeddings.weight.clone()
     one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with ProductDtypes() as products:
+    with DtypesOfSums() as sums:
         seen = one.step(BATCH)
     assert not seen.overflow and not seen.bad_gradient and seen.scale == 1024
-    assert set(products.seen) == {torch.float32}
+    assert set(sums.seen) == {torch.float32}
     assert outputs[0].dtype == (torch.float32 if float32_trunk else torch.float16)
     assert {weight.dtype for weight in one.master.parameters()} == {torch.float32}
     assert not torch.equal(one.master.word_embeddings.weight, before)
