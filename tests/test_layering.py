@@ -26,7 +26,9 @@ ALLOWED = {
     "reference": set(),
     "native": {"chunked"},
     "sdpa": {"reference"},
-    "triton_kernels": {"launch_config", "native"},
+    "triton_kernels": {"launch_config", "native", "forward_triton", "backward_triton"},
+    "forward_triton": set(),
+    "backward_triton": {"forward_triton"},
     "launch_config": set(),
     "tune": {"api", "launch_config"},
 }
