@@ -76,7 +76,6 @@ def losses_of(
     batch: Batch,
     layouts: list[ThreeRegionLayout] | None,
     whole: Batch | None = None,
-    *,
     wide_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
@@ -181,9 +180,8 @@ class TransformerTrainer(Trainer):
             for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
                 shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
                 with shrunk, self.precision.autocast():
-                    loss, image_loss, text_loss = losses_of(
-                        self.model, part, its_layouts, batch, wide_head=self.resblocks is not None
-                    )
+                    wide_head = self.resblocks is not None
+                    loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch, wide_head)
                 if watch is not None:
                     watch.look("the loss", loss)
                 backward(loss, scaler)
