@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import platform
 import shutil
 import statistics
@@ -31,10 +30,11 @@ from cogview.config import Preset
 from cogview.data.digits import DigitPairs
 from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
 from cogview.files import read_json
+from cogview.images import save_figure
 from cogview.presets import PRESETS
 from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
-from cogview.settings import TOKENIZER_SETTINGS
+from cogview.settings import TOKENIZER_SETTINGS, claim_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from cogview.training.transformer import losses_of, sample_layouts
@@ -217,9 +217,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]], variants: Sequence[Variant]
         axes.set_ylabel("validation loss, nats per token")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    aside = path.with_name(path.name + ".part")
-    figure.savefig(aside, format="png", metadata={"Software": None})
-    os.replace(aside, path)
+    save_figure(path, figure)
 
 
 def main() -> None:
@@ -231,6 +229,9 @@ def main() -> None:
     parser.add_argument("--steps-of-precisions", type=int, default=240, help="of fp32, bf16 and fp16")
     given = parser.parse_args()
     out, variants = given.out, all_variants(given.steps, given.steps_of_precisions)
+    claim_settings(
+        out / "settings.json", {"steps": given.steps, "steps_of_precisions": given.steps_of_precisions}
+    )
     path = out / "digits.json"
     document: dict[str, Any] = read_json(path) if path.exists() else {"rows": []}
     document["environment"] = {
