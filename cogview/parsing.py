@@ -30,6 +30,7 @@ VERBS: dict[str, type] = {
     "generate": options.Generate,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "convert": options.Convert,
     "demo": options.Demo,
     "study": options.Study,
 }

@@ -81,7 +81,7 @@ FLOORS = [
     {"data"},
     {"training", "generation"},
     {"evaluation"},
-    {"run"},
+    {"run", "convert"},
     {"demo", "options"},
     {"commands"},
     {"parsing"},
