@@ -35,6 +35,7 @@ VERBS: dict[str, type] = {
     "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
+    "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.
 _OF_TRAINING = {
