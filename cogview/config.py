@@ -119,6 +119,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
     accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
     log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
+    compile_layers: bool = field(default=False, compare=False)  # by torch.compile, which needs a compiler
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
 
     def __post_init__(self) -> None:

@@ -38,7 +38,7 @@ VERBS: dict[str, type] = {
 _OF_TRAINING = {
     **{
         name: f"train.{name}"
-        for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every")
+        for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "compile-layers")
     },
     "checkpoint-layers": "model.activation-checkpointing",
 }
@@ -47,7 +47,11 @@ SHORT: dict[type, dict[str, str]] = {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
     },
     options.Train: _OF_TRAINING,
-    options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in ("seed", "log-every")},
+    options.Plan: {
+        name: full
+        for name, full in _OF_TRAINING.items()
+        if name not in ("seed", "log-every", "compile-layers")
+    },
 }
 
 

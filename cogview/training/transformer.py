@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.compilation import compiled_layers, uncompiled
 from cogview.training.loop import (
     History,
     StepResult,
@@ -183,7 +185,7 @@ class TransformerTrainer(Trainer):
         scaler = None
         if self.precision.scaler is not None:
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
-        with NonFiniteWatch(self.model) as watch:
+        with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
         self.optimizer.zero_grad(set_to_none=True)
         return watch.where
@@ -205,4 +207,5 @@ def train(
     Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
     ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
     """
-    return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)
+    with compiled_layers(model) if config.compile_layers else nullcontext():
+        return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)
