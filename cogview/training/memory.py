@@ -143,10 +143,10 @@ class _Step:
     def gathered(self, backward: bool) -> Bytes:
         """What FSDP gathers: embeddings and norms, which stay, and the weights of two layers, as those of the
         next come while this one computes. In the backward pass also a layer's gradients, and the float32
-        buffer from which their sum over the GPUs is taken."""
+        buffers from which their sum over the GPUs is taken, this layer's and the one's before."""
         if self.batch.gpus == 1:
             return Bytes()
-        gradients = self.unit + self.layer_gradients if backward else 0
+        gradients = self.unit + 2 * self.layer_gradients if backward else 0
         return Bytes({GATHERED: self.words + _FLOAT * self.count.rest + 2 * self.unit + gradients})
 
 
@@ -171,7 +171,7 @@ def _moments(step: _Step) -> Iterator[Moment]:
     gradients = 0 if step.batch.accumulates else L * step.layer_gradients // gpus
     last = Bytes({GRADIENTS: gradients + 2 * step.words, WORK: 2 * step.trunk})
     if gpus > 1:
-        last[GATHERED] += 2 * step.words  # with the buffer of their sum
+        last[GATHERED] += step.words
     yield Moment("backward, embeddings", always + last)
     gradients = 0 if step.batch.accumulates else _FLOAT * step.count.total // gpus
     yield Moment("optimizer", always + Bytes({GRADIENTS: gradients}))
