@@ -25,6 +25,7 @@ EXAMPLES = {
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "train", "demo")

@@ -32,6 +32,7 @@ VERBS: dict[str, type] = {
     "generate": options.Generate,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "convert": options.Convert,
     "demo": options.Demo,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.

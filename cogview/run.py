@@ -57,6 +57,7 @@ class Run:
     tokenizers: Tokenizers
     sampling: SamplingConfig  # how the run draws unless told otherwise
     max_text_tokens: int
+    caption_tokens: int | None = None  # of a caption at most; None: max_text_tokens
 
     def generate(
         self,
@@ -125,12 +126,11 @@ class Run:
         """What :meth:`caption` says of several images, and the CapLoss of each (NaN for an empty text)."""
         codes = self.encode(list(images))
         vocab = self.tokenizers.vocab
-        total = len(codes) * self.max_text_tokens
+        room = self.caption_tokens or self.max_text_tokens
+        total = len(codes) * room
         with Progress(total, "describe", unit="token", enabled=progress) as bar:
             options = DrawOptions(sampling=None, max_batch=MAX_BATCH, on_step=bar.update)
-            texts = generate_captions(
-                self.model, vocab, codes, max_text_tokens=self.max_text_tokens, options=options
-            )
+            texts = generate_captions(self.model, vocab, codes, max_text_tokens=room, options=options)
         losses = [float("nan")] * len(texts)
         said = [index for index, text in enumerate(texts) if text]
         found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
@@ -243,7 +243,13 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
     model.to_empty(device="cpu")
     weights = checkpoint / "model.safetensors"
     load_weights(model, load_tensors(weights), weights)
-    return Run(model.to(device).eval(), tokenizers, settings.sampling, settings.max_text_tokens)
+    return Run(
+        model.to(device).eval(),
+        tokenizers,
+        settings.sampling,
+        settings.max_text_tokens,
+        settings.caption_tokens,
+    )
 
 
 def _pictures(pixels: Tensor) -> Any:
