@@ -26,7 +26,7 @@ TRUNK, PRODUCTS, ATTENTION, MLP = (
     "activations: mlp",
 )
 CHECKPOINTS = "activations: checkpoints"
-LOSS, WORK, GATHERED = "loss", "passing values", "gathered from other GPUs"
+LOSS, WORK, GATHERED = "loss: gradients, a piece of logits", "passing values", "gathered from other GPUs"
 
 _FLOAT = 4
 _LOSS_PIECE = 14 * 2**20  # logits that the loss holds at a time, see linear_cross_entropy
