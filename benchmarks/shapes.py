@@ -218,9 +218,9 @@ _PLAIN = {"dropout": 0.0, "pb_relax": None}
 _BASE = replace(_MODEL, **_PLAIN)
 _SMALL = ModelConfig(
     num_layers=4,
-    hidden_size=512,
-    num_heads=8,
-    vocab_size=8192,
+    hidden_size=384,
+    num_heads=6,
+    vocab_size=4096,
     max_positions=LENGTH + 1,
     init_std=0.04,
     **_PLAIN,
