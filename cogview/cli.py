@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import cogview
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the number of the signal
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
@@ -25,6 +26,7 @@ EXAMPLES = {
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
 }
@@ -51,7 +53,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Run the command line; returns its exit code: 0, 2 for a mistake, 128 and a signal's number after it."""
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = _parse(verb, words)
             if given is not None:
                 _run(verb, given)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
@@ -73,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             print("\ninterrupted; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
@@ -105,7 +107,8 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
+    parts = [VERBS[verb].__doc__ or "", f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))

@@ -192,6 +192,11 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Presets:
+    """List the presets: parameters, tokens, memory, and what each is for."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Bring released weights into a run or a safetensors file, and back."""
 

@@ -32,6 +32,7 @@ VERBS: dict[str, type] = {
     "generate": options.Generate,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
 }
@@ -39,20 +40,19 @@ VERBS: dict[str, type] = {
 _OF_TRAINING = {
     **{
         name: f"train.{name}"
-        for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "compile-layers")
+        for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "keep")
     },
+    "samples-every": "train.samples-every",
+    "compile-layers": "train.compile-layers",
     "checkpoint-layers": "model.activation-checkpointing",
 }
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
-        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
+        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
     },
     options.Train: _OF_TRAINING,
-    options.Plan: {
-        name: full
-        for name, full in _OF_TRAINING.items()
-        if name not in ("seed", "log-every", "compile-layers")
-    },
+    options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in _NOT_OF_A_PLAN},
 }
 
 

@@ -80,7 +80,8 @@ class Precision:
         """Go on from :meth:`state`. A ValueError that names ``source`` if it is not of this precision."""
         if self.scaler is None:
             return
-        if state.keys() != self.scaler.state_dict().keys():
+        has_numbers = all(isinstance(value, (int, float)) for value in state.values())
+        if not has_numbers or state.keys() != self.scaler.state_dict().keys():
             raise ValueError(
                 f"{source} holds no loss scale of this PyTorch, so it cannot go on in {_NAMES[self.dtype]}; "
                 "choose another folder"
