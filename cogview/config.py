@@ -123,6 +123,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
     accumulate: int = 1  # parts of a batch, one after another: less memory
     log_every: int = 1  # steps that the device does between two reports
+    compile_layers: bool = False  # by torch.compile, which needs a compiler
     samples_every: int = 0  # steps between two sheets of pictures in TensorBoard, 0 = none
     sample_texts: tuple[str, ...] = ()  # what they show; by default the first four captions of the data
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper

@@ -44,9 +44,10 @@ _OF_TRAINING = {
         for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "keep")
     },
     "samples-every": "train.samples-every",
+    "compile-layers": "train.compile-layers",
     "checkpoint-layers": "model.activation-checkpointing",
 }
-_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every")
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")

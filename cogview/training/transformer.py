@@ -20,6 +20,7 @@ from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.compilation import compiled_layers, uncompiled
 from cogview.training.flops import step_flops
 from cogview.training.loop import (
     History,
@@ -206,7 +207,8 @@ class TransformerTrainer(Trainer):
         assert self.draw is not None
         self.model.eval()
         try:
-            return self.draw()
+            with uncompiled():  # drawing has other shapes at every token
+                return self.draw()
         finally:
             self.model.train()
 
@@ -218,7 +220,7 @@ class TransformerTrainer(Trainer):
         scaler = None
         if self.precision.scaler is not None:
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
-        with NonFiniteWatch(self.model) as watch:
+        with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
         self.optimizer.zero_grad(set_to_none=True)
         return watch.where
@@ -255,4 +257,5 @@ def train(
     trainer.origin = origin
     if draw is not None:
         trainer.draw, trainer.samples_every = draw, config.samples_every
-    return run_loop(trainer, config, out, progress=progress)
+    with compiled_layers(model) if config.compile_layers else nullcontext():
+        return run_loop(trainer, config, out, progress=progress)
