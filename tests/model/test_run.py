@@ -14,6 +14,8 @@ from PIL import Image
 
 import cogview
 from cogview.images import save_png
+from cogview.run import sample_sheet
+from cogview.settings import load_model_settings
 
 ROOT = Path(__file__).parents[2]
 SEVEN, CHINESE = "a handwritten seven", "手写的数字七"
@@ -53,6 +55,13 @@ def test_unranked_pictures_come_in_the_order_drawn(run, drawn):
     assert losses != sorted(losses)
     first, _ = run.generate(SEVEN, num=1, seed=3, ranked=False)
     assert first[0].tobytes() == images[0].tobytes()
+
+
+def test_a_sheet_of_samples_is_the_same_every_time(run, run_folder):
+    settings = load_model_settings(run_folder)
+    sheet = sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE])
+    assert sheet.size == (4 * 68 + 4, 2 * 68 + 4)
+    assert sheet.tobytes() == sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE]).tobytes()
 
 
 def test_sampling_is_the_runs_unless_given(run):

@@ -17,7 +17,7 @@ from cogview.config import TrainConfig
 from cogview.data.tokens import TokenDataset
 from cogview.training.transformer import TransformerTrainer, losses_of, sample_layouts, train
 from cogview_kernels.linear_cross_entropy import native
-from tests.model.helpers import VOCAB, small_model
+from tests.model.helpers import VOCAB, heed_signals, small_model
 
 CONFIG = TrainConfig(
     steps=12, batch_size=8, learning_rate=2e-3, text_weight=3.0, checkpoint_every=4, warmup_fraction=0.2
@@ -206,6 +206,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     for _ in range(3):
