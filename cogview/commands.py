@@ -39,6 +39,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
 
 def train(given: options.Train) -> None:
     """``cogview train``."""
+    from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -49,7 +50,11 @@ def train(given: options.Train) -> None:
         min_text_tokens=given.min_text_tokens,
         max_text_tokens=given.max_text_tokens,
     )
-    history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))
+    device = usable_device(given.device)
+    with distributed.joined_ranks(device):
+        history = train_model(TrainModel(given.data, given.out, preset, device))
+        if not distributed.is_first():
+            return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")

@@ -5,6 +5,9 @@ A checkpoint is a folder ``step-00000400`` with ``model.safetensors``, a file fo
 (``optimizer.safetensors`` where there is one) and ``state.json``. It appears under its name only when
 complete, so a kill at any moment leaves the previous one intact. Random numbers need no saving: training
 derives them from (seed, step).
+
+Several ranks write the same, but for the optimizers: each rank writes its own part of their state, as
+``optimizer-00001-of-00004.safetensors``, ... A checkpoint of either kind is read by any number of ranks.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from cogview.files import StrPath, load_tensors, read_json, save_tensors, write_json
+from cogview.training import distributed
+from cogview.training.shards import load_shards, save_shards
 from cogview.weights import load_weights
 
 CHECKPOINTS = "checkpoints"  # of the transformer, in its run folder
@@ -60,24 +65,32 @@ def save_checkpoint(
     history: Mapping[str, list[float]],
     state: Mapping[str, Any],
 ) -> Path:
-    """Save the state after ``step`` steps as ``folder/step-...`` and remove older ones.
+    """Save the state after ``step`` steps as ``folder/step-...`` and remove older ones. All ranks together.
 
     ``state`` is whatever else the training needs to go on, for JSON.
     """
     folder = Path(folder)
     final = folder / f"step-{step:08d}"
     aside = folder / "writing.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_tensors(aside / "model.safetensors", model.state_dict())
+    if distributed.is_first():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    distributed.wait_for_all()
+    weights = distributed.gathered_on_first(model.state_dict())
     for name, optimizer in optimizers.items():
-        save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
-    write_json(aside / "state.json", {**state, "step": step, "history": dict(history)})
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(aside, final)
-    for old in folder.glob("step-*"):
-        if old != final:
-            shutil.rmtree(old)
+        if distributed.num_ranks() > 1:
+            save_shards(aside, name, _optimizer_tensors(model, optimizer))
+        else:
+            save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
+    if distributed.is_first():
+        save_tensors(aside / "model.safetensors", weights)
+        write_json(aside / "state.json", {**state, "step": step, "history": dict(history)})
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(aside, final)
+        for old in folder.glob("step-*"):
+            if old != final:
+                shutil.rmtree(old)
+    distributed.wait_for_all()
     return final
 
 
@@ -89,9 +102,38 @@ def latest_checkpoint(folder: StrPath) -> Path | None:
 def load_checkpoint(
     path: Path, model: nn.Module, optimizers: Optimizers
 ) -> tuple[int, dict[str, list[float]], dict[str, Any]]:
-    """Restore model and optimizers; returns the steps done, the history of losses and what else was saved."""
+    """Restore model and optimizers; returns the steps done, the history of losses and what else was saved.
+
+    All ranks together, however many they are, and however many wrote the checkpoint.
+    """
     state = read_json(path / "state.json")
-    load_weights(model, load_tensors(path / "model.safetensors"), path)
+    load_weights(model, _saved_weights(path, model), path)
     for name, optimizer in optimizers.items():
-        _restore_optimizer(model, optimizer, load_tensors(path / f"{name}.safetensors"))
+        _restore_optimizer(model, optimizer, _saved_optimizer(path, name, model, optimizer))
     return state.pop("step"), state.pop("history"), state
+
+
+def _saved_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    if distributed.num_ranks() == 1:
+        return load_tensors(path / "model.safetensors")
+    weights = model.state_dict()
+    return load_shards(path, lambda name, _: weights.get(name))
+
+
+def _saved_optimizer(
+    path: Path, name: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    file = path / f"{name}.safetensors"
+    if distributed.num_ranks() == 1 and not any(path.glob(f"{name}-*-of-*.safetensors")):
+        return load_tensors(file)
+    moved = set(_names(model, optimizer).values())
+    weights = {weight: tensor for weight, tensor in model.state_dict().items() if weight in moved}
+
+    def like(key: str, shape: torch.Size) -> Tensor | None:
+        """State of the shape of its weight is spread over the ranks as the weight is."""
+        weight = weights.get(key.rpartition("/")[0])
+        if weight is None:
+            return None
+        return torch.zeros_like(weight) if weight.shape == shape else weight.new_zeros(shape)
+
+    return load_shards(path, like)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cogview.files import StrPath
 from cogview.progress import Progress
+from cogview.training import distributed
 from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from cogview.training.interrupt import DeferredInterrupt
 
@@ -120,7 +121,7 @@ def descend(
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
     skipped = ~torch.isfinite(norm)
     if scaler is not None:
         scaler.step(optimizer)
@@ -201,6 +202,7 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
     number. It reads what the steps report every ``trainer.log_every`` steps and before each checkpoint, and
     does not wait for the device in between. On Ctrl-C, finishes the step, saves and raises KeyboardInterrupt.
     Returns the history, one value per step under each recorded name, and leaves the model in eval mode.
+    All ranks together; the first one alone shows and records, and all stop where one of them was interrupted.
     """
     # TensorBoard takes a second to load, which only a training should pay.
     from torch.utils.tensorboard import SummaryWriter
@@ -209,24 +211,25 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
     folder = out / trainer.checkpoints
     start, skipped_steps = 0, 0
     history: History = {name: [] for name in trainer.recorded}
-    saved = latest_checkpoint(folder)
+    saved = distributed.of_all_ranks(latest_checkpoint(folder))[0]  # one answer, however the disk is shared
     if saved is not None:
         start, history, state = load_checkpoint(saved, trainer.model, trainer.optimizers)
         trainer.load_state(state.get("trainer", {}), saved)
         skipped_steps = state.get("skipped_steps", 0)
     trainer.model.train()
-    with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
-        DeferredInterrupt() as interrupt,
-        Progress(config.steps, trainer.label, initial=start, enabled=progress) as bar,
-    ):
+    board: Any = distributed.Silence()
+    shown: Any = distributed.Silence()
+    if distributed.is_first():
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=start)
+        shown = Progress(config.steps, trainer.label, initial=start, enabled=progress)
+    with board as board, DeferredInterrupt() as interrupt, shown as bar:
         report = _Report(trainer, history, board, bar)
         report.skipped_steps = skipped_steps
         steps = range(start, config.steps)
         for step, batch in zip(steps, trainer.batches(start), strict=False):
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
-            stops = interrupt.requested
+            stops = distributed.any_rank(interrupt.requested)
             saves = done % config.checkpoint_every == 0 or done == config.steps or stops
             if saves or done % trainer.log_every == 0:
                 report.read()

@@ -7,6 +7,7 @@ the folder once a first checkpoint is there: a call that failed before it can be
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from cogview.settings import (
 )
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
@@ -126,7 +128,7 @@ class TrainModel:
 
 
 def train_model(options: TrainModel) -> History:
-    """Train the transformer, or go on from its latest checkpoint.
+    """Train the transformer, or go on from its latest checkpoint; under ``torchrun``, all ranks together.
 
     Vocabulary, number of positions and room for text follow from the tokenizers and the captions (see
     :func:`cogview.training.plan.plan_model`). Returns the history: image loss, text loss and learning rate
@@ -138,6 +140,12 @@ def train_model(options: TrainModel) -> History:
             be read, all of them listed.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
+    with distributed.joined_ranks(options.device):
+        speaks = options.progress and distributed.is_first()
+        return _train_model(dataclasses.replace(options, progress=speaks))
+
+
+def _train_model(options: TrainModel) -> History:
     out = Path(options.out)
     preset = options.preset or implied_preset(out)
     require_fitting_preset(out, preset)
@@ -159,6 +167,6 @@ def train_model(options: TrainModel) -> History:
     dataset = TokenDataset(tokenizers.vocab, codes, texts, plan.row_length)
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
-    if not is_started:
+    if not is_started and distributed.is_first():
         write_settings(out / MODEL_SETTINGS, settings)
     return train(model, dataset, preset.train, out, progress=options.progress)

@@ -17,6 +17,7 @@ from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
 from cogview.training.loop import (
     History,
@@ -103,8 +104,11 @@ def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
+    With several ranks, ``model`` is sharded over them.
+
     Raises:
-        ValueError: the device cannot compute in ``config.precision``.
+        ValueError: the device cannot compute in ``config.precision``; more ranks, or parts on each of them,
+            than the batch has rows.
     """
 
     label = "train"
@@ -117,10 +121,12 @@ class TransformerTrainer(Trainer):
         self.dataset = dataset
         self.config = config
         self.device = model.word_embeddings.weight.device
+        self.precision = Precision(config.precision, self.device)
+        distributed.require_rows(config.batch_size, config.accumulate)
+        distributed.shard_model(model, model.sharding_units(), self.precision.dtype)
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
-        self.precision = Precision(config.precision, self.device)
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -155,16 +161,19 @@ class TransformerTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
 
-        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
-        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        A batch in parts, on one rank or on several, has the layouts, the losses and the gradient of the whole
+        batch, to rounding. Its dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a
+        part. Ranks add their gradients up after each part: to wait for the last one, every rank would have to
+        hold the gradient of all weights, and parts are there to save memory.
         """
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        rank, ranks, parts = distributed.rank(), distributed.num_ranks(), self.config.accumulate
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", step, *([rank] if rank else [])))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        parts = self.config.accumulate
+        own, own_layouts = batch.split(ranks)[rank], split_layouts(layouts, ranks)[rank]
         losses = []
-        for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+        for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
             shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
             with shrunk, self.precision.autocast():
                 loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
@@ -172,7 +181,8 @@ class TransformerTrainer(Trainer):
                 watch.look("the loss", loss)
             backward(loss, scaler)
             losses.append((loss.detach(), image_loss, text_loss))
-        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        sums = torch.stack([torch.stack(values).sum(0) for values in zip(*losses, strict=True)])
+        loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
 
     def shown(self, values: Mapping[str, float]) -> str:
@@ -185,8 +195,14 @@ class TransformerTrainer(Trainer):
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
         with NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
+        where = next((where for where in distributed.of_all_ranks(watch.where) if where), "")
+        for name, parameter in self.model.named_parameters():
+            # The watch sees no gradient of a weight that is sharded.
+            if not where and parameter.grad is not None:
+                finite = distributed.own_part(parameter.grad).isfinite().all()
+                where = f"the gradient of {name}" if distributed.any_rank(not finite) else ""
         self.optimizer.zero_grad(set_to_none=True)
-        return watch.where
+        return where
 
     def state(self) -> dict[str, Any]:
         return self.precision.state()
@@ -204,5 +220,8 @@ def train(
     that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators. On
     Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
     ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
+    In an initialised process group (``torch.distributed``), all ranks train together: see
+    :mod:`cogview.training.distributed`. Every rank gets the same model, data and settings; afterwards the
+    model is sharded.
     """
     return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)
