@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import cogview
 from cogview.launch import started_as_first, started_ranks
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the number of the signal
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
@@ -51,7 +52,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Run the command line; returns its exit code: 0, 2 for a mistake, 128 and a signal's number after it."""
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -64,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = _parse(verb, words)
             if given is not None:
                 _run(verb, given)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if not started_as_first():
-            return EXIT_INTERRUPTED
-        if verb in RESUMABLE and given is not None:
+            pass  # The first rank tells it for all.
+        elif verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
                 "Run the same command again to go on from there.",
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         else:
             print("\ninterrupted; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise

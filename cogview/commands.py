@@ -39,6 +39,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
 
 def train(given: options.Train) -> None:
     """``cogview train``."""
+    from cogview.run import sample_sheet
     from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
@@ -52,7 +53,7 @@ def train(given: options.Train) -> None:
     )
     device = usable_device(given.device)
     with distributed.joined_ranks(device):
-        history = train_model(TrainModel(given.data, given.out, preset, device))
+        history = train_model(TrainModel(given.data, given.out, preset, device, draw=sample_sheet))
         if not distributed.is_first():
             return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])

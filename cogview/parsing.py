@@ -35,12 +35,15 @@ VERBS: dict[str, type] = {
 # Options of a training verb that have a short form, and what each is short for.
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
-        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
+        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
     },
     options.Train: {
         **{
             name: f"train.{name}"
-            for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every")
+            for name in (
+                *("steps", "batch-size", "seed", "precision", "accumulate", "log-every"),
+                *("keep", "samples-every"),
+            )
         },
         "checkpoint-layers": "model.activation-checkpointing",
     },

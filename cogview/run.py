@@ -28,17 +28,24 @@ from cogview.data.image_files import Picture, pixels_of
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.rerank import rerank
-from cogview.files import StrPath, load_tensors
+from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
-from cogview.images import to_picture
+from cogview.images import picture_grid, to_picture
 from cogview.model.transformer import CogView
 from cogview.progress import Progress
-from cogview.settings import load_model_settings, train_model_hint
+from cogview.settings import ModelSettings, load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
 from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    check_origin,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
 from cogview.weights import load_weights
 
 MAX_BATCH = 256  # rows that are decoded or scored together
@@ -238,12 +245,23 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
+    check_origin(checkpoint, {"tokenizers": tokenizers.fingerprint})
     with torch.device("meta"):
         model = CogView(settings.model)
-    model.to_empty(device="cpu")
-    weights = checkpoint / "model.safetensors"
-    load_weights(model, load_tensors(weights), weights)
+    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
     return Run(model.to(device).eval(), tokenizers, settings.sampling, settings.max_text_tokens)
+
+
+SAMPLES = 4  # pictures of each text on a sheet of samples
+
+
+def sample_sheet(
+    model: CogView, tokenizers: Tokenizers, settings: ModelSettings, texts: Sequence[str]
+) -> Any:
+    """A PIL picture with a row of drawings for each text, best first; the same noise every time."""
+    run = Run(model, tokenizers, settings.sampling, settings.max_text_tokens)
+    images, _ = run.generate(list(texts), num=SAMPLES)
+    return picture_grid([image for row in images for image in row], SAMPLES)
 
 
 def _pictures(pixels: Tensor) -> Any:

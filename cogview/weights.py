@@ -15,7 +15,10 @@ from cogview.files import StrPath
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: StrPath) -> None:
-    """Copy tensors into ``model``; a wrong name or shape is one ValueError naming ``source``."""
+    """Copy tensors into ``model``; a wrong name or shape is one ValueError naming ``source``.
+
+    A model on the device ``meta`` takes the tensors themselves, so that no size is given memory unchecked.
+    """
     expected = model.state_dict()
     missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or unknown:
@@ -29,7 +32,11 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: StrPat
                 f"{source}: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}; "
                 "the configuration differs from that of the file"
             )
-    model.load_state_dict(dict(tensors))
+    if any(tensor.is_meta for tensor in expected.values()):
+        taken = {name: tensors[name].to(tensor.dtype) for name, tensor in expected.items()}
+        model.load_state_dict(taken, assign=True)
+    else:
+        model.load_state_dict(dict(tensors))
 
 
 def _released_model_file(path: Path) -> Path:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -187,14 +187,20 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-class Silence:
-    """Stands for TensorBoard and for the progress display on every rank but the first."""
-
+class _Silence:
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: None
 
-    def __enter__(self) -> Silence:
+    def __enter__(self) -> _Silence:
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+def only_first(make: Callable[[], Value]) -> Value:
+    """What ``make`` gives on the first rank; on the others something that takes every call and does nothing.
+
+    It is for what shows or locks something, a context manager whose methods return nothing.
+    """
+    return make() if is_first() else cast(Value, _Silence())

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.flops import step_flops
 from cogview.training.loop import (
     History,
     StepResult,
@@ -30,6 +32,7 @@ from cogview.training.loop import (
 )
 from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradient
 from cogview.training.precision import NonFiniteWatch, Precision
+from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 
@@ -127,6 +130,9 @@ class TransformerTrainer(Trainer):
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
+        self.draw: Callable[[], Any] | None = None
+        self._flops = step_flops(model.config, config.batch_size).model
+        self._peak_flops = peak_flops(self.device, self.precision.dtype)
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -185,6 +191,22 @@ class TransformerTrainer(Trainer):
         loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
 
+    def speed(self, seconds: float) -> dict[str, float]:
+        tokens = self.config.batch_size * (self.model.config.max_positions - 1)
+        rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
+        if self._peak_flops:
+            all_devices = self._peak_flops * distributed.num_ranks()
+            rates["model_flops_utilisation"] = self._flops / seconds / all_devices
+        return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
+
+    def sample(self) -> Any:
+        assert self.draw is not None
+        self.model.eval()
+        try:
+            return self.draw()
+        finally:
+            self.model.train()
+
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
 
@@ -212,16 +234,31 @@ class TransformerTrainer(Trainer):
 
 
 def train(
-    model: CogView, dataset: TokenDataset, config: TrainConfig, out: StrPath, *, progress: bool = True
+    model: CogView,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    out: StrPath,
+    *,
+    origin: Mapping[str, str] = MappingProxyType({}),
+    draw: Callable[[], Any] | None = None,
+    progress: bool = True,
 ) -> History:
     """Train ``model`` in place, resuming from the latest checkpoint under ``out`` if there is one.
 
     A step whose loss or gradient is not finite changes nothing; it is run once more to name the module where
-    that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators. On
-    Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
-    ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
+    that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators.
+    Returns the history: ``image_loss``, ``text_loss``, ``learning_rate``, one value per step. The rest is
+    :func:`cogview.training.loop.run_loop`.
     In an initialised process group (``torch.distributed``), all ranks train together: see
-    :mod:`cogview.training.distributed`. Every rank gets the same model, data and settings; afterwards the
-    model is sharded.
+    :mod:`cogview.training.distributed`. Every rank gives the same model, data and settings; the model is
+    sharded afterwards.
+
+    Args:
+        origin: fingerprints of what is trained on, by name; checkpoints keep them.
+        draw: makes the PIL picture that TensorBoard shows every ``config.samples_every`` steps.
     """
-    return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)
+    trainer = TransformerTrainer(model, dataset, config)
+    trainer.origin = origin
+    if draw is not None:
+        trainer.draw, trainer.samples_every = draw, config.samples_every
+    return run_loop(trainer, config, out, progress=progress)
