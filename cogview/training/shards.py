@@ -9,6 +9,7 @@ A plain safetensors file is read as a single part that is whole.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,7 +59,10 @@ def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) 
         wanted = {name: like(name, entry.size) for name, entry in saved.items()}  # type: ignore[union-attr]
         tensors = {name: tensor for name, tensor in wanted.items() if tensor is not None}
         if tensors:
-            dcp.load(tensors, storage_reader=reader, no_dist=distributed.num_ranks() == 1)
+            with warnings.catch_warnings():
+                # PyTorch warns a process that is alone, also where it is told that it is.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(tensors, storage_reader=reader, no_dist=distributed.num_ranks() == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read: {_reason(error)}") from None
     except (SafetensorError, OSError) as error:
