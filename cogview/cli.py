@@ -7,6 +7,7 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import signal
 import sys
@@ -114,7 +115,7 @@ def _parse(verb: str, words: list[str]) -> Any:
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
     if started_ranks() > 1 and verb not in WITH_RANKS:
         raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))

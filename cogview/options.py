@@ -72,7 +72,11 @@ class TrainTokenizer:
 
 @dataclass(frozen=True)
 class Train:
-    """Train the transformer (second step, in the folder of the first)."""
+    """Train the transformer (second step, in the folder of the first).
+
+    On the 8 GPUs of a machine: torchrun --standalone --nproc-per-node 8 -m cogview train ... (the same options;
+    the batch is shared among them). A run may go on with any number of GPUs.
+    """
 
     data: Data
     out: Annotated[Path, arg(metavar="RUN")]

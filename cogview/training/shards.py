@@ -29,7 +29,9 @@ def save_shards(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # of PyTorch's own use
+            dcp.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         raise OSError(f"{folder} cannot be written: {_reason(error)}") from None
     if distributed.is_first():
