@@ -8,7 +8,6 @@ the folder once a first checkpoint is there: a call that failed before it can be
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from cogview.config import Preset
+from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
 from cogview.device import default_device
@@ -36,6 +36,7 @@ from cogview.settings import (
     ModelSettings,
     TokenizerSettings,
     check_settings,
+    load_model_settings,
     model_options,
     tokenizer_options,
     write_options,
@@ -45,7 +46,7 @@ from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training import distributed
-from cogview.training.checkpoint import CHECKPOINTS, check_origin, latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
@@ -58,11 +59,6 @@ TOKENIZER_HISTORY = "image_tokenizer_history.json"
 # A picture of texts by a model that is being trained, at which TensorBoard shows how far it is. It is handed
 # in from above, as training does not know how pictures are drawn.
 Draw = Callable[[CogView, Tokenizers, ModelSettings, Sequence[str]], Any]
-
-
-def data_fingerprint(pairs: Pairs) -> str:
-    captions = repr([pairs.captions(index) for index in range(len(pairs))])
-    return hashlib.blake2b(captions.encode(), digest_size=20).hexdigest()
 
 
 def _tell(notes: Sequence[str], progress: bool) -> None:
@@ -114,9 +110,9 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     if is_started:
         check_settings(out / TOKENIZER_SETTINGS, settings)
     pairs = open_pairs(options.data)
-    origin = {"data": data_fingerprint(pairs)}
+    origin = {"data": fingerprint(pairs)}
     if saved is not None:
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
     if not is_finished:
         pairs.check(preset.image_tokenizer.image_size, progress=options.progress)
     text = None if is_started else _plan_text(pairs, preset, options)
@@ -225,11 +221,12 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     settings = ModelSettings(
         os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
     )
-    origin = {"tokenizers": tokenizers.fingerprint, "data": data_fingerprint(pairs)}
+    origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(pairs)}
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
+        _tell(_notes_on_going_on(out, preset), options.progress)
     draw = _sample_drawer(options, settings, tokenizers, pairs)
     _tell(plan.notes, options.progress)
     pairs.check(tokenizers.image.config.image_size, progress=options.progress)
@@ -251,6 +248,15 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
     )
+
+
+def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
+    before = load_model_settings(out).train.steps
+    if before == preset.train.steps:
+        return []
+    return [
+        f"the learning rate follows the schedule of {preset.train.steps} steps from here on, not {before}"
+    ]
 
 
 def _sample_drawer(

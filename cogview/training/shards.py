@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -41,12 +42,15 @@ def save_shards(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     distributed.wait_for_all()
 
 
-def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) -> dict[str, Tensor]:
+Like = Callable[[str, torch.Size, torch.dtype], Tensor | None]
+
+
+def load_shards(folder: Path, like: Like) -> dict[str, Tensor]:
     """Read tensors of all safetensors files in ``folder``. All ranks together, or one process alone.
 
     Args:
-        like: a tensor to read into, for a name and the shape of the whole tensor; None leaves it out. A
-            tensor that is spread over the ranks gets the parts that belong to each.
+        like: a tensor to read into, for a name, the shape of the whole tensor and its dtype; None leaves it
+            out. A tensor that is spread over the ranks gets the parts that belong to each.
 
     Raises:
         ValueError: a file is damaged, or ``like`` gave a tensor of another shape.
@@ -54,11 +58,12 @@ def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) 
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        wanted = {name: like(name, entry.size) for name, entry in saved.items()}  # type: ignore[union-attr]
+        saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+        wanted = {name: like(name, entry.size, entry.properties.dtype) for name, entry in saved.items()}
         tensors = {name: tensor for name, tensor in wanted.items() if tensor is not None}
         if tensors:
             with warnings.catch_warnings():
