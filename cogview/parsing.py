@@ -35,6 +35,7 @@ VERBS: dict[str, type] = {
     "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
+    "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.
 _OF_TRAINING = {
@@ -43,9 +44,10 @@ _OF_TRAINING = {
         for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "keep")
     },
     "samples-every": "train.samples-every",
+    "compile-layers": "train.compile-layers",
     "checkpoint-layers": "model.activation-checkpointing",
 }
-_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every")
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
