@@ -40,6 +40,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
 def train(given: options.Train) -> None:
     """``cogview train``."""
     from cogview.run import sample_sheet
+    from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -51,7 +52,10 @@ def train(given: options.Train) -> None:
         max_text_tokens=given.max_text_tokens,
     )
     device = usable_device(given.device)
-    history = train_model(TrainModel(given.data, given.out, preset, device, draw=sample_sheet))
+    with distributed.joined_ranks(device):
+        history = train_model(TrainModel(given.data, given.out, preset, device, draw=sample_sheet))
+        if not distributed.is_first():
+            return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")

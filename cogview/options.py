@@ -73,7 +73,12 @@ class TrainTokenizer:
 
 @dataclass(frozen=True)
 class Train:
-    """Train the transformer (second step, in the folder of the first)."""
+    """Train the transformer (second step, in the folder of the first).
+
+    On the 8 GPUs of a machine, with the same options:
+    torchrun --standalone --nproc-per-node 8 -m cogview train ...
+    They share each batch, and another number of them can go on with the run.
+    """
 
     data: Data
     out: Annotated[Path, arg(metavar="RUN")]

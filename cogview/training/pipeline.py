@@ -7,6 +7,7 @@ the folder once a first checkpoint is there: a call that failed before it can be
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from cogview.settings import (
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.compilation import require_compiler
 from cogview.training.lock import RunLock
@@ -189,7 +191,7 @@ class TrainModel:
 
 
 def train_model(options: TrainModel) -> History:
-    """Train the transformer, or go on from its latest checkpoint.
+    """Train the transformer, or go on from its latest checkpoint; under ``torchrun``, all ranks together.
 
     Vocabulary, number of positions and room for text follow from the tokenizers and the captions (see
     :func:`cogview.training.plan.plan_model`). Returns the history: image loss, text loss and learning rate
@@ -203,8 +205,10 @@ def train_model(options: TrainModel) -> History:
         BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
-    with RunLock(options.out) as lock:
-        return _train_model(options, lock)
+    with distributed.joined_ranks(options.device):
+        options = dataclasses.replace(options, progress=options.progress and distributed.is_first())
+        with distributed.only_first(lambda: RunLock(options.out)) as lock:
+            return _train_model(options, lock)
 
 
 def _train_model(options: TrainModel, lock: RunLock) -> History:
@@ -237,8 +241,9 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
     lock.take()
-    write_settings(out / MODEL_SETTINGS, settings)
-    write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+    if distributed.is_first():
+        write_settings(out / MODEL_SETTINGS, settings)
+        write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
     return train(
         model,
         dataset,

@@ -19,6 +19,7 @@ from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
 from cogview.training.compilation import compiled_layers, uncompiled
 from cogview.training.flops import step_flops
@@ -115,8 +116,11 @@ def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
+    With several ranks, ``model`` is sharded over them.
+
     Raises:
-        ValueError: the device cannot compute in ``config.precision``.
+        ValueError: the device cannot compute in ``config.precision``; more ranks, or parts on each of them,
+            than the batch has rows.
     """
 
     label = "train"
@@ -129,10 +133,14 @@ class TransformerTrainer(Trainer):
         self.dataset = dataset
         self.config = config
         self.device = model.word_embeddings.weight.device
+        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
+        if config.resblock_scaling and distributed.num_ranks() > 1:
+            raise ValueError("resblock_scaling is for one process; leave it out, or start without torchrun")
+        distributed.require_rows(config.batch_size, config.accumulate)
+        distributed.shard_model(model, model.sharding_units(), self.precision.dtype)
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
-        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
         self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
         self.draw: Callable[[], Any] | None = None
         self._flops = step_flops(model.config, config.batch_size).model
@@ -173,18 +181,21 @@ class TransformerTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
 
-        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
-        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        A batch in parts, on one rank or on several, has the layouts, the losses and the gradient of the whole
+        batch, to rounding. Its dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a
+        part. Ranks add their gradients up after each part: to wait for the last one, every rank would have to
+        hold the gradient of all weights, and parts are there to save memory.
         """
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        rank, ranks, parts = distributed.rank(), distributed.num_ranks(), self.config.accumulate
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", step, *([rank] if rank else [])))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        parts = self.config.accumulate
+        own, own_layouts = batch.split(ranks)[rank], split_layouts(layouts, ranks)[rank]
         losses = []
         # Activation checkpointing runs the layers again in the backward pass, so that belongs inside as well.
         with nullcontext() if self.resblocks is None else self.resblocks.scaled():
-            for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+            for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
                 shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
                 with shrunk, self.precision.autocast():
                     wide_head = self.resblocks is not None
@@ -193,14 +204,16 @@ class TransformerTrainer(Trainer):
                     watch.look("the loss", loss)
                 backward(loss, scaler)
                 losses.append((loss.detach(), image_loss, text_loss))
-        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        sums = torch.stack([torch.stack(values).sum(0) for values in zip(*losses, strict=True)])
+        loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
 
     def speed(self, seconds: float) -> dict[str, float]:
         tokens = self.config.batch_size * (self.model.config.max_positions - 1)
         rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
         if self._peak_flops:
-            rates["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
+            all_devices = self._peak_flops * distributed.num_ranks()
+            rates["model_flops_utilisation"] = self._flops / seconds / all_devices
         return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
 
     def sample(self) -> Any:
@@ -222,8 +235,14 @@ class TransformerTrainer(Trainer):
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
         with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
+        where = next((where for where in distributed.of_all_ranks(watch.where) if where), "")
+        for name, parameter in self.model.named_parameters():
+            # The watch sees no gradient of a weight that is sharded.
+            if not where and parameter.grad is not None:
+                finite = distributed.own_part(parameter.grad).isfinite().all()
+                where = f"the gradient of {name}" if distributed.any_rank(not finite) else ""
         self.optimizer.zero_grad(set_to_none=True)
-        return watch.where
+        return where
 
     def state(self) -> dict[str, Any]:
         return self.precision.state() if self.resblocks is None else self.resblocks.state()
@@ -248,6 +267,9 @@ def train(
     that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators.
     Returns the history: ``image_loss``, ``text_loss``, ``learning_rate``, one value per step. The rest is
     :func:`cogview.training.loop.run_loop`.
+    In an initialised process group (``torch.distributed``), all ranks train together: see
+    :mod:`cogview.training.distributed`. Every rank gives the same model, data and settings; the model is
+    sharded afterwards.
 
     Args:
         origin: fingerprints of what is trained on, by name; checkpoints keep them.
