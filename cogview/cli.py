@@ -21,13 +21,14 @@ EXIT_SIGNAL = 128  # and the number of the signal
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
+    "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "demo": "--out runs/demo",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo")
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 

@@ -26,6 +26,7 @@ else:
 
 VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
+    "tokenize": options.Tokenize,
     "train": options.Train,
     "generate": options.Generate,
     "caption": options.Caption,
@@ -42,7 +43,7 @@ SHORT: dict[type, dict[str, str]] = {
             name: f"train.{name}"
             for name in (
                 *("steps", "batch-size", "seed", "precision", "accumulate", "log-every"),
-                *("keep", "samples-every"),
+                *("keep", "samples-every", "validation"),
             )
         },
         "checkpoint-layers": "model.activation-checkpointing",

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of pairs in batches, read in this process or ahead of it in others."""
+"""Batches of training steps, made in this process or ahead of it in others."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cogview.data.pairs import Pairs
+
+T = TypeVar("T")
 
 
 class PairImages(Dataset[Tensor]):
@@ -41,4 +44,28 @@ def training_images(
         num_workers=workers,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # The loader draws a seed from it rather than from the global one.
+    )
+
+
+class _Steps(Dataset[T], Generic[T]):
+    """What a pure function gives for each step."""
+
+    def __init__(self, batch: Callable[[int], T]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> T:
+        return self.batch(step)
+
+
+def training_batches(batch: Callable[[int], T], steps: range, workers: int = 0) -> Iterator[T]:
+    """``batch(step)`` of each step in order; ``workers`` processes, if there are any, make them ahead."""
+    return iter(
+        DataLoader(
+            _Steps(batch),
+            sampler=steps,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),
+        )
     )

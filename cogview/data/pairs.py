@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +14,10 @@ from cogview.files import StrPath
 
 class Pairs(Protocol):
     """Images and their captions."""
+
+    @property
+    def absent(self) -> Sequence[str]:
+        """Names of images that are listed and not there."""
 
     def __len__(self) -> int: ...
 

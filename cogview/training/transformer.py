@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cogview.config import ModelConfig, TrainConfig
+from cogview.data.loading import training_batches
 from cogview.data.tokens import TokenDataset
 from cogview.files import StrPath
 from cogview.model.transformer import CogView
@@ -33,6 +36,8 @@ from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradien
 from cogview.training.precision import NonFiniteWatch, Precision
 from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
+
+VALIDATION_IMAGES = 1024  # at most, for each checkpoint
 
 
 def sample_layouts(
@@ -103,6 +108,15 @@ def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
     return has_target & ~batch.text_mask, has_target & batch.text_mask
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What to train on and what to validate on."""
+
+    training: TokenDataset
+    validation: TokenDataset | None = None
+    workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
+
+
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
@@ -115,9 +129,9 @@ class TransformerTrainer(Trainer):
     checkpoints = CHECKPOINTS
     recorded = ("image_loss", "text_loss", "learning_rate")
 
-    def __init__(self, model: CogView, dataset: TokenDataset, config: TrainConfig) -> None:
+    def __init__(self, model: CogView, data: TrainingData | TokenDataset, config: TrainConfig) -> None:
         self.model: CogView = model
-        self.dataset = dataset
+        self.data = TrainingData(data) if isinstance(data, TokenDataset) else data
         self.config = config
         self.device = model.word_embeddings.weight.device
         self.optimizer = make_optimizer(model, config)
@@ -130,15 +144,17 @@ class TransformerTrainer(Trainer):
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
-        config = self.config
-        for step in range(first, config.steps):
-            yield self.dataset.batch(
-                step,
-                config.batch_size,
-                text_weight=config.text_weight,
-                caption_fraction=config.caption_fraction,
-                seed=config.seed,
-            )
+        batch = self._batches_of(self.data.training, self.config.batch_size)
+        return training_batches(batch, range(first, self.config.steps), self.data.workers)
+
+    def _batches_of(self, dataset: TokenDataset, batch_size: int) -> Callable[[int], Batch]:
+        return partial(
+            dataset.batch,
+            batch_size=batch_size,
+            text_weight=self.config.text_weight,
+            caption_fraction=self.config.caption_fraction,
+            seed=self.config.seed,
+        )
 
     def step(self, step: int, batch: Batch) -> StepResult:
         rate = learning_rate(step, self.config)
@@ -196,6 +212,30 @@ class TransformerTrainer(Trainer):
         finally:
             self.model.train()
 
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The losses of the same images, texts and layouts each time, without dropout."""
+        dataset = self.data.validation
+        if dataset is None:
+            return {}
+        rows = -(-self.config.batch_size // self.config.accumulate)
+        batch_size = min(rows, len(dataset))
+        count = max(1, min(len(dataset), VALIDATION_IMAGES) // batch_size)
+        self._layout_generator.manual_seed(derive_seed(self.config.seed, "validation layouts"))
+        self.model.eval()
+        sums = torch.zeros(2, 2, dtype=torch.float64)
+        for batch in map(self._batches_of(dataset, batch_size), range(count)):
+            batch = batch.to(self.device)
+            layouts = sample_layouts(self.model.config, batch, self._layout_generator)
+            with self.precision.autocast():
+                _, *means = losses_of(self.model, batch, layouts)
+            counted = [kind.sum().double() for kind in _kinds(batch)]
+            losses = [mean.double() * number for mean, number in zip(means, counted, strict=True)]
+            sums += torch.stack([torch.stack(losses), torch.stack(counted)]).cpu()
+        self.model.train()
+        image_loss, text_loss = (sums[0] / sums[1].clamp(min=1)).tolist()
+        return {"image_loss": image_loss, "text_loss": text_loss}
+
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
 
@@ -218,7 +258,7 @@ class TransformerTrainer(Trainer):
 
 def train(
     model: CogView,
-    dataset: TokenDataset,
+    data: TrainingData | TokenDataset,
     config: TrainConfig,
     out: StrPath,
     *,
@@ -234,10 +274,11 @@ def train(
     :func:`cogview.training.loop.run_loop`.
 
     Args:
+        data: a dataset alone is trained on without validation.
         origin: fingerprints of what is trained on, by name; checkpoints keep them.
         draw: makes the PIL picture that TensorBoard shows every ``config.samples_every`` steps.
     """
-    trainer = TransformerTrainer(model, dataset, config)
+    trainer = TransformerTrainer(model, data, config)
     trainer.origin = origin
     if draw is not None:
         trainer.draw, trainer.samples_every = draw, config.samples_every
