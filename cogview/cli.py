@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cogview
+from cogview.launch import started_as_first, started_ranks
 
 EXIT_MISTAKE = 2
 EXIT_SIGNAL = 128  # and the number of the signal
@@ -29,6 +30,7 @@ EXAMPLES = {
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo")
+WITH_RANKS = ("train",)  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given is not None:
                 _run(verb, given)
     except KeyboardInterrupt as interrupt:
-        if verb in RESUMABLE and given is not None:
+        if not started_as_first():
+            pass  # The first rank tells it for all.
+        elif verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
                 "Run the same command again to go on from there.",
@@ -80,7 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except (ValueError, OSError) as error:
-        print(f"{f'cogview {verb}'.strip()}: {' '.join(str(error).split())}", file=sys.stderr)
+        # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
+        if given is not None or started_as_first():
+            where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
+            command = f"cogview {verb}".strip()
+            print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
 
@@ -105,6 +113,8 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
+    if started_ranks() > 1 and verb not in WITH_RANKS:
+        raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
     parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
@@ -126,4 +136,5 @@ def _run(verb: str, given: Any) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if started_as_first():
+        print(f"warning: {message}", file=sys.stderr)

@@ -67,6 +67,7 @@ def tokenize(given: options.Tokenize) -> None:
 def train(given: options.Train) -> None:
     """``cogview train``."""
     from cogview.run import sample_sheet
+    from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -78,17 +79,19 @@ def train(given: options.Train) -> None:
         max_text_tokens=given.max_text_tokens,
     )
     device = usable_device(given.device)
-    history = train_model(
-        TrainModel(
-            given.data,
-            given.out,
-            preset,
-            device,
-            draw=sample_sheet,
-            workers=given.workers,
-            skip_bad=given.skip_bad,
-        )
+    wanted = TrainModel(
+        given.data,
+        given.out,
+        preset,
+        device,
+        draw=sample_sheet,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
     )
+    with distributed.joined_ranks(device):
+        history = train_model(wanted)
+        if not distributed.is_first():
+            return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")

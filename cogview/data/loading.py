@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
@@ -29,8 +30,16 @@ class PairImages(Dataset[Tensor]):
         return self.pairs.image(index, self.size)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the training process finishes its step and then stops.
+def _leave_group(worker: int) -> None:
+    """A process of its own: what asks the training to end reaches its whole group.
+
+    The training then finishes its step, for which it needs its workers, and ends them itself, by SIGTERM if
+    it has to.
+    """
+    os.setpgrp()
+    signal.set_wakeup_fd(-1)  # A signal here would be told to the training as one of its own.
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -42,7 +51,7 @@ def training_images(
         PairImages(pairs, size),
         batch_sampler=order,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_group,
         generator=torch.Generator(),  # The loader draws a seed from it rather than from the global one.
     )
 
@@ -65,7 +74,7 @@ def training_batches(batch: Callable[[int], T], steps: range, workers: int = 0) 
             sampler=steps,
             batch_size=None,
             num_workers=workers,
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=_leave_group,
             generator=torch.Generator(),
         )
     )

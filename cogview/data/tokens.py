@@ -22,8 +22,6 @@ from cogview.tokens.sequence import (
 from cogview.tokens.text_tokenizer import UNKNOWN, TextTokenizer
 from cogview.tokens.vocab import Vocab
 
-WHOLE = slice(None)
-
 
 class TokenRows(Protocol):
     """Images as codes, each with one or more texts."""
@@ -64,20 +62,17 @@ class TokenDataset:
         text_weight: float,
         caption_fraction: float,
         seed: int,
-        part: slice = WHOLE,
     ) -> Batch:
-        """The rows of one training step, or a ``part`` of them: a pure function of its arguments.
+        """The rows of one training step: a pure function of its arguments.
 
         Each row draws one of its image's captions, and is in image-to-text order with probability
-        ``caption_fraction``. A part has the rows that it has in the whole.
+        ``caption_fraction``.
         """
         choice = random.Random(derive_seed(seed, "rows", step))
-        draws = [(choice.random(), choice.random()) for _ in range(batch_size)]
         rows = []
-        indices = batch_indices(seed, step, batch_size, len(self))
-        for index, (which_text, which_order) in zip(indices[part], draws[part], strict=True):
-            text, codes = self.rows.read(index, which_text)
-            make_row = image_to_text_row if which_order < caption_fraction else text_to_image_row
+        for index in batch_indices(seed, step, batch_size, len(self)):
+            text, codes = self.rows.read(index, choice.random())
+            make_row = image_to_text_row if choice.random() < caption_fraction else text_to_image_row
             rows.append(make_row(self.vocab, fit_text(text, self.max_text_tokens, truncate=True), codes))
         return make_batch(self.vocab, rows, self.length, text_weight)
 

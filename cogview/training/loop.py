@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cogview.files import StrPath
 from cogview.progress import Progress
+from cogview.training import distributed
 from cogview.training.board import Board
 from cogview.training.checkpoint import (
     CheckpointState,
@@ -150,7 +151,7 @@ def descend(
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
     skipped = ~torch.isfinite(norm)
     if scaler is not None:
         scaler.step(optimizer)
@@ -259,7 +260,7 @@ class _Report:
 
 def _resume(trainer: Trainer, folder: Path, steps: int) -> CheckpointState:
     """Put ``trainer`` where the latest checkpoint left it; the state of step 0 if there is none."""
-    saved = latest_checkpoint(folder)
+    saved = distributed.of_all_ranks(latest_checkpoint(folder))[0]  # the same for all, however slow the disk
     if saved is None:
         return CheckpointState(0, {name: [] for name in trainer.recorded})
     state = load_checkpoint(saved, trainer.model, trainer.optimizers)
@@ -284,7 +285,8 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
     number. It reads what the steps report every ``trainer.log_every`` steps and before each checkpoint, and
     does not wait for the device in between. On Ctrl-C, SIGTERM or SIGHUP, finishes the step, saves and raises
     a KeyboardInterrupt. Returns the history, one value per step under each recorded name, and leaves the
-    model in eval mode.
+    model in eval mode. All ranks together: they stop after the same step, whichever of them is interrupted,
+    and only the first one shows anything.
     """
     out = Path(out)
     folder = out / trainer.checkpoints
@@ -294,9 +296,11 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         return resumed.history
     trainer.model.train()
     with (
-        DeferredInterrupt() as interrupt,
-        Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress) as bar,
-        Board(out / "tensorboard", resumed.step, bar.write) as board,
+        DeferredInterrupt(ranks=distributed.num_ranks(), tells=distributed.is_first()) as interrupt,
+        distributed.only_first(
+            lambda: Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress)
+        ) as bar,
+        distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
         for step, batch in zip(
@@ -304,14 +308,15 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         ):
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
-            saves = done % config.checkpoint_every == 0 or done == config.steps or interrupt.requested
+            stops = distributed.any_rank(interrupt.requested)
+            saves = done % config.checkpoint_every == 0 or done == config.steps or stops
             if saves or done % trainer.log_every == 0:
                 report.read()
             with report.pause():
                 if saves:
                     state = report.state(done)
                     save_checkpoint(folder, state, trainer.model, trainer.optimizers, keep=config.keep)
-                    if interrupt.requested:
+                    if stops:
                         raise interrupt.exception()
                     report.validate(done)
                 report.sample(done)

@@ -7,8 +7,10 @@ the folder once a first checkpoint is there: a call that failed before it can be
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +48,7 @@ from cogview.settings import (
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_origin, latest_checkpoint
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
@@ -204,7 +207,7 @@ class TrainModel:
 
 
 def train_model(options: TrainModel) -> History:
-    """Train the transformer, or go on from its latest checkpoint.
+    """Train the transformer, or go on from its latest checkpoint; under ``torchrun``, all ranks together.
 
     Vocabulary, number of positions and room for text follow from the tokenizers and the captions (see
     :func:`cogview.training.plan.plan_model`). Returns the history: image loss, text loss and learning rate
@@ -217,8 +220,10 @@ def train_model(options: TrainModel) -> History:
         BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
-    with RunLock(options.out) as lock:
-        return _train_model(options, lock)
+    with distributed.joined_ranks(options.device):
+        options = dataclasses.replace(options, progress=options.progress and distributed.is_first())
+        with distributed.only_first(lambda: RunLock(options.out)) as lock:
+            return _train_model(options, lock)
 
 
 def _train_model(options: TrainModel, lock: RunLock) -> History:
@@ -250,8 +255,9 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     )
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
-    write_settings(out / MODEL_SETTINGS, settings)
-    write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+    if distributed.is_first():
+        write_settings(out / MODEL_SETTINGS, settings)
+        write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
     return train(
         model,
         dataset,
@@ -279,6 +285,10 @@ def _rows_of(pairs: Pairs, options: TrainModel, tokenizers: Tokenizers, text_wid
     """The rows of pictures, which are encoded once: a run that goes on finds them in its folder."""
     folder, samples = Path(options.out) / TRAINING_ROWS, PairSamples(pairs)
     wanted = row_format(samples, tokenizers, text_width)
+    if not distributed.is_first():
+        while not has_rows(folder, wanted):
+            time.sleep(1)  # That takes longer than ranks wait for one another.
+        return open_rows(folder)
     if not options.skip_bad and not has_rows(folder, wanted):
         pairs.check(tokenizers.image.config.image_size, progress=options.progress)
     rows = write_rows(samples, tokenizers, folder, wanted, replace=True, progress=options.progress)

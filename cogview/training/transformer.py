@@ -21,6 +21,7 @@ from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
 from cogview.training.flops import step_flops
 from cogview.training.loop import (
@@ -120,8 +121,11 @@ class TrainingData:
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
+    With several ranks, ``model`` is sharded over them.
+
     Raises:
-        ValueError: the device cannot compute in ``config.precision``.
+        ValueError: the device cannot compute in ``config.precision``; more ranks, or parts on each of them,
+            than the batch has rows.
     """
 
     label = "train"
@@ -134,10 +138,12 @@ class TransformerTrainer(Trainer):
         self.data = TrainingData(data) if isinstance(data, TokenDataset) else data
         self.config = config
         self.device = model.word_embeddings.weight.device
+        self.precision = Precision(config.precision, self.device)
+        distributed.require_rows(config.batch_size, config.accumulate)
+        distributed.shard_model(model, model.sharding_units(), self.precision.dtype)
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
-        self.precision = Precision(config.precision, self.device)
         self.draw: Callable[[], Any] | None = None
         self._flops = step_flops(model.config, config.batch_size).model
         self._peak_flops = peak_flops(self.device, self.precision.dtype)
@@ -177,16 +183,19 @@ class TransformerTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
 
-        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
-        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        A batch in parts, on one rank or on several, has the layouts, the losses and the gradient of the whole
+        batch, to rounding. Its dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a
+        part. Ranks add their gradients up after each part: to wait for the last one, every rank would have to
+        hold the gradient of all weights, and parts are there to save memory.
         """
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        rank, ranks, parts = distributed.rank(), distributed.num_ranks(), self.config.accumulate
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", step, *([rank] if rank else [])))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        parts = self.config.accumulate
+        own, own_layouts = batch.split(ranks)[rank], split_layouts(layouts, ranks)[rank]
         losses = []
-        for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+        for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
             shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
             with shrunk, self.precision.autocast():
                 loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
@@ -194,14 +203,16 @@ class TransformerTrainer(Trainer):
                 watch.look("the loss", loss)
             backward(loss, scaler)
             losses.append((loss.detach(), image_loss, text_loss))
-        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        sums = torch.stack([torch.stack(values).sum(0) for values in zip(*losses, strict=True)])
+        loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
 
     def speed(self, seconds: float) -> dict[str, float]:
         tokens = self.config.batch_size * (self.model.config.max_positions - 1)
         rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
         if self._peak_flops:
-            rates["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
+            all_devices = self._peak_flops * distributed.num_ranks()
+            rates["model_flops_utilisation"] = self._flops / seconds / all_devices
         return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
 
     def sample(self) -> Any:
@@ -218,22 +229,25 @@ class TransformerTrainer(Trainer):
         dataset = self.data.validation
         if dataset is None:
             return {}
-        rows = -(-self.config.batch_size // self.config.accumulate)
-        batch_size = min(rows, len(dataset))
+        batch_size = min(-(-self.config.batch_size // self.config.accumulate), len(dataset))
         count = max(1, min(len(dataset), VALIDATION_IMAGES) // batch_size)
+        parts = distributed.num_ranks() if batch_size >= distributed.num_ranks() else 1
+        part = distributed.rank() % parts
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "validation layouts"))
         self.model.eval()
-        sums = torch.zeros(2, 2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float32, device=self.device)
+        all_counts = torch.zeros_like(sums)
         for batch in map(self._batches_of(dataset, batch_size), range(count)):
             batch = batch.to(self.device)
-            layouts = sample_layouts(self.model.config, batch, self._layout_generator)
+            layouts = split_layouts(sample_layouts(self.model.config, batch, self._layout_generator), parts)
             with self.precision.autocast():
-                _, *means = losses_of(self.model, batch, layouts)
-            counted = [kind.sum().double() for kind in _kinds(batch)]
-            losses = [mean.double() * number for mean, number in zip(means, counted, strict=True)]
-            sums += torch.stack([torch.stack(losses), torch.stack(counted)]).cpu()
+                _, *means = losses_of(self.model, batch.split(parts)[part], layouts[part], batch)
+            counts = torch.stack([kind.sum() for kind in _kinds(batch)]).float()
+            sums += torch.stack(means).float() * counts
+            all_counts += counts
         self.model.train()
-        image_loss, text_loss = (sums[0] / sums[1].clamp(min=1)).tolist()
+        sums = distributed.sum_over_ranks(sums) if parts > 1 else sums
+        image_loss, text_loss = (sums / all_counts.clamp(min=1)).tolist()
         return {"image_loss": image_loss, "text_loss": text_loss}
 
     def shown(self, values: Mapping[str, float]) -> str:
@@ -246,8 +260,14 @@ class TransformerTrainer(Trainer):
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
         with NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
+        where = next((where for where in distributed.of_all_ranks(watch.where) if where), "")
+        for name, parameter in self.model.named_parameters():
+            # The watch sees no gradient of a weight that is sharded.
+            if not where and parameter.grad is not None:
+                finite = distributed.own_part(parameter.grad).isfinite().all()
+                where = f"the gradient of {name}" if distributed.any_rank(not finite) else ""
         self.optimizer.zero_grad(set_to_none=True)
-        return watch.where
+        return where
 
     def state(self) -> dict[str, Any]:
         return self.precision.state()
@@ -272,6 +292,9 @@ def train(
     that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators.
     Returns the history: ``image_loss``, ``text_loss``, ``learning_rate``, one value per step. The rest is
     :func:`cogview.training.loop.run_loop`.
+    In an initialised process group (``torch.distributed``), all ranks train together: see
+    :mod:`cogview.training.distributed`. Every rank gives the same model, data and settings; the model is
+    sharded afterwards.
 
     Args:
         data: a dataset alone is trained on without validation.

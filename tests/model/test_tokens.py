@@ -32,12 +32,6 @@ def test_batches_follow_from_seed_and_step(dataset):
     assert 16 < of_two.sum() < 48  # images have two captions, drawn equally often
 
 
-@pytest.mark.parametrize("part", [slice(0, 20), slice(20, 64), slice(1, None, 3)])
-def test_a_part_of_a_batch_has_the_rows_of_the_whole(dataset, part):
-    whole, some = dataset.batch(4, 64, **OPTIONS), dataset.batch(4, 64, **OPTIONS, part=part)
-    assert torch.equal(some.tokens, whole.tokens[part]) and torch.equal(some.weight, whole.weight[part])
-
-
 def test_another_process_makes_the_same_batches(dataset):
     other = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(other.batch(4, 64, **OPTIONS).tokens, dataset.batch(4, 64, **OPTIONS).tokens)
