@@ -25,7 +25,6 @@ from cogview.data.fingerprint import fingerprint
 from cogview.data.rows import (
     HEAD,
     IMAGES,
-    KEY_BITS,
     PADDING,
     ROWS,
     SKIPPED,
@@ -33,6 +32,7 @@ from cogview.data.rows import (
     RowFormat,
     Rows,
     RowsHead,
+    image_key,
     open_rows,
 )
 from cogview.data.samples import Sample, Samples, read_ahead
@@ -134,7 +134,7 @@ def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Fi
         texts, lengths, with_unknown = encoder.texts(tuple(sample.captions))
         state.captions.add(lengths, with_unknown)
         images.append(
-            (state.rows, _key(codes.tobytes() if sample.origin is None else sample.origin.encode()))
+            (state.rows, image_key(codes.tobytes() if sample.origin is None else sample.origin.encode()))
         )
         rows.append(np.hstack([texts, np.broadcast_to(codes, (len(texts), len(codes)))]))
         state.rows += len(texts)
@@ -146,11 +146,6 @@ def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Fi
     state.skipped += len(bad)
     state.skipped_bytes += len(skipped)
     state.taken += len(chunk)
-
-
-def _key(identity: bytes) -> int:
-    digest = hashlib.blake2b(identity, digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
 
 
 def row_format(samples: Samples, tokenizers: Tokenizers, text_width: int) -> RowFormat:

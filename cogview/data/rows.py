@@ -12,20 +12,30 @@ an image lie together. Beside it in the folder::
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from cogview.files import StrPath, read_json
 from cogview.settings import build
+from cogview.tokens.text_tokenizer import UNKNOWN
+from cogview.tokens.vocab import Vocab
 
 ROWS, IMAGES, HEAD, SKIPPED = "rows.bin", "images.bin", "rows.json", "skipped.tsv"
 PADDING = -1
 KEY_BITS = 63
+
+
+def image_key(identity: bytes) -> int:
+    """A hash of what makes an image that one and no other: of its codes, or of what it is a copy of."""
+    digest = hashlib.blake2b(identity, digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,27 @@ class Rows:
     def __init__(self, head: RowsHead, tokens: np.ndarray, images: np.ndarray, folder: Path | None = None):
         self.head, self.folder = head, folder
         self._tokens, self._images = tokens, images
+
+    @classmethod
+    def in_memory(cls, vocab: Vocab, codes: Tensor, captions: Sequence[Sequence[Sequence[int]]]) -> Rows:
+        """Rows from codes ``[N, num_codes]`` and, for each image, its captions as piece ids."""
+        texts = [text for of_image in captions for text in of_image]
+        counts = [len(of_image) for of_image in captions]
+        if len(counts) != len(codes) or not all(counts):
+            raise ValueError(f"each of {len(codes)} images must have captions, got {counts}")
+        width = max(map(len, texts))
+        tokens = np.full((len(texts), width + codes.shape[1]), PADDING, dtype=np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = np.array(text, dtype=np.int32) + vocab.text_start
+        all_codes = codes.cpu().numpy().astype(np.int32)
+        tokens[:, width:] = np.repeat(all_codes, counts, axis=0)
+        keys = [image_key(row.tobytes()) for row in all_codes]
+        images = np.stack([np.cumsum([0, *counts[:-1]]), np.array(keys, dtype=np.int64)], axis=1)
+        lengths = CaptionLengths()
+        lengths.add(map(len, texts), sum(UNKNOWN in text for text in texts))
+        kind = RowFormat(width, codes.shape[1], vocab.num_image_codes, vocab.num_text_pieces, "", "")
+        content = hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest()
+        return cls(RowsHead(kind, len(images), len(tokens), 0, content, lengths), tokens, images)
 
     def __reduce__(self) -> Any:
         # A process that loads data maps the files itself: pickled, a mapped array is its whole content.

@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cogview.config import ModelConfig, Preset, ThreeRegionConfig
-from cogview.data.rows import PADDING, CaptionLengths, RowFormat, Rows, RowsHead
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.tokens.sequence import image_to_text_prompt
@@ -28,20 +25,6 @@ SMALL = ModelConfig(
     dropout=0.0,
     three_region=ThreeRegionConfig(block_size=4, window_blocks=2, num_pivots=12),
 )
-
-
-def rows_of(codes: Tensor, captions: Sequence[Sequence[Sequence[int]]], vocab: Vocab = VOCAB) -> Rows:
-    """Rows in memory: codes ``[N, num_codes]``, and for each image its captions as piece ids."""
-    width = max(len(text) for texts in captions for text in texts)
-    images, tokens = [], []
-    for index, (row, texts) in enumerate(zip(codes.tolist(), captions, strict=True)):
-        images.append((len(tokens), index * 2**63 // len(codes)))
-        for text in texts:
-            ids = [vocab.text_start + piece for piece in text]
-            tokens.append(ids + [PADDING] * (width - len(text)) + row)
-    table = RowFormat(width, codes.shape[1], vocab.num_image_codes, vocab.num_text_pieces, "", "")
-    head = RowsHead(table, len(images), len(tokens), 0, "", CaptionLengths())
-    return Rows(head, np.array(tokens, dtype=np.int32), np.array(images, dtype=np.int64))
 
 
 def small_model(seed: int = 0, scale: float = 1.0, **changes: object) -> CogView:

@@ -19,14 +19,13 @@ from cogview.data.digits import DigitPairs
 from cogview.data.fingerprint import fingerprint
 from cogview.data.folder import FolderPairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
-from cogview.data.rows import KEY_BITS, RowSubset, open_rows, split_rows
+from cogview.data.rows import KEY_BITS, Rows, RowSubset, open_rows, split_rows
 from cogview.data.samples import PairSamples
 from cogview.data.webdataset import ShardSamples, is_shards
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import Tokenizers
 from cogview.tokens.vocab import Vocab
 from cogview.tokens.vqvae import ImageTokenizer
-from tests.model.helpers import rows_of
 
 SHAPE = ImageTokenizerConfig(num_codes=16, code_dim=8, channels=8, stages=2, image_size=8)
 FILES = ("rows.bin", "images.bin", "rows.json", "skipped.tsv")
@@ -188,14 +187,17 @@ def test_the_fingerprint_of_rows_is_that_of_their_content(photos, tokenizers, tm
 
 def test_a_split_is_disjoint_whole_and_stable_when_data_are_added():
     codes = torch.arange(2000).view(500, 4)
-    rows = rows_of(codes % 2000, [[[1]]] * 500)
+    rows = Rows.in_memory(Vocab(2000, 20), codes, [[[1]]] * 500)
     training, validation = split_rows(rows, 0.1)
     assert len(validation) > 0 and len(training) + len(validation) == 500
     seen = [tuple(part.read(index)[1]) for part in (training, validation) for index in range(len(part))]
     assert sorted(seen) == sorted(map(tuple, codes.tolist()))
+    some = Rows.in_memory(Vocab(2000, 20), codes[:400], [[[1]]] * 400).chosen(0.1)
+    assert np.array_equal(some, [image for image in rows.chosen(0.1) if image < 400])
+    assert 20 < len(validation) < 80
     assert split_rows(rows, 0.0) == (rows, None)
-    with pytest.raises(ValueError, match=r"validation=0\.5 takes 1 of 1 images; take another share"):
-        split_rows(rows_of(codes[:1], [[[1]]]), 0.5)
+    with pytest.raises(ValueError, match=r"validation=0\.5 takes . of 1 images; take another share"):
+        split_rows(Rows.in_memory(Vocab(2000, 20), codes[:1], [[[1]]]), 0.5)
 
 
 def test_the_side_of_an_image_follows_from_its_codes_and_copies_stay_together(tokenizers, tmp_path):

@@ -4,9 +4,9 @@ import pickle
 import pytest
 import torch
 
+from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.tokens.vocab import Vocab
-from tests.model.helpers import rows_of
 
 VOCAB = Vocab(16, 20)
 OPTIONS = {"text_weight": 2.0, "caption_fraction": 0.5, "seed": 1}
@@ -14,7 +14,7 @@ OPTIONS = {"text_weight": 2.0, "caption_fraction": 0.5, "seed": 1}
 
 @pytest.fixture
 def dataset():
-    rows = rows_of(torch.arange(40).view(10, 4) % 16, [[[1], [2, 3]]] * 10, VOCAB)
+    rows = Rows.in_memory(VOCAB, torch.arange(40).view(10, 4) % 16, [[[1], [2, 3]]] * 10)
     return TokenDataset(VOCAB, rows, length=11)
 
 
@@ -38,7 +38,7 @@ def test_another_process_makes_the_same_batches(dataset):
 
 
 def test_a_text_too_long_loses_its_end_and_the_image_nothing():
-    rows = rows_of(torch.tensor([[1, 2, 3, 4]]), [[[5, 6, 7]]], VOCAB)
+    rows = Rows.in_memory(VOCAB, torch.tensor([[1, 2, 3, 4]]), [[[5, 6, 7]]])
     batch = TokenDataset(VOCAB, rows, length=11).batch(0, 1, text_weight=1.0, caption_fraction=0.0, seed=0)
     kept = [VOCAB.text_start + 5, VOCAB.text_start + 6]
     tiny, start, end = (VOCAB.command(name) for name in ("TINY", "BOI1", "EOI1"))
@@ -46,6 +46,6 @@ def test_a_text_too_long_loses_its_end_and_the_image_nothing():
 
 
 def test_rows_that_cannot_hold_an_image_are_an_error():
-    rows = rows_of(torch.zeros(1, 4, dtype=torch.int64), [[[1]]], VOCAB)
+    rows = Rows.in_memory(VOCAB, torch.zeros(1, 4, dtype=torch.int64), [[[1]]])
     with pytest.raises(ValueError, match="length=8 cannot hold 4 codes and 5 framing tokens"):
         TokenDataset(VOCAB, rows, length=8)

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogview.training.transformer
 from cogview.config import TrainConfig
+from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.training.transformer import TransformerTrainer, losses_of, sample_layouts, train
 from cogview_kernels.linear_cross_entropy import native
-from tests.model.helpers import VOCAB, rows_of, small_model
+from tests.model.helpers import VOCAB, small_model
 
 CONFIG = TrainConfig(
     steps=12, batch_size=8, learning_rate=2e-3, text_weight=3.0, checkpoint_every=4, warmup_fraction=0.2
@@ -28,7 +29,7 @@ def dataset():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (20, 16), generator=generator)
     captions = [[[1 + index % 4, 7], [9, 1 + index % 4, 8]] for index in range(20)]
-    return TokenDataset(VOCAB, rows_of(codes, captions), length=26)
+    return TokenDataset(VOCAB, Rows.in_memory(VOCAB, codes, captions), length=26)
 
 
 def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
