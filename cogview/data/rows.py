@@ -13,6 +13,7 @@ an image lie together. Beside it in the folder::
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -216,13 +217,17 @@ def open_rows(folder: StrPath) -> Rows:
         head = build(RowsHead, read_json(folder / HEAD))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / HEAD} is damaged: {error}") from None
-    tokens = _map(folder / ROWS, np.int32, (head.rows, head.format.width))
+    tokens = _map(folder / ROWS, np.int32, (head.rows, head.format.width), advice=mmap.MADV_RANDOM)
     return Rows(head, tokens, _map(folder / IMAGES, np.int64, (head.images, 2)), folder)
 
 
-def _map(path: Path, kind: type, shape: tuple[int, int]) -> np.ndarray:
+def _map(path: Path, kind: type, shape: tuple[int, int], advice: int = mmap.MADV_NORMAL) -> np.ndarray:
+    # Rows are read in random order: reading ahead, the system would read thirty times what is used.
     expected = shape[0] * shape[1] * np.dtype(kind).itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != expected or not expected:
         raise ValueError(f"{path} must have {expected} bytes, has {size}; write the rows anew")
-    return np.memmap(path, kind, "r", shape=shape)
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(advice)
+    return np.frombuffer(mapped, kind).reshape(shape)
