@@ -8,6 +8,7 @@
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
+      rows/                        pictures and captions that are trained on, as tokens
       checkpoints/step-00000400/   weights, optimizer, losses so far
       tensorboard/                 scalars
 """

@@ -6,11 +6,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from cogview.data.pairs import open_pairs
+from cogview.data.pairs import is_shards, open_pairs
 from cogview.data.row_writer import row_format, write_rows
 from cogview.data.rows import Rows, is_rows
 from cogview.data.samples import PairSamples, Samples
-from cogview.data.webdataset import ShardSamples, is_shards
+from cogview.data.webdataset import ShardSamples
 from cogview.device import default_device
 from cogview.files import StrPath
 from cogview.tokens.tokenizers import load_tokenizers
@@ -51,7 +51,7 @@ def tokenize(options: Tokenize) -> Rows:
 
 
 def _samples(data: StrPath) -> Samples:
-    if is_shards(os.fspath(data)):
+    if is_shards(data):
         return ShardSamples(os.fspath(data))
     if is_rows(data):
         raise ValueError(f"{data} holds rows of tokens already; --data takes pictures with captions")

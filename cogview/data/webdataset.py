@@ -23,11 +23,6 @@ TEXTS = ("txt", "text", "caption")
 KEYS = ("caption", "captions", "text")  # in a sample's JSON
 
 
-def is_shards(data: str) -> bool:
-    """Whether ``data`` names shards rather than a folder."""
-    return data.startswith("pipe:") or "://" in data or data.endswith((".tar", ".tar.gz", ".tgz"))
-
-
 class ShardSamples:
     """The samples of shards, each shard a part.
 

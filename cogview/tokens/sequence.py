@@ -111,7 +111,9 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
         raise ValueError(
             f"rows must have at most length={length} tokens, got one of {longest}; shorten its text"
         )
-    table = np.full((len(rows), length), vocab.pad, dtype=np.int64)  # NumPy reads lists several times as fast.
+    table = np.full(
+        (len(rows), length), vocab.pad, dtype=np.int64
+    )  # NumPy reads lists several times as fast.
     for row, tokens in zip(table, rows, strict=True):
         row[: len(tokens)] = tokens
     padded = torch.from_numpy(table)

@@ -18,10 +18,11 @@ from cogview.config import ImageTokenizerConfig
 from cogview.data.digits import DigitPairs
 from cogview.data.fingerprint import fingerprint
 from cogview.data.folder import FolderPairs
+from cogview.data.pairs import is_shards, open_pairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import KEY_BITS, Rows, RowSubset, open_rows, split_rows
 from cogview.data.samples import PairSamples
-from cogview.data.webdataset import ShardSamples, is_shards
+from cogview.data.webdataset import ShardSamples
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import Tokenizers
 from cogview.tokens.vocab import Vocab
@@ -248,7 +249,9 @@ def shards(tmp_path):
 
 def test_shards_give_their_rows_in_order_however_they_are_read(shards, tokenizers, tmp_path, monkeypatch):
     pattern = f"{shards}/part-{{0..2}}.tar"
-    assert is_shards(pattern) and not is_shards(str(shards))
+    assert is_shards(pattern) and not is_shards(shards)
+    with pytest.raises(ValueError, match="names shards, which cogview tokenize turns into rows"):
+        open_pairs(pattern)
     write(ShardSamples(pattern), tokenizers, tmp_path / "whole", workers=3)
     rows = open_rows(tmp_path / "whole")
     assert [tokenizers.text.decode(rows.read(index)[0]) for index in range(2)] == [
