@@ -7,6 +7,7 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import signal
 import sys
@@ -24,9 +25,12 @@ EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
+    "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "presets": "",
+    "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo")
@@ -115,7 +119,8 @@ def _parse(verb: str, words: list[str]) -> Any:
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
     if started_ranks() > 1 and verb not in WITH_RANKS:
         raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
+    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))

@@ -97,6 +97,15 @@ def train(given: options.Train) -> None:
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def plan(given: options.Plan) -> None:
+    """``cogview plan``."""
+    from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
+
+    tflops = H100_TFLOPS[given.train.precision] if given.tflops is None else given.tflops
+    cluster = Cluster(given.gpus, given.memory, tflops, given.utilization, given.headroom)
+    print(in_words(Forecast(given.model, given.train, cluster)))
+
+
 def generate(given: options.Generate) -> None:
     """``cogview generate``."""
     from cogview.images import picture_grid, save_png
@@ -137,6 +146,41 @@ def rerank(given: options.Rerank) -> None:
     ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
     for place, (loss, path) in enumerate(ranked, start=1):
         print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+
+
+def presets(given: options.Presets) -> None:
+    """``cogview presets``."""
+    from cogview.presets import ABOUT, PRESETS
+    from cogview.training.memory import MicroBatch, count_parameters, step_memory
+
+    columns = f"{'preset':9} {'parameters':>12} {'text + image':>20} {'batch':>6} {'GiB: 1 row, all':>17}"
+    print(f"{columns}  for")
+    for name, preset in PRESETS.items():
+        model, train = preset.model, preset.train
+        row = f"{preset.min_text_tokens} + {preset.image_tokenizer.codes_per_image} tokens"
+        size = 4 if train.precision == "fp32" else 2
+        held = [
+            step_memory(model, MicroBatch(rows, model.max_positions - 1, size, accumulates)).total / 2**30
+            for rows, accumulates in ((1, True), (train.batch_size, False))
+        ]
+        memory = f"{held[0]:.2f}, {held[1]:,.1f}"
+        parameters = f"{count_parameters(model).total / 1e6:,.1f} M"
+        print(f"{name:9} {parameters:>12} {row:>20} {train.batch_size:6,} {memory:>17}  {ABOUT[name]}")
+    print("memory: of tensors on one GPU, with one row at a time (--accumulate) or the whole batch at once;")
+    print("        cogview plan --preset NAME tells it by part and for several GPUs, with the time")
+
+
+def convert(given: options.Convert) -> None:
+    """``cogview convert``."""
+    from cogview.convert import Convert
+    from cogview.convert import convert as convert_weights
+
+    names = [field.name for field in dataclasses.fields(given)]
+    weights = convert_weights(Convert(**{name: getattr(given, name) for name in names}))
+    of_ranks = f", {weights.ranks} ranks merged" if weights.ranks > 1 else ""
+    print(f"converted: {given.out}, {len(weights.tensors)} tensors of a {weights.kind}{of_ranks}")
+    if given.text_tokenizer is not None:
+        _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
 def demo(given: options.Demo) -> None:

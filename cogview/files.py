@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pwd
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -61,6 +62,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def folder_written_aside(path: StrPath) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``path`` when the block ends without an error.
+
+    ``path`` must not exist. Missing folders above it are made. After an error nothing is left behind.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_bytes(path: StrPath, content: bytes) -> None:
     """Write bytes aside and rename."""
     with written_aside(path) as aside:
@@ -108,6 +126,8 @@ def exists(path: StrPath) -> bool:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except PermissionError:
+        raise _not_permitted(Path(path)) from None
     return True
 
 
@@ -120,19 +140,22 @@ def require_readable(path: StrPath, what: str) -> Path:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FileNotFoundError(f"{what} not found: {path}") from None
     except PermissionError:
-        raise PermissionError(
-            f"{path} cannot be read: permission denied; {_owner(path)} can give it"
-        ) from None
+        raise _not_permitted(path) from None
 
 
-def _owner(path: Path) -> str:
-    """To whom a file belongs, as far as that may be known."""
-    with contextlib.suppress(OSError):
-        number = path.stat().st_uid
-        with contextlib.suppress(KeyError):  # A container may not know the users of a shared disk.
-            return f"its owner, {pwd.getpwuid(number).pw_name},"
-        return f"its owner, user {number},"
-    return "the owner of its folder"
+def _not_permitted(path: Path) -> PermissionError:
+    """Names who can mend it: the owner of the file, or of the innermost folder that may be seen."""
+    for part in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            number = part.stat().st_uid
+            try:
+                owner = pwd.getpwuid(number).pw_name
+            except KeyError:  # A container may not know the users of a shared disk.
+                owner = f"user {number}"
+            return PermissionError(
+                f"{path} cannot be read: permission denied; ask {owner}, its owner, for it"
+            )
+    return PermissionError(f"{path} cannot be read: permission denied")
 
 
 def save_tensors(path: StrPath, tensors: Mapping[str, Tensor]) -> None:

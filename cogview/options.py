@@ -59,6 +59,7 @@ PicturesOrShards = Annotated[
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
 PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
+Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
 Images = Positional[
@@ -109,7 +110,12 @@ class Tokenize:
 
 @dataclass(frozen=True)
 class Train:
-    """Train the transformer (second step, in the folder of the first)."""
+    """Train the transformer (second step, in the folder of the first).
+
+    On the 8 GPUs of a machine, with the same options:
+    torchrun --standalone --nproc-per-node 8 -m cogview train ...
+    They share each batch, and another number of them can go on with the run.
+    """
 
     data: PicturesOrRows
     out: Annotated[Path, arg(metavar="RUN")]
@@ -124,7 +130,7 @@ class Train:
     start: Start
     preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
     """sizes and schedule; every other option overrides it"""
-    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")] = None
+    attention: Attention = None
     """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
@@ -140,6 +146,33 @@ class Train:
             if getattr(self.model, name) != getattr(self.start.model, name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--model.{option} follows from tokenizers and captions; leave it out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict the memory and the time of a training, before a machine is rented for it."""
+
+    model: ModelConfig
+    train: TrainConfig
+    start: Start
+    gpus: int = 1
+    """GPUs that share the model and the rows of a batch"""
+    memory: float = 80.0
+    """GiB of each GPU"""
+    tflops: Annotated[
+        float | None, _shown("FLOAT", "an H100's: 790 in 16 bits as measured, 67 in fp32 by its data sheet")
+    ] = None
+    """TFLOP/s of large matrix products on one GPU, in the precision of the training"""
+    utilization: float = 0.45
+    """share of --tflops that a step reaches in its products and all that lies between them; an assumption"""
+    headroom: float = 0.1
+    """share of the memory that is left to the CUDA context, libraries and the allocator's own waste"""
+    preset: Annotated[str | None, _shown("NAME", "small")] = None
+    """sizes and schedule; every other option overrides it"""
+    attention: Attention = None
+    """dense or three-region; the sizes of the latter are --model.three-region..."""
+    settings: SettingsFile = None
+    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
 
 
 @dataclass(frozen=True)
@@ -202,6 +235,39 @@ class Rerank:
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: parameters, tokens, memory, and what each is for."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Bring released weights into a run or a safetensors file, and back."""
+
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
+    """released .pt file, or its folder (all ranks become one model); or safetensors, or a run folder"""
+    out: Annotated[Path, arg(metavar="TARGET")]
+    """run folder to write, with both tokenizers; else a .safetensors file, or what --to says"""
+    to: Literal["safetensors", "original"] = "safetensors"
+    """original writes the released format, for the programs of CogView's authors"""
+    text_tokenizer: Annotated[Path | None, _shown("FILE", "none")] = None
+    """SentencePiece model that belongs to the transformer"""
+    image_tokenizer: Annotated[Path | None, _shown("FILE", "none")] = None
+    """VQ-VAE that belongs to the transformer, .pt or .safetensors"""
+    num_heads: Annotated[int | None, _shown("INT", "heads of 64, as the released models have")] = None
+    """attention heads, which the tensors do not tell"""
+    image_size: int = 256
+    """side of the pictures in pixels, which the tensors do not tell"""
+    ranks: int = 1
+    """model-parallel ranks to split the original's format into"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "image_size", "ranks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@
 
     runs/x/
       tokenizers.json              data, sizes and schedule of both tokenizers
+      train-tokenizer.toml         all options of that training, for ``--settings``
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
       rows/                        pictures and captions that are trained on, as tokens
-      checkpoints/step-00000400/   weights, optimizer, losses so far
-      tensorboard/                 scalars
+      train.toml                   all options of that training, for ``--settings``
+      checkpoints/step-00000400/   weights, optimizer, losses so far; the last three, unless told otherwise
+      tensorboard/                 curves and sample pictures
+      training.lock                held by the training at work in the folder, if there is one
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ class Run:
     tokenizers: Tokenizers
     sampling: SamplingConfig  # how the run draws unless told otherwise
     max_text_tokens: int
+    caption_tokens: int | None = None  # of a caption at most; None: max_text_tokens
 
     def generate(
         self,
@@ -133,12 +137,11 @@ class Run:
         """What :meth:`caption` says of several images, and the CapLoss of each (NaN for an empty text)."""
         codes = self.encode(list(images))
         vocab = self.tokenizers.vocab
-        total = len(codes) * self.max_text_tokens
+        room = self.caption_tokens or self.max_text_tokens
+        total = len(codes) * room
         with Progress(total, "describe", unit="token", enabled=progress) as bar:
             options = DrawOptions(sampling=None, max_batch=MAX_BATCH, on_step=bar.update)
-            texts = generate_captions(
-                self.model, vocab, codes, max_text_tokens=self.max_text_tokens, options=options
-            )
+            texts = generate_captions(self.model, vocab, codes, max_text_tokens=room, options=options)
         losses = [float("nan")] * len(texts)
         said = [index for index, text in enumerate(texts) if text]
         found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
@@ -250,7 +253,13 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
     with torch.device("meta"):
         model = CogView(settings.model)
     load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
-    return Run(model.to(device).eval(), tokenizers, settings.sampling, settings.max_text_tokens)
+    return Run(
+        model.to(device).eval(),
+        tokenizers,
+        settings.sampling,
+        settings.max_text_tokens,
+        settings.caption_tokens,
+    )
 
 
 SAMPLES = 4  # pictures of each text on a sheet of samples

@@ -31,10 +31,10 @@ class PairImages(Dataset[Tensor]):
 
 
 def _leave_group(worker: int) -> None:
-    """A process of its own: what asks the training to end reaches its whole group.
+    """What asks a training to end, Ctrl-C above all, reaches its whole group, but must not reach its workers.
 
-    The training then finishes its step, for which it needs its workers, and ends them itself, by SIGTERM if
-    it has to.
+    The training then finishes its step, for which it needs them. It ends them itself: where an error left
+    them waiting, by SIGTERM, which they must therefore not ignore, or the process would never end.
     """
     os.setpgrp()
     signal.set_wakeup_fd(-1)  # A signal here would be told to the training as one of its own.

@@ -37,5 +37,9 @@ def load_tokenizers(folder: StrPath, device: str = "cpu") -> Tokenizers:
     load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
     text = TextTokenizer.load(folder / TEXT_TOKENIZER)
     vocab = Vocab(settings.image_tokenizer.num_codes, len(text))
-    fingerprint = f"{digest(folder / TEXT_TOKENIZER)} {digest(folder / IMAGE_TOKENIZER)}"
-    return Tokenizers(text, image.to(device).eval(), vocab, fingerprint)
+    return Tokenizers(text, image.to(device).eval(), vocab, fingerprint_tokenizers(folder))
+
+
+def fingerprint_tokenizers(folder: StrPath) -> str:
+    """What tells the tokenizers of one run from those of another, whatever their sizes."""
+    return " ".join(digest(Path(folder) / name) for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER))

@@ -124,7 +124,7 @@ def save_checkpoint(
             _save_optimizer(aside, name, _optimizer_tensors(model, optimizer))
         if first:
             save_tensors(aside / MODEL, weights)
-            _complete(aside, state)
+            complete_checkpoint(aside, state)
             _put_in_place(aside, final)
     except OSError as error:
         raise OSError(f"{final} cannot be saved: {error}; {_what_remains(folder)}") from None
@@ -144,8 +144,8 @@ def _save_optimizer(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> N
         save_tensors(folder / f"{name}.safetensors", tensors)
 
 
-def _complete(folder: Path, state: CheckpointState) -> None:
-    """Write ``state.json``, with the fingerprints of all other files of the checkpoint."""
+def complete_checkpoint(folder: Path, state: CheckpointState) -> None:
+    """Write ``state.json``, with the fingerprints of all other files of the checkpoint, which are there."""
     files = {path.name: SavedFile(path.stat().st_size, digest(path)) for path in sorted(folder.iterdir())}
     content = {**plain(state), "files": plain(files)}
     write_json(folder / STATE, content)
@@ -220,6 +220,18 @@ _CHANGED = {
 }
 
 
+def check_resumable(path: Path, origin: Mapping[str, str]) -> None:
+    """What can be told at once of whether a training on ``origin`` can go on from a checkpoint.
+
+    The rest is found when the files are read. ValueError as for :func:`load_checkpoint` or
+    :func:`check_origin`.
+    """
+    state = read_state(path)
+    for name in state.files or ():
+        _check_size(path, name, state)
+    check_origin(path, origin)
+
+
 def check_origin(path: Path, origin: Mapping[str, str]) -> None:
     """ValueError unless the checkpoint was trained on what has these fingerprints, as far as it knows.
 
@@ -241,7 +253,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> Che
     if distributed.num_ranks() > 1:
         _verify_together(path, state)
         weights = model.state_dict()
-        load_weights(model, load_shards(path, lambda name, _: weights.get(name)), path)
+        load_weights(model, load_shards(path, lambda name, *_: weights.get(name)), path)
     else:
         load_weights(model, verified_tensors(path, MODEL, state), path)
     for name, optimizer in optimizers.items():
@@ -278,12 +290,12 @@ def _saved_optimizer(
     moved = set(_names(model, optimizer).values())
     weights = {weight: tensor for weight, tensor in model.state_dict().items() if weight in moved}
 
-    def like(key: str, shape: torch.Size) -> Tensor | None:
+    def like(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
         """State of the shape of its weight is spread over the ranks as the weight is."""
         weight = weights.get(key.rpartition("/")[0])
         if weight is None:
             return None
-        return torch.zeros_like(weight) if weight.shape == shape else torch.zeros(shape)
+        return torch.zeros_like(weight) if weight.shape == shape else torch.zeros(shape, dtype=dtype)
 
     return load_shards(path, like)
 
@@ -299,17 +311,22 @@ def verified_tensors(path: Path, name: str, state: CheckpointState) -> dict[str,
 
 def _verify(path: Path, name: str, state: CheckpointState) -> None:
     file = path / name
-    if not exists(file):
-        raise _refusal(path, f"{name} is missing")
+    _check_size(path, name, state)
     require_readable(file, "weights")
+    if state.files is not None and digest(file) != state.files[name].digest:
+        raise _refusal(path, f"{name} is not the file that was saved with it")
+
+
+def _check_size(path: Path, name: str, state: CheckpointState) -> None:
+    """ValueError if a file of a checkpoint is not there, or not whole, as far as its size tells."""
+    if not exists(path / name):
+        raise _refusal(path, f"{name} is missing")
     if state.files is not None:
         if name not in state.files:
             raise _refusal(path, f"{STATE} does not know {name}")
-        saved, size = state.files[name], file.stat().st_size
-        if size != saved.bytes:
-            raise _refusal(path, f"{name} has {size} of {saved.bytes} bytes")
-        if digest(file) != saved.digest:
-            raise _refusal(path, f"{name} is not the file that was saved with it")
+        size = (path / name).stat().st_size
+        if size != state.files[name].bytes:
+            raise _refusal(path, f"{name} has {size} of {state.files[name].bytes} bytes")
 
 
 def _refusal(path: Path, reason: str) -> ValueError:

@@ -77,6 +77,7 @@ class DeferredInterrupt:
             self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._answer, daemon=True)
             self._thread.start()
+            _open_blocks.append(self)
         return self
 
     def __exit__(
@@ -84,14 +85,30 @@ class DeferredInterrupt:
     ) -> None:
         if not self._is_main:
             return
+        _open_blocks.remove(self)
         self._left.set()
-        signal.set_wakeup_fd(self._wakeup)
+        self._restore()
         os.write(self._writer, b"\0")
         self._thread.join()
         for descriptor in (self._reader, self._writer):
             os.close(descriptor)
+
+    def _restore(self) -> None:
+        signal.set_wakeup_fd(self._wakeup)
         for signum, previous in self._previous.items():
             signal.signal(signum, previous)
+
+
+_open_blocks: list[DeferredInterrupt] = []
+
+
+def _restore_in_child() -> None:
+    """A process that reads data ahead dies of signals as any other; it does not answer in this one's name."""
+    while _open_blocks:
+        _open_blocks.pop()._restore()
+
+
+os.register_at_fork(after_in_child=_restore_in_child)
 
 
 def _is_handled_here(signum: int) -> bool:

@@ -49,7 +49,7 @@ from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training import distributed
-from cogview.training.checkpoint import CHECKPOINTS, check_origin, latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
@@ -119,7 +119,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     pairs = open_pairs(options.data, skip_bad=options.skip_bad)
     origin = {"data": fingerprint(pairs)}
     if saved is not None:
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
     if not is_finished:
         size = preset.image_tokenizer.image_size
         left_out = pairs.check(size, skip_bad=options.skip_bad, progress=options.progress)
@@ -242,7 +242,8 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
-        check_origin(saved, origin)
+        check_resumable(saved, origin)
+        _tell(_notes_on_going_on(out, preset), options.progress)
     draw = _sample_drawer(options, settings, tokenizers, data)
     _tell(plan.notes, options.progress)
     lock.take()
@@ -267,6 +268,15 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
     )
+
+
+def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
+    before = load_model_settings(out).train.steps
+    if before == preset.train.steps:
+        return []
+    return [
+        f"the learning rate follows the schedule of {preset.train.steps} steps from here on, not {before}"
+    ]
 
 
 def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:

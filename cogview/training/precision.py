@@ -62,7 +62,10 @@ class Precision:
     def autocast(self) -> torch.autocast:
         """The forward pass belongs inside, the backward pass outside."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+        # A cache would hold the 16-bit copies of all weights until the forward pass ends. Each is used once.
+        return torch.autocast(
+            self.device.type, self.dtype if enabled else None, enabled=enabled, cache_enabled=False
+        )
 
     def loss_scale(self) -> Tensor | None:
         """The scale of the next step, which stays on its device; None where losses are not scaled."""
@@ -77,7 +80,8 @@ class Precision:
         """Go on from :meth:`state`. A ValueError that names ``source`` if it is not of this precision."""
         if self.scaler is None:
             return
-        if state.keys() != self.scaler.state_dict().keys():
+        has_numbers = all(isinstance(value, (int, float)) for value in state.values())
+        if not has_numbers or state.keys() != self.scaler.state_dict().keys():
             raise ValueError(
                 f"{source} holds no loss scale of this PyTorch, so it cannot go on in {_NAMES[self.dtype]}; "
                 "choose another folder"
@@ -103,7 +107,7 @@ class NonFiniteWatch:
         for value in values:
             if self.where or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            if not value.isfinite().all():
+            if not value.detach().isfinite().all():
                 self.where = what
 
     def _watch(self, module: nn.Module, name: str) -> None:

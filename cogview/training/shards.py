@@ -9,8 +9,10 @@ A plain safetensors file is read as a single part that is whole.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -28,7 +30,9 @@ def save_shards(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # of PyTorch's own use
+            dcp.save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
         raise OSError(f"{folder} cannot be written: {_reason(error)}") from None
     if distributed.is_first():
@@ -38,12 +42,15 @@ def save_shards(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
     distributed.wait_for_all()
 
 
-def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) -> dict[str, Tensor]:
+Like = Callable[[str, torch.Size, torch.dtype], Tensor | None]
+
+
+def load_shards(folder: Path, like: Like) -> dict[str, Tensor]:
     """Read tensors of all safetensors files in ``folder``. All ranks together, or one process alone.
 
     Args:
-        like: a tensor to read into, for a name and the shape of the whole tensor; None leaves it out. A
-            tensor that is spread over the ranks gets the parts that belong to each.
+        like: a tensor to read into, for a name, the shape of the whole tensor and its dtype; None leaves it
+            out. A tensor that is spread over the ranks gets the parts that belong to each.
 
     Raises:
         ValueError: a file is damaged, or ``like`` gave a tensor of another shape.
@@ -51,14 +58,18 @@ def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) 
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
-        saved = reader.read_metadata().state_dict_metadata
-        wanted = {name: like(name, entry.size) for name, entry in saved.items()}  # type: ignore[union-attr]
+        saved = cast(dict[str, TensorStorageMetadata], reader.read_metadata().state_dict_metadata)
+        wanted = {name: like(name, entry.size, entry.properties.dtype) for name, entry in saved.items()}
         tensors = {name: tensor for name, tensor in wanted.items() if tensor is not None}
         if tensors:
-            dcp.load(tensors, storage_reader=reader, no_dist=distributed.num_ranks() == 1)
+            with warnings.catch_warnings():
+                # PyTorch warns a process that is alone, also where it is told that it is.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(tensors, storage_reader=reader, no_dist=distributed.num_ranks() == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder} cannot be read: {_reason(error)}") from None
     except (SafetensorError, OSError) as error:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -88,9 +89,10 @@ def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"cogview generate --run '{out}' 'a text' --out out.png" in shown
     assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert main(["train", *common[:-3], "3", *common[-2:]]) == 0
     # Other settings would describe neither the old nor the new run.
-    line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
-    assert "was started with train.steps = 2, now 3" in line
+    line = mistake(capsys, "train", *common[:-1], "3")
+    assert "was started with train.batch_size = 4, now 3" in line
 
 
 def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
@@ -103,7 +105,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, small, tutorial, base, fashion" in mistake(
+    assert "unknown preset 'huge'; known presets: digits, small, card, tutorial, base, fashion" in mistake(
         capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
@@ -168,7 +170,7 @@ def test_help_and_mistakes_need_no_pytorch():
     assert "--checkpoint-layers  --model.activation-checkpointing" in done.stdout
     mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
     assert [line.partition(";")[0] for line in mistakes] == [
-        "cogview: which command? one of train-tokenizer, tokenize, train, generate, caption, rerank, demo",
+        f"cogview: which command? one of {', '.join(VERBS)}",
         "cogview: unknown command 'trian'",
         'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",
@@ -208,6 +210,16 @@ def test_generate_shows_its_progress(run_folder, tmp_path, capsys):
     arguments = ["generate", "--run", str(run_folder), "a handwritten seven", "--num", "2"]
     assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 0
     assert "draw: code 32 of 32" in capsys.readouterr().err
+
+
+def test_presets_are_listed_with_their_sizes(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(PRESETS)]] == list(PRESETS)
+    (card,) = (line for line in lines if line.startswith("card"))
+    assert "92.3 M" in card and "40 + 256 tokens" in card and "one 24 GB card" in card
+    held = float(re.search(r"([\d.]+)  128 px", card)[1])
+    assert 1 < held < 20  # GiB: room is left on the card for what is no tensor
 
 
 def test_version(capsys):

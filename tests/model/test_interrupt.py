@@ -107,6 +107,26 @@ def test_an_ignored_signal_stays_ignored_and_handlers_are_put_back():
     assert exit_code(child) == 0
 
 
+def test_a_process_that_reads_ahead_does_not_answer_in_the_name_of_the_training():
+    def body(say):
+        reader, writer = os.pipe()
+        with DeferredInterrupt() as interrupt:
+            child = os.fork()
+            if not child:
+                os.write(writer, b"x")
+                time.sleep(30)
+                os._exit(0)
+            os.read(reader, 1)
+            os.kill(child, signal.SIGTERM)
+            died = exit_code(child)
+            time.sleep(0.1)
+            return 0 if died == -signal.SIGTERM and not interrupt.requested else 1
+
+    child, lines = in_a_child(body)
+    assert lines.read() == ""
+    assert exit_code(child) == 0
+
+
 def test_a_closed_terminal_does_not_keep_a_training_from_saving():
     def body(say):
         with DeferredInterrupt() as interrupt:
@@ -117,7 +137,7 @@ def test_a_closed_terminal_does_not_keep_a_training_from_saving():
             while not interrupt.requested:
                 time.sleep(0.01)
             time.sleep(0.2)
-        print("a word that nobody hears", flush=True)
+        os.write(1, b"a word that nobody hears")
         return 0
 
     child, _ = in_a_child(body)
