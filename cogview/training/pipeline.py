@@ -40,6 +40,7 @@ from cogview.settings import (
     ModelSettings,
     TokenizerSettings,
     check_settings,
+    load_model_settings,
     model_options,
     tokenizer_options,
     write_options,
