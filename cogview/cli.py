@@ -32,8 +32,9 @@ EXAMPLES = {
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
+    "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo", "study")
 WITH_RANKS = ("train",)  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...

@@ -193,6 +193,19 @@ def demo(given: options.Demo) -> None:
     _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
 
 
+def study(given: options.Study) -> None:
+    """``cogview study``."""
+    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
+
+    asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    size = dataclasses.replace(SIZES[given.size], **changes)
+    records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
+    print(stability_table(records))
+    print(finding(records))
+    print(f"written: {given.out}/stability.png, .csv and .json")
+
+
 def _late_mean(values: Sequence[float]) -> float:
     last = values[-50:]
     return sum(last) / len(last)

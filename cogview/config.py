@@ -88,6 +88,7 @@ class ModelConfig:
     init_std: float = 0.02  # of all weights; about 1 / sqrt(hidden_size) in the released model
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
+    sandwich_norm: bool = True  # False: plain pre-LN, without the norms that end the branches
     three_region: ThreeRegionConfig | None = None
     # recompute each layer in the backward pass, to the same bits, rather than keep its activations
     activation_checkpointing: bool = False
@@ -122,10 +123,12 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
     accumulate: int = 1  # parts of a batch, one after another: less memory
     log_every: int = 1  # steps that the device does between two reports
+    compile_layers: bool = False  # by torch.compile, which needs a compiler
     samples_every: int = 0  # steps between two sheets of pictures in TensorBoard, 0 = none
     sample_texts: tuple[str, ...] = ()  # what they show; by default the first four captions of the data
     validation: float = 0.0  # share of the images that is not trained on; its loss is told at each checkpoint
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
+    resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
@@ -139,6 +142,8 @@ class TrainConfig:
         _require(0 <= self.validation < 1, "validation", "in [0, 1)", self.validation)
         shrinks = 0 < self.embedding_gradient <= 1
         _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
+        narrow = self.precision == "fp16" or not self.resblock_scaling
+        _require(narrow, "resblock_scaling", "False unless precision is fp16", self.resblock_scaling)
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels as pictures: one PIL image, a grid of them, a PNG file."""
+"""Pixels as pictures: one PIL image, a grid of them, a figure, a PNG file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -43,3 +44,12 @@ def save_png(path: StrPath, picture: Image.Image) -> None:
     """Write a picture as PNG, aside and then renamed."""
     with written_aside(path) as aside:
         picture.save(aside, format="PNG")
+
+
+def save_figure(path: StrPath, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, aside and then renamed, on a machine without a display too."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))

@@ -280,3 +280,29 @@ class Demo:
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Repeat an experiment of the paper and show what came out."""
+
+    name: Positional[Annotated[Literal["stability"], arg(metavar="stability")]]
+    """stability: what keeps a deep training in float16 from overflowing"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; an interrupted study goes on after the last finished training"""
+    size: Literal["small", "paper"] = "small"
+    """small: 24 layers x 64, minutes on two CPU cores; paper: 64 layers x 1,024, for a GPU"""
+    seeds: int = 3
+    """trainings of each variant"""
+    steps: Annotated[int | None, _shown("INT", "the size's")] = None
+    """of each training, unless it overflows before"""
+    learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
+    """from the first step to the last"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for option in ("seeds", "steps", "learning_rate"):
+            value = getattr(self, option)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")

@@ -36,6 +36,7 @@ VERBS: dict[str, type] = {
     "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
+    "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.
 _OF_TRAINING = {
@@ -45,9 +46,10 @@ _OF_TRAINING = {
     },
     "samples-every": "train.samples-every",
     "validation": "train.validation",
+    "compile-layers": "train.compile-layers",
     "checkpoint-layers": "model.activation-checkpointing",
 }
-_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "validation")
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "validation", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")

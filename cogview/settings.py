@@ -43,7 +43,7 @@ MAY_CHANGE = frozenset(
         *("sampling.temperature", "sampling.top_k", "sampling.top_p"),
         "model.activation_checkpointing",
         *("train.steps", "train.checkpoint_every", "train.keep", "train.accumulate", "train.log_every"),
-        *("train.samples_every", "train.sample_texts"),
+        *("train.samples_every", "train.sample_texts", "train.compile_layers"),
         *(f"image_tokenizer_train.{name}" for name in ("steps", "checkpoint_every", "keep")),
     }
 )

@@ -194,8 +194,8 @@ def _memory_lines(forecast: Forecast) -> Iterator[str]:
     yield f"the fullest moment of a GPU, {held.name}:"
     for name, size in sorted(held.parts.items(), key=lambda part: -part[1]):
         if size:
-            yield f"  {name:<32}{size / GIB:9.2f} GiB"
-    yield f"  {'sum':<32}{held.total / GIB:9.2f} GiB"
+            yield f"  {name:<36}{size / GIB:9.2f} GiB"
+    yield f"  {'sum':<36}{held.total / GIB:9.2f} GiB"
 
 
 def _way_out(forecast: Forecast) -> str:

@@ -26,7 +26,7 @@ TRUNK, PRODUCTS, ATTENTION, MLP = (
     "activations: mlp",
 )
 CHECKPOINTS = "activations: checkpoints"
-LOSS, WORK, GATHERED = "loss", "passing values", "gathered from other GPUs"
+LOSS, WORK, GATHERED = "loss: gradients, a piece of logits", "passing values", "gathered from other GPUs"
 
 _FLOAT = 4
 _LOSS_PIECE = 14 * 2**20  # logits that the loss holds at a time, see linear_cross_entropy
@@ -96,7 +96,7 @@ class _Step:
         self.count = count_parameters(config)
         N, C = batch.rows * batch.tokens, config.hidden_size
         self.trunk = _FLOAT * N * C  # a state of the trunk
-        self.half = batch.size * N * C  # an activation of the same width
+        self.activation = batch.size * N * C  # an activation of the same width
         self.is_16_bit = batch.size < _FLOAT
         self.lse = _FLOAT * N * config.num_heads
         self.stats = 16 * N  # of a sandwich: two means, two deviations
@@ -120,9 +120,9 @@ class _Step:
         """What the forward pass of a layer keeps for its backward pass."""
         return Bytes(
             {
-                PRODUCTS: 2 * self.half,  # normed, for qkv and for the mlp
-                ATTENTION: 4 * self.half + self.lse,  # q, k, v, out
-                MLP: 8 * self.half,  # before and after GELU
+                PRODUCTS: 2 * self.activation,  # normed, for qkv and for the mlp
+                ATTENTION: 4 * self.activation + self.lse,  # q, k, v, out
+                MLP: 8 * self.activation,  # before and after GELU
                 TRUNK: 4 * self.trunk + 2 * self.stats,  # both branches in float32, both sums
                 COPIES: self.copies,
             }
@@ -143,10 +143,10 @@ class _Step:
     def gathered(self, backward: bool) -> Bytes:
         """What FSDP gathers: embeddings and norms, which stay, and the weights of two layers, as those of the
         next come while this one computes. In the backward pass also a layer's gradients, and the float32
-        buffer from which their sum over the GPUs is taken."""
+        buffers from which their sum over the GPUs is taken, this layer's and the one's before."""
         if self.batch.gpus == 1:
             return Bytes()
-        gradients = self.unit + self.layer_gradients if backward else 0
+        gradients = self.unit + 2 * self.layer_gradients if backward else 0
         return Bytes({GATHERED: self.words + _FLOAT * self.count.rest + 2 * self.unit + gradients})
 
 
@@ -171,7 +171,7 @@ def _moments(step: _Step) -> Iterator[Moment]:
     gradients = 0 if step.batch.accumulates else L * step.layer_gradients // gpus
     last = Bytes({GRADIENTS: gradients + 2 * step.words, WORK: 2 * step.trunk})
     if gpus > 1:
-        last[GATHERED] += 2 * step.words  # with the buffer of their sum
+        last[GATHERED] += step.words
     yield Moment("backward, embeddings", always + last)
     gradients = 0 if step.batch.accumulates else _FLOAT * step.count.total // gpus
     yield Moment("optimizer", always + Bytes({GRADIENTS: gradients}))
@@ -180,9 +180,9 @@ def _moments(step: _Step) -> Iterator[Moment]:
 def _in_loss(step: _Step) -> Bytes:
     logits = step.batch.rows * step.batch.tokens * step.config.vocab_size
     words = step.count.words * step.batch.size
-    parts = Bytes({LOSS: step.trunk + step.half + words + min(logits, _LOSS_PIECE) * step.batch.size})
+    parts = Bytes({LOSS: step.trunk + step.activation + words + min(logits, _LOSS_PIECE) * step.batch.size})
     if step.is_16_bit:
-        parts[LOSS] += step.half
+        parts[LOSS] += step.activation
         parts[COPIES] += words
     return parts
 
@@ -190,7 +190,7 @@ def _in_loss(step: _Step) -> Bytes:
 def _after_loss(step: _Step) -> Bytes:
     """Gradients in float32 beside those that the loss made."""
     words = step.count.words * step.batch.size
-    parts = Bytes({LOSS: step.half + words})
+    parts = Bytes({LOSS: step.activation + words})
     if step.is_16_bit:
         parts += Bytes({GRADIENTS: step.words, WORK: step.trunk})
     return parts
@@ -202,48 +202,50 @@ def _in_backward_of_layer(step: _Step, last: bool) -> Bytes:
     for allocated, freed in _backward_of_layer(step, last):
         most = max(most, change + allocated)
         change += allocated - freed
-    parts = Bytes({WORK: most})
-    if step.config.activation_checkpointing:
-        again = step.saved_by_layer()
-        if not step.is_16_bit:
-            again[PRODUCTS] -= step.half  # the checkpoint itself
-        parts += again
-    return parts
+    if not step.config.activation_checkpointing:
+        return Bytes({WORK: most})
+    again = step.saved_by_layer()
+    if step.is_16_bit:
+        # At the end of the second forward pass: the gradients, both norms and both branches before casting.
+        gradients = 1 if last else 2
+        most = max(most, (gradients + 2) * step.trunk + 2 * step.activation)
+    else:
+        again[PRODUCTS] -= step.activation  # the checkpoint itself
+    return again + Bytes({WORK: most})
 
 
 def _backward_of_layer(step: _Step, last: bool) -> Iterator[tuple[int, int]]:
     """Bytes that each operation allocates, then frees, from the layer's end to its beginning."""
-    t, h, C = step.trunk, step.half, step.config.hidden_size
+    t, a, C = step.trunk, step.activation, step.config.hidden_size
     cast = step.is_16_bit
 
     def product(inputs: int, outputs: int) -> Iterator[tuple[int, int]]:
         """Gradient of a linear layer of as many widths in and out."""
         weight = _FLOAT * inputs * outputs * C * C
-        yield inputs * h, 0
+        yield inputs * a, 0
         copy = weight // 2 if cast else 0
-        yield weight + copy, outputs * h + inputs * h + 2 * copy
+        yield weight + copy, outputs * a + inputs * a + 2 * copy
 
     def widened() -> Iterator[tuple[int, int]]:
         if cast:
-            yield t, h
+            yield t, a
 
-    def sandwich() -> Iterator[tuple[int, int]]:
-        yield 2 * t, 4 * t
+    def sandwich(gradients: int = 2) -> Iterator[tuple[int, int]]:
+        """From the gradients of trunk and norm, beside the branch and the sum that were kept."""
+        yield 2 * t, (gradients + 2) * t
         if cast:
-            yield h, t
+            yield a, t
 
-    # Gradients of trunk and norm; nothing but the loss uses those of the last layer.
-    yield (t if last else 2 * t), 0
-    if last:
-        yield 0, -t
-    yield from sandwich()
+    gradients = 1 if last else 2  # the loss brings one of the norm alone
+    yield gradients * t, 0
+    yield from sandwich(gradients)
     yield from product(4, 1)
-    yield 4 * h, 8 * h  # GELU
+    yield 4 * a, 8 * a  # GELU
     yield from product(1, 4)
     yield from widened()
     yield from sandwich()
     yield from product(1, 1)
-    yield 3 * h, 4 * h  # attention
-    yield 3 * h, 3 * h  # its three gradients as one
+    yield 3 * a, 4 * a  # attention
+    yield 3 * a, 3 * a  # its three gradients as one
     yield from product(1, 3)
     yield from widened()

@@ -51,6 +51,7 @@ from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
+from cogview.training.compilation import require_compiler
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
@@ -216,8 +217,9 @@ def train_model(options: TrainModel) -> History:
 
     Raises:
         ValueError: the preset is made for other pictures than the folder's tokenizers; the device cannot
-            compute in the preset's precision; the folder was started with other settings, data or
-            tokenizers; images that cannot be read, all of them listed.
+            compute in the preset's precision; layers are to be compiled and there is no compiler; the folder
+            was started with other settings, data or tokenizers; images that cannot be read, all of them
+            listed.
         BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
@@ -231,7 +233,10 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     out = Path(options.out)
     preset = options.preset or implied_preset(out)
     require_fitting_preset(out, preset)
-    Precision(preset.train.precision, options.device)  # Found out before the images are encoded.
+    # Found out before the images are encoded.
+    Precision(preset.train.precision, options.device)
+    if preset.train.compile_layers:
+        require_compiler(options.device)
     tokenizers = load_tokenizers(out, options.device)
     data = _open_data(options, tokenizers)
     lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)

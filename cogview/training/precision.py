@@ -6,7 +6,7 @@ the matrix products, attention and what they give to the backward pass are in 16
 branches are added to, the LayerNorms, softmax and the losses stay float32, as they do in any PyTorch model
 under autocast. bfloat16 has the range of float32. float16 does not, so its losses are multiplied by the
 scale of a ``torch.amp.GradScaler``: half as large after each step that overflowed, twice as large after
-2,000 that did not.
+2,000 that did not. :mod:`cogview.training.resblock` is another way.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ def _why_not(dtype: torch.dtype, device: torch.device) -> str:
 class Precision:
     """The autocast and, for float16, the loss scale of one training.
 
+    Args:
+        loss_scaling: False leaves the losses as they are in float16 too, for another way to scale.
+
     Raises:
         ValueError: no such precision, or the device cannot compute in it.
     """
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(self, name: str, device: torch.device | str, *, loss_scaling: bool = True) -> None:
         if name not in DTYPES:
             raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {name!r}")
         self.dtype = DTYPES[name]
@@ -57,7 +60,7 @@ class Precision:
         reason = _why_not(self.dtype, self.device)
         if reason:
             raise ValueError(f"precision {name} cannot be used on {self.device}: {reason}")
-        self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" and loss_scaling else None
 
     def autocast(self) -> torch.autocast:
         """The forward pass belongs inside, the backward pass outside."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.compilation import compiled_layers, uncompiled
 from cogview.training.flops import step_flops
 from cogview.training.loop import (
     History,
@@ -35,6 +37,7 @@ from cogview.training.loop import (
 )
 from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradient
 from cogview.training.precision import NonFiniteWatch, Precision
+from cogview.training.resblock import ResblockScaling
 from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
@@ -79,24 +82,30 @@ def split_layouts(
 
 
 def losses_of(
-    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None, whole: Batch | None = None
+    model: CogView,
+    batch: Batch,
+    layouts: list[ThreeRegionLayout] | None,
+    whole: Batch | None = None,
+    wide_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
 
     One pass over the logits gives all three. Nats per token. The means are those of ``whole``, of which
     ``batch`` is a part: the sums over the parts are divided by what counts in ``whole``, so the losses of
-    the parts, and their gradients, add up to those of ``whole``.
+    the parts, and their gradients, add up to those of ``whole``. ``wide_head`` keeps the logits and their
+    gradient in float32 under autocast.
     """
     whole = batch if whole is None else whole
     hidden = model(batch.tokens, layout=layouts)
-    loss, token_losses = linear_cross_entropy(
-        hidden,
-        model.word_embeddings.weight,
-        batch.targets,
-        token_weight=batch.weight / whole.weight.sum(),
-        reduction="sum",
-        return_losses=True,
-    )
+    with torch.autocast(hidden.device.type, enabled=False) if wide_head else nullcontext():
+        loss, token_losses = linear_cross_entropy(
+            hidden,
+            model.word_embeddings.weight,
+            batch.targets,
+            token_weight=batch.weight / whole.weight.sum(),
+            reduction="sum",
+            return_losses=True,
+        )
     (after_image, after_text), counted = _kinds(batch), _kinds(whole)
     image_loss = (token_losses * after_image).sum() / counted[0].sum().clamp(min=1)
     text_loss = (token_losses * after_text).sum() / counted[1].sum().clamp(min=1)
@@ -138,12 +147,15 @@ class TransformerTrainer(Trainer):
         self.data = TrainingData(data) if isinstance(data, TokenDataset) else data
         self.config = config
         self.device = model.word_embeddings.weight.device
-        self.precision = Precision(config.precision, self.device)
+        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
+        if config.resblock_scaling and distributed.num_ranks() > 1:
+            raise ValueError("resblock_scaling is for one process; leave it out, or start without torchrun")
         distributed.require_rows(config.batch_size, config.accumulate)
         distributed.shard_model(model, model.sharding_units(), self.precision.dtype)
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
+        self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
         self.draw: Callable[[], Any] | None = None
         self._flops = step_flops(model.config, config.batch_size).model
         self._peak_flops = peak_flops(self.device, self.precision.dtype)
@@ -167,11 +179,13 @@ class TransformerTrainer(Trainer):
         set_learning_rate(self.optimizer, rate)
         scaler, scale = self.precision.scaler, self.precision.loss_scale()
         loss, image_loss, text_loss = self._gradient(step, batch, scaler)
+        board_only: dict[str, float | Tensor] = {} if scale is None else {"loss_scale": scale}
+        if self.resblocks is not None:
+            board_only["smallest_block_scale"] = self.resblocks.scales.min()
+            board_only["dropped_blocks"] = self.resblocks.unscale()
         descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm, scaler=scaler)
         return StepResult(
-            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate},
-            descent,
-            {} if scale is None else {"loss_scale": scale},
+            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate}, descent, board_only
         )
 
     def _gradient(
@@ -195,14 +209,17 @@ class TransformerTrainer(Trainer):
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
         own, own_layouts = batch.split(ranks)[rank], split_layouts(layouts, ranks)[rank]
         losses = []
-        for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
-            shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
-            with shrunk, self.precision.autocast():
-                loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
-            if watch is not None:
-                watch.look("the loss", loss)
-            backward(loss, scaler)
-            losses.append((loss.detach(), image_loss, text_loss))
+        # Activation checkpointing runs the layers again in the backward pass, so that belongs inside as well.
+        with nullcontext() if self.resblocks is None else self.resblocks.scaled():
+            for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
+                shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
+                with shrunk, self.precision.autocast():
+                    wide_head = self.resblocks is not None
+                    loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch, wide_head)
+                if watch is not None:
+                    watch.look("the loss", loss)
+                backward(loss, scaler)
+                losses.append((loss.detach(), image_loss, text_loss))
         sums = torch.stack([torch.stack(values).sum(0) for values in zip(*losses, strict=True)])
         loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
@@ -219,7 +236,8 @@ class TransformerTrainer(Trainer):
         assert self.draw is not None
         self.model.eval()
         try:
-            return self.draw()
+            with uncompiled():  # drawing has other shapes at every token
+                return self.draw()
         finally:
             self.model.train()
 
@@ -241,7 +259,8 @@ class TransformerTrainer(Trainer):
             batch = batch.to(self.device)
             layouts = split_layouts(sample_layouts(self.model.config, batch, self._layout_generator), parts)
             with self.precision.autocast():
-                _, *means = losses_of(self.model, batch.split(parts)[part], layouts[part], batch)
+                own, wide_head = batch.split(parts)[part], self.resblocks is not None
+                _, *means = losses_of(self.model, own, layouts[part], batch, wide_head)
             counts = torch.stack([kind.sum() for kind in _kinds(batch)]).float()
             sums += torch.stack(means).float() * counts
             all_counts += counts
@@ -258,7 +277,7 @@ class TransformerTrainer(Trainer):
         scaler = None
         if self.precision.scaler is not None:
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
-        with NonFiniteWatch(self.model) as watch:
+        with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
         where = next((where for where in distributed.of_all_ranks(watch.where) if where), "")
         for name, parameter in self.model.named_parameters():
@@ -270,10 +289,10 @@ class TransformerTrainer(Trainer):
         return where
 
     def state(self) -> dict[str, Any]:
-        return self.precision.state()
+        return self.precision.state() if self.resblocks is None else self.resblocks.state()
 
     def load_state(self, state: Mapping[str, Any], source: Path) -> None:
-        self.precision.load_state(state, source)
+        (self.precision if self.resblocks is None else self.resblocks).load_state(state, source)
 
 
 def train(
@@ -305,4 +324,5 @@ def train(
     trainer.origin = origin
     if draw is not None:
         trainer.draw, trainer.samples_every = draw, config.samples_every
-    return run_loop(trainer, config, out, progress=progress)
+    with compiled_layers(model) if config.compile_layers else nullcontext():
+        return run_loop(trainer, config, out, progress=progress)

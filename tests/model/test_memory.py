@@ -53,7 +53,7 @@ DENSE, CHECKPOINTED = {"three_region": None}, {"activation_checkpointing": True}
     ],
 )
 def test_a_real_step_holds_what_is_predicted(config, rows, parts, precision):
-    """Beyond weights and optimizer state, which are known exactly, within a tenth."""
+    """Beyond weights and optimizer state, which are known exactly; with them, well within a tenth."""
     train = TrainConfig(steps=2, batch_size=rows * parts, precision=precision, accumulate=parts)
     trainer = TransformerTrainer(CogView(config).train(), None, train)
     for parameter in trainer.model.parameters():
@@ -69,7 +69,7 @@ def test_a_real_step_holds_what_is_predicted(config, rows, parts, precision):
     state = itertools.chain(*(values.values() for values in trainer.optimizer.state.values()))
     known = [*trainer.model.parameters(), *(value for value in state if value.dim())]
     assert always == sum(tensor.numel() * tensor.element_size() for tensor in known)
-    assert predicted.total - always == pytest.approx(held, rel=0.1)
+    assert predicted.total - always == pytest.approx(held, rel=0.05)
 
 
 @pytest.mark.parametrize("name", PRESETS)
