@@ -23,6 +23,7 @@ EXIT_SIGNAL = 128  # and the number of the signal
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
+    "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
@@ -33,7 +34,7 @@ EXAMPLES = {
     "demo": "--out runs/demo",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo", "study")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo", "study")
 WITH_RANKS = ("train",)  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...

@@ -111,6 +111,13 @@ class Trainer(ABC):
         """A PIL picture that shows what the model can do. It must leave all that later steps depend on."""
         raise NotImplementedError
 
+    def validate(self) -> dict[str, float]:
+        """Losses on data that are not trained on, at each checkpoint; empty where there are none.
+
+        It must leave all that later steps depend on as it is, and the model in training mode.
+        """
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimizers, for JSON."""
         return {}
@@ -228,6 +235,15 @@ class _Report:
         if every and done % every == 0:
             self._board.picture(f"{self._trainer.board}/samples", self._trainer.sample(), done)
 
+    def validate(self, done: int) -> None:
+        """Record and show what data that are not trained on say after ``done`` steps."""
+        values = self._trainer.validate()
+        for name, value in values.items():
+            self._board.scalar(f"{self._trainer.board}/validation_{name}", value, done - 1)
+        if values:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self._bar.write(f"after {done} steps, validation: {shown}")
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What is done in the block is no part of a step's time."""
@@ -302,6 +318,7 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
                     save_checkpoint(folder, state, trainer.model, trainer.optimizers, keep=config.keep)
                     if stops:
                         raise interrupt.exception()
+                    report.validate(done)
                 report.sample(done)
         if report.skipped_steps:
             bar.write(f"{report.skipped_steps} of {config.steps} steps skipped")

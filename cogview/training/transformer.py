@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cogview.config import ModelConfig, TrainConfig
+from cogview.data.loading import training_batches
 from cogview.data.tokens import TokenDataset
 from cogview.files import StrPath
 from cogview.model.transformer import CogView
@@ -37,6 +40,8 @@ from cogview.training.precision import NonFiniteWatch, Precision
 from cogview.training.resblock import ResblockScaling
 from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
+
+VALIDATION_IMAGES = 1024  # at most, for each checkpoint
 
 
 def sample_layouts(
@@ -113,6 +118,15 @@ def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
     return has_target & ~batch.text_mask, has_target & batch.text_mask
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What to train on and what to validate on."""
+
+    training: TokenDataset
+    validation: TokenDataset | None = None
+    workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
+
+
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
@@ -128,9 +142,9 @@ class TransformerTrainer(Trainer):
     checkpoints = CHECKPOINTS
     recorded = ("image_loss", "text_loss", "learning_rate")
 
-    def __init__(self, model: CogView, dataset: TokenDataset, config: TrainConfig) -> None:
+    def __init__(self, model: CogView, data: TrainingData | TokenDataset, config: TrainConfig) -> None:
         self.model: CogView = model
-        self.dataset = dataset
+        self.data = TrainingData(data) if isinstance(data, TokenDataset) else data
         self.config = config
         self.device = model.word_embeddings.weight.device
         self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
@@ -148,15 +162,17 @@ class TransformerTrainer(Trainer):
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
-        config = self.config
-        for step in range(first, config.steps):
-            yield self.dataset.batch(
-                step,
-                config.batch_size,
-                text_weight=config.text_weight,
-                caption_fraction=config.caption_fraction,
-                seed=config.seed,
-            )
+        batch = self._batches_of(self.data.training, self.config.batch_size)
+        return training_batches(batch, range(first, self.config.steps), self.data.workers)
+
+    def _batches_of(self, dataset: TokenDataset, batch_size: int) -> Callable[[int], Batch]:
+        return partial(
+            dataset.batch,
+            batch_size=batch_size,
+            text_weight=self.config.text_weight,
+            caption_fraction=self.config.caption_fraction,
+            seed=self.config.seed,
+        )
 
     def step(self, step: int, batch: Batch) -> StepResult:
         rate = learning_rate(step, self.config)
@@ -225,6 +241,34 @@ class TransformerTrainer(Trainer):
         finally:
             self.model.train()
 
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The losses of the same images, texts and layouts each time, without dropout."""
+        dataset = self.data.validation
+        if dataset is None:
+            return {}
+        batch_size = min(-(-self.config.batch_size // self.config.accumulate), len(dataset))
+        count = max(1, min(len(dataset), VALIDATION_IMAGES) // batch_size)
+        parts = distributed.num_ranks() if batch_size >= distributed.num_ranks() else 1
+        part = distributed.rank() % parts
+        self._layout_generator.manual_seed(derive_seed(self.config.seed, "validation layouts"))
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float32, device=self.device)
+        all_counts = torch.zeros_like(sums)
+        for batch in map(self._batches_of(dataset, batch_size), range(count)):
+            batch = batch.to(self.device)
+            layouts = split_layouts(sample_layouts(self.model.config, batch, self._layout_generator), parts)
+            with self.precision.autocast():
+                own, wide_head = batch.split(parts)[part], self.resblocks is not None
+                _, *means = losses_of(self.model, own, layouts[part], batch, wide_head)
+            counts = torch.stack([kind.sum() for kind in _kinds(batch)]).float()
+            sums += torch.stack(means).float() * counts
+            all_counts += counts
+        self.model.train()
+        sums = distributed.sum_over_ranks(sums) if parts > 1 else sums
+        image_loss, text_loss = (sums / all_counts.clamp(min=1)).tolist()
+        return {"image_loss": image_loss, "text_loss": text_loss}
+
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
 
@@ -253,7 +297,7 @@ class TransformerTrainer(Trainer):
 
 def train(
     model: CogView,
-    dataset: TokenDataset,
+    data: TrainingData | TokenDataset,
     config: TrainConfig,
     out: StrPath,
     *,
@@ -272,10 +316,11 @@ def train(
     sharded afterwards.
 
     Args:
+        data: a dataset alone is trained on without validation.
         origin: fingerprints of what is trained on, by name; checkpoints keep them.
         draw: makes the PIL picture that TensorBoard shows every ``config.samples_every`` steps.
     """
-    trainer = TransformerTrainer(model, dataset, config)
+    trainer = TransformerTrainer(model, data, config)
     trainer.origin = origin
     if draw is not None:
         trainer.draw, trainer.samples_every = draw, config.samples_every
