@@ -7,6 +7,7 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import sys
 import warnings
@@ -17,11 +18,13 @@ import cogview
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # as of a program that the signal ends
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "train": "--data photos --out runs/photos",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
+    "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "demo": "--out runs/demo",
@@ -49,10 +52,17 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Run the command line; returns its exit code.
+
+    0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the output has gone.
+    """
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A terminal that lacks a character shows its number: a finished run must not fail at the last line.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -62,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = _parse(verb, words)
             if given is not None:
                 _run(verb, given)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         if verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
@@ -70,14 +80,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         else:
-            print("\ninterrupted; nothing was written", file=sys.stderr)
+            print(f"\ninterrupted; {stop or 'nothing was written'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        # Whoever reads the output has enough. What Python still holds back must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{f'cogview {verb}'.strip()}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0

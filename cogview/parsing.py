@@ -28,6 +28,7 @@ VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
     "train": options.Train,
     "generate": options.Generate,
+    "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
     "demo": options.Demo,

@@ -57,11 +57,9 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
         dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
-            cache.write(layer, k, v)
+            keys, values = cache.write(layer, qkv[:, :, 1:])
         if cache is not None and not cache.is_empty:
-            out = decode_attention(
-                q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout
-            )
+            out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         elif layout is not None:
             out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
         else:
@@ -191,6 +189,8 @@ class CogView(nn.Module):
             positions = torch.arange(T, device=tokens.device)
             if cache is not None:
                 positions = cache.lengths[:, None] + positions
+        if cache is not None:
+            cache.begin(T)
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)

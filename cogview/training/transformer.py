@@ -132,6 +132,7 @@ class TransformerTrainer(Trainer):
                 text_weight=config.text_weight,
                 caption_fraction=config.caption_fraction,
                 seed=config.seed,
+                text_dropout=config.text_dropout,
             )
 
     def step(self, step: int, batch: Batch) -> StepResult:

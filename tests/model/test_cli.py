@@ -62,6 +62,7 @@ def test_generate_caption_and_rerank(run_folder, tmp_path, capsys):
 def test_generation_options_take_effect(run_folder, tmp_path):
     def picture(*options):
         out = tmp_path / "x.png"
+        out.unlink(missing_ok=True)
         text = "a handwritten seven"
         assert (
             main(["generate", "--run", str(run_folder), text, "--num", "2", "--out", str(out), *options]) == 0
@@ -115,8 +116,8 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert f"at most {PRESETS['digits'].min_text_tokens} fit" in mistake(
         capsys, "generate", "--run", run_folder, "seven " * 20
     )
-    assert "temperature must be above 0" in mistake(
-        capsys, "generate", "--run", run_folder, text, "--temperature", "0"
+    assert "temperature must be 0 (the likeliest token) or above" in mistake(
+        capsys, "generate", "--run", run_folder, text, "--temperature", "-1"
     )
     assert "device nonsense cannot be used here" in mistake(
         capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
@@ -168,7 +169,7 @@ def test_help_and_mistakes_need_no_pytorch():
     assert "--checkpoint-layers  --model.activation-checkpointing" in done.stdout
     mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
     assert [line.partition(";")[0] for line in mistakes] == [
-        "cogview: which command? one of train-tokenizer, train, generate, caption, rerank, demo",
+        "cogview: which command? one of train-tokenizer, train, generate, infill, caption, rerank, demo",
         "cogview: unknown command 'trian'",
         'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",

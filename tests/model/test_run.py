@@ -111,9 +111,9 @@ def test_several_texts_rerank_all_images_or_each_its_own(run, drawn):
 
 
 def test_describe_gives_the_loss_of_each_caption(run, drawn):
-    texts, losses = run.describe(drawn[0])
-    assert texts == run.caption(drawn[0])
-    for text, loss, image in zip(texts, losses, drawn[0], strict=True):
+    captions = list(run.describe(drawn[0]))
+    assert [caption.text for caption in captions] == run.caption(drawn[0])
+    for (text, loss), image in zip(captions, drawn[0], strict=True):
         assert not text or loss == pytest.approx(run.cap_loss(text, [image])[0], rel=1e-4)
 
 
