@@ -88,6 +88,8 @@ def draw_candidates(
             first=ahead,
             on_tokens=None if on_codes is None else _Teller(on_codes, places, numbers, begun),
         )
+        if ahead and options.on_step is not None:
+            options.on_step(ahead * len(rows))
         read = prefill(model, prompts, num_codes - ahead, spare=options.parallel - 1)
         codes = decode(model, read, task, options)
         yield Candidates(torch.cat([begun.to(codes), codes], dim=1), places, numbers)

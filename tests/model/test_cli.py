@@ -67,11 +67,16 @@ def test_generation_options_take_effect(run_folder, tmp_path):
         assert (
             main(["generate", "--run", str(run_folder), text, "--num", "2", "--out", str(out), *options]) == 0
         )
-        return out.read_bytes()
+        with Image.open(out) as read:
+            return read.tobytes()
 
     assert picture() == picture()
     assert picture() != picture("--seed", "1")
-    assert picture("--top-k", "1") == picture("--top-k", "1", "--seed", "1")
+    likeliest = picture("--temperature", "0")
+    assert likeliest == picture("--top-k", "1", "--seed", "1") == picture("--temperature", "1e-39")
+    assert picture("--parallel", "5") == picture("--top-k", "99999999999") == picture()
+    assert picture("--guidance", "0") != picture()
+    assert picture("--seed", "-7") != picture("--seed", str(10**40)) != picture()
 
 
 def test_parts_of_a_text_that_were_never_learned_are_named(run_folder, tmp_path, capsys):

@@ -140,7 +140,7 @@ def test_errors(run, drawn, tmp_path):
         run.generate(" ")
     with pytest.raises(ValueError, match="at most 5 fit"):
         run.generate("seven " * 20)
-    with pytest.raises(ValueError, match="num must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num must be at least 1 and at most 100,000, got 0"):
         run.generate(SEVEN, num=0)
     with pytest.raises(TypeError, match="texts must be a str or a list of str, got 7"):
         run.generate(7)
