@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         else:
-            print(f"\ninterrupted; {stop or 'nothing was written'}", file=sys.stderr)
+            print(f"\ninterrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":

@@ -215,8 +215,8 @@ class Run:
         def tell(batch: Candidates) -> None:
             nonlocal rows_told
             rows_drawn = int((batch.codes >= 0).sum(1).min()) // grid
-            if on_partial is not None and rows_drawn != rows_told:
-                rows_told = rows_drawn
+            is_new, rows_told = rows_drawn not in (0, rows_told), rows_drawn
+            if on_partial is not None and is_new:
                 pixels = undrawn_is_white(self.pixels(batch.codes.clamp(min=0)), batch.codes, grid)
                 on_partial(list(zip(batch.requests, _pictures(pixels), strict=True)))
 

@@ -116,17 +116,14 @@ def decode(model: CogView, rows: Rows, task: Task, options: DrawOptions) -> Tens
     """
     loop = (_OneByOne if options.parallel == 1 else _GuessAndVerify)(model, rows, task, options)
     loop.start()
+    loop.check_finite()  # damaged weights are told now, not after a thousand steps
     advance = on_device(loop.advance, rows.hidden.device)
     turn = 0
     while not loop.is_done(turn):
         advance()
         turn += 1
         loop.report()
-    if not bool(loop.finite):
-        raise FloatingPointError(
-            "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow in "
-            f"this precision, {rows.hidden.dtype}"
-        )
+    loop.check_finite()
     return loop.result()
 
 
@@ -230,6 +227,14 @@ class _OneByOne:
         if self.task.stop is None or turn % STOP_EVERY < STOP_EVERY - 1:
             return False
         return bool(self.tokens.eq(self.task.stop).any(1).all())
+
+    def check_finite(self) -> None:
+        """Waits for the device, unlike a step, which only remembers what it met."""
+        if not bool(self.finite):
+            raise FloatingPointError(
+                "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow "
+                f"in this precision, {self.hidden.dtype}"
+            )
 
     def report(self) -> None:
         if self.options.on_step is not None:

@@ -19,6 +19,10 @@ def test_batches_follow_from_seed_and_step():
     assert 16 < is_caption.sum() < 48
     only = dataset.batch(4, 64, text_weight=1.0, caption_fraction=0.0, seed=1).tokens[:, 0]
     assert torch.all(only == vocab.command("ROI1"))
+    dropping = dataset.batch(4, 64, **options, text_dropout=0.5)
+    others = (dropping.tokens != batch.tokens).any(1)
+    assert 8 < others.sum() < 40 and not (others & is_caption).any()
+    assert torch.equal(dropping.tokens[others, 1], torch.full((int(others.sum()),), vocab.command("TINY")))
 
 
 def test_rows_that_do_not_fit_are_an_error():
