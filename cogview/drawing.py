@@ -131,9 +131,14 @@ def _print_summary(pictures: _Pictures, to: Any) -> None:
     for text, row in zip(pictures.texts, pictures.rows, strict=True):
         losses = [drawing.loss for drawing in row]
         print(
-            f'"{text}": {len(row)} pictures, {order}, CapLoss {min(losses):.3f} to {max(losses):.3f}', file=to
+            f'"{text}": {_pictures(len(row))}, {order}, CapLoss {min(losses):.3f} to {max(losses):.3f}',
+            file=to,
         )
     print(f"written: {pictures.outlet.name}", file=to)
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _print_json(pictures: _Pictures, facts: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
     captured = capsysbinary.readouterr()
     with Image.open(io.BytesIO(captured.out)) as picture:
         assert picture.format == "PNG"
-    assert b"1 pictures, best first" in captured.err
+    assert b"1 picture, best first" in captured.err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk"])
