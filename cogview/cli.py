@@ -27,6 +27,7 @@ EXAMPLES = {
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
 }
 RESUMABLE = ("train-tokenizer", "train", "demo")

@@ -119,6 +119,19 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def convert(given: options.Convert) -> None:
+    """``cogview convert``."""
+    from cogview.convert import Convert
+    from cogview.convert import convert as convert_weights
+
+    names = [field.name for field in dataclasses.fields(given)]
+    weights = convert_weights(Convert(**{name: getattr(given, name) for name in names}))
+    of_ranks = f", {weights.ranks} ranks merged" if weights.ranks > 1 else ""
+    print(f"converted: {given.out}, {len(weights.tensors)} tensors of a {weights.kind}{of_ranks}")
+    if given.text_tokenizer is not None:
+        _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
     from cogview.demo.report import summary

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,23 @@ def written_aside(path: StrPath) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(path: StrPath) -> Iterator[Path]:
+    """An empty folder to fill, which becomes ``path`` when the block ends without an error.
+
+    ``path`` must not exist. Missing folders above it are made. After an error nothing is left behind.
+    """
+    path = Path(path)
+    aside = path.with_name(path.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:

@@ -231,6 +231,34 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Convert:
+    """Bring released weights into a run or a safetensors file, and back."""
+
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
+    """released .pt file, or its folder (all ranks become one model); or safetensors, or a run folder"""
+    out: Annotated[Path, arg(metavar="TARGET")]
+    """run folder to write, with both tokenizers; else a .safetensors file, or what --to says"""
+    to: Literal["safetensors", "original"] = "safetensors"
+    """original writes the released format, for the programs of CogView's authors"""
+    text_tokenizer: Annotated[Path | None, _shown("FILE", "none")] = None
+    """SentencePiece model that belongs to the transformer"""
+    image_tokenizer: Annotated[Path | None, _shown("FILE", "none")] = None
+    """VQ-VAE that belongs to the transformer, .pt or .safetensors"""
+    num_heads: Annotated[int | None, _shown("INT", "heads of 64, as the released models have")] = None
+    """attention heads, which the tensors do not tell"""
+    image_size: int = 256
+    """side of the pictures in pixels, which the tensors do not tell"""
+    ranks: int = 1
+    """model-parallel ranks to split the original's format into"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "image_size", "ranks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class Demo:
     """Learn to draw handwritten digits from scratch and show the result."""
 

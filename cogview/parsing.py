@@ -31,6 +31,7 @@ VERBS: dict[str, type] = {
     "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "convert": options.Convert,
     "demo": options.Demo,
 }
 # Options of a training verb that have a short form, and what each is short for.

@@ -83,6 +83,7 @@ class Run:
     tokenizers: Tokenizers
     sampling: SamplingConfig  # how the run draws unless told otherwise
     max_text_tokens: int
+    caption_tokens: int | None = None  # of a caption at most; None: max_text_tokens
     text_dropout: float = 0.0  # share of rows that it was trained on without their text, for guidance
 
     def generate(
@@ -267,7 +268,7 @@ class Run:
             codes = self.encode(list(images[start : start + READ_TOGETHER]))
             texts = generate_captions(
                 *(self.model, vocab, codes),
-                max_text_tokens=self.max_text_tokens,
+                max_text_tokens=self.caption_tokens or self.max_text_tokens,
                 beams=beams,
                 options=DrawOptions(GREEDY, max_batch=MAX_BATCH),
             )
@@ -403,7 +404,11 @@ def load_run(folder: StrPath, device: str | None = None, precision: Precision = 
     load_weights(model, load_tensors(weights), weights)
     _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)
     model = in_precision(model.to(device).eval(), precision)
-    return Run(*(model, tokenizers, settings.sampling, settings.max_text_tokens), settings.train.text_dropout)
+    return Run(
+        *(model, tokenizers, settings.sampling, settings.max_text_tokens),
+        caption_tokens=settings.caption_tokens,
+        text_dropout=settings.train.text_dropout,
+    )
 
 
 def _check_finite(module: nn.Module, source: Path) -> None:

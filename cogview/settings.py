@@ -51,6 +51,7 @@ class ModelSettings:
     sampling: SamplingConfig
     max_text_tokens: int
     train: TrainConfig
+    caption_tokens: int | None = None  # length of a caption, for a model that never learned to end one
 
 
 def plain(settings: Any) -> Any:

@@ -179,7 +179,7 @@ def instruction_set():
     _extension.native.set_isa(best)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def data_folder() -> Path:
     """Files too large or not ours to commit; a test that needs one skips where it is absent."""
     return Path(os.environ.get("COGVIEW_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -5,15 +5,18 @@ Errors are measured against float64. The factor on the root mean square is 2 for
 and on the largest element twice that, because a largest element is a matter of chance.
 
 Eager PyTorch's own error is a matter of chance as well: over a dozen elements one order of summation may be
-exact where another is not, and a softmax over one key is. So ``judge`` runs the reference several times,
+exact where another is not, and a softmax over one key is. So ``judge`` runs the reference in rounds, and a
+round has two runs,
 
-- in the dtype, with every sum taken in an order of its own;
-- in float64 with every intermediate result rounded as in the dtype, on a grid that is scaled at random, so
-  that a number which the dtype happens to hold exactly is rounded too. This is the floor: what the roundings
-  of the intermediate results and of the result itself cost, however lucky eager arithmetic is;
+- one in the dtype, with every sum taken in an order of its own;
+- one in float64 with every intermediate result rounded as in the dtype, on a grid that is scaled at random,
+  so that a number which the dtype happens to hold exactly is rounded too. This is the floor: what the
+  roundings of the intermediate results and of the result itself cost, however lucky eager arithmetic is;
 
-and the budget begins from the largest error of all those runs. The fewer numbers a test compares, the more
-runs it takes for chance to even out.
+and the budget begins from the largest error of all those runs: for the largest element from eight rounds, for
+the root mean square from the fewer, the more numbers a test compares, because chance evens out among them.
+What one round allows, more rounds allow as well. So a round is run only for a result that the rounds before
+it do not let pass.
 """
 
 from __future__ import annotations
@@ -29,11 +32,61 @@ OUTPUT, GRADIENT = 2.0, 3.0
 
 Results = Sequence[Tensor | None]
 
-# Of each kind of run, for as few numbers as a test compares.
-_MOST_RUNS, _FEWEST_RUNS, _NUMBERS = 8, 1, 2**14
+_ROUNDS = 8
+_NUMBERS = 2**14  # for so many, one round gives the root mean square
 
 # error / allowed of every check since a test began; tests/conftest.py clears and reads it.
 shares: list[float] = []
+
+
+class _Rounds:
+    """The errors of eager PyTorch, round after round, of all results of a reference."""
+
+    def __init__(
+        self, reference: Callable[..., Results], inputs: Sequence[Tensor | None], compute: torch.dtype | None
+    ) -> None:
+        # Copies, because a later round may run after a test has changed its tensors.
+        self.inputs = [None if x is None else x.detach().clone() for x in inputs]
+        self.dtype = next(x.dtype for x in inputs if x is not None)
+        self.compute = compute or self.dtype
+        self.reference = reference
+        self.truth = list(reference(*_cast(self.inputs, torch.float64)))
+        self.errors: list[list[tuple[float, float]]] = [[] for _ in self.truth]
+        self.done = 0
+        numbers = min((t.numel() for t in self.truth if t is not None), default=0)
+        self.for_rms = max(1, min(_ROUNDS, _NUMBERS // max(numbers, 1)))
+
+    def run(self) -> None:
+        """One more round."""
+        given = self.inputs if self.compute == self.dtype else _cast(self.inputs, self.compute)
+        with SumsInAnotherOrder(self.done):
+            results = self.reference(*given)
+        self._note(results, lambda x: x.to(self.dtype))
+        with RoundedIntermediates(self.done, self.compute) as rounded:
+            results = self.reference(*_cast(self.inputs, torch.float64))
+        self._note(results, lambda x: rounded.round(x, self.dtype))
+        self.done += 1
+
+    def _note(self, results: Results, to_dtype: Callable[[Tensor], Tensor]) -> None:
+        for errors, result, truth in zip(self.errors, results, self.truth, strict=True):
+            if result is not None and truth is not None:
+                if self.compute != self.dtype:
+                    result = to_dtype(result)
+                error = result.detach().double() - truth.detach()
+                errors.append((_rms(error), _largest(error)))
+
+
+class EagerErrors:
+    """``(rms, largest)`` of eager PyTorch's error in one result, each the largest of some rounds."""
+
+    def __init__(self, rounds: _Rounds, result: int) -> None:
+        self._rounds, self._result = rounds, result
+
+    def after(self, rounds: int) -> tuple[float, float]:
+        while self._rounds.done < rounds:
+            self._rounds.run()
+        rms, largest = zip(*self._rounds.errors[self._result][: 2 * rounds], strict=True)
+        return max(rms[: 2 * self._rounds.for_rms]), max(largest)
 
 
 def judge(
@@ -41,40 +94,22 @@ def judge(
     inputs: Sequence[Tensor | None],
     *,
     compute: torch.dtype | None = None,
-) -> tuple[list[Tensor | None], list[list[Tensor] | None]]:
-    """``(truth, eager)``: for each result of ``reference(*inputs)`` a tensor in float64, and a list of them.
+) -> tuple[list[Tensor | None], list[EagerErrors | None]]:
+    """``(truth, eager)``: for each result of ``reference(*inputs)`` a tensor in float64, and eager's errors.
 
-    ``reference`` computes in the dtype of the tensors that it is given. ``compute`` is the dtype in which a
-    kernel has to compute where that is not the inputs'; results are then rounded to the first input's dtype.
+    ``reference`` computes in the dtype of the tensors that it is given, and may be called again when a result
+    is compared. ``compute`` is the dtype in which a kernel has to compute where that is not the inputs';
+    results are then rounded to the first input's dtype.
     """
-    dtype = next(x.dtype for x in inputs if x is not None)
-    truth = list(reference(*_cast(inputs, torch.float64)))
-    given = _cast(inputs, compute) if compute else inputs
-    compute = compute or dtype
-    numbers = min((t.numel() for t in truth if t is not None), default=0)
-    runs = max(_FEWEST_RUNS, min(_MOST_RUNS, _NUMBERS // max(numbers, 1)))
-    variants = []
-    for seed in range(runs):
-        with SumsInAnotherOrder(seed):
-            variants.append(reference(*given))
-    if compute != dtype:
-        variants = [[None if x is None else x.to(dtype) for x in results] for results in variants]
-    for seed in range(runs):
-        with RoundedIntermediates(seed, compute) as rounded:
-            results = reference(*_cast(inputs, torch.float64))
-        if compute != dtype:
-            results = [None if x is None else rounded.round(x, dtype) for x in results]
-        variants.append(results)
-    eager = [
-        None if results[0] is None else [x.detach().double() for x in results]
-        for results in zip(*variants, strict=True)
+    rounds = _Rounds(reference, inputs, compute)
+    return rounds.truth, [
+        None if truth is None else EagerErrors(rounds, result) for result, truth in enumerate(rounds.truth)
     ]
-    return truth, eager
 
 
 def assert_within_budget(
     actual: Tensor,
-    eager: Sequence[Tensor],
+    eager: EagerErrors,
     truth: Tensor,
     *,
     dtype: torch.dtype,
@@ -87,15 +122,18 @@ def assert_within_budget(
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    actual, truth = actual.detach().double(), truth.detach()
-    assert bool(torch.isfinite(actual).all()), f"{name}: NaN or Inf"
-    for measure, norm, times in (("rms", _rms, factor), ("largest", _largest, 2 * factor)):
-        error, eager_error = norm(actual - truth), max(norm(x - truth) for x in eager)
-        allowed = times * eager_error
-        shares.append(error / allowed if allowed else float(error > 0))
-        assert error <= allowed, (
-            f"{name}: {measure} error {error:.3e} in {dtype}, allowed {allowed:.3e} "
-            f"= {times} x {eager_error:.3e}, the largest of {len(eager)} runs of eager PyTorch"
+    error = actual.detach().double() - truth.detach()
+    assert bool(torch.isfinite(actual.detach()).all()), f"{name}: NaN or Inf"
+    errors, factors = (_rms(error), _largest(error)), (factor, 2 * factor)
+    for rounds in range(1, _ROUNDS + 1):
+        allowed = [times * most for times, most in zip(factors, eager.after(rounds), strict=True)]
+        if all(mine <= most for mine, most in zip(errors, allowed, strict=True)):
+            break
+    for measure, mine, most in zip(("rms", "largest"), errors, allowed, strict=True):
+        shares.append(mine / most if most else float(mine > 0))
+        assert mine <= most, (
+            f"{name}: {measure} error {mine:.3e} in {dtype}, allowed {most:.3e} after {rounds} rounds "
+            "of eager PyTorch"
         )
 
 

@@ -202,8 +202,8 @@ _DROPOUT = {"dropout_p": 0.1, "seed": 2**40}
 # Bytes that a kernel may spill. On an H100 these two are the fastest of 80 tile choices each although they
 # spill a few registers: dkv takes 0.60 ms on the benchmark's first shape, and 0.80 at best without spills.
 _SPILLS = {
-    ("_dkv_kernel", 90, Config(32, 64, 4, 3, 168)): 200,
-    ("_dkv_far_kernel", 90, Config(64, 64, 4, 3)): 200,
+    ("dkv_kernel", 90, Config(32, 64, 4, 3, 168)): 200,
+    ("dkv_far_kernel", 90, Config(64, 64, 4, 3)): 200,
 }
 
 
@@ -218,7 +218,7 @@ def call(arch, D, dtype, regions, tf32=False, **dropout):
 
 def spills_allowed(report):
     c = report.constants
-    if report.name not in ("_dkv_kernel", "_dkv_far_kernel") or c["D"] != 64 or c["HAS_DROPOUT"]:
+    if report.name not in ("dkv_kernel", "dkv_far_kernel") or c["D"] != 64 or c["HAS_DROPOUT"]:
         return 0
     config = Config(
         c["BLOCK_M"], c["BLOCK_N"], report.options["num_warps"], c["STAGES"], report.options["maxnreg"]
@@ -244,8 +244,8 @@ def assert_compiles(calls):
 )
 def test_compiles_the_benchmarks(arch, dropout):
     reports = assert_compiles(benchmark_calls("three_region_attention", arch, **dropout))
-    assert {r.name for r in reports} == {"_index_kernel", "_bwd_rows_kernel"} | {
-        f"_{kernel}_kernel" for kernel in KERNELS
+    assert {r.name for r in reports} == {"index_kernel", "bwd_rows_kernel"} | {
+        f"{kernel}_kernel" for kernel in KERNELS
     }
     for report in reports:
         if report.types.get("q_ptr") in ("*bf16", "*fp16"):

@@ -333,7 +333,8 @@ def test_help_and_mistakes_need_no_pytorch():
     assert "--checkpoint-layers  --model.activation-checkpointing" in done.stdout
     mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
     assert [line.partition(";")[0] for line in mistakes] == [
-        "cogview: which command? one of train-tokenizer, train, generate, infill, caption, rerank, demo",
+        "cogview: which command? one of train-tokenizer, train, generate, infill, caption, rerank, "
+        "convert, demo",
         "cogview: unknown command 'trian'",
         'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from torch.func import functional_call
 
 from cogview.config import SamplingConfig
 from cogview.generation import graph
@@ -15,7 +16,7 @@ from cogview.generation.text_to_image import Request, draw_candidates, generate_
 from cogview.model.cache import KVCache
 from cogview.tokens.sequence import text_to_image_prompt
 from cogview.tokens.vocab import Vocab
-from tests.helpers.tolerance import assert_within_budget
+from tests.helpers.tolerance import assert_within_budget, judge
 from tests.model.helpers import VOCAB, small_model
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
@@ -36,17 +37,19 @@ def test_cached_steps_equal_one_full_pass_to_the_error_budget(dtype):
         assert cache.lengths.tolist() == [25, 25, 25]
         return model.logits(torch.cat(parts, dim=1))
 
-    actual = cached(model, dtype)
-    with torch.no_grad():
-        eager = [model.logits(model(tokens[rows])) for rows in ([0, 1, 2], [2, 1, 0])]
-        eager[1] = eager[1].flip(0)
-        alone = torch.cat([model.logits(model(tokens[row, None])) for row in range(3)])
-        wide = model.double()
-        truth = wide.logits(wide(tokens))
-    torch.testing.assert_close(cached(wide, torch.float64), truth)
-    eager = [x.double() for x in (*eager, alone)]
-    for at in range(25):
-        assert_within_budget(actual[:, at], [x[:, at] for x in eager], truth[:, at], dtype=dtype)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    @torch.no_grad()
+    def full(*given):
+        weights = dict(zip(names, given, strict=True))
+        logits = functional_call(model, weights, (tokens,)) @ weights["word_embeddings.weight"].t()
+        return list(logits.unbind(1))
+
+    truth, eager = judge(full, parameters)
+    for at, actual in enumerate(cached(model, dtype).unbind(1)):
+        assert_within_budget(actual, eager[at], truth[at], dtype=dtype)
+    wide = cached(model.double(), torch.float64)
+    torch.testing.assert_close(wide, torch.stack(truth, dim=1))
 
 
 def test_prompts_of_different_lengths_share_a_batch_and_like_ones_are_read_once():

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named tensors into a model that expects exactly them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from cogview.files import StrPath
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: StrPath) -> None:
+    """Copy tensors into ``model``, whatever their dtype; a wrong name or shape is one ValueError."""
+    require_tensors_of(model, tensors, source)
+    model.load_state_dict(dict(tensors))
+
+
+def require_tensors_of(model: nn.Module, tensors: Mapping[str, Any], source: StrPath) -> None:
+    """ValueError naming ``source`` unless ``tensors`` has the names and the shapes of ``model``.
+
+    Only ``shape`` of each tensor is looked at, and ``model`` may be on the meta device.
+    """
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{source} does not hold this model: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(unknown)} unknown {unknown[:3]}"
+        )
+    for name, tensor in expected.items():
+        if tuple(tensor.shape) != tuple(tensors[name].shape):
+            raise ValueError(
+                f"{source}: {name} must be {list(tensor.shape)}, got {list(tensors[name].shape)}; "
+                "the configuration differs from that of the file"
+            )
