@@ -61,7 +61,9 @@ def draw_pictures(
                     pictures.add(place, drawing)
         except KeyboardInterrupt:
             if not pictures.count:
-                raise
+                raise KeyboardInterrupt(
+                    f"the unfinished pictures are in {given.out}" if pictures.shows_partial else ""
+                ) from None
             pictures.finish()
             raise KeyboardInterrupt(
                 f"{pictures.count} of {given.num * len(texts)} pictures were finished: {given.out}"
@@ -88,6 +90,7 @@ class _Pictures:
         self.outlet, self.texts, self.ranked = outlet, texts, ranked
         self.rows: list[list[Drawing]] = [[] for _ in texts]
         self.files: dict[tuple[int, int], Path] = {}
+        self.shows_partial = False
 
     @property
     def count(self) -> int:
@@ -114,6 +117,7 @@ class _Pictures:
         for place, image in partial:
             groups[place].append(image)
         self.outlet.write_sheet(groups, self._about())
+        self.shows_partial = True
 
     def finish(self) -> None:
         """Rank, and write the sheet."""

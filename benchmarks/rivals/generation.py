@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogview.config import ModelConfig, SamplingConfig
-from cogview.generation.sampling import choose
+from cogview.generation.sampling import Noise, choose
 from cogview.model.transformer import CogView
 from cogview_kernels import layer_norm, sandwich_layer_norm
 
@@ -26,7 +26,7 @@ def reprojection(
     draws what our engine draws.
     """
     B = len(seeds)
-    noise_seeds = torch.tensor(seeds, device=prompt.device)
+    noise = Noise(torch.tensor(seeds, device=prompt.device), new, codes)
     memory: list[Tensor] = []
     hidden = _step(model, prompt[None], memory, 0)
     memory[:] = [held.repeat_interleave(B, 0) for held in memory]
@@ -37,7 +37,7 @@ def reprojection(
             hidden = _step(model, tokens[:, index - 1 : index], memory, len(prompt) + index - 1)
         logits = model.logits(hidden[:, -1:])[..., :codes]
         at = torch.full((B, 1), index, device=prompt.device)
-        tokens[:, index : index + 1] = choose(logits, sampling, noise_seeds, at)
+        tokens[:, index : index + 1] = choose(logits, sampling, noise, at)
     return tokens
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cogview.config import SamplingConfig
 from cogview.generation.graph import on_device
-from cogview.generation.sampling import choose
+from cogview.generation.sampling import Noise, choose
 from cogview.model.cache import KVCache
 from cogview.model.transformer import CogView
 from cogview_kernels import linear_cross_entropy
@@ -183,7 +183,8 @@ class _OneByOne:
         self.cache, self.hidden = rows.cache, rows.hidden
         self.branches = len(rows.hidden) // B
         self.ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
-        self.seeds = torch.tensor(task.seeds, device=device, dtype=torch.int64)
+        seeds = torch.tensor(task.seeds, device=device, dtype=torch.int64)
+        self.noise = Noise(seeds, task.first + task.num_tokens, len(self.ids))
         width = task.num_tokens + options.parallel - 1
         self.given = torch.full((B, width), -1, device=device, dtype=torch.int64)
         if task.given is not None:
@@ -201,10 +202,14 @@ class _OneByOne:
 
     def advance(self) -> None:
         """One more token in every row."""
-        last = self.tokens.gather(1, self.done - 1).repeat(self.branches, 1)
+        last = self.in_every_branch(self.tokens.gather(1, self.done - 1))
         tokens = self.next_tokens(step(self.model, self.cache, last), self.done)
         self.tokens.scatter_(1, self.done, tokens)
         self.done += 1
+
+    def in_every_branch(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` for the R rows of the batch."""
+        return x if self.branches == 1 else torch.cat([x, x])
 
     def next_tokens(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """The tokens at ``positions`` ``[B, T]`` from the hidden states before them, ``[R, T, C]``."""
@@ -214,7 +219,7 @@ class _OneByOne:
         if self.branches == 2:
             with_text, without = logits.float().chunk(2)
             logits = without + self.options.guidance * (with_text - without)
-        drawn = self.ids[choose(logits, self.options.sampling, self.seeds, positions + self.task.first)]
+        drawn = self.ids[choose(logits, self.options.sampling, self.noise, positions + self.task.first)]
         if self.task.given is None:
             return drawn
         given = self.given.gather(1, positions)
@@ -238,7 +243,7 @@ class _OneByOne:
 
     def report(self) -> None:
         if self.options.on_step is not None:
-            self.options.on_step(len(self.seeds))
+            self.options.on_step(len(self.tokens))
         if self.task.on_tokens is not None:
             self.task.on_tokens(self.tokens[:, : self.task.num_tokens])
 
@@ -260,8 +265,8 @@ class _GuessAndVerify(_OneByOne):
 
     def __init__(self, model: CogView, rows: Rows, task: Task, options: DrawOptions) -> None:
         super().__init__(model, rows, task, options)
-        self.window = torch.arange(options.parallel, device=self.seeds.device)
-        self.places = torch.arange(self.tokens.shape[1], device=self.seeds.device)
+        self.window = torch.arange(options.parallel, device=self.tokens.device)
+        self.places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         self.counted = 0
 
     def start(self) -> None:
@@ -272,7 +277,7 @@ class _GuessAndVerify(_OneByOne):
     def advance(self) -> None:
         """From one to ``parallel`` more tokens in every row; none in a row that is finished."""
         N, T = self.task.num_tokens, self.options.parallel
-        inputs = self.tokens.gather(1, self.done - 1 + self.window).repeat(self.branches, 1)
+        inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
         positions = self.cache.lengths[:, None] + self.window
         positions = positions.clamp(max=self.model.config.max_positions - 1)
         hidden = step(self.model, self.cache, inputs, positions)
@@ -287,7 +292,7 @@ class _GuessAndVerify(_OneByOne):
         self.tokens.copy_(torch.where(self.places >= end, later, self.tokens))
         self.tokens.scatter_(1, at.clamp(max=self.tokens.shape[1] - 1), drawn)
         self.done += kept
-        self.cache.lengths += (kept - T).repeat(self.branches, 1)[:, 0]
+        self.cache.lengths += self.in_every_branch(kept - T)[:, 0]
 
     def is_done(self, turn: int) -> bool:
         ends = self.done[:, 0] >= self.task.num_tokens

@@ -26,7 +26,7 @@ class _CapturedStep:
     """
 
     def __init__(self, function: Callable[[], None], device: torch.device) -> None:
-        self.function = function
+        self.function, self.device = function, device
         self.stream = torch.cuda.Stream(device)
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -34,10 +34,10 @@ class _CapturedStep:
     def __call__(self) -> None:
         self.calls += 1
         if self.calls <= WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):
                 self.function()
-            torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
             return
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cogview.config import SamplingConfig
 
+MADE_AT_ONCE = 1 << 22  # numbers of noise, 16 MiB
 COLDEST = 1e-6  # a temperature below it is taken for 0: in float32 it leaves one token anyway
 
 
@@ -40,15 +41,11 @@ def token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     return top_p_filter(top_k_filter(logits, config.top_k), config.top_p).softmax(-1)
 
 
-def choose(logits: Tensor, config: SamplingConfig, seeds: Tensor, positions: Tensor) -> Tensor:
-    """One index per row of ``[B, T, V]``: the likeliest at temperature 0, else drawn; int64 ``[B, T]``.
-
-    Args:
-        seeds, positions: int64 ``[B]`` and ``[B, T]``, see :func:`exponentials`.
-    """
+def choose(logits: Tensor, config: SamplingConfig, noise: Noise, positions: Tensor) -> Tensor:
+    """One index per row of ``[B, T, V]``: the likeliest at temperature 0, else drawn; int64 ``[B, T]``."""
     if config.temperature < COLDEST:
         return logits.argmax(-1)
-    return draw(token_probabilities(logits, config), exponentials(seeds, positions, logits.shape[-1]))
+    return draw(token_probabilities(logits, config), noise.at(positions))
 
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
@@ -91,3 +88,25 @@ def exponentials(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
     # At 1 the noise would be infinite, which no index could win against, not even the only one left.
     uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
     return -torch.log1p(-uniform)
+
+
+class Noise:
+    """:func:`exponentials` of B rows at positions below ``length``: made at once where that is little memory.
+
+    Args:
+        seeds: int64 ``[B]``.
+        size: indices that there are to choose among.
+    """
+
+    def __init__(self, seeds: Tensor, length: int, size: int) -> None:
+        self.seeds, self.size = seeds, size
+        self.made: Tensor | None = None
+        if len(seeds) * length * size <= MADE_AT_ONCE:
+            positions = torch.arange(length, device=seeds.device).expand(len(seeds), -1)
+            self.made = exponentials(seeds, positions, size)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """float32 ``[B, T, size]`` at positions ``[B, T]``."""
+        if self.made is None:
+            return exponentials(self.seeds, positions, self.size)
+        return self.made.gather(1, positions[..., None].expand(-1, -1, self.size))

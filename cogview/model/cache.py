@@ -49,12 +49,18 @@ class KVCache:
         """Memory that keys and values take."""
         return self.buffer.numel() * self.buffer.element_size()
 
-    def begin(self, count: int) -> None:
-        """Before ``count`` new tokens of every row go through the layers. ValueError if they cannot fit."""
+    def begin(self, count: int) -> Tensor:
+        """Before ``count`` new tokens of every row go through the layers: their places, int64 ``[B, count]``.
+
+        ValueError if they cannot fit.
+        """
         if self.is_empty and self.capacity < count:
             raise ValueError(f"the cache holds {self.capacity} tokens per row, got {count}")
-        self._slots = self.lengths[:, None] + torch.arange(count, device=self.lengths.device)
+        self._slots = self.lengths[:, None]
+        if count > 1:
+            self._slots = self._slots + torch.arange(count, device=self.lengths.device)
         self.lengths_after = self.lengths + count
+        return self._slots
 
     def write(self, layer: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``[B, T, 2, H, D]`` behind what the rows hold; ``advance`` makes them count.

@@ -11,9 +11,10 @@ from torch.func import functional_call
 from cogview.config import SamplingConfig
 from cogview.generation import graph
 from cogview.generation.engine import DrawOptions, Task, decode, prefill, score, step
-from cogview.generation.sampling import choose
+from cogview.generation.sampling import Noise, choose
 from cogview.generation.text_to_image import Request, draw_candidates, generate_codes
 from cogview.model.cache import KVCache
+from cogview.seeding import derive_seed
 from cogview.tokens.sequence import text_to_image_prompt
 from cogview.tokens.vocab import Vocab
 from tests.helpers.tolerance import assert_within_budget, judge
@@ -139,8 +140,9 @@ def test_guidance_weighs_the_logits_with_text_against_those_without():
     options = DrawOptions(SAMPLING, guidance=3.0)
     requests = [Request(prompt, seed) for seed, prompt in enumerate(PROMPTS)]
     (batch,) = draw_candidates(model, VOCAB, requests, 9, 1, options)
-    for row, (pieces, seed) in enumerate(zip(PROMPTS, batch.codes, strict=True)):
+    for seed, (pieces, drawn) in enumerate(zip(PROMPTS, batch.codes, strict=True)):
         codes: list[int] = []
+        noise = Noise(torch.tensor([derive_seed(seed, 0)]), 9, 16)
         for at in range(9):
             with torch.no_grad():
                 with_text, without = (
@@ -150,15 +152,8 @@ def test_guidance_weighs_the_logits_with_text_against_those_without():
                     for text in (pieces, [])
                 )
             logits = without + 3.0 * (with_text - without)
-            seed = torch.tensor([_seed(row)])
-            codes.append(choose(logits, SAMPLING, seed, torch.tensor([[at]])).item())
-        assert batch.codes[row].tolist() == codes
-
-
-def _seed(seed, candidate=0):
-    from cogview.seeding import derive_seed
-
-    return derive_seed(seed, candidate)
+            codes.append(choose(logits, SAMPLING, noise, torch.tensor([[at]])).item())
+        assert drawn.tolist() == codes
 
 
 def test_a_picture_does_not_depend_on_what_else_is_drawn():

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from cogview.config import SamplingConfig
+from cogview.generation import sampling
 from cogview.generation.sampling import (
+    Noise,
     choose,
     draw,
     exponentials,
@@ -81,6 +83,15 @@ def test_noise_is_exponential_and_a_function_of_seed_position_and_index():
     torch.testing.assert_close(correlation, torch.eye(6, dtype=torch.float64), atol=0.025, rtol=0)
 
 
+def test_noise_that_is_made_at_once_is_the_same(monkeypatch):
+    seeds, positions = torch.tensor([5, 6, 7]), torch.tensor([[0, 9], [3, 4], [8, 8]])
+    at_once = Noise(seeds, 10, 40)
+    monkeypatch.setattr(sampling, "MADE_AT_ONCE", 3 * 10 * 40 - 1)
+    each_time = Noise(seeds, 10, 40)
+    assert at_once.made is not None and each_time.made is None
+    assert torch.equal(at_once.at(positions), each_time.at(positions))
+
+
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 def test_noise_does_not_depend_on_the_default_dtype(default_dtype, default):
     arguments = torch.tensor([5, 6]), torch.tensor([[0], [1]]), 1000
@@ -94,7 +105,7 @@ def test_noise_does_not_depend_on_the_default_dtype(default_dtype, default):
 def test_cold_means_the_likeliest(temperature):
     config = SamplingConfig(temperature=temperature, top_k=0)
     logits = 1e4 * torch.randn(3, 5, 40)
-    chosen = choose(logits, config, torch.arange(3), torch.arange(5).expand(3, 5))
+    chosen = choose(logits, config, Noise(torch.arange(3), 5, 40), torch.arange(5).expand(3, 5))
     assert torch.equal(chosen, logits.argmax(-1))
 
 

@@ -4,7 +4,7 @@ import torch
 
 from cogview.config import SamplingConfig
 from cogview.generation.engine import DrawOptions
-from cogview.generation.sampling import choose
+from cogview.generation.sampling import Noise, choose
 from cogview.generation.text_to_image import generate_codes
 from cogview.model.cache import KVCache
 from cogview.seeding import derive_seed
@@ -20,14 +20,14 @@ def test_generation_equals_sampling_without_a_cache():
     got = generate_codes(model, VOCAB, PROMPTS, 16, num_candidates=2, options=DrawOptions(SAMPLING, seed=3))
     for prompt, pieces in enumerate(PROMPTS):
         for candidate in range(2):
-            seed = torch.tensor([derive_seed(3, candidate)])
+            noise = Noise(torch.tensor([derive_seed(3, candidate)]), 16, VOCAB.num_image_codes)
             row = text_to_image_prompt(VOCAB, pieces, 16)
             codes = []
             for step in range(16):
                 with torch.no_grad():
                     logits = model.logits(model(torch.tensor([row + codes])))[0, -1]
                 allowed = logits[None, None, : VOCAB.num_image_codes]
-                codes.append(choose(allowed, SAMPLING, seed, torch.tensor([[step]])).item())
+                codes.append(choose(allowed, SAMPLING, noise, torch.tensor([[step]])).item())
             assert got[prompt, candidate].tolist() == codes
 
 
