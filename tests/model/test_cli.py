@@ -152,6 +152,14 @@ def test_ctrl_c_keeps_the_pictures_that_are_finished(run_folder, tmp_path, capsy
     assert main([*command, "--out", str(tmp_path / "y.png")]) == 130
     assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "y.png").exists()
 
+    def interrupted_at_the_end(model, rows, task, options):
+        real(model, rows, task, options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_to_image, "decode", interrupted_at_the_end)
+    assert main([*command, "--out", str(tmp_path / "z.png"), "--stream"]) == 130
+    assert "the unfinished pictures are in" in capsys.readouterr().err and (tmp_path / "z.png").exists()
+
 
 def test_out_is_looked_at_before_anything_is_loaded(tmp_path, capsys):
     command = ["generate", "--run", tmp_path / "absent", SEVEN]

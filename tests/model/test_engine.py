@@ -80,6 +80,12 @@ def test_no_tensor_of_the_cache_is_replaced(parallel):
     decode(model, rows, Task([range(16)], 6, [1, 2]), DrawOptions(SAMPLING, parallel=parallel))
     assert [tensor.data_ptr() for tensor in (rows.cache.buffer, rows.cache.lengths)] == before
     assert rows.cache.lengths.tolist() == [2 + 5, 3 + 5] or parallel > 1
+    rows.cache.set_lengths(torch.tensor([4, 6]))
+    rows.cache.buffer[:, :, 0] = 1
+    rows.cache.reorder(torch.tensor([1, 0]), first=3)
+    assert [tensor.data_ptr() for tensor in (rows.cache.buffer, rows.cache.lengths)] == before
+    assert rows.cache.lengths.tolist() == [6, 4]
+    assert rows.cache.buffer[:, :, 0, :, :3].eq(1).all() and rows.cache.buffer[:, :, 1, :, 3:].eq(1).all()
 
 
 def test_a_full_cache_is_an_error():
