@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,20 +18,23 @@ from typing import Any
 import cogview
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141  # as of a program that the signal ends
+EXIT_SIGNAL = 128  # and the number of the signal
+EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "train": "--data photos --out runs/photos",
+    "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
+    "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo")
+RESUMABLE = ("train-tokenizer", "train", "demo", "study")
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 
@@ -55,7 +59,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code.
 
-    0, 2 for a mistake, 130 after Ctrl-C, 141 where the reader of the output has gone.
+    0, 2 for a mistake, 128 and a signal's number after it; 141 where the reader of the output has gone.
     """
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
@@ -73,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = _parse(verb, words)
             if given is not None:
                 _run(verb, given)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt as interrupt:
         if verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
@@ -81,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         else:
-            print(f"\ninterrupted; {str(stop) or 'nothing was written'}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+            print(f"\ninterrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
@@ -118,7 +122,8 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
+    parts = [VERBS[verb].__doc__ or "", f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))

@@ -41,6 +41,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
 
 def train(given: options.Train) -> None:
     """``cogview train``."""
+    from cogview.run import sample_sheet
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -51,10 +52,20 @@ def train(given: options.Train) -> None:
         min_text_tokens=given.min_text_tokens,
         max_text_tokens=given.max_text_tokens,
     )
-    history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))
+    device = usable_device(given.device)
+    history = train_model(TrainModel(given.data, given.out, preset, device, draw=sample_sheet))
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
+def plan(given: options.Plan) -> None:
+    """``cogview plan``."""
+    from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
+
+    tflops = H100_TFLOPS[given.train.precision] if given.tflops is None else given.tflops
+    cluster = Cluster(given.gpus, given.memory, tflops, given.utilization, given.headroom)
+    print(in_words(Forecast(given.model, given.train, cluster)))
 
 
 def generate(given: options.Generate) -> None:
@@ -119,6 +130,28 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def presets(given: options.Presets) -> None:
+    """``cogview presets``."""
+    from cogview.presets import ABOUT, PRESETS
+    from cogview.training.memory import MicroBatch, count_parameters, step_memory
+
+    columns = f"{'preset':9} {'parameters':>12} {'text + image':>20} {'batch':>6} {'GiB: 1 row, all':>17}"
+    print(f"{columns}  for")
+    for name, preset in PRESETS.items():
+        model, train = preset.model, preset.train
+        row = f"{preset.min_text_tokens} + {preset.image_tokenizer.codes_per_image} tokens"
+        size = 4 if train.precision == "fp32" else 2
+        held = [
+            step_memory(model, MicroBatch(rows, model.max_positions - 1, size, accumulates)).total / 2**30
+            for rows, accumulates in ((1, True), (train.batch_size, False))
+        ]
+        memory = f"{held[0]:.2f}, {held[1]:,.1f}"
+        parameters = f"{count_parameters(model).total / 1e6:,.1f} M"
+        print(f"{name:9} {parameters:>12} {row:>20} {train.batch_size:6,} {memory:>17}  {ABOUT[name]}")
+    print("memory: of tensors on one GPU, with one row at a time (--accumulate) or the whole batch at once;")
+    print("        cogview plan --preset NAME tells it by part and for several GPUs, with the time")
+
+
 def convert(given: options.Convert) -> None:
     """``cogview convert``."""
     from cogview.convert import Convert
@@ -140,6 +173,19 @@ def demo(given: options.Demo) -> None:
     report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
     print(summary(report, given.out))
     _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+
+
+def study(given: options.Study) -> None:
+    """``cogview study``."""
+    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
+
+    asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    size = dataclasses.replace(SIZES[given.size], **changes)
+    records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
+    print(stability_table(records))
+    print(finding(records))
+    print(f"written: {given.out}/stability.png, .csv and .json")
 
 
 def _late_mean(values: Sequence[float]) -> float:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pixels as pictures: one PIL image, a grid of them, a PNG file."""
+"""Pixels as pictures: one PIL image, a grid of them, a figure, a PNG file."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -92,3 +93,12 @@ def png_bytes(picture: Image.Image, about: Mapping[str, object] | None = None) -
 def save_png(path: StrPath, picture: Image.Image) -> None:
     """Write a picture as PNG, aside and then renamed."""
     write_bytes(path, png_bytes(picture))
+
+
+def save_figure(path: StrPath, figure: Any) -> None:
+    """Write a matplotlib figure as PNG, aside and then renamed, on a machine without a display too."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))

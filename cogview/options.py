@@ -43,6 +43,7 @@ Data = Annotated[
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
 PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
+Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
 Images = Positional[
@@ -87,7 +88,7 @@ class Train:
     start: Start
     preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
     """sizes and schedule; every other option overrides it"""
-    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")] = None
+    attention: Attention = None
     """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
@@ -99,6 +100,33 @@ class Train:
             if getattr(self.model, name) != getattr(self.start.model, name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--model.{option} follows from tokenizers and captions; leave it out")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Predict the memory and the time of a training, before a machine is rented for it."""
+
+    model: ModelConfig
+    train: TrainConfig
+    start: Start
+    gpus: int = 1
+    """GPUs that share the model and the rows of a batch"""
+    memory: float = 80.0
+    """GiB of each GPU"""
+    tflops: Annotated[
+        float | None, _shown("FLOAT", "an H100's: 790 in 16 bits as measured, 67 in fp32 by its data sheet")
+    ] = None
+    """TFLOP/s of large matrix products on one GPU, in the precision of the training"""
+    utilization: float = 0.45
+    """share of --tflops that a step reaches in its products and all that lies between them; an assumption"""
+    headroom: float = 0.1
+    """share of the memory that is left to the CUDA context, libraries and the allocator's own waste"""
+    preset: Annotated[str | None, _shown("NAME", "small")] = None
+    """sizes and schedule; every other option overrides it"""
+    attention: Attention = None
+    """dense or three-region; the sizes of the latter are --model.three-region..."""
+    settings: SettingsFile = None
+    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
 
 
 PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
@@ -231,6 +259,11 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Presets:
+    """List the presets: parameters, tokens, memory, and what each is for."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Bring released weights into a run or a safetensors file, and back."""
 
@@ -268,3 +301,29 @@ class Demo:
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Repeat an experiment of the paper and show what came out."""
+
+    name: Positional[Annotated[Literal["stability"], arg(metavar="stability")]]
+    """stability: what keeps a deep training in float16 from overflowing"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; an interrupted study goes on after the last finished training"""
+    size: Literal["small", "paper"] = "small"
+    """small: 24 layers x 64, minutes on two CPU cores; paper: 64 layers x 1,024, for a GPU"""
+    seeds: int = 3
+    """trainings of each variant"""
+    steps: Annotated[int | None, _shown("INT", "the size's")] = None
+    """of each training, unless it overflows before"""
+    learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
+    """from the first step to the last"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for option in ("seeds", "steps", "learning_rate"):
+            value = getattr(self, option)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")

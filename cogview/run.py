@@ -5,11 +5,14 @@
 
     runs/x/
       tokenizers.json              data, sizes and schedule of both tokenizers
+      train-tokenizer.toml         all options of that training, for ``--settings``
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
-      checkpoints/step-00000400/   weights, optimizer, losses so far
-      tensorboard/                 scalars
+      train.toml                   all options of that training, for ``--settings``
+      checkpoints/step-00000400/   weights, optimizer, losses so far; the last three, unless told otherwise
+      tensorboard/                 curves and sample pictures
+      training.lock                held by the training at work in the folder, if there is one
 """
 
 from __future__ import annotations
@@ -29,20 +32,27 @@ from cogview.config import SamplingConfig
 from cogview.data.image_files import Picture, pixels_of
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
-from cogview.files import StrPath, load_tensors
+from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.generation.infill import keep_outside, keep_top
 from cogview.generation.text_to_image import Candidates, Request, draw_candidates
-from cogview.images import to_picture, undrawn_is_white
+from cogview.images import picture_grid, to_picture, undrawn_is_white
 from cogview.model.memory import rows_that_fit
 from cogview.model.precision import Precision, in_precision
 from cogview.model.transformer import CogView
 from cogview.progress import Progress
-from cogview.settings import load_model_settings, train_model_hint
+from cogview.settings import ModelSettings, load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, Tokenizers, load_tokenizers
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    check_origin,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
 from cogview.weights import load_weights
 
 MAX_BATCH = 256  # rows that are decoded or scored together
@@ -329,8 +339,6 @@ class Run:
         for start in range(0, len(pictures), MAX_BATCH):
             chunk = pictures[start : start + MAX_BATCH]
             pixels = torch.stack([pixels_of(picture, tokenizer.config.image_size) for picture in chunk])
-            if not bool(pixels.isfinite().all()):
-                raise ValueError("images must be of finite numbers, got NaN or infinity")
             parts.append(tokenizer.encode(pixels.to(tokenizer.mean)).flatten(1).cpu())
         codes = torch.cat(parts)
         return codes[0] if _is_one_image(images) else codes
@@ -397,11 +405,10 @@ def load_run(folder: StrPath, device: str | None = None, precision: Precision = 
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
+    check_origin(checkpoint, {"tokenizers": tokenizers.fingerprint})
     with torch.device("meta"):
         model = CogView(settings.model)
-    model.to_empty(device="cpu")
-    weights = checkpoint / "model.safetensors"
-    load_weights(model, load_tensors(weights), weights)
+    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
     _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)
     model = in_precision(model.to(device).eval(), precision)
     return Run(
@@ -416,6 +423,18 @@ def _check_finite(module: nn.Module, source: Path) -> None:
     for name, tensor in module.state_dict().items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"{source} is damaged: {name} has numbers that are not finite")
+
+
+SAMPLES = 4  # pictures of each text on a sheet of samples
+
+
+def sample_sheet(
+    model: CogView, tokenizers: Tokenizers, settings: ModelSettings, texts: Sequence[str]
+) -> Any:
+    """A PIL picture with a row of drawings for each text, best first; the same noise every time."""
+    run = Run(model, tokenizers, settings.sampling, settings.max_text_tokens)
+    images, _ = run.generate(list(texts), num=SAMPLES)
+    return picture_grid(images)
 
 
 def _pictures(pixels: Tensor) -> Any:

@@ -27,8 +27,10 @@ class PairImages(Dataset[Tensor]):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal; the training process finishes its step and then stops.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C and SIGHUP reach every process of a terminal, a scheduler's SIGTERM every process of a job. The
+    # training process finishes its step, saves, and then ends its workers.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def training_images(

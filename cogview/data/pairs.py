@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -22,16 +23,31 @@ class Pairs(Protocol):
     def captions(self, index: int) -> list[str]:
         """At least one caption."""
 
-    def check(self, size: int, *, progress: bool = True) -> None:
-        """ValueError that lists every image which cannot be read at ``size``."""
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+    def origin(self, index: int) -> str | None:
+        """What the image is an altered copy of; None for a picture of its own."""
+
+    def check(self, size: int, *, skip_bad: bool = False, progress: bool = True) -> list[str]:
+        """Read every image at ``size`` once. ValueError that lists those which cannot be read.
+
+        With ``skip_bad`` these are left out of the pairs instead; returns why, one line each.
+        """
+
+    def identity(self) -> Iterator[bytes]:
+        """See :func:`cogview.data.fingerprint.fingerprint`."""
 
 
-def open_pairs(data: StrPath) -> Pairs:
-    """``"digits"`` for the training part of the built-in digits, anything else is a folder."""
+def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
+    """``"digits"`` for the training part of the built-in digits, anything else is a folder.
+
+    With ``skip_bad`` files that are not there are left out; :meth:`Pairs.check` tells which.
+    """
     if os.fspath(data) == "digits":
         from cogview.data.digits import training_pairs
 
         return training_pairs()
     from cogview.data.folder import FolderPairs
 
-    return FolderPairs(data)
+    return FolderPairs(data, skip_bad=skip_bad)

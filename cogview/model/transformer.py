@@ -11,6 +11,7 @@ and after (CogView, arXiv:2105.13290). Per layer::
 
 The end of one branch and the start of the next are one call, ``sandwich_layer_norm``, so the layers here
 hand on both the trunk ``x`` and its normalised form. Module names are those of the released checkpoint.
+Without ``sandwich_norm`` the branches are added as they are: a plain pre-LN model, for comparison.
 
 Letters: B rows, T tokens per row, C width, H heads, D = C / H, V vocabulary, S cache length.
 """
@@ -83,8 +84,13 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
 
 
+def _post_norm(config: ModelConfig) -> nn.LayerNorm | None:
+    """The LayerNorm that ends a branch; a plain pre-LN model has none."""
+    return nn.LayerNorm(config.hidden_size, dtype=DTYPE) if config.sandwich_norm else None
+
+
 class Layer(nn.Module):
-    """One transformer layer with its four LayerNorms."""
+    """One transformer layer with its four LayerNorms, or two without Sandwich-LN."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,15 +98,18 @@ class Layer(nn.Module):
         self.dropout = config.dropout
         self.input_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.attention = Attention(config)
-        self.third_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
+        self.third_layernorm = _post_norm(config)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.mlp = MLP(config)
-        self.fourth_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
+        self.fourth_layernorm = _post_norm(config)
 
     def _sandwich(
-        self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm
+        self, branch: Tensor, x: Tensor, post: nn.LayerNorm | None, pre: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
+        if post is None:
+            x = x + F.dropout(branch, dropout_p)
+            return x, layer_norm(x, pre.weight, pre.bias, eps=pre.eps, pb_relax=self.pb_relax)
         parameters = (post.weight, post.bias, pre.weight, pre.bias)
         return sandwich_layer_norm(
             branch, x, *parameters, eps=post.eps, pb_relax=self.pb_relax, dropout_p=dropout_p

@@ -9,31 +9,44 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cogview.config import Preset
+from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
 from cogview.device import default_device
-from cogview.files import StrPath, read_json, save_tensors, write_json
+from cogview.files import StrPath, exists, read_json, save_tensors, write_json
 from cogview.model.transformer import CogView
 from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
 from cogview.settings import (
+    MODEL_OPTIONS,
     MODEL_SETTINGS,
+    TOKENIZER_OPTIONS,
     TOKENIZER_SETTINGS,
     ModelSettings,
     TokenizerSettings,
     check_settings,
+    load_model_settings,
+    model_options,
+    tokenizer_options,
+    write_options,
     write_settings,
 )
-from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, load_tokenizers
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
+from cogview.training.compilation import require_compiler
+from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
 from cogview.training.precision import Precision
@@ -41,6 +54,10 @@ from cogview.training.transformer import train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
+
+# A picture of texts by a model that is being trained, at which TensorBoard shows how far it is. It is handed
+# in from above, as training does not know how pictures are drawn.
+Draw = Callable[[CogView, Tokenizers, ModelSettings, Sequence[str]], Any]
 
 
 def _tell(notes: Sequence[str], progress: bool) -> None:
@@ -67,10 +84,16 @@ def train_tokenizers(options: TrainTokenizers) -> History:
     tokenizer is not trained again.
 
     Raises:
-        ValueError: the folder was started with other settings; captions without text; images that cannot
-            be read, all of them listed.
+        ValueError: the folder was started with other settings or other data; captions without text; images
+            that cannot be read, all of them listed.
+        BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no such data, or listed files that are not there.
     """
+    with RunLock(options.out) as lock:
+        return _train_tokenizers(options, lock)
+
+
+def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     out = Path(options.out)
     preset = options.preset or default_preset(options.data)
     settings = TokenizerSettings(
@@ -80,25 +103,62 @@ def train_tokenizers(options: TrainTokenizers) -> History:
         preset.image_tokenizer_train,
         preset.name,
     )
-    is_finished = (out / IMAGE_TOKENIZER).exists()
-    is_started = is_finished or latest_checkpoint(out / ImageTokenizerTrainer.checkpoints) is not None
+    is_finished = _is_finished(out, preset.image_tokenizer_train.steps)
+    saved = latest_checkpoint(out / ImageTokenizerTrainer.checkpoints)
+    is_started = is_finished or saved is not None
     if is_started:
         check_settings(out / TOKENIZER_SETTINGS, settings)
     pairs = open_pairs(options.data)
+    origin = {"data": fingerprint(pairs)}
+    if saved is not None:
+        check_resumable(saved, origin)
     if not is_finished:
         pairs.check(preset.image_tokenizer.image_size, progress=options.progress)
-    if not is_started:
-        captions = [caption for index in range(len(pairs)) for caption in pairs.captions(index)]
-        plan = plan_text(captions, preset.text_pieces)
-        _tell(plan.notes, options.progress)
-        write_settings(out / TOKENIZER_SETTINGS, settings)
-        plan.tokenizer.save(out / TEXT_TOKENIZER)
+    text = None if is_started else _plan_text(pairs, preset, options)
+    lock.take()
+    write_settings(out / TOKENIZER_SETTINGS, settings)
+    write_options(out / TOKENIZER_OPTIONS, tokenizer_options(settings))
+    if text is not None:
+        text.save(out / TEXT_TOKENIZER)
     if not is_finished:
-        _train_image_tokenizer(pairs, preset, options)
-    return read_json(out / TOKENIZER_HISTORY)
+        _train_image_tokenizer(pairs, preset, options, origin)
+    return _tokenizer_history(out)
 
 
-def _train_image_tokenizer(pairs: Pairs, preset: Preset, options: TrainTokenizers) -> None:
+def _tokenizer_history(out: Path) -> History:
+    history = read_json(out / TOKENIZER_HISTORY)
+    if not isinstance(history, dict) or not isinstance(history.get("reconstruction"), list):
+        raise ValueError(f"{out / TOKENIZER_HISTORY} is damaged: it holds no history of the image tokenizer")
+    return history
+
+
+def _is_finished(out: Path, steps: int) -> bool:
+    """Whether the image tokenizer in ``out`` has that many steps. ValueError if it cannot get them."""
+    if not exists(out / IMAGE_TOKENIZER):
+        return False
+    done = len(_tokenizer_history(out)["reconstruction"])
+    if done > steps:
+        raise ValueError(
+            f"the image tokenizer in {out} has {done} steps; ask for at least as many, not {steps}"
+        )
+    if done < steps and latest_checkpoint(out / CHECKPOINTS) is not None:
+        raise ValueError(
+            f"the transformer in {out} has learned the codes of its image tokenizer as that is after {done} "
+            f"steps; to train the tokenizer for {steps}, choose another folder"
+        )
+    return done == steps
+
+
+def _plan_text(pairs: Pairs, preset: Preset, options: TrainTokenizers) -> TextTokenizer:
+    captions = [caption for index in range(len(pairs)) for caption in pairs.captions(index)]
+    plan = plan_text(captions, preset.text_pieces)
+    _tell(plan.notes, options.progress)
+    return plan.tokenizer
+
+
+def _train_image_tokenizer(
+    pairs: Pairs, preset: Preset, options: TrainTokenizers, origin: Mapping[str, str]
+) -> None:
     out = Path(options.out)
     torch.manual_seed(derive_seed(preset.image_tokenizer_train.seed, "init image tokenizer"))
     tokenizer = ImageTokenizer(preset.image_tokenizer).to(options.device)
@@ -107,9 +167,11 @@ def _train_image_tokenizer(pairs: Pairs, preset: Preset, options: TrainTokenizer
         pairs,
         preset.image_tokenizer_train,
         out,
+        origin=origin,
         progress=options.progress,
         workers=options.workers,
     )
+    # The weights last: they are what makes the tokenizer a finished one.
     write_json(out / TOKENIZER_HISTORY, history)
     save_tensors(out / IMAGE_TOKENIZER, tokenizer.state_dict())
 
@@ -123,6 +185,7 @@ class TrainModel:
     preset: Preset | None = None  # None: the one that fits the tokenizers of the folder
     device: str = field(default_factory=default_device)
     progress: bool = True
+    draw: Draw | None = None  # None: no sample pictures
 
 
 def train_model(options: TrainModel) -> History:
@@ -134,14 +197,24 @@ def train_model(options: TrainModel) -> History:
 
     Raises:
         ValueError: the preset is made for other pictures than the folder's tokenizers; the device cannot
-            compute in the preset's precision; the folder was started with other settings; images that cannot
-            be read, all of them listed.
+            compute in the preset's precision; layers are to be compiled and there is no compiler; the folder
+            was started with other settings, data or tokenizers; images that cannot be read, all of them
+            listed.
+        BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
+    with RunLock(options.out) as lock:
+        return _train_model(options, lock)
+
+
+def _train_model(options: TrainModel, lock: RunLock) -> History:
     out = Path(options.out)
     preset = options.preset or implied_preset(out)
     require_fitting_preset(out, preset)
-    Precision(preset.train.precision, options.device)  # Found out before the images are encoded.
+    # Found out before the images are encoded.
+    Precision(preset.train.precision, options.device)
+    if preset.train.compile_layers:
+        require_compiler(options.device)
     tokenizers = load_tokenizers(out, options.device)
     pairs = open_pairs(options.data)
     captions = tokenize_captions(pairs, tokenizers.text)
@@ -149,9 +222,13 @@ def train_model(options: TrainModel) -> History:
     settings = ModelSettings(
         os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
     )
-    is_started = latest_checkpoint(out / CHECKPOINTS) is not None
-    if is_started:
+    origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(pairs)}
+    saved = latest_checkpoint(out / CHECKPOINTS)
+    if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
+        check_resumable(saved, origin)
+        _tell(_notes_on_going_on(out, preset), options.progress)
+    draw = _sample_drawer(options, settings, tokenizers, pairs)
     _tell(plan.notes, options.progress)
     pairs.check(tokenizers.image.config.image_size, progress=options.progress)
     codes = encode_images(pairs, tokenizers.image, progress=options.progress)
@@ -159,6 +236,42 @@ def train_model(options: TrainModel) -> History:
     dataset = TokenDataset(tokenizers.vocab, codes, texts, plan.row_length)
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
-    if not is_started:
-        write_settings(out / MODEL_SETTINGS, settings)
-    return train(model, dataset, preset.train, out, progress=options.progress)
+    lock.take()
+    write_settings(out / MODEL_SETTINGS, settings)
+    write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+    return train(
+        model,
+        dataset,
+        preset.train,
+        out,
+        origin=origin,
+        draw=None if draw is None else partial(draw, model),
+        progress=options.progress,
+    )
+
+
+def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
+    before = load_model_settings(out).train.steps
+    if before == preset.train.steps:
+        return []
+    return [
+        f"the learning rate follows the schedule of {preset.train.steps} steps from here on, not {before}"
+    ]
+
+
+def _sample_drawer(
+    options: TrainModel, settings: ModelSettings, tokenizers: Tokenizers, pairs: Pairs
+) -> Callable[[CogView], Any] | None:
+    """What draws the sample pictures, given the model. ValueError for a text that is too long for it."""
+    draw, room = options.draw, settings.max_text_tokens
+    if draw is None or not settings.train.samples_every:
+        return None
+    texts = settings.train.sample_texts
+    for text in texts:
+        if not 1 <= len(tokenizers.text.encode(text)) <= room:
+            raise ValueError(f"sample_texts must have 1 to {room} tokens each, got {text!r}")
+    if not texts:
+        firsts = (pairs.captions(index)[0] for index in range(len(pairs)))
+        fitting = (text for text in firsts if len(tokenizers.text.encode(text)) <= room)
+        texts = tuple(islice(dict.fromkeys(islice(fitting, 100)), 4))
+    return lambda model: draw(model, tokenizers, settings, texts)

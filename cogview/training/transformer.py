@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
 from cogview.training.checkpoint import CHECKPOINTS
+from cogview.training.compilation import compiled_layers, uncompiled
+from cogview.training.flops import step_flops
 from cogview.training.loop import (
     History,
     StepResult,
@@ -29,6 +33,8 @@ from cogview.training.loop import (
 )
 from cogview.training.optim import learning_rate, make_optimizer, shrunk_gradient
 from cogview.training.precision import NonFiniteWatch, Precision
+from cogview.training.resblock import ResblockScaling
+from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 
@@ -70,24 +76,30 @@ def split_layouts(
 
 
 def losses_of(
-    model: CogView, batch: Batch, layouts: list[ThreeRegionLayout] | None, whole: Batch | None = None
+    model: CogView,
+    batch: Batch,
+    layouts: list[ThreeRegionLayout] | None,
+    whole: Batch | None = None,
+    wide_head: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted mean loss to train on, and the plain means after image codes and after other tokens.
 
     One pass over the logits gives all three. Nats per token. The means are those of ``whole``, of which
     ``batch`` is a part: the sums over the parts are divided by what counts in ``whole``, so the losses of
-    the parts, and their gradients, add up to those of ``whole``.
+    the parts, and their gradients, add up to those of ``whole``. ``wide_head`` keeps the logits and their
+    gradient in float32 under autocast.
     """
     whole = batch if whole is None else whole
     hidden = model(batch.tokens, layout=layouts)
-    loss, token_losses = linear_cross_entropy(
-        hidden,
-        model.word_embeddings.weight,
-        batch.targets,
-        token_weight=batch.weight / whole.weight.sum(),
-        reduction="sum",
-        return_losses=True,
-    )
+    with torch.autocast(hidden.device.type, enabled=False) if wide_head else nullcontext():
+        loss, token_losses = linear_cross_entropy(
+            hidden,
+            model.word_embeddings.weight,
+            batch.targets,
+            token_weight=batch.weight / whole.weight.sum(),
+            reduction="sum",
+            return_losses=True,
+        )
     (after_image, after_text), counted = _kinds(batch), _kinds(whole)
     image_loss = (token_losses * after_image).sum() / counted[0].sum().clamp(min=1)
     text_loss = (token_losses * after_text).sum() / counted[1].sum().clamp(min=1)
@@ -120,7 +132,11 @@ class TransformerTrainer(Trainer):
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
-        self.precision = Precision(config.precision, self.device)
+        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
+        self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
+        self.draw: Callable[[], Any] | None = None
+        self._flops = step_flops(model.config, config.batch_size).model
+        self._peak_flops = peak_flops(self.device, self.precision.dtype)
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
@@ -140,11 +156,13 @@ class TransformerTrainer(Trainer):
         set_learning_rate(self.optimizer, rate)
         scaler, scale = self.precision.scaler, self.precision.loss_scale()
         loss, image_loss, text_loss = self._gradient(step, batch, scaler)
+        board_only: dict[str, float | Tensor] = {} if scale is None else {"loss_scale": scale}
+        if self.resblocks is not None:
+            board_only["smallest_block_scale"] = self.resblocks.scales.min()
+            board_only["dropped_blocks"] = self.resblocks.unscale()
         descent = descend(loss, self.model, self.optimizer, clip_norm=self.config.clip_norm, scaler=scaler)
         return StepResult(
-            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate},
-            descent,
-            {} if scale is None else {"loss_scale": scale},
+            {"image_loss": image_loss, "text_loss": text_loss, "learning_rate": rate}, descent, board_only
         )
 
     def _gradient(
@@ -165,16 +183,35 @@ class TransformerTrainer(Trainer):
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
         parts = self.config.accumulate
         losses = []
-        for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
-            shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
-            with shrunk, self.precision.autocast():
-                loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch)
-            if watch is not None:
-                watch.look("the loss", loss)
-            backward(loss, scaler)
-            losses.append((loss.detach(), image_loss, text_loss))
+        # Activation checkpointing runs the layers again in the backward pass, so that belongs inside as well.
+        with nullcontext() if self.resblocks is None else self.resblocks.scaled():
+            for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+                shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
+                with shrunk, self.precision.autocast():
+                    wide_head = self.resblocks is not None
+                    loss, image_loss, text_loss = losses_of(self.model, part, its_layouts, batch, wide_head)
+                if watch is not None:
+                    watch.look("the loss", loss)
+                backward(loss, scaler)
+                losses.append((loss.detach(), image_loss, text_loss))
         loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
         return loss, image_loss, text_loss
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        tokens = self.config.batch_size * (self.model.config.max_positions - 1)
+        rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
+        if self._peak_flops:
+            rates["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
+        return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
+
+    def sample(self) -> Any:
+        assert self.draw is not None
+        self.model.eval()
+        try:
+            with uncompiled():  # drawing has other shapes at every token
+                return self.draw()
+        finally:
+            self.model.train()
 
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
@@ -184,26 +221,42 @@ class TransformerTrainer(Trainer):
         scaler = None
         if self.precision.scaler is not None:
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
-        with NonFiniteWatch(self.model) as watch:
+        with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
         self.optimizer.zero_grad(set_to_none=True)
         return watch.where
 
     def state(self) -> dict[str, Any]:
-        return self.precision.state()
+        return self.precision.state() if self.resblocks is None else self.resblocks.state()
 
     def load_state(self, state: Mapping[str, Any], source: Path) -> None:
-        self.precision.load_state(state, source)
+        (self.precision if self.resblocks is None else self.resblocks).load_state(state, source)
 
 
 def train(
-    model: CogView, dataset: TokenDataset, config: TrainConfig, out: StrPath, *, progress: bool = True
+    model: CogView,
+    dataset: TokenDataset,
+    config: TrainConfig,
+    out: StrPath,
+    *,
+    origin: Mapping[str, str] = MappingProxyType({}),
+    draw: Callable[[], Any] | None = None,
+    progress: bool = True,
 ) -> History:
     """Train ``model`` in place, resuming from the latest checkpoint under ``out`` if there is one.
 
     A step whose loss or gradient is not finite changes nothing; it is run once more to name the module where
-    that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators. On
-    Ctrl-C, finishes the step, saves and raises KeyboardInterrupt. Returns the history: ``image_loss``,
-    ``text_loss``, ``learning_rate``, one value per step. The rest is :func:`cogview.training.loop.run_loop`.
+    that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators.
+    Returns the history: ``image_loss``, ``text_loss``, ``learning_rate``, one value per step. The rest is
+    :func:`cogview.training.loop.run_loop`.
+
+    Args:
+        origin: fingerprints of what is trained on, by name; checkpoints keep them.
+        draw: makes the PIL picture that TensorBoard shows every ``config.samples_every`` steps.
     """
-    return run_loop(TransformerTrainer(model, dataset, config), config, out, progress=progress)
+    trainer = TransformerTrainer(model, dataset, config)
+    trainer.origin = origin
+    if draw is not None:
+        trainer.draw, trainer.samples_every = draw, config.samples_every
+    with compiled_layers(model) if config.compile_layers else nullcontext():
+        return run_loop(trainer, config, out, progress=progress)

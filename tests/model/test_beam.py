@@ -17,7 +17,7 @@ SEP = VOCAB.command("SEP")
 def test_with_a_beam_for_every_text_it_finds_the_best_of_all():
     model = small_model(scale=3.0)
     with torch.no_grad():
-        model.word_embeddings.weight[SEP] *= -4
+        model.word_embeddings.weight[SEP] *= -8
     letters = [VOCAB.text_start + piece for piece in range(3)]
     task = Task([range(letters[0], letters[-1] + 1), range(SEP, SEP + 1)], 3, [0] * 6, stop=SEP)
     prompts = [image_to_text_prompt(VOCAB, codes.tolist()) for codes in CODES]

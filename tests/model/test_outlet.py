@@ -65,7 +65,7 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
 def test_devices_and_pipes_take_the_sheet_and_stay(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     received = []
-    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()))
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_bytes()), daemon=True)
     reader.start()
     Outlet(str(tmp_path / "pipe")).write_sheet([[RED]], {})
     reader.join(10)
