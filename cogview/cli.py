@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from cogview.launch import started_as_first, started_ranks
 
 EXIT_MISTAKE = 2
 EXIT_SIGNAL = 128  # and the number of the signal
+EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
@@ -27,6 +29,7 @@ EXAMPLES = {
     "train": "--data photos --out runs/photos",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
+    "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "presets": "",
@@ -58,10 +61,17 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for a mistake, 128 and a signal's number after it."""
+    """Run the command line; returns its exit code.
+
+    0, 2 for a mistake, 128 and a signal's number after it; 141 where the reader of the output has gone.
+    """
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A terminal that lacks a character shows its number: a finished run must not fail at the last line.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -81,14 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         else:
-            print("\ninterrupted; nothing was written", file=sys.stderr)
+            print(f"\ninterrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
         return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        # Whoever reads the output has enough. What Python still holds back must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError, FloatingPointError) as error:
         # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
         if given is not None or started_as_first():
             where = "" if started_as_first() else f" (rank {os.environ['RANK']})"

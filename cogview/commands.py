@@ -7,6 +7,8 @@ Each verb imports what it needs itself: drawing needs no TensorBoard, training n
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import shlex
 import shutil
 import sys
@@ -108,44 +110,64 @@ def plan(given: options.Plan) -> None:
 
 def generate(given: options.Generate) -> None:
     """``cogview generate``."""
-    from cogview.images import picture_grid, save_png
-    from cogview.run import load_run
+    from cogview.drawing import draw_pictures
 
-    run = load_run(given.run, given.device)
-    asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    images, losses = run.generate(
-        given.texts,
-        num=given.num,
-        seed=given.seed,
-        sampling=dataclasses.replace(run.sampling, **changes),
-        ranked=not given.no_rerank,
-        progress=True,
-    )
-    save_png(given.out, picture_grid([image for row in images for image in row], given.num))
-    order = "in the order drawn" if given.no_rerank else "best first"
-    for text, row in zip(given.texts, losses, strict=True):
-        print(f'"{text}": {len(row)} pictures, {order}, CapLoss {min(row):.3f} to {max(row):.3f}')
-    print(f"written: {given.out}")
+    draw_pictures(given, given.texts)
+
+
+def infill(given: options.Infill) -> None:
+    """``cogview infill``."""
+    from cogview.drawing import draw_pictures
+
+    draw_pictures(given, [given.text], lambda run: run.kept_codes(given.image, given.mask, given.keep_top))
 
 
 def caption(given: options.Caption) -> None:
-    """``cogview caption``."""
+    """``cogview caption``: a line for each picture as soon as it is described."""
+    from cogview.progress import Progress
     from cogview.run import load_run
 
-    texts, losses = load_run(given.run, given.device).describe(given.images, progress=True)
-    for path, text, loss in zip(given.images, texts, losses, strict=True):
-        print(f"{path}\t{text}\tCapLoss {loss:.3f}")
+    _require_files(given.images)
+    run = load_run(given.run, given.device, given.precision)
+    with Progress(len(given.images), "describe", unit="image") as bar:
+        captions = run.describe(given.images, beams=given.beams)
+        for path, found in zip(given.images, captions, strict=True):
+            if given.json:
+                line = _json_line(file=str(path), text=found.text, cap_loss=found.loss)
+            else:
+                line = f"{path}\t{found.text}\tCapLoss {found.loss:.3f}"
+            print(line, flush=True)
+            bar.update()
 
 
 def rerank(given: options.Rerank) -> None:
     """``cogview rerank``."""
     from cogview.run import load_run
 
-    losses = load_run(given.run, given.device).cap_loss(given.text, given.images)
+    _require_files(given.images)
+    losses = load_run(given.run, given.device, given.precision).cap_loss(given.text, given.images)
     ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
     for place, (loss, path) in enumerate(ranked, start=1):
-        print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+        if given.json:
+            print(_json_line(place=place, file=str(path), cap_loss=loss))
+        else:
+            print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+
+
+def _require_files(paths: Sequence[Path]) -> None:
+    """A wrong name is told before a model is loaded and other pictures are read."""
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"image not found: {path}")
+
+
+def _json_line(**values: Any) -> str:
+    """One JSON object; a number that JSON does not have, such as NaN, is null."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def presets(given: options.Presets) -> None:

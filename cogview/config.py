@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -128,6 +129,7 @@ class TrainConfig:
     sample_texts: tuple[str, ...] = ()  # what they show; by default the first four captions of the data
     validation: float = 0.0  # share of the images that is not trained on; its loss is told at each checkpoint
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
+    text_dropout: float = 0.0  # share of text-to-image rows that lose their text, for guidance when drawing
     resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
@@ -146,6 +148,7 @@ class TrainConfig:
         _require(narrow, "resblock_scaling", "False unless precision is fp16", self.resblock_scaling)
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
+        _require(0 <= self.text_dropout < 1, "text_dropout", "in [0, 1)", self.text_dropout)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1
@@ -154,14 +157,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off)."""
+    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off).
+
+    Temperature 0 takes the likeliest token.
+    """
 
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        is_number = 0 <= self.temperature < math.inf
+        _require(is_number, "temperature", "0 (the likeliest token) or above", self.temperature)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
 

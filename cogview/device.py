@@ -20,7 +20,7 @@ def usable_device(name: str | None = None) -> str:
     if name == "cuda":
         name = own_gpu()
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # "meta" makes tensors, but there is nothing in them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name} cannot be used here: {reason}") from None

@@ -175,36 +175,91 @@ class Plan:
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
 
 
-@dataclass(frozen=True)
-class Generate:
+PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
+Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What every verb that draws pictures takes."""
+
+    run: RunFolder
+    out: Annotated[str, arg(metavar="PATH")] = "out.png"
+    """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture, its text and
+    seed within, and the sheet; or - for standard output"""
+    num: int = 16
+    """pictures per text"""
+    seed: int = 0
+    """another seed, other pictures; any whole number"""
+    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """below 1 safer, above 1 wilder, 0 always the likeliest code"""
+    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
+    """draw among the k likeliest codes, 0 = all"""
+    top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """draw among codes of total probability p, 0 = all"""
+    guidance: float = 1.0
+    """above 1 the text counts for more; for a run trained with --train.text-dropout"""
+    parallel: int = 1
+    """codes that a step tries at once: the same pictures in fewer, larger steps"""
+    max_batch: int = 256
+    """pictures that are drawn together at most; fewer where memory is short"""
+    no_rerank: Flag = False
+    """keep the order of drawing instead of best first"""
+    stream: Flag = False
+    """write the sheet after each row of codes as well, to watch the pictures appear"""
+    json: Flag = False
+    """print one JSON document: each picture's text, seed, number and CapLoss, time and memory"""
+    verbose: Flag = False
+    """print the memory of weights and cache, on standard error"""
+    force: Flag = False
+    """replace files that exist"""
+    precision: PrecisionName = "fp32"
+    """of the transformer; int8 stores the weights of its linear layers in 8 bits and needs torchao"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num", 1), ("parallel", 1), ("max_batch", 1), ("guidance", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.json and self.out == "-":
+            raise ValueError("--json and --out - both mean standard output; leave out one of them")
+        if self.stream and self.out == "-":
+            raise ValueError("--stream needs a file to write anew, got --out -")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Drawing):
     """Draw pictures for texts."""
 
     texts: Positional[
         Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
     ]
     """what to draw; several texts give several rows"""
-    run: RunFolder
-    out: Annotated[Path, arg(metavar="FILE")] = Path("out.png")
-    """PNG to write"""
-    num: int = 16
-    """pictures per text"""
-    seed: int = 0
-    """another seed, other pictures"""
-    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
-    """below 1 safer, above 1 wilder"""
-    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
-    """draw among the k likeliest codes, 0 = all"""
-    top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
-    """draw among codes of total probability p, 0 = all"""
-    no_rerank: Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")] = False
-    """keep the order of drawing instead of best first"""
-    device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_one("TEXT", self.texts)
-        if self.num < 1:
-            raise ValueError(f"--num must be at least 1, got {self.num}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infill(Drawing):
+    """Draw a part of a picture anew."""
+
+    text: Positional[Annotated[str, arg(metavar="TEXT")]]
+    """what the whole picture shows"""
+    image: Positional[Annotated[Path, arg(metavar="IMAGE")]]
+    """the picture of which a part is kept"""
+    mask: Annotated[Path | None, _shown("FILE", "none")] = None
+    """a picture that is white where to draw anew and black where to keep"""
+    keep_top: Annotated[float | None, _shown("SHARE", "none")] = None
+    """instead of a mask: the share of the picture's height that is kept, from its top"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mask is None) == (self.keep_top is None):
+            raise ValueError("either --mask or --keep-top is needed, and not both")
 
 
 @dataclass(frozen=True)
@@ -214,11 +269,19 @@ class Caption:
     images: Images
     """image files"""
     run: RunFolder
+    beams: int = 1
+    """texts that are followed at a time in search of the likeliest; 1 takes the likeliest token each time"""
+    json: Flag = False
+    """print a JSON object a picture"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
+        if self.beams < 1:
+            raise ValueError(f"--beams must be at least 1, got {self.beams}")
 
 
 @dataclass(frozen=True)
@@ -230,6 +293,10 @@ class Rerank:
     images: Images
     """image files"""
     run: RunFolder
+    json: Flag = False
+    """print a JSON object a picture"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
     device: Device = None
     """cpu or cuda"""
 

@@ -31,6 +31,7 @@ VERBS: dict[str, type] = {
     "train": options.Train,
     "plan": options.Plan,
     "generate": options.Generate,
+    "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
     "presets": options.Presets,

@@ -14,6 +14,7 @@ from cogview.seeding import derive_seed
 from cogview.tokens.sequence import (
     FRAME_TOKENS,
     Batch,
+    drop_texts,
     fit_text,
     image_to_text_row,
     make_batch,
@@ -62,11 +63,12 @@ class TokenDataset:
         text_weight: float,
         caption_fraction: float,
         seed: int,
+        text_dropout: float = 0.0,
     ) -> Batch:
         """The rows of one training step: a pure function of its arguments.
 
         Each row draws one of its image's captions, and is in image-to-text order with probability
-        ``caption_fraction``.
+        ``caption_fraction``. ``text_dropout``: see :func:`cogview.tokens.sequence.drop_texts`.
         """
         choice = random.Random(derive_seed(seed, "rows", step))
         rows = []
@@ -74,6 +76,7 @@ class TokenDataset:
             text, codes = self.rows.read(index, choice.random())
             make_row = image_to_text_row if choice.random() < caption_fraction else text_to_image_row
             rows.append(make_row(self.vocab, fit_text(text, self.max_text_tokens, truncate=True), codes))
+        rows = drop_texts(self.vocab, rows, text_dropout, derive_seed(seed, "text dropout", step))
         return make_batch(self.vocab, rows, self.length, text_weight)
 
 

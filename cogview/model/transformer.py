@@ -55,19 +55,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
-            cache.write(layer, k, v)
+            keys, values = cache.write(layer, qkv[:, :, 1:])
         if cache is not None and not cache.is_empty:
-            out = decode_attention(
-                q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout
-            )
-        elif layout is not None:
-            out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+            q = qkv.select(2, 0).transpose(1, 2)
+            out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+            out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
         return self.dense(out.transpose(1, 2).reshape(B, T, C))
+
+    def _among_themselves(self, qkv: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
+        q, k, v = qkv  # each [B, H, T, D]
+        dropout_p = self.dropout if self.training else 0.0
+        if layout is not None:
+            return cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
 class MLP(nn.Module):
@@ -196,10 +198,9 @@ class CogView(nn.Module):
             raise ValueError(f"layout must hold one per layer ({len(trunk.layers)}), got {len(layouts)}")
         if cache is not None and self.training:
             raise ValueError("cache is for generation: call model.eval() first")
+        places = torch.arange(T, device=tokens.device) if cache is None else cache.begin(T)
         if positions is None:
-            positions = torch.arange(T, device=tokens.device)
-            if cache is not None:
-                positions = cache.lengths[:, None] + positions
+            positions = places
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)

@@ -162,16 +162,20 @@ class TransformerTrainer(Trainer):
         self._layout_generator = torch.Generator(device=self.device)
 
     def batches(self, first: int) -> Iterator[Batch]:
-        batch = self._batches_of(self.data.training, self.config.batch_size)
+        config = self.config
+        batch = self._batches_of(self.data.training, config.batch_size, config.text_dropout)
         return training_batches(batch, range(first, self.config.steps), self.data.workers)
 
-    def _batches_of(self, dataset: TokenDataset, batch_size: int) -> Callable[[int], Batch]:
+    def _batches_of(
+        self, dataset: TokenDataset, batch_size: int, text_dropout: float = 0.0
+    ) -> Callable[[int], Batch]:
         return partial(
             dataset.batch,
             batch_size=batch_size,
             text_weight=self.config.text_weight,
             caption_fraction=self.config.caption_fraction,
             seed=self.config.seed,
+            text_dropout=text_dropout,
         )
 
     def step(self, step: int, batch: Batch) -> StepResult:

@@ -30,6 +30,10 @@ def test_batches_follow_from_seed_and_step(dataset):
     assert torch.all(only[:, 0] == VOCAB.command("ROI1"))
     of_two = only[:, 1] == VOCAB.text_start + 2
     assert 16 < of_two.sum() < 48  # images have two captions, drawn equally often
+    dropping = dataset.batch(4, 64, **OPTIONS, text_dropout=0.5)
+    others = (dropping.tokens != batch.tokens).any(1)
+    assert 8 < others.sum() < 40 and not (others & is_caption).any()
+    assert torch.equal(dropping.tokens[others, 1], torch.full((int(others.sum()),), VOCAB.command("TINY")))
 
 
 def test_another_process_makes_the_same_batches(dataset):
