@@ -134,15 +134,15 @@ def _print_summary(pictures: _Pictures, to: Any) -> None:
     order = "best first" if pictures.ranked else "in the order drawn"
     for text, row in zip(pictures.texts, pictures.rows, strict=True):
         losses = [drawing.loss for drawing in row]
-        print(
-            f'"{text}": {_pictures(len(row))}, {order}, CapLoss {min(losses):.3f} to {max(losses):.3f}',
-            file=to,
-        )
-    print(f"written: {pictures.outlet.name}", file=to)
-
-
-def _pictures(count: int) -> str:
-    return "1 picture" if count == 1 else f"{count} pictures"
+        if len(row) == 1:
+            print(f'"{text}": 1 picture, CapLoss {losses[0]:.3f}', file=to)
+        else:
+            span = f"{min(losses):.3f} to {max(losses):.3f}"
+            print(f'"{text}": {len(row)} pictures, {order}, CapLoss {span}', file=to)
+    print(
+        f"written: {'standard output' if pictures.outlet.is_standard_output else pictures.outlet.name}",
+        file=to,
+    )
 
 
 def _print_json(pictures: _Pictures, facts: dict[str, Any]) -> None:

@@ -260,6 +260,10 @@ class Infill(Drawing):
         super().__post_init__()
         if (self.mask is None) == (self.keep_top is None):
             raise ValueError("either --mask or --keep-top is needed, and not both")
+        if self.keep_top is not None and not 0 <= self.keep_top < 1:
+            raise ValueError(
+                f"--keep-top must be at least 0 and below 1 (0.5 is the upper half), got {self.keep_top:g}"
+            )
 
 
 @dataclass(frozen=True)

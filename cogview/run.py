@@ -30,13 +30,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cogview.config import SamplingConfig
-from cogview.data.image_files import Picture, pixels_of
+from cogview.data.image_files import Picture, pixels_of, upright_size
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import GREEDY, DrawOptions
-from cogview.generation.infill import keep_outside, keep_top
+from cogview.generation.infill import keep_outside, keep_top, require_same_proportions
 from cogview.generation.text_to_image import Candidates, Request, draw_candidates
 from cogview.images import picture_grid, to_picture, undrawn_is_white
 from cogview.model.memory import rows_that_fit
@@ -163,13 +163,13 @@ class Run:
             text: what the whole picture shows.
             image: the picture whose other codes are kept.
             mask: white where the picture is drawn anew, black where its codes are kept; as large as
-                ``image`` or of its shape. A code with any white pixel is drawn anew.
+                ``image`` or of its proportions. A code with any white pixel is drawn anew.
             keep_top: instead of a mask, the share of the picture's height that is kept, from its top.
             options: as :meth:`draw` takes them; by default the run's own.
 
         Kept codes pass through the image tokenizer, so even what is kept is not the same pixel by pixel.
         Codes are drawn in raster order: one sees the kept codes above and to its left, not those below.
-        Raises what :meth:`generate` and :meth:`encode` raise.
+        Raises what :meth:`generate` and :meth:`encode` raise, and ValueError for a mask of other proportions.
         """
         options = options or DrawOptions(self.sampling, max_batch=MAX_BATCH)
         requests = self.requests([text], [seed], self.kept_codes(image, mask, keep_top))
@@ -185,7 +185,9 @@ class Run:
         if share is not None:
             return keep_top(codes, share, config.grid)
         assert mask is not None
-        return keep_outside(codes, pixels_of(mask, config.image_size).mean(0), config.grid)
+        white = pixels_of(mask, config.image_size).mean(0)
+        require_same_proportions(upright_size(image), upright_size(mask))
+        return keep_outside(codes, white, config.grid)
 
     def requests(
         self, texts: Sequence[str], seeds: Sequence[int], given: Tensor | None = None

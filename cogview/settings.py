@@ -190,6 +190,8 @@ def write_options(path: StrPath, options: Mapping[str, Any]) -> None:
     head = (
         f"# All options of this run. Another one like it: cogview {verb} --settings {path.name} --out NEW\n"
     )
+    if path.name == MODEL_OPTIONS:
+        head += f"# NEW must hold tokenizers: {TOKENIZER_OPTIONS} beside this file gives others like these.\n"
     given = {name: value for name, value in options.items() if name != "preset" or value}
     write_text(path, head + tomli_w.dumps(_without_none(given)))
 
@@ -221,12 +223,12 @@ def _load(kind: type[T], path: Path, hint: str) -> T:
 
 def train_tokenizers_hint(folder: StrPath) -> str:
     """What to do about a run folder without tokenizers."""
-    return f"train the tokenizers first: cogview train-tokenizer --out {shlex.quote(str(folder))}"
+    return f"train the tokenizers first: cogview train-tokenizer --data DATA --out {shlex.quote(str(folder))}"
 
 
 def train_model_hint(folder: StrPath) -> str:
     """What to do about a run folder without a model."""
-    return f"train the model first: cogview train --out {shlex.quote(str(folder))}"
+    return f"train the model first: cogview train --data DATA --out {shlex.quote(str(folder))}"
 
 
 def load_tokenizer_settings(folder: StrPath) -> TokenizerSettings:

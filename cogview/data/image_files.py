@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from cogview.files import StrPath
@@ -94,6 +94,20 @@ def _reason(error: Exception) -> str:
 def read_image(path: StrPath, size: int) -> Tensor:
     """:func:`read_pixels` as float32 in [0, 1]."""
     return to_unit_range(read_pixels(path, size))
+
+
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Width and height of what :func:`pixels_of` takes, turned as a camera's note says."""
+    if isinstance(picture, Tensor):
+        return picture.shape[-1], picture.shape[-2]
+    if not isinstance(picture, Image.Image):
+        with Image.open(picture) as opened:
+            return upright_size(opened)
+    orientation = 1
+    with contextlib.suppress(Exception):  # A damaged note is no damaged picture.
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    is_on_its_side = orientation in (5, 6, 7, 8)
+    return picture.size[::-1] if is_on_its_side else picture.size
 
 
 def pixels_of(picture: Picture, size: int) -> Tensor:

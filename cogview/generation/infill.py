@@ -22,6 +22,20 @@ def keep_outside(codes: Tensor, mask: Tensor, grid: int) -> Tensor:
     return codes.masked_fill(white.to(codes.device), -1)
 
 
+def require_same_proportions(picture: tuple[int, int], mask: tuple[int, int]) -> None:
+    """ValueError unless width to height is that of the picture, to the rounding of a scaled copy's sides.
+
+    Both are cropped to their centre, so a mask of other proportions would lie beside what it means.
+    """
+    difference = abs(picture[0] * mask[1] - picture[1] * mask[0])
+    if difference > max(sum(picture), sum(mask)):
+        sizes = [f"{width} x {height} pixels" for width, height in (mask, picture)]
+        raise ValueError(
+            f"mask must have the proportions of the picture, got {sizes[0]} for a picture of {sizes[1]}; "
+            "draw it on a copy of the picture"
+        )
+
+
 def keep_top(codes: Tensor, share: float, grid: int) -> Tensor:
     """The codes ``[grid * grid]`` of a picture, -1 below its upper ``share``, rounded to rows of codes.
 

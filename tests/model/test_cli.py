@@ -128,6 +128,9 @@ def test_a_part_of_a_picture_is_drawn_anew(run_folder, tmp_path, capsys):
         assert picture.size == (2 * 68 + 4, 68 + 4)
     assert "either --mask or --keep-top is needed" in mistake(capsys, *command)
     no_white = ["--mask", tmp_path / "photo.png", "--out", tmp_path / "y.png"]
+    Image.new("L", (20, 20)).save(tmp_path / "mask.png")
+    square = ["--mask", tmp_path / "mask.png", "--out", tmp_path / "y.png"]
+    assert "got 20 x 20 pixels for a picture of 30 x 20 pixels" in mistake(capsys, *command, *square)
     Image.new("L", (30, 20)).save(tmp_path / "photo.png")
     assert "mask must have a white part" in mistake(capsys, *command, *no_white)
 
@@ -181,7 +184,7 @@ def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
     captured = capsysbinary.readouterr()
     with Image.open(io.BytesIO(captured.out)) as picture:
         assert picture.format == "PNG"
-    assert b"1 picture, best first" in captured.err
+    assert b"1 picture, CapLoss" in captured.err
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk"])
@@ -277,7 +280,7 @@ def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
 def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     text = "a handwritten seven"
     assert "run folder not found" in mistake(capsys, "generate", "--run", tmp_path / "absent", text)
-    assert "cogview train --out" in mistake(
+    assert "cogview train --data DATA --out" in mistake(
         capsys, "generate", "--run", _only_tokenizers(run_folder, tmp_path), text
     )
     assert "data folder not found" in mistake(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview.data.image_files import pixels_of, read_image
+from cogview.data.image_files import pixels_of, read_image, upright_size
 
 
 def save(path, array):
@@ -29,6 +29,9 @@ def test_a_photo_taken_sideways_stands_upright(tmp_path):
     picture.save(tmp_path / "turned.png", exif=exif)
     image = read_image(tmp_path / "turned.png", 8)
     assert torch.all(image[..., :4] == 1) and torch.all(image[..., 4:] == 0)
+    Image.new("L", (6, 4)).save(tmp_path / "wide.png", exif=exif)
+    assert upright_size(tmp_path / "wide.png") == upright_size(torch.zeros(3, 6, 4)) == (4, 6)
+    assert upright_size(Image.new("L", (6, 4))) == (6, 4)
 
 
 def test_the_centre_is_kept(tmp_path):

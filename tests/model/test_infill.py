@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from cogview.generation.infill import keep_outside, keep_top
+from cogview.generation.infill import keep_outside, keep_top, require_same_proportions
 
 CODES = torch.arange(16)
 
@@ -15,6 +15,14 @@ def test_a_code_with_any_white_pixel_is_drawn_anew():
     assert kept.tolist() == [code if code != 6 else -1 for code in range(16)]
     with pytest.raises(ValueError, match="mask must have a white part"):
         keep_outside(CODES, torch.zeros(16, 16), 4)
+
+
+def test_a_mask_has_the_proportions_of_its_picture():
+    for mask in ((4000, 3000), (1333, 1000), (64, 48), (3, 2)):  # the sides of a scaled copy are rounded
+        require_same_proportions((4000, 3000), mask)
+    for mask in ((3000, 4000), (64, 64), (4100, 3000)):
+        with pytest.raises(ValueError, match="mask must have the proportions of the picture"):
+            require_same_proportions((4000, 3000), mask)
 
 
 def test_the_top_is_kept_in_rows_of_codes():

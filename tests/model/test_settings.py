@@ -126,9 +126,13 @@ def test_what_is_missing_or_damaged_is_one_clear_error(tmp_path):
         load_model_settings(tmp_path / "absent")
     folder = tmp_path / "with a space"
     folder.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no model\.json; .* cogview train --out '.*with a space'"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no model\.json; .* cogview train --data DATA --out '.*with a space'"
+    ):
         load_model_settings(folder)
-    with pytest.raises(FileNotFoundError, match=r"no tokenizers\.json; .* cogview train-tokenizer --out"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizers\.json; .* cogview train-tokenizer --data DATA --out"
+    ):
         load_tokenizer_settings(folder)
     for damaged in ("[1]", "{}", '{"data": "x", "model": 3}'):
         (folder / "model.json").write_text(damaged)
