@@ -194,13 +194,15 @@ def presets(given: options.Presets) -> None:
 
 def convert(given: options.Convert) -> None:
     """``cogview convert``."""
-    from cogview.convert import Convert
+    from cogview.convert import Convert, left_behind
     from cogview.convert import convert as convert_weights
 
     names = [field.name for field in dataclasses.fields(given)]
     weights = convert_weights(Convert(**{name: getattr(given, name) for name in names}))
     of_ranks = f", {weights.ranks} ranks merged" if weights.ranks > 1 else ""
     print(f"converted: {given.out}, {len(weights.tensors)} tensors of a {weights.kind}{of_ranks}")
+    for note in left_behind(given.source) if given.text_tokenizer is None else ():
+        print(f"note: {note}", file=sys.stderr)
     if given.text_tokenizer is not None:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 

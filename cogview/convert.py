@@ -27,6 +27,7 @@ from cogview.settings import (
     ModelSettings,
     TokenizerSettings,
     load_model_settings,
+    load_tokenizer_settings,
     write_settings,
 )
 from cogview.tokens.sequence import FRAME_TOKENS
@@ -118,6 +119,32 @@ def open_weights(source: StrPath) -> Weights:
     return Weights(source, known_kind(tensors, file), tensors, iteration)
 
 
+def left_behind(source: StrPath) -> tuple[str, ...]:
+    """What a run has beside its transformer's tensors, which a file of weights alone does not tell."""
+    folder = Path(source)
+    if not (folder / MODEL_SETTINGS).is_file():
+        return ()
+    model = load_model_settings(folder).model
+    image_size = load_tokenizer_settings(folder).image_tokenizer.image_size
+    told = [
+        f"the tokenizers are not in it: {folder / TEXT_TOKENIZER} is a SentencePiece model as it is, and "
+        f"cogview convert takes {folder / IMAGE_TOKENIZER} by itself"
+    ]
+    if image_size != Convert.image_size:
+        told.append(f"to convert it back, give --image-size {image_size}")
+    if model.num_heads != model.hidden_size // HEAD_SIZE:
+        told.append(
+            f"it does not tell its attention heads: to convert it back, give --num-heads {model.num_heads}"
+        )
+    if model.three_region is not None:
+        told.append("the run has learned three-region attention; converted back, it computes dense attention")
+    if model.pb_relax != "tensor":
+        told.append(
+            f"the run has pb_relax = {model.pb_relax}; the original, and what is converted back, has tensor"
+        )
+    return tuple(told)
+
+
 def _check(options: Convert, out: Path) -> None:
     """Mistakes that can be found before anything is read."""
     if out.exists():
@@ -127,6 +154,10 @@ def _check(options: Convert, out: Path) -> None:
         raise ValueError("a run folder needs both --text-tokenizer and --image-tokenizer")
     if has_tokenizers and options.to == "original":
         raise ValueError("--to original converts weights alone: leave the tokenizers out")
+    if options.to == "original" and out.suffix == ".safetensors":
+        raise ValueError(
+            f"--to original writes no safetensors, got --out {out}; name another, or leave --to out"
+        )
     if options.to == "safetensors" and options.ranks != 1:
         raise ValueError("--ranks belongs to --to original; safetensors are always whole")
     if options.to == "safetensors" and not has_tokenizers and out.suffix != ".safetensors":

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import shutil
 import sys
 import types
@@ -13,9 +14,11 @@ from torch import nn
 import cogview
 from cogview.cli import main
 from cogview.config import ModelConfig
-from cogview.convert import Convert, convert
+from cogview.convert import Convert, convert, left_behind
 from cogview.files import load_tensors
 from cogview.model.transformer import CogView
+from cogview.presets import PRESETS
+from cogview.settings import ModelSettings, TokenizerSettings, write_settings
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.vocab import Vocab
 from cogview.weights import load_weights
@@ -201,6 +204,24 @@ def test_a_run_goes_back_to_the_original(released_run, tmp_path):
     )
 
 
+def test_what_weights_alone_do_not_tell_is_told(tmp_path):
+    assert left_behind(tmp_path) == ()  # It is no run, so nothing is known beside the weights.
+    digits, base = PRESETS["digits"], PRESETS["base"]
+    _write_run_settings(tmp_path, digits, digits.model)
+    told = " ".join(left_behind(tmp_path))
+    assert f"--num-heads {digits.model.num_heads}" in told and "three-region attention" in told
+    assert f"--image-size {digits.image_tokenizer.image_size}" in told and "pb_relax = row" in told
+    assert str(tmp_path / "text_tokenizer.model") in told
+    _write_run_settings(tmp_path, base, dataclasses.replace(base.model, pb_relax="tensor"))
+    assert len(left_behind(tmp_path)) == 1  # the tokenizers
+
+
+def _write_run_settings(folder, preset, model):
+    tokenizers = TokenizerSettings("x", 9, preset.image_tokenizer, preset.image_tokenizer_train)
+    write_settings(folder / "tokenizers.json", tokenizers)
+    write_settings(folder / "model.json", ModelSettings("x", model, preset.sampling, 5, preset.train))
+
+
 def _ranks(folder):
     return [torch.load(file, weights_only=False)["module"] for file in sorted(folder.glob("20000/mp_rank_*"))]
 
@@ -334,6 +355,7 @@ def test_options_that_do_not_fit(tmp_path, capsys):
     assert "--ranks belongs to --to original" in refused(capsys, source, out, "--ranks", 2)
     assert "--out must end with .safetensors" in refused(capsys, source, tmp_path / "run")
     one = ("--text-tokenizer", "x.model")
+    assert "--to original writes no safetensors" in refused(capsys, source, out, "--to", "original")
     assert "needs both --text-tokenizer and --image-tokenizer" in refused(
         capsys, source, tmp_path / "run", *one
     )
@@ -372,7 +394,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, capsys, to):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        line = refused(capsys, source, tmp_path / "x.safetensors", "--to", to, "--num-heads", 4)
+        line = refused(capsys, source, tmp_path / f"x.{to}", "--to", to, "--num-heads", 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in line if to == "safetensors" else "cannot be written" in line
