@@ -20,6 +20,12 @@ def usable_device(name: str | None = None) -> str:
     if name == "cuda":
         name = own_gpu()
     try:
+        torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device {name} cannot be used here: give cpu, cuda, or one GPU such as cuda:1"
+        ) from None
+    try:
         torch.zeros(1, device=name).item()  # "meta" makes tensors, but there is nothing in them
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -88,7 +89,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
     except SystemExit as stop:
         if stop.code in (None, 0):
             raise
-        raise ValueError(_one_line(complaint.getvalue(), f"cogview {verb}")) from None
+        said = _one_line(complaint.getvalue(), f"cogview {verb}")
+        raise ValueError(f"{said}{_guess(said, SHORT.get(kind, ()))}; see cogview {verb} --help") from None
 
 
 def _defaults(kind: type, words: Sequence[str]) -> Any:
@@ -125,6 +127,13 @@ def _last_value(words: Sequence[str], name: str) -> str | None:
         elif word.startswith(f"--{name}="):
             found = word.partition("=")[2]
     return found
+
+
+def _guess(said: str, short: Collection[str]) -> str:
+    """The short form that an unrecognized option may be meant for: tyro does not know these, so to guess."""
+    unknown = re.match(r"unrecognized options: --([\w-]+)", said)
+    near = difflib.get_close_matches(unknown[1], short, n=1, cutoff=0.7) if unknown else []
+    return f"; did you mean --{near[0]}" if near and "Perhaps you meant" not in said else ""
 
 
 def _in_full(word: str, short: Mapping[str, str]) -> str:
@@ -169,6 +178,11 @@ def _words_of(name: str, value: Any) -> Iterator[str]:
         yield f"--{name}={value}"
 
 
+def _full_option(found: re.Match[str]) -> str:
+    """The start of an error of a nested dataclass, with the option in place of its field."""
+    return f"--{found[1]}.{found[2].replace('_', '-')} must"
+
+
 def _one_line(box: str, prog: str) -> str:
     """What tyro says in a box of several lines, without the parts that only repeat the help."""
     sections: list[list[str]] = [[]]
@@ -181,7 +195,11 @@ def _one_line(box: str, prog: str) -> str:
     said = [" ".join(section) for section in sections if section]
     said = [text for text in said if not text.startswith(("For full helptext", "Argument helptext"))]
     # The name of the whole dataclass says nothing to the user; that of a nested one is the option's table.
-    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", "; ".join(said)).replace(
-        f"Missing from {prog}:", "missing:"
+    text = re.sub(r"^Error parsing [A-Z]\w*: ", "", "; ".join(said))
+    text = re.sub(r"^Error parsing ([a-z][\w.-]*): (\w+) must", _full_option, text)
+    text = re.sub(
+        r"^Error parsing (--\S+): invalid literal for int.*: ", r"\1 must be a whole number, got ", text
     )
-    return f"{text[:1].lower()}{text[1:]}; see {prog} --help"
+    text = re.sub(r"^Error parsing (--\S+): could not convert.*: ", r"\1 must be a number, got ", text)
+    text = text.replace(f"Missing from {prog}:", "missing:")
+    return text[:1].lower() + text[1:]

@@ -134,12 +134,21 @@ def test_mistakes_are_one_line_that_names_the_option():
     assert "unknown preset 'huge'" in _value_error("train", "--data", "x", "--out", "y", "--preset", "huge")
     assert mistake("train", "--data", "digits").startswith("missing: --out RUN run folder")
     assert mistake("train", *TRAIN, "--model.vocab-size", "9").startswith("--model.vocab-size follows from")
-    assert "--train.steps: invalid literal for int()" in mistake("train", *TRAIN, "--steps", "x")
-    assert "model: num_heads must be a divisor" in mistake("train", *TRAIN, "--model.num-heads", "3")
+    assert mistake("train", *TRAIN, "--steps", "x").startswith(
+        "--train.steps must be a whole number, got 'x'"
+    )
+    assert "--model.dropout must be a number, got 'x'" in mistake("train", *TRAIN, "--model.dropout", "x")
+    assert "--model.num-heads must be a divisor" in mistake("train", *TRAIN, "--model.num-heads", "3")
+    assert "--stps, 3; did you mean --steps; see" in mistake("train", *TRAIN, "--stps", "3")
+    assert "did you mean" not in mistake("train", *TRAIN, "--modle.num-layers", "3")
     assert "Perhaps you meant: --top-k INT" in mistake("generate", "--run", "x", "a", "--tpo-k", "3")
     assert mistake("generate", "--run", "x").startswith("at least one TEXT is needed")
     assert mistake("caption", "--run", "x").startswith("at least one IMAGE is needed")
     assert mistake("generate", "--run", "x", "a", "--num", "0").startswith("--num must be at least 1, got 0")
+    upper_half = ("infill", "--run", "x", "a", "photo.png", "--keep-top", "50")
+    assert mistake(*upper_half).startswith(
+        "--keep-top must be at least 0 and below 1 (0.5 is the upper half)"
+    )
     assert "'dens'" in mistake("train", *TRAIN, "--attention", "dens")
 
 
