@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -26,7 +29,19 @@ def in_precision(model: CogView, precision: Precision) -> CogView:
         raise ValueError(f"precision must be one of {known}, got {precision!r}")
     model = model.to(DTYPES[precision])
     if precision == "int8":
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        with _quiet_logging():
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(model, Int8WeightOnlyConfig())
     return model
+
+
+@contextlib.contextmanager
+def _quiet_logging() -> Iterator[None]:
+    """Without warnings: torchao tells of each of its own libraries that another machine would load."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
