@@ -38,7 +38,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
     )
     error = _late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
-    _say_next("train", "--data", given.data, "--out", given.out)
+    _say_next("train", "--data", given.data, "--out", given.out, *["--skip-bad"] * given.skip_bad)
 
 
 def tokenize(given: options.Tokenize) -> None:
@@ -200,11 +200,15 @@ def convert(given: options.Convert) -> None:
     names = [field.name for field in dataclasses.fields(given)]
     weights = convert_weights(Convert(**{name: getattr(given, name) for name in names}))
     of_ranks = f", {weights.ranks} ranks merged" if weights.ranks > 1 else ""
-    print(f"converted: {given.out}, {len(weights.tensors)} tensors of a {weights.kind}{of_ranks}")
+    print(f"converted: {given.out}, {len(weights.tensors)} tensors of {_article(weights.kind)}{of_ranks}")
     for note in left_behind(given.source) if given.text_tokenizer is None else ():
         print(f"note: {note}", file=sys.stderr)
     if given.text_tokenizer is not None:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
+def _article(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
 def demo(given: options.Demo) -> None:

@@ -146,11 +146,12 @@ def test_the_library_reads_and_writes_the_same_safetensors(tmp_path):
     assert file.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_the_image_tokenizer_goes_there_and_back(tmp_path):
+def test_the_image_tokenizer_goes_there_and_back(tmp_path, capsys):
     state = random_image_tokenizer()
     torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "vqvae.pt")
     file = tmp_path / "vqvae.safetensors"
     assert main(["convert", str(tmp_path / "vqvae.pt"), "--out", str(file)]) == 0
+    assert "tensors of an image tokenizer\n" in capsys.readouterr().out
     assert main(["convert", str(file), "--out", str(tmp_path / "back.pt"), "--to", "original"]) == 0
     back = torch.load(tmp_path / "back.pt", weights_only=True)
     assert back.keys() == state.keys()
