@@ -9,4 +9,5 @@ OPS = (
     "stable_softmax",
     "layer_norm",
     "decode_attention",
+    "local_attention_2d",
 )

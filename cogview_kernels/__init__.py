@@ -10,6 +10,7 @@ from cogview_kernels.layer_norm import layer_norm
 from cogview_kernels.layout import ThreeRegionLayout, ThreeRegionPlan
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
 from cogview_kernels.local_attention_2d import local_attention_2d
+from cogview_kernels.merge_attention import merge_attention
 from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
 from cogview_kernels.stable_softmax import stable_softmax
 from cogview_kernels.three_region_attention import three_region_attention
@@ -21,6 +22,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "local_attention_2d",
+    "merge_attention",
     "sandwich_layer_norm",
     "stable_softmax",
     "three_region_attention",

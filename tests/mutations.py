@@ -51,6 +51,10 @@ _TRITON_DECODE = (
     "decode_attention_triton test_dtypes or (test_edges_of_tiles_and_splits and (several or one-2))"
 )
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
+_CPU_LOCAL = (
+    "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
+)
+_CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
 _CPU_NORM = "layer_norm (test_forward_and_backward or test_constant_rows or test_extreme_rows) and cpu"
 _CPU_SANDWICH = "sandwich_layer_norm (test_forward_and_backward or test_every_backend_draws) and cpu"
 _TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and triton and not two_tiles"
@@ -78,7 +82,7 @@ MUTATIONS = [
     Mutation("attention-cpu-bias-twice", "csrc/three_region_attention/*",
              "const float add = far ? bias : 0.0f;", "const float add = far ? 2.0f * bias : 0.0f;",
              _CPU_ATTENTION),
-    Mutation("attention-cpu-no-rescale", "csrc/three_region_attention/*",
+    Mutation("attention-cpu-no-rescale", "csrc/common/weights.h",
              "raise ? exp2(old - wanted) : broadcast(1.0f)", "broadcast(1.0f)",
              f"{_ATTENTION} test_logits_past_the_fp16_limit and cpu"),
     Mutation("attention-cpu-keep-scale", "csrc/three_region_attention/*",
@@ -99,10 +103,10 @@ MUTATIONS = [
     Mutation("attention-cpu-dq-scale", "csrc/three_region_attention/*",
              "b, h, s, args.common.scale, m.stage", "b, h, s, 1.0f, m.stage",
              _CPU_ATTENTION),
-    Mutation("attention-cpu-exponential", "csrc/three_region_attention/*",
+    Mutation("attention-cpu-exponential", "csrc/common/weights.h",
              "p = broadcast(0.00015461444854736328f);", "p = broadcast(0.0f);",
              _CPU_ATTENTION),
-    Mutation("attention-cpu-exponential-of-bf16", "csrc/three_region_attention/*",
+    Mutation("attention-cpu-exponential-of-bf16", "csrc/common/weights.h",
              "if (kBf16) {\n        p = broadcast", "if (true) {\n        p = broadcast",
              _CPU_ATTENTION),
     Mutation("attention-cpu-bf16-weights", "csrc/three_region_attention/*",
@@ -168,6 +172,39 @@ MUTATIONS = [
              _CUDA_ATTENTION),
     Mutation("attention-cuda-dlse", "csrc/three_region_attention/*.cuh",
              "args.dlse == nullptr ? dot : dot - args.dlse[at]", "dot", _CUDA_ATTENTION),
+    # ---- local_attention_2d
+    Mutation("local-cpu-row-above", "csrc/local_attention_2d/*",
+             "(down >= -window.row_radius)", "(down > -window.row_radius)", _CPU_LOCAL),
+    Mutation("local-cpu-column", "csrc/local_attention_2d/*",
+             "VecI last = own_column + window.column_radius;", "VecI last = own_column + 1;", _CPU_LOCAL),
+    Mutation("local-cpu-causal-row", "csrc/local_attention_2d/*",
+             "last = down == 0 ? own_column : last;", "", _CPU_LOCAL),
+    Mutation("local-cpu-key-rows", "csrc/local_attention_2d/*",
+             "last / window.query_scale + below + 1)", "last / window.query_scale + below)", _CPU_LOCAL),
+    Mutation("local-cpu-text-mask", "csrc/local_attention_2d/*",
+             "kPanelVectors && seen[e] == 0", "kPanelVectors && seen[e] == 2", _CPU_LOCAL),
+    Mutation("local-cpu-no-rescale", "csrc/local_attention_2d/*",
+             "load(out + d * kQueries + c) * by", "load(out + d * kQueries + c)", _CPU_LOCAL),
+    Mutation("local-cpu-keep-scale", "csrc/local_attention_2d/*",
+             "args.common.dropout.keep_scale / load(lanes.sum + c)", "1.0f / load(lanes.sum + c)",
+             _CPU_LOCAL),
+    Mutation("local-cpu-dropout-of-text", "csrc/local_attention_2d/*",
+             "? w : VecF{}", "| (VecI{} - int32_t(slot >= plan.grid)) ? w : VecF{}", _CPU_LOCAL),
+    Mutation("local-cpu-no-delta", "csrc/local_attention_2d/*",
+             "p * (dp - delta[i])", "p * dp", _CPU_LOCAL),
+    Mutation("local-cpu-no-dlse", "csrc/local_attention_2d/*",
+             "(args.dlse == nullptr ? 0.0f : args.dlse[first + query])", "0.0f", _CPU_LOCAL),
+    Mutation("local-cpu-parts", "csrc/local_attention_2d/*",
+             "for (int64_t i = 0; i < parts; ++i) {\n            const Part",
+             "for (int64_t i = 0; i < 1; ++i) {\n            const Part", _CPU_LOCAL),
+    Mutation("local-cpu-dk-scale", "csrc/local_attention_2d/*",
+             "store_row(total[0], scale,", "store_row(total[0], 1.0f,", _CPU_LOCAL),
+    Mutation("merge-cpu-no-maximum", "csrc/merge_attention/*",
+             "std::exp(a.lses[i][row] - top)", "std::exp(a.lses[i][row])", _CPU_MERGE),
+    Mutation("merge-cpu-no-mean", "csrc/merge_attention/*",
+             "(dots[i] - mean + dlse)", "(dots[i] + dlse)", _CPU_MERGE),
+    Mutation("merge-cpu-nothing-seen", "csrc/merge_attention/*",
+             "weights[i] = weights[i] == 0.0f ? 0.0f :", "weights[i] =", _CPU_MERGE),
     # ---- decode_attention
     Mutation("decode-cpu-bias", "csrc/decode_attention/*_cpu.cpp",
              "logits[j] += a.layout.pivot_bias;", "logits[j] += a.layout.pivot_bias * a.scale;",

@@ -8,15 +8,20 @@ from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _dropout
 from cogview_kernels.local_attention_2d import sdpa
+from cogview_kernels.local_attention_2d.op import backend_module, local_attention_2d_op
 from cogview_kernels.local_attention_2d.reference import local_attention_2d_reference
 from cogview_kernels.local_attention_2d.window import Keys, Window
 
 _OP = "local_attention_2d"
-_BACKENDS = ("sdpa", "reference")
+_BACKENDS = ("cpu", "sdpa", "reference")
 
 
-def _limit(backend: str, q: Tensor, dropout_p: float, return_lse: bool) -> str:
-    return sdpa.limit(dropout_p, return_lse) if backend == "sdpa" else ""
+def _limit(backend: str, q: Tensor, keys: Keys, window: Window, dropout_p: float, return_lse: bool) -> str:
+    if backend == "reference":
+        return ""
+    if backend == "sdpa":
+        return sdpa.limit(dropout_p, return_lse)
+    return backend_module(backend).limit(backend, q, keys, window)
 
 
 def local_attention_2d(
@@ -71,7 +76,7 @@ def local_attention_2d(
         seed: for dropout, an int of at most 64 bits or a 0-d int64 tensor, on the CPU or the device of ``q``;
             None draws one from PyTorch's CPU generator.
         return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
-        backend: "sdpa" or "reference"; None takes the best for the device.
+        backend: "cpu", "sdpa" or "reference"; None takes the best for the device.
 
     Returns:
         ``out``, shape and dtype of ``q``; with ``return_lse`` ``(out, lse)``, ``lse`` ``[B, H, T]``
@@ -80,8 +85,9 @@ def local_attention_2d(
     Raises:
         TypeError: a dtype or type above is not met.
         ValueError: a shape or range above is not met, or devices differ.
-        NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse). Without
-            ``backend`` "sdpa" steps in, or where that cannot, "reference".
+        NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cpu": no
+            float64, D up to 256). Without ``backend`` "sdpa" steps in, or where that cannot, "reference".
+            Also a derivative that kernels do not have: of second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).
@@ -94,14 +100,33 @@ def local_attention_2d(
         scale = q.shape[-1] ** -0.5
     else:
         _checks.check_finite_number(_OP, "scale", scale)
-    chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
+    chosen = _backends.choose(
+        _OP, _BACKENDS, backend, q.device, _limit, q, keys, window, dropout_p, return_lse
+    )
     scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
+    if chosen not in ("sdpa", "reference"):
+        out, lse = local_attention_2d_op(
+            q,
+            *keys,
+            window.height,
+            window.width,
+            window.kernel_height,
+            window.kernel_width,
+            window.query_scale,
+            window.causal,
+            scale,
+            dropout_p,
+            seed,
+            chosen,
+        )
+        return (out, lse) if return_lse else out
     if chosen == "sdpa":
         return sdpa.forward(q, keys, window, scale)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    keys = Keys(*(x.to(wide) for x in keys[:4]), extra_mask)
     dropout = _dropout.Dropout.of(dropout_p, seed)
-    out, lse = local_attention_2d_reference(q.to(wide), keys, window, scale, dropout)
+    out, lse = local_attention_2d_reference(
+        q.to(wide), keys.map(lambda x: x.to(wide)), window, scale, dropout
+    )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,3 +75,8 @@ class Keys(NamedTuple):
     extra_k: Tensor
     extra_v: Tensor
     extra_mask: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Keys:
+        """With ``function`` applied to keys and values."""
+        k, v, extra_k, extra_v = map(function, self[:4])
+        return Keys(k, v, extra_k, extra_v, self.extra_mask)

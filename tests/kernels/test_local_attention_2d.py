@@ -5,20 +5,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from cogview_kernels import local_attention_2d
 from cogview_kernels._dropout import Dropout
 from cogview_kernels.local_attention_2d import sdpa
+from cogview_kernels.local_attention_2d.op import local_attention_2d_op
 from cogview_kernels.local_attention_2d.reference import local_attention_2d_reference
 from cogview_kernels.local_attention_2d.window import Keys, Window
 from tests.helpers.attention import survives
+from tests.helpers.local_attention import joint_attention, text_slots, window_slots
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
 
-BACKENDS = ["sdpa"]
+KERNELS = ["cpu"]
+BACKENDS = ["sdpa", *KERNELS]
 ALL = ["reference", *BACKENDS]
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def make(
@@ -56,11 +57,12 @@ SMALL = {
 }
 # Tiles have 64 queries, of 1 to 64 columns: below, at and past an edge, and two tiles and a remainder.
 LARGE = {
-    "at_an_edge": {"grid": (16, 16), "kernel_size": (5, 5), "D": 64},
-    "past_an_edge": {"grid": (17, 17), "kernel_size": (9, 5), "E": 33, "D": 64, "H": 1},
-    "causal_of_many_rows": {"grid": (23, 9), "kernel_size": (17, 9), "causal": True, "D": 48, "Hkv": 1},
-    "one_row": {"grid": (1, 300), "kernel_size": (3, 77), "D": 32, "H": 1},
-    "one_column": {"grid": (150, 1), "kernel_size": (41, 3), "D": 32, "H": 1, "s": 2},
+    "at_an_edge": {"grid": (16, 8), "kernel_size": (5, 5), "D": 64, "H": 1},
+    "past_an_edge": {"grid": (17, 9), "kernel_size": (7, 5), "E": 33, "D": 64, "H": 1},
+    # The backward deals the rows of tiles to several sums.
+    "several_parts": {"grid": (67, 5), "kernel_size": (17, 3), "causal": True, "D": 48, "Hkv": 1},
+    "one_row": {"grid": (1, 300), "kernel_size": (3, 77), "H": 1},
+    "one_column": {"grid": (70, 1), "kernel_size": (41, 3), "H": 1, "s": 2},
     "everything": {"grid": (12, 13), "kernel_size": (99, 99), "E": 140, "masked": True, "B": 2, "D": 80},
     "D256": {"grid": (9, 10), "kernel_size": (3, 5), "D": 256, "H": 1, "E": 7},
 }
@@ -70,31 +72,11 @@ LARGE = {
 
 
 def by_unfold(q, keys, window):
-    """CogView2's equations: scores and weights of every slot of the window, -10000 outside the image.
-
-    Written from the published semantics of its kernels ``similar`` and ``weighting`` alone."""
-    kernel, s = (window.kernel_height, window.kernel_width), window.query_scale
-    padding = (kernel[0] // 2, kernel[1] // 2)
-    slots = kernel[0] * kernel[1]
-
-    def unfolded(x):  # [B, H, keys, D] to [B, H, queries, slots, D]
-        B, H, _, D = x.shape
-        image = x.transpose(2, 3).reshape(B * H, D, window.height, window.width)
-        cells = F.unfold(image, kernel, padding=padding).view(B * H, D * slots, window.height, window.width)
-        fine = cells.repeat_interleave(s, 2).repeat_interleave(s, 3).view(B, H, D, slots, -1)
-        return fine.permute(0, 1, 4, 3, 2)
-
-    outside = unfolded(torch.ones_like(keys.k))[..., 0] == 0
-    near = (unfolded(keys.k) @ q[..., None])[..., 0].masked_fill(outside, -10000)
-    near_v = unfolded(keys.v)
-    if window.causal:
-        near, near_v = near[..., : slots // 2 + 1], near_v[..., : slots // 2 + 1, :]
-    text = q @ keys.extra_k.transpose(2, 3)
-    if keys.extra_mask is not None:
-        text = text.masked_fill(~keys.extra_mask[:, None, None], -10000)
-    weights = torch.cat([near, text], 3).softmax(3)
-    near, text = weights[..., : near.shape[3]], weights[..., near.shape[3] :]
-    return (near[..., None, :] @ near_v)[..., 0, :] + text @ keys.extra_v
+    grid, kernel_size = (window.height, window.width), (window.kernel_height, window.kernel_width)
+    return joint_attention(
+        window_slots(q, keys.k, keys.v, grid, kernel_size, window.query_scale, window.causal),
+        text_slots(q, keys.extra_k, keys.extra_v, keys.extra_mask),
+    )
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL if c != "grouped_heads"])
@@ -199,15 +181,189 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
     assert len(ours) == len(truth)
 
 
+# 16-bit dtypes differ in how rows are read and written alone.
+NARROW = ["finer_queries", "grouped_heads", "past_an_edge"]
+
+
 @pytest.mark.budget
 @pytest.mark.parametrize("case", [*SMALL, *LARGE])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch):
-    if dtype == torch.float16 and case in LARGE:
-        pytest.skip("bfloat16 takes the same way, and float16 takes it in the small cases")
+def test_forward_and_backward(backend, case, backend_device, monkeypatch):
     monkeypatch.setattr(sdpa, "DENSE_KEYS", 0)
+    check_against_reference(backend, {**SMALL, **LARGE}[case], torch.float32, backend_device(backend))
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("case", NARROW)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_narrow_dtypes(backend, dtype, case, backend_device):
     check_against_reference(backend, {**SMALL, **LARGE}[case], dtype, backend_device(backend))
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("case", ["tall_window_and_text", "causal_finer_queries", "grouped_heads"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_and_lse(backend, case, backend_device):
+    check_against_reference(
+        backend, SMALL[case], torch.float32, backend_device(backend), dropout_p=0.3, lse=True
+    )
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_dropout_draws_the_mask_of_the_reference(backend, backend_device):
+    device = backend_device(backend)
+    q, keys, window = make(B=2, grid=(7, 9), kernel_size=(5, 3), E=5, D=68, device=device)
+    v = torch.eye(68, device=device).expand(2, 2, 68, 68)
+    keys = keys._replace(v=v[:, :, :63], extra_v=v[:, :, 63:])
+    ours, expected = (
+        attend(torch.zeros_like(q), keys, window, dropout_p=0.4, seed=-(0x1234_5678_9ABC), backend=name)
+        for name in (backend, "reference")
+    )
+    assert torch.equal(ours != 0, expected != 0)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_scale_of_any_sign(backend, scale, backend_device):
+    q, keys, window = make(E=3, device=backend_device(backend))
+    dout = torch.randn_like(q)
+    ours, expected = (
+        with_gradients(attend, q, keys, dout=dout, window=window, scale=scale, backend=name)
+        for name in (backend, "reference")
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_strides_of_every_kind(backend, backend_device):
+    """A packed projection is read in place; a last dimension that is not contiguous costs a copy; an expanded
+    gradient has strides of 0."""
+    device = backend_device(backend)
+    q, keys, window = make(B=2, E=3, device=device)
+    dout = torch.randn(1, device=device).expand(q.shape)
+    q, k, v = torch.randn(2, 30, 3, 2, 32, device=device).permute(2, 0, 3, 1, 4)
+    odd = Keys(k, v.transpose(2, 3).contiguous().transpose(2, 3), keys.extra_k, keys.extra_v[..., :], None)
+    ours, expected = (
+        with_gradients(attend, q, odd, dout=dout, window=window, backend=name)
+        for name in (backend, "reference")
+    )
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    assert ours[0].transpose(1, 2).is_contiguous(), "the output keeps the order of q in memory"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_past_32_bits(backend, backend_device):
+    """Rows 2^27 elements apart: the last ones lie past 2^31, in memory that is reserved and never touched."""
+    device = backend_device(backend)
+    if device.type != "cpu":
+        pytest.skip("would take 5 GB of the GPU's memory")
+    q, keys, window = make(grid=(4, 5), E=20, H=1, dtype=torch.float16)
+    step = 2**27
+    try:
+        storage = torch.UntypedStorage(2 * (20 * step + 32))
+    except RuntimeError:
+        pytest.skip("the address space is limited here")
+    far = torch.empty(0, dtype=torch.float16).set_(storage, 0, q.shape, (20 * step, 20 * step, step, 1))
+    far.copy_(keys.k)
+    near = keys.k
+    for spread, together in (
+        ((far, keys), (near, keys)),
+        ((q, keys._replace(k=far, extra_v=far)), (q, keys._replace(k=near, extra_v=near))),
+        ((q, keys._replace(v=far, extra_k=far)), (q, keys._replace(v=near, extra_k=near))),
+    ):
+        ours, expected = (
+            with_gradients(attend, *given, dout=q, window=window, backend=backend)
+            for given in (spread, together)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_queries_and_keys_at_the_fp16_limit(backend, backend_device):
+    """One key takes everything; logits reach 2^35."""
+    q, keys, window = make(grid=(9, 9), E=5, D=64, device=backend_device(backend))
+    q, k, extra_k = ((x / x.abs().max() * 65280).half() for x in (q, keys.k, keys.extra_k))
+    keys = Keys(k, keys.v.half(), extra_k, keys.extra_v.half(), None)
+    dout = torch.randn_like(q)
+    wide = Keys(*(x.double() for x in keys[:4]), None)
+    truth = with_gradients(attend, q.double(), wide, dout=dout.double(), window=window, backend="reference")
+    found = with_gradients(attend, q, keys, dout=dout, window=window, backend=backend)
+    assert bool(found[0].isfinite().all() and found[3].isfinite().all())
+    torch.testing.assert_close(found[0].double(), truth[0], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 30, 32), (2, 0, 30, 32)], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_empty(backend, shape, backend_device):
+    leaves = [torch.randn(shape, device=backend_device(backend), requires_grad=True) for _ in range(3)]
+    if shape[1] == 0:
+        with pytest.raises(ValueError, match="heads"):
+            local_attention_2d(*leaves, (5, 6), (3, 3), backend=backend)
+        return
+    out = local_attention_2d(*leaves, (5, 6), (3, 3), backend=backend)
+    out.sum().backward()
+    assert out.shape == shape and all(x.grad.shape == shape for x in leaves)
+
+
+# ---- the op
+
+
+def test_opcheck(backend_device):
+    backend_device("cpu")
+    q, keys, window = make(E=3, masked=True, causal=True)
+    leaves = [x.requires_grad_() for x in (q, *keys[:4])]
+    options = (window.height, window.width, 3, 3, 1, True, 0.3, 0.2, torch.tensor(7), "cpu")
+    torch.library.opcheck(local_attention_2d_op._overload, (*leaves, keys.extra_mask, *options))
+
+
+def test_compiled_in_one_graph(backend_device):
+    backend_device("cpu")
+    q, keys, window = make(E=3)
+    call = lambda q: attend(q, keys, window, backend="cpu").square().sum()  # noqa: E731
+    expected = torch.autograd.grad(call(q.requires_grad_()), q)
+    found = torch.autograd.grad(torch.compile(call, fullgraph=True, backend="aot_eager")(q), q)
+    torch.testing.assert_close(found, expected)
+
+
+def test_second_derivatives_are_refused(backend_device):
+    backend_device("cpu")
+    q, keys, window = make()
+    (dq,) = torch.autograd.grad(
+        attend(q.requires_grad_(), keys, window, backend="cpu").square().sum(), q, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="second derivatives; use backend='reference'"):
+        dq.sum().backward()
+
+
+# ---- the cpu backend
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, instruction_set):
+    instruction_set(isa)
+    for case in (
+        {"grid": (11, 9), "kernel_size": (5, 3), "E": 7, "masked": True, "D": 48, "Hkv": 1},
+        {"grid": (5, 6), "s": 2, "causal": True, "D": 256, "H": 1},
+    ):
+        check_against_reference("cpu", case, torch.float32, "cpu", dropout_p=0.1, lse=True)
+    check_against_reference("cpu", SMALL["finer_queries"], torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("grid", [(32, 33), (1, 700)], ids=str)
+def test_the_thread_count_changes_no_bit(grid, backend_device):
+    backend_device("cpu")
+    q, keys, window = make(B=2, Hkv=1, grid=grid, kernel_size=(5, 7), E=9)
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(with_gradients(attend, q, keys, dout=q, window=window, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
 @pytest.mark.parametrize("backend", ALL)
