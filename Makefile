@@ -18,18 +18,20 @@ setup: build  ## virtual environment, pinned dependencies, compiled extension
 	@echo "[setup] next: $(BIN)/cogview demo"
 
 # The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
+# --no-compile: Python compiles the modules that it imports, pip all of PyTorch, which takes twice as long as
+# to install it.
 $(VENV)/.ready: constraints.txt pyproject.toml
 	@echo "[setup] virtual environment in $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' \
 	  || { echo "[setup] Python 3.10 to 3.14 is needed; choose one with make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q -c constraints.txt torch; else \
-	  $(PIP) install -q -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
-	  || $(PIP) install -q --retries 0 --timeout 20 -c constraints.txt 'torch==2.13.0+cpu' \
+	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q --no-compile -c constraints.txt torch; else \
+	  $(PIP) install -q --no-compile -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
+	  || $(PIP) install -q --no-compile --retries 0 --timeout 20 -c constraints.txt 'torch==2.13.0+cpu' \
 	       --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	  || $(PIP) install -q -c constraints.txt torch; fi
-	@$(PIP) install -q -c constraints.txt triton setuptools wheel ninja pybind11
-	@COGVIEW_SKIP_EXTENSION=1 $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	  || $(PIP) install -q --no-compile -c constraints.txt torch; fi
+	@$(PIP) install -q --no-compile -c constraints.txt triton setuptools wheel ninja pybind11
+	@COGVIEW_SKIP_EXTENSION=1 $(PIP) install -q --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 build: $(VENV)/.ready  ## (re)compile the extension in place
@@ -48,12 +50,16 @@ seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was u
 	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n auto --dist worksteal \
 	  tests/kernels --seeds $(SEEDS) -m budget $(if $(ONLY),-k "$(ONLY)")
 
-# The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own.
+# The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own that
+# may be built while a wheel is.
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
 SANITIZED := build/sanitize
+SANITIZED_OPS := three_region_attention decode_attention
 SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
 sanitize: $(VENV)/.ready  ## run tests of both CPU attentions under address and undefined-behaviour sanitizers
-	@COGVIEW_SANITIZE=1 COGVIEW_CUDA=0 $(BIN)/python setup.py -q build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@mkdir -p $(SANITIZED)
+	@COGVIEW_SANITIZE="$(SANITIZED_OPS)" COGVIEW_CUDA=0 $(BIN)/python setup.py -q egg_info -e $(SANITIZED) \
+	  build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
 	  -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
 	  tests/kernels/test_decode_attention.py \
@@ -81,12 +87,14 @@ bounds: build  ## wall-clock bounds that the project promises; wants a quiet mac
 gpu-check:  ## on an NVIDIA GPU, into OUT=folder: TIER=quick (3 minutes), full (6, the default) or deep (7)
 	@$(PYTHON) .ci/gpu_check.py --tier "$(TIER)" --out "$(OUT)"
 
-# PyTorch is in the environment the wheel is installed into, but not in the one that builds it.
+# PyTorch is in the environment the wheel is installed into, but not in the one that builds it. Both builds
+# share a folder of objects: ninja takes one only where it would run the same command on the same files, and
+# only the bindings, whose command names the environment's Python, are compiled for each.
 wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a clean environment, use it there
 	@rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel -q --no-deps -w build/wheel .
 	$(BIN)/python -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt \
+	build/wheel/venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
 	  "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" build/wheel/*.whl
 	cd build/wheel && venv/bin/python ../../tests/smoke.py
 

@@ -9,7 +9,8 @@ Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
     COGVIEW_CUDA_ARCHS       e.g. "70;90": compute capabilities without the dot. The default is every one
                              of DEFAULT_CUDA_ARCHS that the nvcc knows. PTX of the newest is added.
-    COGVIEW_SANITIZE         1 builds with AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
+    COGVIEW_SANITIZE         ops, e.g. "decode_attention", whose CPU part AddressSanitizer and
+                             UndefinedBehaviorSanitizer watch (`make sanitize`). The others are not optimised.
     COGVIEW_SKIP_EXTENSION   1 installs the Python part alone (the Makefile builds the extension apart).
     CXX, NVCC                the compilers.
 """
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -60,10 +62,17 @@ CXX_FLAGS = [
 ]
 
 
-SANITIZE = os.environ.get("COGVIEW_SANITIZE") == "1"
-if SANITIZE:
-    CXX_FLAGS += ["-O1", "-g1", "-fsanitize=address,undefined"]
-    CXX_FLAGS += ["-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+SANITIZED_OPS = os.environ.get("COGVIEW_SANITIZE", "").split()
+SANITIZERS = "-fsanitize=address,undefined"
+
+
+def sanitizer_flags(source: Path) -> list[str]:
+    """What a file is compiled with besides; the bindings and what ops share are watched, too."""
+    if not SANITIZED_OPS:
+        return []
+    if source.parent.name in (CSRC.name, "common", *SANITIZED_OPS):
+        return ["-O1", "-g1", SANITIZERS, "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    return ["-O0"]
 
 
 def find_nvcc() -> str | None:
@@ -105,32 +114,35 @@ class NinjaBuildExt(build_ext):
 
         nvcc = find_nvcc()
         cxx = os.environ.get("CXX", "g++")
-        include = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
+        # compiles again what another command would compile, keeps them for an isolated build of the wheel.
+        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         defines = [f"-DCOGVIEW_HAS_CUDA={int(nvcc is not None)}", f"-DCOGVIEW_X86={int(len(ISA_FLAGS) > 1)}"]
 
         rules, edges, objects = [], [], []
 
-        def edge(rule: str, source: Path, suffix: str, **variables: str) -> None:
+        def edge(rule: str, source: Path, suffix: str, flags: Sequence[str] = ()) -> None:
             obj = build / (source.relative_to(CSRC).as_posix().replace("/", "__") + suffix + ".o")
             objects.append(obj)
             edges.append(f"build {obj}: {rule} {source}")
-            edges.extend(f"  {k} = {v}" for k, v in variables.items())
+            edges.append(f"  flags = {' '.join([*flags, *sanitizer_flags(source)])}")
 
         rules.append(
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines + include)} $flags "
+            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} -I{CSRC} $flags "
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
         )
         per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
-        for source in [CSRC / "bindings.cpp", *(s for s in sorted(CSRC.glob("*/*.cpp")) if s not in per_isa)]:
+        edge("cxx", CSRC / "bindings.cpp", "", flags=python)
+        for source in sorted(set(CSRC.glob("*/*.cpp")).difference(per_isa)):
             edge("cxx", source, "")
         for source in per_isa:
             extra = BF16_ISA_FLAGS if source.parent.name in BF16_OPS else {}
             for isa, flags in {**ISA_FLAGS, **extra}.items():
-                edge("cxx", source, f".{isa}", flags=" ".join([f"-DCOGVIEW_ISA={isa}", *flags]))
+                edge("cxx", source, f".{isa}", flags=[f"-DCOGVIEW_ISA={isa}", *flags])
 
         if nvcc is None:
             print("cogview_kernels: no nvcc, building the CPU part only")
-            sanitize = "-fsanitize=address,undefined " if SANITIZE else ""
+            sanitize = f"{SANITIZERS} " if SANITIZED_OPS else ""
             link = f"{cxx} -shared -pthread {sanitize}-o $out $in -ldl"
         else:
             archs = cuda_archs(nvcc)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmarks of every op against what a user would otherwise run. See benchmarks/README.md."""
+"""Benchmarks of ops and of training against what a user would otherwise run. See benchmarks/README.md."""
 
 # In order of importance: a run that is short of time leaves out the last ones.
 OPS = (
@@ -11,3 +11,4 @@ OPS = (
     "decode_attention",
     "local_attention_2d",
 )
+BENCHMARKS = (*OPS, "training_step")

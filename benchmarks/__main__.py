@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import OPS, environment, harness, report, results, verdict
+from benchmarks import BENCHMARKS, environment, harness, report, results, verdict
 from benchmarks.definitions import benchmark_of
 
 # For results that are not finished or not to be quoted.
@@ -27,7 +27,9 @@ APART = Path(__file__).resolve().parent.parent / "build" / "benchmarks"
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; all when none is named")
+    parser.add_argument(
+        "ops", nargs="*", metavar="op", help=f"of {', '.join(BENCHMARKS)}; all when none is named"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument(
         "--select",
@@ -55,8 +57,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the results; default: benchmarks/results for what may be quoted, else build/benchmarks",
     )
     chosen = parser.parse_args(arguments)
-    if unknown := [op for op in chosen.ops if op not in OPS]:
-        parser.error(f"no op is called {', '.join(unknown)}; there are {', '.join(OPS)}")
+    if unknown := [op for op in chosen.ops if op not in BENCHMARKS]:
+        parser.error(f"no op is called {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
     return chosen
 
 
@@ -110,7 +112,7 @@ def main() -> int:
     keep_pages(device)
     deadline = time.monotonic() + chosen.stop_after
     failed = []
-    for op in chosen.ops or OPS:
+    for op in chosen.ops or BENCHMARKS:
         red = tests_of(op, chosen)
         options = harness.Options(chosen.tiny, chosen.select, deadline, red)
         try:

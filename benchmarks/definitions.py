@@ -20,6 +20,7 @@ from benchmarks.timing import Limits
 from cogview_kernels import _backends
 
 FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
+STEP = "step"  # of training: both, and the optimizer; the variant itself does all of it
 
 
 @dataclass(frozen=True)

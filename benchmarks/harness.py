@@ -23,6 +23,7 @@ from benchmarks.definitions import (
     BACKWARD,
     BOTH,
     FORWARD,
+    STEP,
     Benchmark,
     Case,
     Forward,
@@ -199,7 +200,7 @@ class Race:
 
     def _truth(self, name: str, case: Case, inputs: Inputs) -> tuple[Tensor, ...]:
         part, forward = self.bench.truths[name](inputs, case)
-        direction = FORWARD if case.direction == FORWARD else BOTH
+        direction = BOTH if case.direction == BACKWARD else case.direction
         return tuple(x.detach() for x in _tuple(job(forward, part, direction)()))
 
     def _checked(
@@ -271,6 +272,8 @@ def job(forward: Forward, inputs: Inputs, direction: str) -> Job:
 
     if direction == FORWARD:
         return Job(no_grad)
+    if direction == STEP:
+        return Job(lambda _: forward())
     if direction == BACKWARD:
         return Job(gradients, setup=forward)
     return Job(lambda _: gradients(forward()))

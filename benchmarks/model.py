@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import environment, timing
 from cogview.config import ModelConfig, SamplingConfig, ThreeRegionConfig, TrainConfig
-from cogview.generation.engine import DrawOptions, decode, prefill
+from cogview.generation.engine import DrawOptions, Task, decode, prefill
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.tokens.sequence import Batch
@@ -55,13 +55,13 @@ def generation(model: CogView, sizes: Sizes, batch: int, device: torch.device) -
     model.eval()
     prompts = [list(range(sizes.prompt))] * batch
     codes = [range(min(8192, model.config.vocab_size))]
-    options = DrawOptions(SamplingConfig())
+    task, options = Task(codes, sizes.new, list(range(batch))), DrawOptions(SamplingConfig())
 
     def prompt():
         return prefill(model, prompts, sizes.new)
 
     def draw(rows) -> float:
-        return seconds(lambda: decode(model, rows, codes, sizes.new, list(range(batch)), options), device)
+        return seconds(lambda: decode(model, rows, task, options), device)
 
     draw(prompt())
     reading = statistics.median(seconds(prompt, device) for _ in range(sizes.repeat))

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import OPS
+from benchmarks import BENCHMARKS
 from benchmarks.results import Document, by_case, fastest_rival, headline, on_gpu, speed
 
 COLOURS = {"backend": "#c2410c", "option": "#fdba74", "rival": "#94a3b8", "bound": "#e2e8f0"}
@@ -75,7 +75,7 @@ def of_device(documents: dict[str, Document], path: Path) -> None:
     """One bar per headline case: how many times faster than the fastest rival."""
     plt = _pyplot()
     lines = []
-    for op in OPS:
+    for op in BENCHMARKS:
         for (shape, _, dtype, direction), ours, rows in headline(documents[op]) if op in documents else []:
             if rival := fastest_rival(rows):
                 gain = rival["ms"] / ours["ms"]

@@ -17,7 +17,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import OPS, plots, results, tiles
+from benchmarks import BENCHMARKS, plots, results, tiles
 from benchmarks.results import Document, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,7 +136,7 @@ def device_page(documents: dict[str, Document]) -> str:
         "Written by `python -m benchmarks.report` from the JSON files beside it. What the columns mean is in",
         "[benchmarks/README.md](../../README.md).",
     ]
-    for op in OPS:
+    for op in BENCHMARKS:
         lines += ["", f"## {op}", ""]
         if op not in documents:
             lines.append(f"{UNMEASURED.capitalize()} on this device.")
@@ -213,7 +213,7 @@ def results_page(everything: dict[str, dict[str, Document]]) -> str:
         gpu = results.on_gpu(first)
         lines += [f"## {first['environment']['device']}", "", f"[Every row]({folder}/README.md).", ""]
         lines += [f"![Times faster than the fastest rival]({folder}/{CHART})", ""]
-        table = [row for op in OPS for row in _summary_rows(op, documents.get(op), gpu)]
+        table = [row for op in BENCHMARKS for row in _summary_rows(op, documents.get(op), gpu)]
         header = ["op", "shape, dtype, direction", "backend", "fastest rival", "times faster", "against"]
         lines += [*_markdown_table([*header, *(["ms"] if gpu else [])], table, text=4), ""]
     lines += ["## What there is to gain", "", tiles.markdown()]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogview.config import ThreeRegionConfig
+from cogview.config import ModelConfig, ThreeRegionConfig
 from cogview.presets import PRESETS
 from cogview_kernels import ThreeRegionLayout
 
@@ -32,6 +32,10 @@ class Regions:
 
     def __str__(self) -> str:
         return f"blocks of {self.block_size}, a window of {self.window_blocks}, {self.P} pivots"
+
+    @property
+    def config(self) -> ThreeRegionConfig:
+        return ThreeRegionConfig(self.block_size, self.window_blocks, self.P)
 
     def window_start(self, query: int) -> int:
         """The first key of the window that ``query`` sees."""
@@ -140,6 +144,25 @@ class DecodeShape:
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """B rows of a training step of ``model``."""
+
+    name: str
+    B: int
+    model: ModelConfig
+    regions: Regions
+
+    @property
+    def T(self) -> int:
+        return self.model.max_positions - 1
+
+    def __str__(self) -> str:
+        m = self.model
+        layers = f"{m.num_layers} layers{' (checkpointed)' * m.activation_checkpointing} of {m.hidden_size}"
+        return f"B={self.B} T={self.T}, {layers}, {m.vocab_size} ids, {self.regions}"
+
+
+@dataclass(frozen=True)
 class ShapesOf:
     """An op's shapes on a GPU, on a CPU, and those that only show that everything runs. In order of
     importance: a run that is short of time leaves out the last ones."""
@@ -221,4 +244,37 @@ DECODE = ShapesOf(
     gpu=_DECODE,
     cpu=tuple(replace(shape, H=8) for shape in _DECODE),
     tiny=(DecodeShape("tiny", B=2, H=2, S=96, D=32, regions=TINY),),
+)
+
+# Plain PyTorch would pay more for dropout and PB-Relax. Weights are as large as in the released model.
+_PLAIN = {"dropout": 0.0, "pb_relax": None}
+_BASE = replace(_MODEL, **_PLAIN)
+_SMALL = ModelConfig(
+    num_layers=4,
+    hidden_size=384,
+    num_heads=6,
+    vocab_size=4096,
+    max_positions=LENGTH + 1,
+    init_std=0.04,
+    **_PLAIN,
+)
+STEP = ShapesOf(
+    gpu=(
+        StepShape("base", B=8, model=_BASE, regions=RELEASED),
+        StepShape("base-4224", B=2, model=replace(_BASE, max_positions=4225), regions=PAPER),
+    ),
+    cpu=(
+        StepShape("small", B=1, model=_SMALL, regions=RELEASED),
+        StepShape("small-4224", B=1, model=replace(_SMALL, num_layers=2, max_positions=4225), regions=PAPER),
+    ),
+    tiny=(
+        StepShape(
+            "tiny",
+            B=2,
+            model=replace(
+                _SMALL, num_layers=2, hidden_size=64, num_heads=2, vocab_size=100, max_positions=97
+            ),
+            regions=TINY,
+        ),
+    ),
 )

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def of_tests(op: str) -> str:
     """Runs the op's tests once. "" when they are green, else one line: why the op is not to be quoted."""
-    files = sorted((ROOT / "tests" / "kernels").glob(f"test_{op}*.py"))
+    files = sorted((ROOT / "tests").glob(f"*/test_{op}*.py"))
     if not files:
-        return f"{op} has no tests (tests/kernels/test_{op}.py)"
+        return f"{op} has no tests (tests/*/test_{op}.py)"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "tests.xml"
         pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]

@@ -7,27 +7,38 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import difflib
+import inspect
+import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import cogview
+from cogview.launch import started_as_first, started_ranks
 
 EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128  # and the number of the signal
+EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
+    "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
+    "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
+    "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
+    "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo", "study")
+WITH_RANKS = ("train",)  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 
@@ -50,10 +61,17 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code: 0, 2 for a mistake, 130 after Ctrl-C."""
+    """Run the command line; returns its exit code.
+
+    0, 2 for a mistake, 128 and a signal's number after it; 141 where the reader of the output has gone.
+    """
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A terminal that lacks a character shows its number: a finished run must not fail at the last line.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -63,23 +81,33 @@ def main(argv: Sequence[str] | None = None) -> int:
             given = _parse(verb, words)
             if given is not None:
                 _run(verb, given)
-    except KeyboardInterrupt:
-        if verb in RESUMABLE and given is not None:
+    except KeyboardInterrupt as interrupt:
+        if not started_as_first():
+            pass  # The first rank tells it for all.
+        elif verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
                 "Run the same command again to go on from there.",
                 file=sys.stderr,
             )
         else:
-            print("\ninterrupted; nothing was written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+            print(f"\ninterrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
+        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
-    except (ValueError, OSError) as error:
-        print(f"{f'cogview {verb}'.strip()}: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever reads the output has enough. What Python still holds back must not be written at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except (ValueError, OSError, FloatingPointError) as error:
+        # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
+        if given is not None or started_as_first():
+            where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
+            command = f"cogview {verb}".strip()
+            print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
 
@@ -104,7 +132,10 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  cogview {verb} {EXAMPLES[verb]}"]
+    if started_ranks() > 1 and verb not in WITH_RANKS:
+        raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
+    example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
+    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))
@@ -125,4 +156,5 @@ def _run(verb: str, given: Any) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if started_as_first():
+        print(f"warning: {message}", file=sys.stderr)

@@ -7,6 +7,8 @@ Each verb imports what it needs itself: drawing needs no TensorBoard, training n
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import shlex
 import shutil
 import sys
@@ -31,14 +33,43 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
         text_pieces=given.text_pieces,
     )
     device = usable_device(given.device)
-    history = train_tokenizers(TrainTokenizers(given.data, given.out, preset, device))
+    history = train_tokenizers(
+        TrainTokenizers(given.data, given.out, preset, device, workers=given.workers, skip_bad=given.skip_bad)
+    )
     error = _late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
     _say_next("train", "--data", given.data, "--out", given.out)
 
 
+def tokenize(given: options.Tokenize) -> None:
+    """``cogview tokenize``."""
+    from cogview.data.rows import SKIPPED
+    from cogview.data.tokenize import Tokenize, tokenize
+
+    rows = tokenize(
+        Tokenize(
+            given.data,
+            given.out,
+            given.run,
+            given.max_text_tokens,
+            given.workers,
+            usable_device(given.device),
+        )
+    )
+    head = rows.head
+    print(f"{head.rows} rows of {head.images} images, {head.format.width} tokens each, in {given.out}")
+    cut = head.captions.longer_than(given.max_text_tokens)
+    if cut:
+        print(f"{cut} captions are longer than {given.max_text_tokens} tokens and lost their end")
+    if head.skipped:
+        print(f"{head.skipped} left out; {given.out / SKIPPED} says why")
+    _say_next("train", "--data", given.out, "--out", given.run)
+
+
 def train(given: options.Train) -> None:
     """``cogview train``."""
+    from cogview.run import sample_sheet
+    from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -49,52 +80,116 @@ def train(given: options.Train) -> None:
         min_text_tokens=given.min_text_tokens,
         max_text_tokens=given.max_text_tokens,
     )
-    history = train_model(TrainModel(given.data, given.out, preset, usable_device(given.device)))
+    device = usable_device(given.device)
+    wanted = TrainModel(
+        given.data,
+        given.out,
+        preset,
+        device,
+        draw=sample_sheet,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
+    )
+    with distributed.joined_ranks(device):
+        history = train_model(wanted)
+        if not distributed.is_first():
+            return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def plan(given: options.Plan) -> None:
+    """``cogview plan``."""
+    from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
+
+    tflops = H100_TFLOPS[given.train.precision] if given.tflops is None else given.tflops
+    cluster = Cluster(given.gpus, given.memory, tflops, given.utilization, given.headroom)
+    print(in_words(Forecast(given.model, given.train, cluster)))
+
+
 def generate(given: options.Generate) -> None:
     """``cogview generate``."""
-    from cogview.images import picture_grid, save_png
-    from cogview.run import load_run
+    from cogview.drawing import draw_pictures
 
-    run = load_run(given.run, given.device)
-    asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
-    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    images, losses = run.generate(
-        given.texts,
-        num=given.num,
-        seed=given.seed,
-        sampling=dataclasses.replace(run.sampling, **changes),
-        ranked=not given.no_rerank,
-        progress=True,
-    )
-    save_png(given.out, picture_grid([image for row in images for image in row], given.num))
-    order = "in the order drawn" if given.no_rerank else "best first"
-    for text, row in zip(given.texts, losses, strict=True):
-        print(f'"{text}": {len(row)} pictures, {order}, CapLoss {min(row):.3f} to {max(row):.3f}')
-    print(f"written: {given.out}")
+    draw_pictures(given, given.texts)
+
+
+def infill(given: options.Infill) -> None:
+    """``cogview infill``."""
+    from cogview.drawing import draw_pictures
+
+    draw_pictures(given, [given.text], lambda run: run.kept_codes(given.image, given.mask, given.keep_top))
 
 
 def caption(given: options.Caption) -> None:
-    """``cogview caption``."""
+    """``cogview caption``: a line for each picture as soon as it is described."""
+    from cogview.progress import Progress
     from cogview.run import load_run
 
-    texts, losses = load_run(given.run, given.device).describe(given.images, progress=True)
-    for path, text, loss in zip(given.images, texts, losses, strict=True):
-        print(f"{path}\t{text}\tCapLoss {loss:.3f}")
+    _require_files(given.images)
+    run = load_run(given.run, given.device, given.precision)
+    with Progress(len(given.images), "describe", unit="image") as bar:
+        captions = run.describe(given.images, beams=given.beams)
+        for path, found in zip(given.images, captions, strict=True):
+            if given.json:
+                line = _json_line(file=str(path), text=found.text, cap_loss=found.loss)
+            else:
+                line = f"{path}\t{found.text}\tCapLoss {found.loss:.3f}"
+            print(line, flush=True)
+            bar.update()
 
 
 def rerank(given: options.Rerank) -> None:
     """``cogview rerank``."""
     from cogview.run import load_run
 
-    losses = load_run(given.run, given.device).cap_loss(given.text, given.images)
+    _require_files(given.images)
+    losses = load_run(given.run, given.device, given.precision).cap_loss(given.text, given.images)
     ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
     for place, (loss, path) in enumerate(ranked, start=1):
-        print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+        if given.json:
+            print(_json_line(place=place, file=str(path), cap_loss=loss))
+        else:
+            print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+
+
+def _require_files(paths: Sequence[Path]) -> None:
+    """A wrong name is told before a model is loaded and other pictures are read."""
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"image not found: {path}")
+
+
+def _json_line(**values: Any) -> str:
+    """One JSON object; a number that JSON does not have, such as NaN, is null."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(plain, ensure_ascii=False)
+
+
+def presets(given: options.Presets) -> None:
+    """``cogview presets``."""
+    from cogview.presets import ABOUT, PRESETS
+    from cogview.training.memory import MicroBatch, count_parameters, step_memory
+
+    columns = f"{'preset':9} {'parameters':>12} {'text + image':>20} {'batch':>6} {'GiB: 1 row, all':>17}"
+    print(f"{columns}  for")
+    for name, preset in PRESETS.items():
+        model, train = preset.model, preset.train
+        row = f"{preset.min_text_tokens} + {preset.image_tokenizer.codes_per_image} tokens"
+        size = 4 if train.precision == "fp32" else 2
+        held = [
+            step_memory(model, MicroBatch(rows, model.max_positions - 1, size, accumulates)).total / 2**30
+            for rows, accumulates in ((1, True), (train.batch_size, False))
+        ]
+        memory = f"{held[0]:.2f}, {held[1]:,.1f}"
+        parameters = f"{count_parameters(model).total / 1e6:,.1f} M"
+        print(f"{name:9} {parameters:>12} {row:>20} {train.batch_size:6,} {memory:>17}  {ABOUT[name]}")
+    print("memory: of tensors on one GPU, with one row at a time (--accumulate) or the whole batch at once;")
+    print("        cogview plan --preset NAME tells it by part and for several GPUs, with the time")
 
 
 def convert(given: options.Convert) -> None:
@@ -118,6 +213,19 @@ def demo(given: options.Demo) -> None:
     report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
     print(summary(report, given.out))
     _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+
+
+def study(given: options.Study) -> None:
+    """``cogview study``."""
+    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
+
+    asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    size = dataclasses.replace(SIZES[given.size], **changes)
+    records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
+    print(stability_table(records))
+    print(finding(records))
+    print(f"written: {given.out}/stability.png, .csv and .json")
 
 
 def _late_mean(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -49,12 +50,14 @@ class ImageTokenizerTrainConfig:
     learning_rate: float = 3e-4
     commitment: float = 0.25
     checkpoint_every: int = 1000
+    keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ class ModelConfig:
     init_std: float = 0.02  # of all weights; about 1 / sqrt(hidden_size) in the released model
     dropout: float = 0.1  # embeddings, attention probabilities and branch outputs alike
     pb_relax: Literal["row", "tensor"] | None = "row"
+    sandwich_norm: bool = True  # False: plain pre-LN, without the norms that end the branches
     three_region: ThreeRegionConfig | None = None
     # recompute each layer in the backward pass, to the same bits, rather than keep its activations
-    activation_checkpointing: bool = field(default=False, compare=False)
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.num_layers >= 1, "num_layers", "at least 1", self.num_layers)
+        _require(1 <= self.num_layers <= 10_000, "num_layers", "from 1 to 10,000", self.num_layers)
         divides = self.num_heads >= 1 and self.hidden_size % self.num_heads == 0
         _require(divides, "num_heads", f"a divisor of hidden_size {self.hidden_size}", self.num_heads)
         _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
@@ -115,23 +119,36 @@ class TrainConfig:
     text_weight: float = 1.0  # loss weight where the input token is not an image code
     caption_fraction: float = 0.5  # share of rows in image-to-text order
     checkpoint_every: int = 1000
+    keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
-    accumulate: int = field(default=1, compare=False)  # parts of a batch, one after another: less memory
-    log_every: int = field(default=1, compare=False)  # steps that the device does between two reports
+    accumulate: int = 1  # parts of a batch, one after another: less memory
+    log_every: int = 1  # steps that the device does between two reports
+    compile_layers: bool = False  # by torch.compile, which needs a compiler
+    samples_every: int = 0  # steps between two sheets of pictures in TensorBoard, 0 = none
+    sample_texts: tuple[str, ...] = ()  # what they show; by default the first four captions of the data
+    validation: float = 0.0  # share of the images that is not trained on; its loss is told at each checkpoint
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
+    text_dropout: float = 0.0  # share of text-to-image rows that lose their text, for guidance when drawing
+    resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, "steps", "at least 1", self.steps)
         _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
         _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
         known = self.precision in ("fp32", "bf16", "fp16")
         _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
         _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
+        _require(self.samples_every >= 0, "samples_every", "0 (none) or more", self.samples_every)
+        _require(0 <= self.validation < 1, "validation", "in [0, 1)", self.validation)
         shrinks = 0 < self.embedding_gradient <= 1
         _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
+        narrow = self.precision == "fp16" or not self.resblock_scaling
+        _require(narrow, "resblock_scaling", "False unless precision is fp16", self.resblock_scaling)
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
+        _require(0 <= self.text_dropout < 1, "text_dropout", "in [0, 1)", self.text_dropout)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1
@@ -140,14 +157,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off)."""
+    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off).
+
+    Temperature 0 takes the likeliest token.
+    """
 
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.temperature > 0, "temperature", "above 0", self.temperature)
+        is_number = 0 <= self.temperature < math.inf
+        _require(is_number, "temperature", "0 (the likeliest token) or above", self.temperature)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
 

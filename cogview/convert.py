@@ -17,7 +17,7 @@ from cogview.config import (
     SamplingConfig,
     TrainConfig,
 )
-from cogview.files import StrPath, folder_written_aside, write_json
+from cogview.files import StrPath, folder_written_aside
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.progress import Progress
@@ -31,10 +31,15 @@ from cogview.settings import (
 )
 from cogview.tokens.sequence import FRAME_TOKENS
 from cogview.tokens.text_tokenizer import TextTokenizer
-from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, fingerprint_tokenizers
 from cogview.tokens.vocab import PADDING_MULTIPLE, Vocab
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    CheckpointState,
+    complete_checkpoint,
+    latest_checkpoint,
+)
 from cogview.weights.lazy import LazyTensor, open_safetensors, write_safetensors
 from cogview.weights.loading import require_tensors_of
 from cogview.weights.original import write_original
@@ -216,7 +221,8 @@ def _write_run(out: Path, weights: Weights, config: ModelConfig, options: Conver
             write_settings(folder / name, content)
         checkpoint = folder / CHECKPOINTS / f"step-{step:08d}"
         _write_tensors(checkpoint / "model.safetensors", weights, options.progress)
-        write_json(checkpoint / "state.json", {"step": step, "history": {}})
+        origin = {"tokenizers": fingerprint_tokenizers(folder)}
+        complete_checkpoint(checkpoint, CheckpointState(step, {}, origin=origin))
 
 
 def _run_settings(

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or absent: everything is written aside and then renamed.
+"""Files that are whole or absent: everything is written aside, flushed to the disk, and then renamed.
 
-A kill at any moment therefore leaves the previous file, never half of the next one.
+A kill or a loss of power at any moment therefore leaves the previous file, never half of the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
+import pwd
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,21 +24,42 @@ if TYPE_CHECKING:  # The settings of a run are read before PyTorch is loaded.
 
 StrPath = str | os.PathLike[str]
 
+# Of all our JSON files. It is raised when an earlier version of the package would misread a later one's.
+FORMAT_VERSION = 1
+_VERSION_KEY = "format_version"  # absent in the files of before there were versions
+_CHUNK_BYTES = 1 << 24
+
 
 @contextmanager
 def written_aside(path: StrPath) -> Iterator[Path]:
     """A path to write to, which becomes ``path`` when the block ends without an error.
 
-    Missing folders are made. After an error ``path`` is as it was and nothing else is left behind.
+    Missing folders are made. The file gets the rights that the umask (or the folder's access list) gives.
+    After an error ``path`` is as it was and nothing else is left behind.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".tmp")
     try:
+        aside.unlink(missing_ok=True)
+        aside.touch()
+        mode = stat.S_IMODE(aside.stat().st_mode)
         yield aside
+        os.chmod(aside, mode)  # safetensors makes a file of its own, which nobody else may read
+        flush(aside)
         os.replace(aside, path)
+        flush(path.parent)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -64,40 +90,114 @@ def write_text(path: StrPath, content: str) -> None:
     write_bytes(path, content.encode())
 
 
-def write_json(path: StrPath, content: Any) -> None:
-    """Write JSON aside and rename."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def write_json(path: StrPath, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, with the version of our files, aside and rename."""
+    versioned = {_VERSION_KEY: FORMAT_VERSION, **content}
+    write_text(path, json.dumps(versioned, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: StrPath) -> Any:
-    """Read JSON. FileNotFoundError if absent, ValueError if damaged."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"file not found: {path}")
+    """What :func:`write_json` was given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        PermissionError: a file that may not be read.
+        ValueError: a damaged file, or one of a newer version of the package.
+    """
+    path = require_readable(path, "file")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    version = content.pop(_VERSION_KEY, 0) if isinstance(content, dict) else 0
+    if not isinstance(version, int) or version < 0:
+        raise ValueError(f"{path} is damaged: {_VERSION_KEY} must be a whole number, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} was written by a newer version of cogview: its format is {version}, this version reads "
+            f"up to {FORMAT_VERSION}; update with: pip install --upgrade cogview-kernels"
+        )
+    return content
+
+
+def exists(path: StrPath) -> bool:
+    """Whether there is such a file or folder. PermissionError, not False, where that may not be known."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError:
+        raise _not_permitted(Path(path)) from None
+    return True
+
+
+def require_readable(path: StrPath, what: str) -> Path:
+    """``path``. FileNotFoundError if there is no such file, PermissionError if it may not be read."""
+    path = Path(path)
+    try:
+        with open(path, "rb"):
+            return path
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise FileNotFoundError(f"{what} not found: {path}") from None
+    except PermissionError:
+        raise _not_permitted(path) from None
+
+
+def _not_permitted(path: Path) -> PermissionError:
+    """Names who can mend it: the owner of the file, or of the innermost folder that may be seen."""
+    for part in (path, *path.absolute().parents):
+        with contextlib.suppress(OSError):
+            number = part.stat().st_uid
+            try:
+                owner = pwd.getpwuid(number).pw_name
+            except KeyError:  # A container may not know the users of a shared disk.
+                owner = f"user {number}"
+            return PermissionError(
+                f"{path} cannot be read: permission denied; ask {owner}, its owner, for it"
+            )
+    return PermissionError(f"{path} cannot be read: permission denied")
 
 
 def save_tensors(path: StrPath, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as safetensors, aside and then renamed."""
+    """Write named tensors as safetensors, aside and then renamed. OSError if that fails."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with written_aside(path) as aside:
-        save_file(content, aside)
+        try:
+            save_file(content, aside)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def load_tensors(path: StrPath) -> dict[str, Tensor]:
-    """Read a safetensors file. FileNotFoundError if absent, ValueError if damaged."""
+    """Read a safetensors file.
+
+    FileNotFoundError if absent, PermissionError if it may not be read, ValueError if damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights not found: {path}")
+    path = require_readable(path, "weights")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}") from None
+
+
+def digest(path: StrPath) -> str:
+    """Hexadecimal fingerprint of a file's content: BLAKE2b over its size and the BLAKE2b of its chunks.
+
+    The chunks are hashed by several threads, since a checkpoint can have a hundred gigabytes.
+    """
+    size = os.path.getsize(path)
+    whole = hashlib.blake2b(str(size).encode(), digest_size=20)
+    with open(path, "rb") as file, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+
+        def of_chunk(start: int) -> bytes:
+            return hashlib.blake2b(os.pread(file.fileno(), _CHUNK_BYTES, start)).digest()
+
+        for part in threads.map(of_chunk, range(0, size, _CHUNK_BYTES)):
+            whole.update(part)
+    return whole.hexdigest()

@@ -40,9 +40,26 @@ Data = Annotated[
         '({"file": "caption" or ["one", "two"]}); or "digits", the built-in handwritten digits',
     ),
 ]
+PicturesOrRows = Annotated[
+    str,
+    arg(
+        metavar="DATA",
+        help="a folder of images with captions.tsv or captions.json; or the folder of rows that "
+        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits"',
+    ),
+]
+PicturesOrShards = Annotated[
+    str,
+    arg(
+        metavar="DATA",
+        help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
+        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits"',
+    ),
+]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
 PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
+Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
 Images = Positional[
@@ -66,15 +83,41 @@ class TrainTokenizer:
     """sizes and schedule; every other option overrides it"""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in the run folder"""
+    workers: int = 0
+    """processes that read images ahead of the training, 0 = none"""
+    device: Device = None
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn pictures and captions into rows of tokens on disk (for data of any size)."""
+
+    data: PicturesOrShards
+    out: Annotated[Path, arg(metavar="ROWS")]
+    """folder of rows to write; interrupted work goes on where it stopped"""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run folder of "cogview train-tokenizer", whose tokenizers are used"""
+    max_text_tokens: int = 64
+    """room for a text in a row, in tokens; a longer caption loses its end"""
+    workers: int = 4
+    """threads that read images"""
     device: Device = None
     """cpu or cuda"""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train the transformer (second step, in the folder of the first)."""
+    """Train the transformer (second step, in the folder of the first).
 
-    data: Data
+    On the 8 GPUs of a machine, with the same options:
+    torchrun --standalone --nproc-per-node 8 -m cogview train ...
+    They share each batch, and another number of them can go on with the run.
+    """
+
+    data: PicturesOrRows
     out: Annotated[Path, arg(metavar="RUN")]
     """run folder that holds the tokenizers; an interrupted run goes on where it stopped"""
     model: ModelConfig
@@ -87,10 +130,14 @@ class Train:
     start: Start
     preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
     """sizes and schedule; every other option overrides it"""
-    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")] = None
+    attention: Attention = None
     """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in RUN/rows"""
+    workers: int = 0
+    """processes that make batches ahead of the training, 0 = none"""
     device: Device = None
     """cpu or cuda"""
 
@@ -102,35 +149,117 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Plan:
+    """Predict the memory and the time of a training, before a machine is rented for it."""
+
+    model: ModelConfig
+    train: TrainConfig
+    start: Start
+    gpus: int = 1
+    """GPUs that share the model and the rows of a batch"""
+    memory: float = 80.0
+    """GiB of each GPU"""
+    tflops: Annotated[
+        float | None, _shown("FLOAT", "an H100's: 790 in 16 bits as measured, 67 in fp32 by its data sheet")
+    ] = None
+    """TFLOP/s of large matrix products on one GPU, in the precision of the training"""
+    utilization: float = 0.45
+    """share of --tflops that a step reaches in its products and all that lies between them; an assumption"""
+    headroom: float = 0.1
+    """share of the memory that is left to the CUDA context, libraries and the allocator's own waste"""
+    preset: Annotated[str | None, _shown("NAME", "small")] = None
+    """sizes and schedule; every other option overrides it"""
+    attention: Attention = None
+    """dense or three-region; the sizes of the latter are --model.three-region..."""
+    settings: SettingsFile = None
+    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+
+
+PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
+Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What every verb that draws pictures takes."""
+
+    run: RunFolder
+    out: Annotated[str, arg(metavar="PATH")] = "out.png"
+    """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture, its text and
+    seed within, and the sheet; or - for standard output"""
+    num: int = 16
+    """pictures per text"""
+    seed: int = 0
+    """another seed, other pictures; any whole number"""
+    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """below 1 safer, above 1 wilder, 0 always the likeliest code"""
+    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
+    """draw among the k likeliest codes, 0 = all"""
+    top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """draw among codes of total probability p, 0 = all"""
+    guidance: float = 1.0
+    """above 1 the text counts for more; for a run trained with --train.text-dropout"""
+    parallel: int = 1
+    """codes that a step tries at once: the same pictures in fewer, larger steps"""
+    max_batch: int = 256
+    """pictures that are drawn together at most; fewer where memory is short"""
+    no_rerank: Flag = False
+    """keep the order of drawing instead of best first"""
+    stream: Flag = False
+    """write the sheet after each row of codes as well, to watch the pictures appear"""
+    json: Flag = False
+    """print one JSON document: each picture's text, seed, number and CapLoss, time and memory"""
+    verbose: Flag = False
+    """print the memory of weights and cache, on standard error"""
+    force: Flag = False
+    """replace files that exist"""
+    precision: PrecisionName = "fp32"
+    """of the transformer; int8 stores the weights of its linear layers in 8 bits and needs torchao"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num", 1), ("parallel", 1), ("max_batch", 1), ("guidance", 0)):
+            value = getattr(self, name)
+            if not value >= least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.json and self.out == "-":
+            raise ValueError("--json and --out - both mean standard output; leave out one of them")
+        if self.stream and self.out == "-":
+            raise ValueError("--stream needs a file to write anew, got --out -")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Drawing):
     """Draw pictures for texts."""
 
     texts: Positional[
         Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
     ]
     """what to draw; several texts give several rows"""
-    run: RunFolder
-    out: Annotated[Path, arg(metavar="FILE")] = Path("out.png")
-    """PNG to write"""
-    num: int = 16
-    """pictures per text"""
-    seed: int = 0
-    """another seed, other pictures"""
-    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
-    """below 1 safer, above 1 wilder"""
-    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
-    """draw among the k likeliest codes, 0 = all"""
-    top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
-    """draw among codes of total probability p, 0 = all"""
-    no_rerank: Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")] = False
-    """keep the order of drawing instead of best first"""
-    device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require_one("TEXT", self.texts)
-        if self.num < 1:
-            raise ValueError(f"--num must be at least 1, got {self.num}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Infill(Drawing):
+    """Draw a part of a picture anew."""
+
+    text: Positional[Annotated[str, arg(metavar="TEXT")]]
+    """what the whole picture shows"""
+    image: Positional[Annotated[Path, arg(metavar="IMAGE")]]
+    """the picture of which a part is kept"""
+    mask: Annotated[Path | None, _shown("FILE", "none")] = None
+    """a picture that is white where to draw anew and black where to keep"""
+    keep_top: Annotated[float | None, _shown("SHARE", "none")] = None
+    """instead of a mask: the share of the picture's height that is kept, from its top"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mask is None) == (self.keep_top is None):
+            raise ValueError("either --mask or --keep-top is needed, and not both")
 
 
 @dataclass(frozen=True)
@@ -140,11 +269,19 @@ class Caption:
     images: Images
     """image files"""
     run: RunFolder
+    beams: int = 1
+    """texts that are followed at a time in search of the likeliest; 1 takes the likeliest token each time"""
+    json: Flag = False
+    """print a JSON object a picture"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
+        if self.beams < 1:
+            raise ValueError(f"--beams must be at least 1, got {self.beams}")
 
 
 @dataclass(frozen=True)
@@ -156,11 +293,20 @@ class Rerank:
     images: Images
     """image files"""
     run: RunFolder
+    json: Flag = False
+    """print a JSON object a picture"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: parameters, tokens, memory, and what each is for."""
 
 
 @dataclass(frozen=True)
@@ -201,3 +347,29 @@ class Demo:
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Study:
+    """Repeat an experiment of the paper and show what came out."""
+
+    name: Positional[Annotated[Literal["stability"], arg(metavar="stability")]]
+    """stability: what keeps a deep training in float16 from overflowing"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; an interrupted study goes on after the last finished training"""
+    size: Literal["small", "paper"] = "small"
+    """small: 24 layers x 64, minutes on two CPU cores; paper: 64 layers x 1,024, for a GPU"""
+    seeds: int = 3
+    """trainings of each variant"""
+    steps: Annotated[int | None, _shown("INT", "the size's")] = None
+    """of each training, unless it overflows before"""
+    learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
+    """from the first step to the last"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for option in ("seeds", "steps", "learning_rate"):
+            value = getattr(self, option)
+            if value is not None and value <= 0:
+                raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,36 @@ else:
 
 VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
+    "tokenize": options.Tokenize,
     "train": options.Train,
+    "plan": options.Plan,
     "generate": options.Generate,
+    "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
+    "study": options.Study,
 }
-# Options of a training verb that have a short form, and what each is short for.
+# Options of a verb that begins from a preset, in their short form, and what each is short for.
+_OF_TRAINING = {
+    **{
+        name: f"train.{name}"
+        for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "keep")
+    },
+    "samples-every": "train.samples-every",
+    "validation": "train.validation",
+    "compile-layers": "train.compile-layers",
+    "checkpoint-layers": "model.activation-checkpointing",
+}
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "validation", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
-        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed")
+        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
     },
-    options.Train: {
-        **{
-            name: f"train.{name}"
-            for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every")
-        },
-        "checkpoint-layers": "model.activation-checkpointing",
-    },
+    options.Train: _OF_TRAINING,
+    options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in _NOT_OF_A_PLAN},
 }
 
 
@@ -80,17 +92,18 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
 
 
 def _defaults(kind: type, words: Sequence[str]) -> Any:
-    """The options of a training verb as its preset has them: what the words then override."""
+    """The options of a verb as its preset has them: what the words then override."""
     preset = _preset(kind, words)
-    if kind is options.Train:
+    names = [field.name for field in dataclasses.fields(kind)]
+    if "attention" in names:
         attention = _last_value(words, "attention")
         if attention is not None:
             three_region = preset.model.three_region or ThreeRegionConfig()
             changed = None if attention == "dense" else three_region
             preset = replace(preset, model=replace(preset.model, three_region=changed))
-    names = [field.name for field in dataclasses.fields(kind)]
     parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}
-    return kind(data=tyro.MISSING, out=tyro.MISSING, start=preset, **parts)
+    parts |= {name: tyro.MISSING for name in ("data", "out") if name in names}
+    return kind(start=preset, **parts)
 
 
 def _preset(kind: type, words: Sequence[str]) -> Preset:
@@ -106,7 +119,7 @@ def _preset(kind: type, words: Sequence[str]) -> Preset:
 def _last_value(words: Sequence[str], name: str) -> str | None:
     """What ``--name value`` or ``--name=value`` gives, the last one if there are several."""
     found = None
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         if word == f"--{name}":
             found = following
         elif word.startswith(f"--{name}="):
@@ -125,16 +138,15 @@ def _in_full(word: str, short: Mapping[str, str]) -> str:
 
 
 def _words_of_file(path: Path, kind: type) -> list[str]:
-    """A TOML file as words of a command line. What belongs to the other training verb is left out."""
+    """A TOML file as words of a command line. What belongs to another verb with settings is left out."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"settings file not found: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    own, known = ({field.name for field in dataclasses.fields(k)} for k in (kind, options.TrainTokenizer))
-    known |= {field.name for field in dataclasses.fields(options.Train)}
-    others = known - own
+    known = {field.name for each in SHORT for field in dataclasses.fields(each)}
+    others = known - {field.name for field in dataclasses.fields(kind)}
     return [
         word
         for name, value in content.items()

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -50,15 +52,20 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self.enabled and self._line_done != self.done > self.initial:
-            self._print_line()
+        with self._shown():
+            if self._bar is not None:
+                self._bar.close()
+            elif self.enabled and self._line_done != self.done > self.initial:
+                self._print_line()
 
     def update(self, count: int = 1, values: str = "") -> None:
         """Count ``count`` more units as done; ``values`` is shown behind them, such as the loss."""
         self.done += count
         self._values = values
+        with self._shown():
+            self._show(count, values)
+
+    def _show(self, count: int, values: str) -> None:
         if self._bar is not None:
             if values:
                 self._bar.set_postfix_str(values, refresh=False)
@@ -68,10 +75,19 @@ class Progress:
 
     def write(self, message: str) -> None:
         """A message on a line of its own."""
-        if self._bar is not None:
-            self._bar.write(message, file=sys.stderr)
-        else:
-            print(message, file=sys.stderr, flush=True)
+        with self._shown():
+            if self._bar is not None:
+                self._bar.write(message, file=sys.stderr)
+            else:
+                print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """A closed terminal or a broken pipe ends what is shown, not the work."""
+        try:
+            yield
+        except OSError:
+            self.enabled, self._bar = False, None
 
     def _print_line(self) -> None:
         self._last_line, self._line_done = time.monotonic(), self.done

@@ -5,43 +5,78 @@
 
     runs/x/
       tokenizers.json              data, sizes and schedule of both tokenizers
+      train-tokenizer.toml         all options of that training, for ``--settings``
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
-      checkpoints/step-00000400/   weights, optimizer, losses so far
-      tensorboard/                 scalars
+      rows/                        pictures and captions that are trained on, as tokens
+      train.toml                   all options of that training, for ``--settings``
+      checkpoints/step-00000400/   weights, optimizer, losses so far; the last three, unless told otherwise
+      tensorboard/                 curves and sample pictures
+      training.lock                held by the training at work in the folder, if there is one
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from cogview.config import SamplingConfig
 from cogview.data.image_files import Picture, pixels_of
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
-from cogview.evaluation.rerank import rerank
-from cogview.files import StrPath, load_tensors
+from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
-from cogview.generation.engine import DrawOptions
-from cogview.generation.text_to_image import generate_codes
-from cogview.images import to_picture
+from cogview.generation.engine import GREEDY, DrawOptions
+from cogview.generation.infill import keep_outside, keep_top
+from cogview.generation.text_to_image import Candidates, Request, draw_candidates
+from cogview.images import picture_grid, to_picture, undrawn_is_white
+from cogview.model.memory import rows_that_fit
+from cogview.model.precision import Precision, in_precision
 from cogview.model.transformer import CogView
 from cogview.progress import Progress
-from cogview.settings import load_model_settings, train_model_hint
+from cogview.settings import ModelSettings, load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
-from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
-from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER, Tokenizers, load_tokenizers
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    check_origin,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
 from cogview.weights import load_weights
 
 MAX_BATCH = 256  # rows that are decoded or scored together
+MAX_PICTURES = 100_000  # of one text in one call
+READ_TOGETHER = 64  # pictures that are read and described before the first of them is told
+
+
+class Drawing(NamedTuple):
+    """A picture that was drawn, and what draws it again."""
+
+    image: Image.Image
+    text: str
+    seed: int
+    candidate: int  # its number among the pictures of its text and seed, from 0
+    loss: float  # CapLoss, nats per token
+    codes: Tensor  # [num_codes]
+
+
+class Caption(NamedTuple):
+    """What the model says of a picture."""
+
+    text: str
+    loss: float  # CapLoss of the text, NaN where there is none
 
 
 @dataclass
@@ -51,6 +86,8 @@ class Run:
     Where a method takes texts, a ``str`` is one text and a list is several. Where it takes images, a
     file's path, a PIL picture or a tensor ``[3, H, W]`` (uint8, or floats in [0, 1]) is one image, and a
     list or a tensor ``[N, 3, H, W]`` is several. One in gives one out, a list gives a list.
+
+    Numbers of the model that are not finite are a FloatingPointError, in every method.
     """
 
     model: CogView
@@ -58,14 +95,16 @@ class Run:
     sampling: SamplingConfig  # how the run draws unless told otherwise
     max_text_tokens: int
     caption_tokens: int | None = None  # of a caption at most; None: max_text_tokens
+    text_dropout: float = 0.0  # share of rows that it was trained on without their text, for guidance
 
     def generate(
         self,
         texts: str | Sequence[str],
         *,
         num: int = 16,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         sampling: SamplingConfig | None = None,
+        guidance: float = 1.0,
         ranked: bool = True,
         progress: bool = False,
     ) -> tuple[list, list]:
@@ -74,69 +113,181 @@ class Run:
         Args:
             texts: one text or several.
             num: pictures per text.
-            seed: another seed gives other pictures; the same one gives the same, in batches of any size.
+            seed: another seed gives other pictures; the same one gives the same, whatever else is drawn
+                with them. One for all texts, or one for each.
             sampling: temperature, top-k and top-p; None as the run was set up (``run.sampling``).
+            guidance: above 1 the text counts for more, at the price of variety and twice the time. For
+                runs that were trained with ``text_dropout``.
             ranked: False keeps the order of drawing.
             progress: show how far the drawing is, on standard error.
 
         Returns the pictures (PIL, RGB) and the CapLoss of each, the mean negative log-likelihood of the
         text given the picture in nats per token. For one text two lists of ``num``, for several texts two
         lists of such lists. A part of a text that the text tokenizer does not know gives a warning.
+        :meth:`draw` gives more: each picture as soon as it is drawn, its codes, and partial pictures.
 
         Raises:
-            ValueError: an empty text, one of more than ``run.max_text_tokens`` tokens, ``num`` below 1.
+            ValueError: an empty text, one of more than ``run.max_text_tokens`` tokens or that is not
+                valid Unicode, ``num`` below 1 or above 100,000, not as many seeds as texts.
             TypeError: texts that are neither ``str`` nor a list of them.
         """
         several = _listed(texts)
-        if num < 1:
-            raise ValueError(f"num must be at least 1, got {num}")
-        pieces = [self.pieces(text) for text in several]
-        for text in several:
-            unknown = self.tokenizers.text.unknown_pieces(text)
-            if unknown:
-                message = f'"{text}" has parts the model never learned: {" ".join(unknown)}'
-                warnings.warn(message, stacklevel=2)
-        num_codes = self.tokenizers.image.config.codes_per_image
-        total = len(pieces) * num * num_codes
-        with Progress(total, "draw", unit="code", enabled=progress) as bar:
-            options = DrawOptions(sampling or self.sampling, seed, MAX_BATCH, bar.update)
-            codes = generate_codes(
-                self.model, self.tokenizers.vocab, pieces, num_codes, num_candidates=num, options=options
-            )
-        order, losses = rerank(self.model, self.tokenizers.vocab, pieces, codes)
+        options = DrawOptions(sampling or self.sampling, max_batch=MAX_BATCH, guidance=guidance)
+        rows: list[list[Drawing]] = [[] for _ in several]
+        seeds = [seed] * len(several) if isinstance(seed, int) else list(seed)
+        with Progress(len(several) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:
+            options = dataclasses.replace(options, on_step=bar.update)
+            for batch in self.draw(self.requests(several, seeds), num, options):
+                for place, drawing in batch:
+                    rows[place].append(drawing)
         if ranked:
-            losses = losses.gather(1, order)
-            codes = codes.gather(1, order[..., None].expand_as(codes))
-        images = self.decode(codes)
-        return (images[0], losses[0].tolist()) if isinstance(texts, str) else (images, losses.tolist())
+            rows = [sorted(row, key=lambda drawing: drawing.loss) for row in rows]
+        images = [[drawing.image for drawing in row] for row in rows]
+        losses = [[drawing.loss for drawing in row] for row in rows]
+        return (images[0], losses[0]) if isinstance(texts, str) else (images, losses)
 
-    @overload
-    def caption(self, images: Picture, *, progress: bool = ...) -> str: ...
-    @overload
-    def caption(self, images: list[Any] | tuple[Any, ...], *, progress: bool = ...) -> list[str]: ...
-    def caption(self, images, *, progress=False):
-        """The model's description of each image: the likeliest token at every step.
+    def infill(
+        self,
+        text: str,
+        image: Picture,
+        mask: Picture | None = None,
+        *,
+        num: int = 16,
+        seed: int = 0,
+        keep_top: float | None = None,
+        options: DrawOptions | None = None,
+    ) -> tuple[list[Image.Image], list[float]]:
+        """Draw a part of a picture anew, ``num`` times: ``(images, losses)``, best first.
 
-        Raises what :meth:`encode` raises.
+        Args:
+            text: what the whole picture shows.
+            image: the picture whose other codes are kept.
+            mask: white where the picture is drawn anew, black where its codes are kept; as large as
+                ``image`` or of its shape. A code with any white pixel is drawn anew.
+            keep_top: instead of a mask, the share of the picture's height that is kept, from its top.
+            options: as :meth:`draw` takes them; by default the run's own.
+
+        Kept codes pass through the image tokenizer, so even what is kept is not the same pixel by pixel.
+        Codes are drawn in raster order: one sees the kept codes above and to its left, not those below.
+        Raises what :meth:`generate` and :meth:`encode` raise.
         """
-        texts, _ = self.describe(_listed_images(images), progress=progress)
+        options = options or DrawOptions(self.sampling, max_batch=MAX_BATCH)
+        requests = self.requests([text], [seed], self.kept_codes(image, mask, keep_top))
+        drawings = [drawing for batch in self.draw(requests, num, options) for _, drawing in batch]
+        drawings.sort(key=lambda drawing: drawing.loss)
+        return [drawing.image for drawing in drawings], [drawing.loss for drawing in drawings]
+
+    def kept_codes(self, image: Picture, mask: Picture | None, share: float | None = None) -> Tensor:
+        """The codes of a picture ``[num_codes]``, -1 where they are drawn anew; see :meth:`infill`."""
+        if (mask is None) == (share is None):
+            raise ValueError("either mask or keep_top must be given, and not both")
+        codes, config = self.encode(image), self.tokenizers.image.config
+        if share is not None:
+            return keep_top(codes, share, config.grid)
+        assert mask is not None
+        return keep_outside(codes, pixels_of(mask, config.image_size).mean(0), config.grid)
+
+    def requests(
+        self, texts: Sequence[str], seeds: Sequence[int], given: Tensor | None = None
+    ) -> list[tuple[str, Request]]:
+        """Texts as :meth:`draw` takes them. Warns of parts that the text tokenizer does not know."""
+        if len(seeds) != len(texts):
+            raise ValueError(f"seed must be one or as many as texts ({len(texts)}), got {len(seeds)}")
+        pieces = self._known_pieces(texts)
+        return [
+            (text, Request(of_text, seed, given))
+            for text, of_text, seed in zip(texts, pieces, seeds, strict=True)
+        ]
+
+    def draw(
+        self,
+        requests: Sequence[tuple[str, Request]],
+        num: int,
+        options: DrawOptions,
+        on_partial: Callable[[list[tuple[int, Image.Image]]], object] | None = None,
+    ) -> Iterator[list[tuple[int, Drawing]]]:
+        """Pictures batch by batch, each as soon as it is drawn and ranked, with the place of its request.
+
+        Args:
+            requests: from :meth:`requests`.
+            num: pictures of each.
+            options: how tokens are drawn. Rows are at most ``options.max_batch``, fewer where their cache
+                would not fit into memory.
+            on_partial: called after each row of codes with the unfinished pictures of the batch and the
+                places of their requests; what is not drawn yet is white.
+        """
+        if not 1 <= num <= MAX_PICTURES:
+            raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
+        weight, grid = self.model.word_embeddings.weight, self.tokenizers.image.config.grid
+        fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
+        options = dataclasses.replace(options, max_batch=fitting)
+
+        rows_told = 0
+
+        def tell(batch: Candidates) -> None:
+            nonlocal rows_told
+            rows_drawn = int((batch.codes >= 0).sum(1).min()) // grid
+            is_new, rows_told = rows_drawn not in (0, rows_told), rows_drawn
+            if on_partial is not None and is_new:
+                pixels = undrawn_is_white(self.pixels(batch.codes.clamp(min=0)), batch.codes, grid)
+                on_partial(list(zip(batch.requests, _pictures(pixels), strict=True)))
+
+        batches = draw_candidates(
+            *(self.model, self.tokenizers.vocab, [request for _, request in requests]),
+            *(self.num_codes, num, options),
+            on_codes=None if on_partial is None else tell,
+        )
+        for batch in batches:
+            pieces = [requests[place][1].pieces for place in batch.requests]
+            losses = caption_loss(self.model, self.tokenizers.vocab, batch.codes, pieces).tolist()
+            images, codes = self.decode(batch.codes), batch.codes.cpu()
+            rows = zip(images, batch.requests, batch.numbers, losses, codes, strict=True)
+            yield [
+                (place, Drawing(image, requests[place][0], requests[place][1].seed, number, loss, own))
+                for image, place, number, loss, own in rows
+            ]
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of a picture."""
+        return self.tokenizers.image.config.codes_per_image
+
+    @overload
+    def caption(self, images: Picture, *, beams: int = ..., progress: bool = ...) -> str: ...
+    @overload
+    def caption(
+        self, images: list[Any] | tuple[Any, ...], *, beams: int = ..., progress: bool = ...
+    ) -> list[str]: ...
+    def caption(self, images, *, beams=1, progress=False):
+        """The model's description of each image.
+
+        ``beams`` 1 takes the likeliest token at every step; more look for the likeliest text as a whole
+        by beam search. Raises what :meth:`encode` raises.
+        """
+        several = _listed_images(images)
+        with Progress(len(several), "describe", unit="image", enabled=progress) as bar:
+            texts = []
+            for caption in self.describe(several, beams=beams):
+                texts.append(caption.text)
+                bar.update()
         return texts[0] if _is_one_image(images) else texts
 
-    def describe(self, images: Sequence[Picture], *, progress: bool = False) -> tuple[list[str], list[float]]:
-        """What :meth:`caption` says of several images, and the CapLoss of each (NaN for an empty text)."""
-        codes = self.encode(list(images))
+    def describe(self, images: Sequence[Picture], *, beams: int = 1) -> Iterator[Caption]:
+        """What :meth:`caption` says of several images, and its CapLoss, a few images at a time."""
         vocab = self.tokenizers.vocab
-        room = self.caption_tokens or self.max_text_tokens
-        total = len(codes) * room
-        with Progress(total, "describe", unit="token", enabled=progress) as bar:
-            options = DrawOptions(sampling=None, max_batch=MAX_BATCH, on_step=bar.update)
-            texts = generate_captions(self.model, vocab, codes, max_text_tokens=room, options=options)
-        losses = [float("nan")] * len(texts)
-        said = [index for index, text in enumerate(texts) if text]
-        found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
-        for index, loss in zip(said, found.tolist(), strict=True):
-            losses[index] = loss
-        return [self.tokenizers.text.decode(text) for text in texts], losses
+        for start in range(0, len(images), READ_TOGETHER):
+            codes = self.encode(list(images[start : start + READ_TOGETHER]))
+            texts = generate_captions(
+                *(self.model, vocab, codes),
+                max_text_tokens=self.caption_tokens or self.max_text_tokens,
+                beams=beams,
+                options=DrawOptions(GREEDY, max_batch=MAX_BATCH),
+            )
+            said = [index for index, text in enumerate(texts) if text]
+            found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
+            losses = dict(zip(said, found.tolist(), strict=True))
+            for index, text in enumerate(texts):
+                yield Caption(self.tokenizers.text.decode(text), losses.get(index, float("nan")))
 
     def rerank(self, texts: str | Sequence[str], images: Sequence) -> list:
         """The order of images by CapLoss: places in ``images``, the best one first.
@@ -169,7 +320,7 @@ class Run:
         several = [texts] * len(pictures) if isinstance(texts, str) else _listed(texts)
         if len(several) != len(pictures):
             raise ValueError(f"texts must be one or as many as images ({len(pictures)}), got {len(several)}")
-        pieces = [self.pieces(text) for text in several]
+        pieces = self._known_pieces(several)
         codes = self.encode(pictures)
         return caption_loss(self.model, self.tokenizers.vocab, codes, pieces).tolist()
 
@@ -217,18 +368,35 @@ class Run:
         return pixels.view(*codes.shape[:-1], *pixels.shape[1:])
 
     def pieces(self, text: str) -> list[int]:
-        """A text as piece ids; ValueError if it is empty or has too many for the model."""
+        """A text as piece ids; ValueError if it is empty, no valid Unicode, or too long for the model."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text {text!r} is not valid UTF-8: character {error.start + 1} stands for no character"
+            ) from None
         pieces = self.tokenizers.text.encode(text)
         if not pieces:
             raise ValueError("the text is empty")
         return fit_text(pieces, self.max_text_tokens)
 
+    def _known_pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        pieces = [self.pieces(text) for text in texts]
+        for text in dict.fromkeys(texts):
+            unknown = self.tokenizers.text.unknown_pieces(text)
+            if unknown:
+                message = f'"{text}" has parts the model never learned: {" ".join(unknown)}'
+                warnings.warn(message, stacklevel=4)
+        return pieces
 
-def load_run(folder: StrPath, device: str | None = None) -> Run:
+
+def load_run(folder: StrPath, device: str | None = None, precision: Precision = "fp32") -> Run:
     """The run of a folder that ``cogview train`` or ``cogview demo`` wrote, with its latest weights.
 
     Args:
         device: where it works, such as ``"cpu"``; by default an NVIDIA GPU where one answers.
+        precision: of the transformer: ``"fp32"``, ``"bf16"``, ``"fp16"``; or ``"int8"``, bf16 with the
+            weights of its linear layers in 8 bits, which needs the package torchao.
 
     FileNotFoundError or ValueError, each naming the file and the way out.
     """
@@ -238,18 +406,36 @@ def load_run(folder: StrPath, device: str | None = None) -> Run:
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
+    check_origin(checkpoint, {"tokenizers": tokenizers.fingerprint})
     with torch.device("meta"):
         model = CogView(settings.model)
-    model.to_empty(device="cpu")
-    weights = checkpoint / "model.safetensors"
-    load_weights(model, load_tensors(weights), weights)
+    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
+    _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)
+    model = in_precision(model.to(device).eval(), precision)
     return Run(
-        model.to(device).eval(),
-        tokenizers,
-        settings.sampling,
-        settings.max_text_tokens,
-        settings.caption_tokens,
+        *(model, tokenizers, settings.sampling, settings.max_text_tokens),
+        caption_tokens=settings.caption_tokens,
+        text_dropout=settings.train.text_dropout,
     )
+
+
+def _check_finite(module: nn.Module, source: Path) -> None:
+    """The image tokenizer is small, and where it is damaged its codes would look as good as any."""
+    for name, tensor in module.state_dict().items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{source} is damaged: {name} has numbers that are not finite")
+
+
+SAMPLES = 4  # pictures of each text on a sheet of samples
+
+
+def sample_sheet(
+    model: CogView, tokenizers: Tokenizers, settings: ModelSettings, texts: Sequence[str]
+) -> Any:
+    """A PIL picture with a row of drawings for each text, best first; the same noise every time."""
+    run = Run(model, tokenizers, settings.sampling, settings.max_text_tokens)
+    images, _ = run.generate(list(texts), num=SAMPLES)
+    return picture_grid(images)
 
 
 def _pictures(pixels: Tensor) -> Any:

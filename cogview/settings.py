@@ -2,6 +2,7 @@
 """What a run was set up with: ``tokenizers.json`` and ``model.json`` in its folder.
 
 A run that goes on must go on with the same settings: others would give a model that neither describes.
+Beside them, ``train-tokenizer.toml`` and ``train.toml`` hold all options as ``--settings`` reads them.
 """
 
 from __future__ import annotations
@@ -11,22 +12,41 @@ import dataclasses
 import shlex
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
 
 from cogview.config import (
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
     ModelConfig,
+    Preset,
     SamplingConfig,
     TrainConfig,
 )
-from cogview.files import StrPath, read_json, write_json
+from cogview.files import StrPath, exists, read_json, write_json, write_text
 
 TOKENIZER_SETTINGS = "tokenizers.json"
 MODEL_SETTINGS = "model.json"
+TOKENIZER_OPTIONS = "train-tokenizer.toml"
+MODEL_OPTIONS = "train.toml"
+
+# Settings that may differ when a run goes on, by their names in these files and in ``demo.json``: how a run
+# is computed, shown and kept, how it draws, how long it trains, and where its data lie. Checkpoints know the
+# data themselves by their fingerprint. All other settings make the model what it is: they must stay.
+MAY_CHANGE = frozenset(
+    {
+        *("data", "preset", "name"),
+        *("sampling.temperature", "sampling.top_k", "sampling.top_p"),
+        "model.activation_checkpointing",
+        *("train.steps", "train.checkpoint_every", "train.keep", "train.accumulate", "train.log_every"),
+        *("train.samples_every", "train.sample_texts", "train.compile_layers"),
+        *(f"image_tokenizer_train.{name}" for name in ("steps", "checkpoint_every", "keep")),
+    }
+)
 
 T = TypeVar("T")
 
@@ -39,7 +59,7 @@ class TokenizerSettings:
     text_pieces: int
     image_tokenizer: ImageTokenizerConfig
     image_tokenizer_train: ImageTokenizerTrainConfig
-    preset: str = field(default="", compare=False)  # name of the preset that these come from
+    preset: str = ""  # name of the preset that these come from
 
 
 @dataclass(frozen=True)
@@ -68,23 +88,37 @@ def plain(settings: Any) -> Any:
 def build(kind: type[T], content: Any) -> T:
     """The dataclass ``kind`` from what :func:`plain` made of it; absent fields take their defaults.
 
-    TypeError or ValueError for a field that is missing, unknown or out of range.
+    TypeError or ValueError for a field that is missing, unknown, of another type or out of range.
     """
     if not isinstance(content, dict):
         raise TypeError(f"{kind.__name__} must be a table of settings, got {content!r}")
     hints = typing.get_type_hints(kind)
     unknown = [name for name in content if name not in hints]
     if unknown:
-        raise TypeError(f"{kind.__name__} has no field {unknown[0]!r}")
-    return kind(**{name: _value(hints[name], value) for name, value in content.items()})
+        raise TypeError(
+            f"{kind.__name__} has no field {unknown[0]!r}; a newer version of cogview may have written it"
+        )
+    return kind(**{name: _value(name, hints[name], value) for name, value in content.items()})
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _value(name: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is not None:
         hint = next(choice for choice in typing.get_args(hint) if choice is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and value is not None:
         return build(hint, value)
-    return tuple(value) if isinstance(value, list) else value
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return {key: _value(f"{name}.{key}", typing.get_args(hint)[1], part) for key, part in value.items()}
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        value = tuple(value)
+    is_misplaced_bool = isinstance(value, bool) and hint in (int, float)
+    try:
+        if is_misplaced_bool:
+            raise TypeCheckError("a bool is no number")
+        check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
+    except TypeCheckError:
+        expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        raise TypeError(f"{name} must be of type {expected}, got {value!r}") from None
+    return value
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
@@ -95,26 +129,13 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def _free(settings: Any, prefix: str = "") -> Iterator[str]:
-    """The keys of :func:`_flat` whose dataclass field has ``compare=False``."""
-    if not dataclasses.is_dataclass(settings) or isinstance(settings, type):
-        return
-    for part in dataclasses.fields(settings):
-        key = f"{prefix}.{part.name}".strip(".")
-        if part.compare:
-            yield from _free(getattr(settings, part.name), key)
-        else:
-            yield key
-
-
 def check_settings(path: StrPath, settings: Any) -> None:
     """ValueError that names the first difference if the file ``path`` holds other settings.
 
-    Writes nothing; no file, no difference. A dataclass field with ``compare=False``, at any depth, is no
-    setting of the run, so it may differ.
+    Writes nothing; no file, no difference. What ``MAY_CHANGE`` lists is no difference either.
     """
     path = Path(path)
-    if not path.exists():
+    if not exists(path):
         return
     content = read_json(path)
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
@@ -123,9 +144,8 @@ def check_settings(path: StrPath, settings: Any) -> None:
         with contextlib.suppress(TypeError, ValueError):
             content = plain(build(type(settings), content))
     then, now = _flat(content), _flat(plain(settings))
-    free = set(_free(settings))
     for key in [*now, *(key for key in then if key not in now)]:
-        if then.get(key) != now.get(key) and key not in free:
+        if then.get(key) != now.get(key) and key.removeprefix("preset.") not in MAY_CHANGE:
             raise ValueError(
                 f"{path.parent} was started with {key} = {then.get(key)!r}, now {now.get(key)!r}; "
                 "repeat the same settings to go on with it, or choose another folder"
@@ -137,6 +157,50 @@ def write_settings(path: StrPath, settings: Any) -> None:
     write_json(path, plain(settings))
 
 
+def tokenizer_options(settings: TokenizerSettings) -> dict[str, Any]:
+    """The options of ``cogview train-tokenizer`` that give these settings."""
+    return plain(settings)
+
+
+def model_options(data: str, preset: Preset) -> dict[str, Any]:
+    """The options of ``cogview train`` that give this preset; what follows from the data is left out."""
+    model = plain(preset.model)
+    del model["vocab_size"], model["max_positions"]
+    attention = "dense" if model["three_region"] is None else "three-region"
+    if model["three_region"] is None:
+        del model["three_region"]
+    return {
+        "data": data,
+        "preset": preset.name,
+        "attention": attention,
+        "min_text_tokens": preset.min_text_tokens,
+        "max_text_tokens": preset.max_text_tokens,
+        "model": model,
+        "train": plain(preset.train),
+        "sampling": plain(preset.sampling),
+    }
+
+
+def write_options(path: StrPath, options: Mapping[str, Any]) -> None:
+    """Write all options of a training, but its folder and device, as TOML that ``--settings`` reads."""
+    import tomli_w
+
+    path = Path(path)
+    verb = path.name.removesuffix(".toml")
+    head = (
+        f"# All options of this run. Another one like it: cogview {verb} --settings {path.name} --out NEW\n"
+    )
+    given = {name: value for name, value in options.items() if name != "preset" or value}
+    write_text(path, head + tomli_w.dumps(_without_none(given)))
+
+
+def _without_none(value: Any) -> Any:
+    """TOML has no null; on the command line and in these files it is the word None."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items()}
+    return "None" if value is None else value
+
+
 def claim_settings(path: StrPath, settings: Any) -> None:
     """Write a run's settings, or check that a run to be resumed has the same ones."""
     check_settings(path, settings)
@@ -145,14 +209,14 @@ def claim_settings(path: StrPath, settings: Any) -> None:
 
 
 def _load(kind: type[T], path: Path, hint: str) -> T:
-    if not path.parent.is_dir():
+    if not exists(path.parent):
         raise FileNotFoundError(f"run folder not found: {path.parent}; {hint}")
-    if not path.is_file():
+    if not exists(path):
         raise FileNotFoundError(f"{path.parent} has no {path.name}; {hint}")
     try:
         return build(kind, read_json(path))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+        raise ValueError(f"{path} is damaged, or of another version: {error}") from None
 
 
 def train_tokenizers_hint(folder: StrPath) -> str:

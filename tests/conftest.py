@@ -19,7 +19,6 @@ from typing import Any
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,7 +28,7 @@ if not HAS_GPU:
 
 from cogview_kernels import _backends, _extension  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
 from tests import emulation as cuda_emulation  # noqa: E402
-from tests.helpers import tolerance  # noqa: E402
+from tests.helpers import interpreter, tolerance  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -104,29 +103,11 @@ def _interpreter_is_broken() -> str:
 
 
 @pytest.fixture(autouse=True)
-def _interpreter_computes_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``tl.fma`` in the interpreter rounds once, as on a GPU; its own rounds the product, too.
-
-    ``tl.dot`` sums in float64, then rounds to the dtype of its accumulator.
-
-    On some processors OpenBLAS sums ``a @ b.T`` and ``b @ a.T`` in different orders. A GPU does not, and the
-    backward of attention, which computes the forward's scores again, transposed, relies on it.
-    """
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     if HAS_GPU or importlib.util.find_spec("triton") is None:
         return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def rounded_once(self, x, y, z):
-        # Float64 holds the product of two float32 exactly.
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    def in_float64(self, a, b, d, *options):
-        product = np.matmul(a.data, b.data, dtype=np.float64)
-        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float64)
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
+    interpreter.compute_as_a_gpu(monkeypatch)
+    interpreter.prepare_once_a_launch(monkeypatch)
 
 
 @pytest.fixture

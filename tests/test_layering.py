@@ -77,13 +77,26 @@ def test_inside_an_op(path):
 # The rooms and modules of cogview, floor by floor from below. A module imports its own room and the floors
 # below it. The modules of the lowest floor may import one another.
 FLOORS = [
-    {"files", "config", "seeding", "device", "progress", "presets", "settings", "weights", "images"},
+    {
+        "files",
+        "config",
+        "seeding",
+        "launch",
+        "device",
+        "progress",
+        "presets",
+        "settings",
+        "weights",
+        "images",
+        "outlet",
+    },
     {"tokens", "model"},
     {"data"},
     {"training", "generation"},
     {"evaluation"},
     {"run", "convert"},
     {"demo", "options"},
+    {"drawing"},
     {"commands"},
     {"parsing"},
     {"cli"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -80,7 +81,10 @@ class DigitPairs:
     same: without them a transformer learns 1,437 pictures by heart.
     """
 
+    absent: tuple[str, ...] = ()
+
     def __init__(self, split: str = "train", copies: int = 1) -> None:
+        self.copies = copies
         scans, labels = splits()[split]
         images = torch.tensor(scans, dtype=torch.float32).view(-1, 1, SCAN_SIDE, SCAN_SIDE) / 16
         images = images.repeat_interleave(copies, dim=0)
@@ -98,10 +102,24 @@ class DigitPairs:
         scan = self._scans[index].repeat_interleave(factor, 1).repeat_interleave(factor, 2)
         return scan.expand(3, size, size).clone()
 
-    def check(self, size: int, *, progress: bool = True) -> None:
+    def name(self, index: int) -> str:
+        """Number of the scan within its split."""
+        return f"scan {index // self.copies}"
+
+    def origin(self, index: int) -> str:
+        """All copies of a scan have one origin."""
+        return self.name(index)
+
+    def check(self, size: int, *, skip_bad: bool = False, progress: bool = True) -> list[str]:
         """ValueError unless scans can be enlarged to ``size``."""
         if size % SCAN_SIDE:
             raise ValueError(f"size must be a multiple of {SCAN_SIDE} for digits, got {size}")
+        return []
+
+    def identity(self) -> Iterator[bytes]:
+        """The scans, how many altered copies of each there are, and the captions of every digit."""
+        yield self._scans[:: self.copies].numpy().tobytes()
+        yield repr((self.copies, self.labels.tolist(), TRAINING_PHRASINGS, ENGLISH, CHINESE)).encode()
 
     def captions(self, index: int) -> list[str]:
         """All training phrasings of the digit shown."""

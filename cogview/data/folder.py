@@ -8,14 +8,16 @@ UTF-8, file names relative to the folder.
 
 from __future__ import annotations
 
-import json
 import os
+import unicodedata
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from cogview.data.caption_files import read_captions
 from cogview.data.image_files import read_pixels, to_unit_range
 from cogview.files import StrPath
 from cogview.progress import Progress
@@ -24,62 +26,45 @@ CACHE_BYTES = 1 << 30  # pictures at training size that are kept in memory
 MANY = 20
 
 
-def _listing(entries: list[str]) -> str:
+def listing(entries: list[str]) -> str:
+    """The first entries on one line, and how many more there are."""
     more = f"; and {len(entries) - MANY} more" if len(entries) > MANY else ""
     return "; ".join(entries[:MANY]) + more
 
 
 class FolderPairs:
-    """A folder of images with ``captions.tsv`` or ``captions.json``."""
+    """A folder of images with ``captions.tsv`` or ``captions.json``.
 
-    def __init__(self, folder: StrPath) -> None:
+    Args:
+        skip_bad: leave out files that are not there; :meth:`check` then tells which.
+    """
+
+    absent: list[str]
+
+    def __init__(self, folder: StrPath, *, skip_bad: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f'data folder not found: {self.folder} (the built-in data is "digits")')
-        table = self._read_captions()
-        self._items = sorted(table.items())
+        self._items = sorted(read_captions(self.folder).items())
         if not self._items:
             raise ValueError(f"{self.folder}: the caption list is empty")
         self._pictures: dict[tuple[int, int], Tensor] = {}  # by index and size, read before
-        absent = [name for name, _ in self._items if not (self.folder / name).is_file()]
-        if absent:
+        self.absent = self._leave_out_absent()
+        if self.absent and not (skip_bad and self._items):
             raise FileNotFoundError(
-                f"{self.folder}: the caption list names files that are not there: {_listing(absent)}"
+                f"{self.folder}: the caption list names files that are not there: {listing(self.absent)}"
             )
 
-    def _read_captions(self) -> dict[str, list[str]]:
-        table: dict[str, list[str]] = {}
-        tsv, jsonfile = self.folder / "captions.tsv", self.folder / "captions.json"
-        if tsv.is_file():
-            for number, line in enumerate(tsv.read_text(encoding="utf-8-sig").splitlines(), start=1):
-                if not line.strip():
-                    continue
-                name, tab, caption = line.partition("\t")
-                if not tab or not caption.strip():
-                    raise ValueError(f"{tsv}, line {number}: expected file<TAB>caption, got {line!r}")
-                table.setdefault(name.strip(), []).append(caption.strip())
-        elif jsonfile.is_file():
-            try:
-                content = json.loads(jsonfile.read_text(encoding="utf-8-sig"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{jsonfile} is not valid JSON: {error}") from None
-            if not isinstance(content, dict):
-                raise ValueError(
-                    f'{jsonfile} must hold {{"file": "caption"}}, got a {type(content).__name__}'
-                )
-            for name, entry in content.items():
-                captions = [entry] if isinstance(entry, str) else entry
-                is_list = isinstance(captions, list) and captions
-                if not is_list or not all(isinstance(text, str) and text.strip() for text in captions):
-                    raise ValueError(
-                        f"{jsonfile}: {name} must have a caption or a list of captions, got {entry!r}"
-                    )
-                table[name] = [text.strip() for text in captions]
-        else:
-            raise FileNotFoundError(
-                f"{self.folder} has no captions.tsv (file<TAB>caption per line) and no captions.json"
-            )
-        return table
+    def _leave_out_absent(self) -> list[str]:
+        absent = [name for name, _ in self._items if not (self.folder / name).is_file()]
+        if not absent:
+            return []
+        present = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")]
+        near = {_folded(name): name for name in sorted(present)}
+        gone = set(absent)
+        self._items = [item for item in self._items if item[0] not in gone]
+        hints = ((name, near.get(_folded(name))) for name in absent)
+        return [f"{name} (did you mean {guess!r}?)" if guess else name for name, guess in hints]
 
     def __len__(self) -> int:
         return len(self._items)
@@ -93,21 +78,40 @@ class FolderPairs:
                 self._pictures[index, size] = pixels
         return to_unit_range(pixels)
 
-    def check(self, size: int, *, progress: bool = True) -> None:
-        """Read every image once. ValueError that lists those which cannot be read."""
-        bad = []
+    def captions(self, index: int) -> list[str]:
+        """The captions listed for the file."""
+        return self._items[index][1]
+
+    def name(self, index: int) -> str:
+        """The file's name as the caption list has it."""
+        return self._items[index][0]
+
+    def origin(self, index: int) -> None:
+        """Every file is a picture of its own."""
+
+    def check(self, size: int, *, skip_bad: bool = False, progress: bool = True) -> list[str]:
+        """Read every image once. ValueError that lists those which cannot be read.
+
+        With ``skip_bad`` these are left out instead. Returns what was left out and why.
+        """
         with (
             Progress(len(self), "check images", unit="image", enabled=progress) as bar,
             ThreadPoolExecutor(os.cpu_count()) as threads,
         ):
+            problems = []
             for problem in threads.map(partial(self._problem, size=size), range(len(self))):
-                bad += [problem] if problem else []
+                problems.append(problem)
                 bar.update()
-        if bad:
+        bad = [problem for problem in problems if problem]
+        if bad and (len(bad) == len(self) or not skip_bad):
             raise ValueError(
-                f"{len(bad)} of {len(self)} images in {self.folder} cannot be used; mend them or take them "
-                f"off the caption list: {_listing(bad)}"
+                f"{len(bad)} of {len(self)} images in {self.folder} cannot be used; mend them, take them "
+                f"off the caption list, or leave them out with --skip-bad: {listing(bad)}"
             )
+        if bad:
+            self._items = [item for item, problem in zip(self._items, problems, strict=True) if not problem]
+            self._pictures.clear()  # Its indices are those of the longer list.
+        return [f"{self.folder / name} is not there" for name in self.absent] + bad
 
     def _problem(self, index: int, size: int) -> str:
         try:
@@ -116,6 +120,12 @@ class FolderPairs:
             return str(error)
         return ""
 
-    def captions(self, index: int) -> list[str]:
-        """The captions listed for the file."""
-        return self._items[index][1]
+    def identity(self) -> Iterator[bytes]:
+        """Name, size and captions of every file."""
+        for name, captions in self._items:
+            yield repr((name, (self.folder / name).stat().st_size, captions)).encode(errors="surrogatepass")
+
+
+def _folded(name: str) -> str:
+    """The same for names that differ by composed letters, case or the kind of slash."""
+    return unicodedata.normalize("NFC", os.path.normpath(name.replace("\\", "/"))).casefold()

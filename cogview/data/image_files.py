@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -14,19 +16,48 @@ from torch import Tensor
 from cogview.files import StrPath
 
 Picture = StrPath | Image.Image | Tensor  # what the model package takes as one picture
+WIDEST_FLOATS = (
+    -0.5,
+    1.5,
+)  # A picture scaled by a cubic filter overshoots a little; one in 0..255 is no such.
 
 
 def fit_picture(picture: Image.Image, size: int) -> Tensor:
     """A picture as uint8 ``[3, size, size]``: shorter side to ``size``, centre cropped.
 
-    A camera's note on how it was held is heeded. Grayscale and palette pictures become RGB, transparency
-    is laid on white.
+    A camera's note on how it was held is heeded, and an animation gives its current frame. Grayscale, palette
+    and CMYK become RGB, transparency is laid on white. 16 bits are scaled from 0..65535, floats from [0, 1].
+
+    ValueError for floats or wide integers of another range, and for a kind of colour that is not known.
     """
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    picture = Image.alpha_composite(white, picture).convert("RGB")
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    with contextlib.suppress(Exception):  # A damaged note is no damaged picture.
+        picture = ImageOps.exif_transpose(picture)
+    # Cropped before all else: what is done to a strip must not cost what a square of its length would.
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = _eight_bits(picture.crop((left, top, left + side, top + side)))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Wide grayscale as 8 bits, which Pillow's own conversion would clip; other pictures as they are."""
+    if picture.mode in ("La", "RGBa"):  # Premultiplied by their transparency.
+        return picture.convert(picture.mode.upper())
+    if not picture.mode.startswith(("I", "F")):
+        return picture
+    values = np.asarray(picture).astype(np.float64)
+    low, high = values.min(), values.max()
+    full = 1 if picture.mode == "F" else 65535
+    if not (low >= 0 and high <= full):  # Holds for NaN, too.
+        kind = "floats in [0, 1]" if full == 1 else "integers of 16 bits"
+        raise ValueError(
+            f"its pixels are not {kind} but reach from {low:g} to {high:g}; save it as 8-bit RGB"
+        )
+    return Image.fromarray((values * (255 / full)).round().astype(np.uint8))
 
 
 def to_unit_range(pixels: Tensor) -> Tensor:
@@ -34,19 +65,30 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 255
 
 
-def read_pixels(path: StrPath, size: int) -> Tensor:
-    """An image file through :func:`fit_picture`.
+def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:
+    """An image file, by its path or opened as ``name``, through :func:`fit_picture`.
 
-    FileNotFoundError if absent, ValueError if it cannot be read as an image.
+    FileNotFoundError if absent, ValueError that names it if it cannot be read as an image.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"image not found: {path}")
+    if isinstance(file, (str, os.PathLike)):
+        name = os.fspath(file)
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"image not found: {name}")
     try:
-        with Image.open(path) as file:
-            return fit_picture(file, size)
+        with Image.open(file) as picture:
+            return fit_picture(picture, size)
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file.
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+        raise ValueError(f"{name} cannot be read as an image: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is empty, damaged or of a kind that Pillow does not know"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0)} pixels; scale it down"
+    if isinstance(error, (OSError, SyntaxError)):
+        return f"it is cut short or damaged ({error}); copy it again"
+    return str(error)
 
 
 def read_image(path: StrPath, size: int) -> Tensor:
@@ -58,7 +100,7 @@ def pixels_of(picture: Picture, size: int) -> Tensor:
     """A file's path, a PIL picture or a tensor as ``[3, size, size]`` float32 in [0, 1].
 
     A tensor is ``[3, H, W]``, uint8 or floats in [0, 1]; one of the right size is taken as it is.
-    TypeError for anything else, ValueError for another shape.
+    TypeError for anything else, ValueError for another shape or floats of another range.
     """
     if isinstance(picture, (str, os.PathLike)):
         return read_image(picture, size)
@@ -69,7 +111,15 @@ def pixels_of(picture: Picture, size: int) -> Tensor:
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
         raise ValueError(f"an image tensor must be [3, H, W], got {list(picture.shape)}")
     pixels = picture.detach().cpu()
-    pixels = pixels.float() if pixels.is_floating_point() else to_unit_range(pixels)
+    if pixels.is_floating_point():
+        pixels = pixels.float()
+        low, high = pixels.min().item(), pixels.max().item()
+        if not WIDEST_FLOATS[0] <= low <= high <= WIDEST_FLOATS[1]:
+            raise ValueError(f"an image tensor of floats must be in [0, 1], got {low:g}..{high:g}")
+    elif pixels.dtype == torch.uint8:
+        pixels = to_unit_range(pixels)
+    else:
+        raise TypeError(f"an image tensor must be uint8 or floats, got {pixels.dtype}; convert it")
     if pixels.shape[1:] == (size, size):
         return pixels
     values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +15,10 @@ from cogview.files import StrPath
 class Pairs(Protocol):
     """Images and their captions."""
 
+    @property
+    def absent(self) -> Sequence[str]:
+        """Names of images that are listed and not there."""
+
     def __len__(self) -> int: ...
 
     def image(self, index: int, size: int) -> Tensor:
@@ -22,16 +27,43 @@ class Pairs(Protocol):
     def captions(self, index: int) -> list[str]:
         """At least one caption."""
 
-    def check(self, size: int, *, progress: bool = True) -> None:
-        """ValueError that lists every image which cannot be read at ``size``."""
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+
+    def origin(self, index: int) -> str | None:
+        """What the image is an altered copy of; None for a picture of its own."""
+
+    def check(self, size: int, *, skip_bad: bool = False, progress: bool = True) -> list[str]:
+        """Read every image at ``size`` once. ValueError that lists those which cannot be read.
+
+        With ``skip_bad`` these are left out of the pairs instead; returns why, one line each.
+        """
+
+    def identity(self) -> Iterator[bytes]:
+        """See :func:`cogview.data.fingerprint.fingerprint`."""
 
 
-def open_pairs(data: StrPath) -> Pairs:
-    """``"digits"`` for the training part of the built-in digits, anything else is a folder."""
+def is_shards(data: StrPath) -> bool:
+    """Whether ``data`` names WebDataset shards rather than a folder."""
+    name = os.fspath(data)
+    is_archive = name.endswith((".tar", ".tar.gz", ".tgz")) and not os.path.isdir(name)
+    return name.startswith("pipe:") or "://" in name or is_archive
+
+
+def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
+    """``"digits"`` for the training part of the built-in digits, anything else is a folder.
+
+    With ``skip_bad`` files that are not there are left out; :meth:`Pairs.check` tells which.
+    """
+    if is_shards(data):
+        raise ValueError(
+            f"{os.fspath(data)} names shards, which cogview tokenize turns into rows to train on; "
+            "tokenizers are trained on a folder of pictures"
+        )
     if os.fspath(data) == "digits":
         from cogview.data.digits import training_pairs
 
         return training_pairs()
     from cogview.data.folder import FolderPairs
 
-    return FolderPairs(data)
+    return FolderPairs(data, skip_bad=skip_bad)

@@ -6,23 +6,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
 from cogview.demo.report import Drawings
 from cogview.files import StrPath
-from cogview.images import save_png
+from cogview.images import save_figure
 
 RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
-
-
-def _save_figure(path: StrPath, figure: Figure) -> None:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
 
 def save_contact_sheet(
@@ -58,7 +50,7 @@ def save_contact_sheet(
     axes.set_xlabel("rank by CapLoss, best first (red frame: the judge reads another digit)")
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
-    _save_figure(path, figure)
+    save_figure(path, figure)
 
 
 def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
@@ -83,7 +75,7 @@ def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[f
         axes.set_yscale("log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    _save_figure(path, figure)
+    save_figure(path, figure)
 
 
 def save_demo_sheet(path: StrPath, drawings: Drawings, results: Mapping[str, float]) -> None:

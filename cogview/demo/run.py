@@ -159,7 +159,8 @@ def _draw(options: Demo, run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, T
                     texts,
                     num_codes,
                     num_candidates=options.num_candidates,
-                    options=DrawOptions(run.sampling, seed, max_batch=512, on_step=bar.update),
+                    seeds=[derive_seed(seed, place) for place in range(len(texts))],
+                    options=DrawOptions(run.sampling, max_batch=512, on_step=bar.update),
                 )
                 loss = rerank(run.model, run.tokenizers.vocab, texts, drawn)[1]
                 save_tensors(path, {"codes": drawn, "losses": loss})

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one loop that draws tokens: read all prompts at once, then add one token to every row at a time.
+"""The one loop that draws tokens: read all prompts at once, then add tokens to every row at a time.
 
-Letters: B rows, C model width.
+Pictures, captions and infilling go through :func:`decode`, ranking through :func:`score`. With guidance each
+row stands in the batch twice, first with its text (all rows), then without. On a GPU a step is captured as a
+CUDA graph, so it only touches tensors in place and nothing in it waits for the device.
+
+Letters: B rows that are drawn, R rows of the batch (B, or 2 B with guidance), N tokens to draw, C width.
 """
 
 from __future__ import annotations
@@ -14,44 +18,64 @@ import torch
 from torch import Tensor
 
 from cogview.config import SamplingConfig
-from cogview.generation.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.graph import on_device
+from cogview.generation.sampling import Noise, choose
 from cogview.model.cache import KVCache
 from cogview.model.transformer import CogView
+from cogview_kernels import linear_cross_entropy
+
+GREEDY = SamplingConfig(temperature=0)
+STOP_EVERY = 8  # steps between two looks at whether every row has stopped: a look waits for the device
+SCORED_TOKENS = 1 << 16  # that go through the model at a time
 
 
 @dataclass(frozen=True)
 class DrawOptions:
-    """How tokens are drawn. ``sampling`` None takes the likeliest token at every step."""
+    """How tokens are drawn, whatever they are."""
 
-    sampling: SamplingConfig | None = field(default_factory=SamplingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
-    max_batch: int = 256  # rows that are decoded together
+    max_batch: int = 256  # rows that are drawn together
+    guidance: float = 1.0  # logits without text + guidance * (those with text - those without); 1 is off
+    parallel: int = 1  # codes that a step tries: 1 draws one by one, more guess and verify, to the same codes
     on_step: Callable[[int], object] | None = None  # called with the number of tokens just drawn
 
     def __post_init__(self) -> None:
-        if self.max_batch < 1:
-            raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
+        for name in ("max_batch", "parallel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.guidance < float("inf"):
+            raise ValueError(f"guidance must be 0 or above (1 is off), got {self.guidance}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn behind B rows."""
+
+    allowed: Sequence[range]  # the ids that may be drawn; the logits of no others are computed
+    num_tokens: int
+    seeds: Sequence[int]  # one for each row, so that its outcome does not depend on the other rows
+    given: Tensor | None = None  # int64 [B, num_tokens], on any device: ids that stand already, -1 elsewhere
+    first: int = 0  # which token of its kind the first one is: the noise of a token goes by its place
+    stop: int | None = None  # the id after which nothing that a row draws counts
+    on_tokens: Callable[[Tensor], object] | None = None  # called after a step with the ids, -1: not drawn yet
 
 
 class Rows(NamedTuple):
     """Rows that the model has read so far."""
 
     cache: KVCache  # keys and values of their tokens
-    hidden: Tensor  # [B, C], the final hidden state of each row's last token
-
-    def repeat(self, count: int) -> Rows:
-        """Every row ``count`` times in sequence: one prefill serves many candidates."""
-        return Rows(self.cache.repeat(count), self.hidden.repeat_interleave(count, dim=0))
+    hidden: Tensor  # [R, C], the final hidden state of each row's last token
 
 
 @torch.no_grad()
-def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int) -> Rows:
+def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int, spare: int = 0) -> Rows:
     """Read prompts of any lengths in one batch, with room for ``new_tokens`` more per row.
 
+    Prompts that are alike are read once. ``spare``: further room, for guesses that may turn out wrong.
     ValueError if the longest prompt and the new tokens exceed the model's positions.
     """
-    config = model.config
-    device = model.word_embeddings.weight.device
+    config, device = model.config, model.word_embeddings.weight.device
     longest = max(len(prompt) for prompt in prompts)
     if longest + new_tokens > config.max_positions:
         excess = longest + new_tokens - config.max_positions
@@ -59,57 +83,232 @@ def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int) -
             f"the prompt has {longest} tokens and {new_tokens} are to follow, but the model has "
             f"{config.max_positions} positions; shorten the text by {excess}"
         )
-    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for row, prompt in zip(tokens, prompts, strict=True):
+    place: dict[tuple[int, ...], int] = {}
+    index = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
+    tokens = torch.zeros(len(place), longest, dtype=torch.int64)
+    for row, prompt in zip(tokens, place, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     cache = KVCache(
-        *(config.num_layers, len(prompts), config.num_heads),
-        *(longest + new_tokens, config.hidden_size // config.num_heads),
+        *(config.num_layers, len(place), config.num_heads),
+        *(longest, config.hidden_size // config.num_heads),
         device=device,
         dtype=model.word_embeddings.weight.dtype,
     )
     # Padding stands behind the prompts, where causal attention never looks back at it.
     hidden = model(tokens.to(device), cache=cache)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in place], device=device)
     cache.set_lengths(lengths)
-    return Rows(cache, hidden[torch.arange(len(prompts), device=device), lengths - 1])
+    last = hidden[torch.arange(len(place), device=device), lengths - 1]
+    return Rows(cache.take(index, longest + new_tokens + spare), last[torch.tensor(index, device=device)])
 
 
 @torch.no_grad()
-def step(model: CogView, rows: Rows, tokens: Tensor) -> Rows:
-    """The rows with one more token each, ids ``[B]``."""
-    return Rows(rows.cache, model(tokens[:, None], cache=rows.cache)[:, -1])
+def step(model: CogView, cache: KVCache, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Add tokens ``[R, T]`` to the rows; their final hidden states ``[R, T, C]``."""
+    return model(tokens, positions=positions, cache=cache)
 
 
 @torch.no_grad()
-def decode(
-    model: CogView,
-    rows: Rows,
-    allowed: Sequence[range],
-    num_tokens: int,
-    seeds: Sequence[int],
-    options: DrawOptions,
+def decode(model: CogView, rows: Rows, task: Task, options: DrawOptions) -> Tensor:
+    """Draw ``task.num_tokens`` more tokens for every row; ids, int64 ``[B, num_tokens]``.
+
+    FloatingPointError if the model's numbers are not finite.
+    """
+    loop = (_OneByOne if options.parallel == 1 else _GuessAndVerify)(model, rows, task, options)
+    loop.start()
+    loop.check_finite()  # damaged weights are told now, not after a thousand steps
+    advance = on_device(loop.advance, rows.hidden.device)
+    turn = 0
+    while not loop.is_done(turn):
+        advance()
+        turn += 1
+        loop.report()
+    loop.check_finite()
+    return loop.result()
+
+
+@torch.no_grad()
+def score(
+    model: CogView, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]], ids: range
 ) -> Tensor:
-    """Draw ``num_tokens`` more tokens for every row; ids, int64 ``[B, num_tokens]``.
+    """Mean negative log-likelihood of each text's tokens behind its prompt; float32 ``[N]``, nats a token.
 
     Args:
-        allowed: the ids that may be drawn; the logits of no others are computed.
-        seeds: one for each row, so that a row's outcome does not depend on the other rows.
+        texts: token ids, at least one each, all among ``ids``.
+        ids: what takes part in the softmax.
+
+    FloatingPointError if a loss is not finite.
     """
-    device = rows.hidden.device
-    ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in allowed])
-    uniforms = row_uniforms(seeds, num_tokens).to(device)
-    tokens = torch.empty(len(seeds), num_tokens, dtype=torch.int64, device=device)
-    for index in range(num_tokens):
-        if index > 0:
-            rows = step(model, rows, tokens[:, index - 1])
-        parts = [model.logits(rows.hidden, part.start, part.stop) for part in allowed]
-        logits = torch.cat(parts, dim=-1)
-        if options.sampling is None:
-            choice = logits.argmax(-1)
-        else:
-            choice = draw(token_probabilities(logits, options.sampling), uniforms[:, index])
-        tokens[:, index] = ids[choice]
-        if options.on_step is not None:
-            options.on_step(len(seeds))
-    return tokens
+    device = model.word_embeddings.weight.device
+    losses = [torch.empty(0, dtype=torch.float32, device=device)]
+    longest = max((len(p) + len(t) - 1 for p, t in zip(prompts, texts, strict=True)), default=1)
+    rows = max(1, SCORED_TOKENS // longest)
+    for start in range(0, len(prompts), rows):
+        pairs = list(zip(prompts[start : start + rows], texts[start : start + rows], strict=True))
+        width = max(len(text) for _, text in pairs)
+        tokens = torch.zeros(len(pairs), max(len(p) + len(t) - 1 for p, t in pairs), dtype=torch.int64)
+        target = torch.full((len(pairs), width), -100)
+        for row, (prompt, text) in enumerate(pairs):
+            tokens[row, : len(prompt) + len(text) - 1] = torch.tensor([*prompt, *text[:-1]])
+            target[row, : len(text)] = torch.tensor(text) - ids.start
+        before = torch.tensor([len(prompt) - 1 for prompt, _ in pairs])[:, None] + torch.arange(width)
+        before = before.clamp(max=tokens.shape[1] - 1).to(device)
+        hidden = model(tokens.to(device))
+        hidden = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))
+        # A step behind the end of a text has the ignored target, hence loss 0.
+        token_loss = linear_cross_entropy(
+            hidden.flatten(0, 1),
+            model.word_embeddings.weight[ids.start : ids.stop],
+            target.to(device).flatten(),
+            reduction="none",
+        )
+        counted = (target >= 0).sum(1).to(device)
+        losses.append(token_loss.view(target.shape).float().sum(1) / counted)
+    found = torch.cat(losses)
+    if not bool(found.isfinite().all()):
+        raise FloatingPointError(
+            "a CapLoss is not finite (NaN or infinite): the model's weights are damaged, or overflow in "
+            f"this precision, {model.word_embeddings.weight.dtype}"
+        )
+    return found
+
+
+class _OneByOne:
+    """A batch that draws a token a step. Every tensor here is changed in place only."""
+
+    def __init__(self, model: CogView, rows: Rows, task: Task, options: DrawOptions) -> None:
+        device = rows.hidden.device
+        B = len(task.seeds)
+        self.model, self.task, self.options = model, task, options
+        self.cache, self.hidden = rows.cache, rows.hidden
+        self.branches = len(rows.hidden) // B
+        self.ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
+        seeds = torch.tensor(task.seeds, device=device, dtype=torch.int64)
+        self.noise = Noise(seeds, task.first + task.num_tokens, len(self.ids))
+        width = task.num_tokens + options.parallel - 1
+        self.given = torch.full((B, width), -1, device=device, dtype=torch.int64)
+        if task.given is not None:
+            self.given[:, : task.num_tokens] = task.given
+        self.tokens = self.given.clone()
+        self.done = torch.zeros(B, 1, device=device, dtype=torch.int64)  # tokens that each row has drawn
+        self.finite = torch.ones((), device=device, dtype=torch.bool)
+
+    def start(self) -> None:
+        """The first token, from what the prompts left."""
+        tokens = self.next_tokens(self.hidden[:, None], self.done)
+        self.tokens.scatter_(1, self.done, tokens)
+        self.done += 1
+        self.report()
+
+    def advance(self) -> None:
+        """One more token in every row."""
+        last = self.in_every_branch(self.tokens.gather(1, self.done - 1))
+        tokens = self.next_tokens(step(self.model, self.cache, last), self.done)
+        self.tokens.scatter_(1, self.done, tokens)
+        self.done += 1
+
+    def in_every_branch(self, x: Tensor) -> Tensor:
+        """``[B, ...]`` for the R rows of the batch."""
+        return x if self.branches == 1 else torch.cat([x, x])
+
+    def next_tokens(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The tokens at ``positions`` ``[B, T]`` from the hidden states before them, ``[R, T, C]``."""
+        parts = [self.model.logits(hidden, part.start, part.stop) for part in self.task.allowed]
+        logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        self.finite &= logits.isfinite().all()
+        if self.branches == 2:
+            with_text, without = logits.float().chunk(2)
+            logits = without + self.options.guidance * (with_text - without)
+        drawn = self.ids[choose(logits, self.options.sampling, self.noise, positions + self.task.first)]
+        if self.task.given is None:
+            return drawn
+        given = self.given.gather(1, positions)
+        return torch.where(given >= 0, given, drawn)
+
+    def is_done(self, turn: int) -> bool:
+        """Whether nothing is left to draw after ``turn`` steps."""
+        if turn >= self.task.num_tokens - 1:
+            return True
+        if self.task.stop is None or turn % STOP_EVERY < STOP_EVERY - 1:
+            return False
+        return bool(self.tokens.eq(self.task.stop).any(1).all())
+
+    def check_finite(self) -> None:
+        """Waits for the device, unlike a step, which only remembers what it met."""
+        if not bool(self.finite):
+            raise FloatingPointError(
+                "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow "
+                f"in this precision, {self.hidden.dtype}"
+            )
+
+    def report(self) -> None:
+        if self.options.on_step is not None:
+            self.options.on_step(len(self.tokens))
+        if self.task.on_tokens is not None:
+            self.task.on_tokens(self.tokens[:, : self.task.num_tokens])
+
+    def result(self) -> Tensor:
+        tokens = self.tokens[:, : self.task.num_tokens]
+        return tokens if self.task.stop is None else tokens.masked_fill(tokens < 0, self.task.stop)
+
+
+class _GuessAndVerify(_OneByOne):
+    """A batch that tries several tokens a step and keeps those that drawing one by one would have drawn.
+
+    The noise of a token is fixed by its row's seed and its position. So a guess that equals what the model
+    draws there, given guesses before it that were right too, is right. Each step draws the next ``parallel``
+    tokens at once from the last step's guesses and keeps those up to and including the first that differs
+    from its guess; what it drew behind that is the next step's guess. This is Jacobi's iteration on sampling
+    with fixed noise: Wiggers and Hoogeboom, Predictive Sampling with Forecasting Autoregressive Models,
+    arXiv:2002.09928; Teng et al., Speculative Jacobi Decoding, arXiv:2410.01699, draws noise anew instead.
+    """
+
+    def __init__(self, model: CogView, rows: Rows, task: Task, options: DrawOptions) -> None:
+        super().__init__(model, rows, task, options)
+        self.window = torch.arange(options.parallel, device=self.tokens.device)
+        self.places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        self.counted = 0
+
+    def start(self) -> None:
+        super().start()
+        # A picture's neighbours are alike: the first guess of every token is the first token.
+        self.tokens.copy_(torch.where(self.given >= 0, self.given, self.tokens[:, :1]))
+
+    def advance(self) -> None:
+        """From one to ``parallel`` more tokens in every row; none in a row that is finished."""
+        N, T = self.task.num_tokens, self.options.parallel
+        inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
+        positions = self.cache.lengths[:, None] + self.window
+        positions = positions.clamp(max=self.model.config.max_positions - 1)
+        hidden = step(self.model, self.cache, inputs, positions)
+        at = self.done + self.window
+        at_most = at.clamp(max=N - 1)  # what stands past the end is never kept
+        drawn = self.next_tokens(hidden, at_most)
+        guesses = self.tokens.gather(1, at_most)
+        right = (drawn == guesses)[:, : T - 1].long().cumprod(1).sum(1, keepdim=True)
+        kept = torch.minimum(right + 1, N - self.done)
+        end = self.done + T
+        later = torch.where(self.given >= 0, self.given, drawn[:, -1:])
+        self.tokens.copy_(torch.where(self.places >= end, later, self.tokens))
+        self.tokens.scatter_(1, at.clamp(max=self.tokens.shape[1] - 1), drawn)
+        self.done += kept
+        self.cache.lengths += self.in_every_branch(kept - T)[:, 0]
+
+    def is_done(self, turn: int) -> bool:
+        ends = self.done[:, 0] >= self.task.num_tokens
+        if self.task.stop is not None:
+            ends |= (self.tokens.eq(self.task.stop) & (self.places < self.done)).any(1)
+        return bool(ends.all())
+
+    def report(self) -> None:
+        if self.options.on_step is not None:
+            drawn = int(self.done.sum())
+            self.options.on_step(drawn - self.counted)
+            self.counted = drawn
+        if self.task.on_tokens is not None:
+            self.task.on_tokens(self.result())
+
+    def result(self) -> Tensor:
+        """Guesses that are not verified do not count as drawn."""
+        drawn = self.tokens.masked_fill(self.places >= self.done, -1)[:, : self.task.num_tokens]
+        return drawn if self.task.stop is None else drawn.masked_fill(drawn < 0, self.task.stop)

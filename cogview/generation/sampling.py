@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from cogview.config import SamplingConfig
+
+MADE_AT_ONCE = 1 << 22  # numbers of noise, 16 MiB
+COLDEST = 1e-6  # a temperature below it is taken for 0: in float32 it leaves one token anyway
 
 
 def top_k_filter(logits: Tensor, k: int) -> Tensor:
@@ -34,27 +35,78 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 
 
 def token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
-    """Probabilities after temperature, top-k and top-p, in this order; float32."""
-    logits = logits.float() / config.temperature
+    """Probabilities after temperature (above 0), top-k and top-p, in this order; float32."""
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     return top_p_filter(top_k_filter(logits, config.top_k), config.top_p).softmax(-1)
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """One index per row by inverting the cumulative distribution at ``uniform`` (``[...]`` in [0, 1)).
+def choose(logits: Tensor, config: SamplingConfig, noise: Noise, positions: Tensor) -> Tensor:
+    """One index per row of ``[B, T, V]``: the likeliest at temperature 0, else drawn; int64 ``[B, T]``."""
+    if config.temperature < COLDEST:
+        return logits.argmax(-1)
+    return draw(token_probabilities(logits, config), noise.at(positions))
 
-    A multinomial draw whose randomness comes from outside, so that a row's outcome depends on its own
-    seed and not on what else is in the batch. An index of probability zero is never drawn.
+
+def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """One index per row: the first to arrive where index i arrives at rate ``probabilities[..., i]``.
+
+    With ``noise`` from :func:`exponentials` index i has exactly the probability i. An index of
+    probability zero is never drawn. A small change of the probabilities seldom changes the outcome: the
+    chance is at most twice what the two distributions differ by (total variation), in any order of indices.
     """
-    cumulative = probabilities.double().cumsum(-1)
-    # Scaling by the last sum keeps the target below it, whatever the rounding.
-    target = uniform.double()[..., None] * cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, target, right=True)[..., 0]
-    last = (probabilities > 0).long().cumsum(-1).argmax(-1)  # last index with probability above zero
-    return torch.minimum(index, last)
+    return (probabilities / noise).argmax(-1)
 
 
-def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """float32 ``[len(seeds), steps]`` uniform numbers in [0, 1), each row from its own seed."""
-    generator = torch.Generator()
-    rows = [torch.rand(steps, generator=generator.manual_seed(seed), dtype=torch.float32) for seed in seeds]
-    return torch.stack(rows) if rows else torch.empty(0, steps, dtype=torch.float32)
+# SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014), in int64, whose
+# products wrap as unsigned ones do.
+_GAMMA, _FIRST, _SECOND = (
+    value - (1 << 64) for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """A right shift that fills with zeros."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _FIRST
+    x = (x ^ _shift(x, 27)) * _SECOND
+    return x ^ _shift(x, 31)
+
+
+def exponentials(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
+    """Exponential noise, float32 ``[B, T, size]``: a pure function of seed, position and index.
+
+    So what is drawn at a position depends neither on the rest of the batch nor on how many positions are
+    drawn at a time, and nothing waits for the device.
+    """
+    state = _mixed(seeds[:, None] + positions * _GAMMA)
+    index = torch.arange(1, size + 1, device=seeds.device) * _GAMMA
+    bits = _shift(_mixed(state[..., None] + index), 33)
+    # At 1 the noise would be infinite, which no index could win against, not even the only one left.
+    uniform = ((bits.to(torch.float32) + 0.5) * 2.0**-31).clamp(max=1 - 2.0**-24)
+    return -torch.log1p(-uniform)
+
+
+class Noise:
+    """:func:`exponentials` of B rows at positions below ``length``: made at once where that is little memory.
+
+    Args:
+        seeds: int64 ``[B]``.
+        size: indices that there are to choose among.
+    """
+
+    def __init__(self, seeds: Tensor, length: int, size: int) -> None:
+        self.seeds, self.size = seeds, size
+        self.made: Tensor | None = None
+        if len(seeds) * length * size <= MADE_AT_ONCE:
+            positions = torch.arange(length, device=seeds.device).expand(len(seeds), -1)
+            self.made = exponentials(seeds, positions, size)
+
+    def at(self, positions: Tensor) -> Tensor:
+        """float32 ``[B, T, size]`` at positions ``[B, T]``."""
+        if self.made is None:
+            return exponentials(self.seeds, positions, self.size)
+        return self.made.gather(1, positions[..., None].expand(-1, -1, self.size))

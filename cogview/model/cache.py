@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values ``[L, B, H, S, D]`` and how many are valid in each row.
+    """Keys and values ``[L, 2, B, H, S, D]`` and how many are valid in each row.
 
-    ``lengths`` (int64 ``[B]``) lives on the device, so a decoding step never waits for the host. Rows
-    may have different lengths: prompts are padded at the end, ``set_lengths`` gives the true lengths,
-    and later tokens overwrite the padding.
+    ``lengths`` (int64 ``[B]``) lives on the device, so a decoding step never waits for the host. No tensor
+    is ever replaced, only written to, so that a captured CUDA graph stays valid. Rows may have different
+    lengths: prompts are padded at the end, ``set_lengths`` gives the true lengths, and later tokens
+    overwrite the padding.
     """
 
     def __init__(
@@ -26,31 +29,50 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = (num_layers, batch, num_heads, capacity, head_size)
+        shape = (num_layers, 2, batch, num_heads, capacity, head_size)
         # Zeros, not empty: masked keys still enter a product, and NaN times zero is NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
         self.is_empty = True
+        # By layer, so that a step does not take the buffer apart again: [B, H, S, D] twice, and the two
+        # together with the dimensions in the order in which a projection has them, [B, S, 2, H, D].
+        self._layers = [(*layer.unbind(0), layer.permute(1, 3, 0, 2, 4)) for layer in self.buffer]
+        self._rows = torch.arange(batch, device=device)[:, None]
 
     @property
     def capacity(self) -> int:
         """Tokens that fit in a row."""
-        return self.keys.shape[3]
+        return self.buffer.shape[4]
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Put ``k``, ``v`` (``[B, H, T, D]``) behind what the rows hold; ``advance`` makes them count."""
-        T = k.shape[2]
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keys and values take."""
+        return self.buffer.numel() * self.buffer.element_size()
+
+    def begin(self, count: int) -> Tensor:
+        """Before ``count`` new tokens of every row go through the layers: their places, int64 ``[B, count]``.
+
+        ValueError if they cannot fit.
+        """
+        if self.is_empty and self.capacity < count:
+            raise ValueError(f"the cache holds {self.capacity} tokens per row, got {count}")
+        self._slots = self.lengths[:, None]
+        if count > 1:
+            self._slots = self._slots + torch.arange(count, device=self.lengths.device)
+        self.lengths_after = self.lengths + count
+        return self._slots
+
+    def write(self, layer: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put ``[B, T, 2, H, D]`` behind what the rows hold; ``advance`` makes them count.
+
+        Returns the keys and the values of the layer, each ``[B, H, S, D]``.
+        """
+        keys, values, both = self._layers[layer]
         if self.is_empty:
-            if self.capacity < T:
-                raise ValueError(f"the cache holds {self.capacity} tokens per row, got {T}")
-            self.keys[layer, :, :, :T] = k
-            self.values[layer, :, :, :T] = v
-            return
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        slots = self.lengths[:, None] + torch.arange(T, device=k.device)
-        self.keys[layer].transpose(1, 2)[rows, slots] = k.transpose(1, 2)
-        self.values[layer].transpose(1, 2)[rows, slots] = v.transpose(1, 2)
+            both[:, : keys_and_values.shape[1]] = keys_and_values
+        else:
+            both[self._rows, self._slots] = keys_and_values
+        return keys, values
 
     def advance(self, count: int) -> None:
         """Count ``count`` more tokens as valid in every row."""
@@ -59,13 +81,28 @@ class KVCache:
 
     def set_lengths(self, lengths: Tensor) -> None:
         """After a padded prefill: the true number of tokens of each row."""
-        self.lengths = lengths.to(self.lengths)
+        self.lengths.copy_(lengths)
 
-    def repeat(self, count: int) -> KVCache:
-        """A new cache with every row ``count`` times in sequence: one prefill, many candidates."""
-        copy = object.__new__(KVCache)
-        copy.keys = self.keys.repeat_interleave(count, dim=1)
-        copy.values = self.values.repeat_interleave(count, dim=1)
-        copy.lengths = self.lengths.repeat_interleave(count)
+    def take(self, rows: Sequence[int], capacity: int) -> KVCache:
+        """A new cache of these rows, in this order and as often as named: one prefill, many candidates.
+
+        ValueError if ``capacity`` is below that of this cache.
+        """
+        if capacity < self.capacity:
+            raise ValueError(f"capacity must be at least {self.capacity}, got {capacity}")
+        layers, _, _, heads, _, head_size = self.buffer.shape
+        copy = KVCache(
+            *(layers, len(rows), heads, capacity, head_size),
+            device=self.buffer.device,
+            dtype=self.buffer.dtype,
+        )
+        index = torch.tensor(rows, device=self.buffer.device)
+        copy.buffer[:, :, :, :, : self.capacity] = self.buffer.index_select(2, index)
+        copy.lengths.copy_(self.lengths[index])
         copy.is_empty = self.is_empty
         return copy
+
+    def reorder(self, rows: Tensor, first: int = 0) -> None:
+        """Row i becomes what row ``rows[i]`` was, in place. Before position ``first`` they must be alike."""
+        self.buffer[:, :, :, :, first:] = self.buffer[:, :, :, :, first:].index_select(2, rows)
+        self.lengths.copy_(self.lengths[rows])

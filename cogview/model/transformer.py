@@ -11,6 +11,7 @@ and after (CogView, arXiv:2105.13290). Per layer::
 
 The end of one branch and the start of the next are one call, ``sandwich_layer_norm``, so the layers here
 hand on both the trunk ``x`` and its normalised form. Module names are those of the released checkpoint.
+Without ``sandwich_norm`` the branches are added as they are: a plain pre-LN model, for comparison.
 
 Letters: B rows, T tokens per row, C width, H heads, D = C / H, V vocabulary, S cache length.
 """
@@ -54,19 +55,21 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, C = x.shape
         qkv = self.query_key_value(x).view(B, T, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
-        dropout_p = self.dropout if self.training else 0.0
         if cache is not None:
-            cache.write(layer, k, v)
+            keys, values = cache.write(layer, qkv[:, :, 1:])
         if cache is not None and not cache.is_empty:
-            out = decode_attention(
-                q, cache.keys[layer], cache.values[layer], cache.lengths + T, layout=layout
-            )
-        elif layout is not None:
-            out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+            q = qkv.select(2, 0).transpose(1, 2)
+            out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+            out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
         return self.dense(out.transpose(1, 2).reshape(B, T, C))
+
+    def _among_themselves(self, qkv: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
+        q, k, v = qkv  # each [B, H, T, D]
+        dropout_p = self.dropout if self.training else 0.0
+        if layout is not None:
+            return cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
 
 
 class MLP(nn.Module):
@@ -81,8 +84,13 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
 
 
+def _post_norm(config: ModelConfig) -> nn.LayerNorm | None:
+    """The LayerNorm that ends a branch; a plain pre-LN model has none."""
+    return nn.LayerNorm(config.hidden_size, dtype=DTYPE) if config.sandwich_norm else None
+
+
 class Layer(nn.Module):
-    """One transformer layer with its four LayerNorms."""
+    """One transformer layer with its four LayerNorms, or two without Sandwich-LN."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -90,15 +98,18 @@ class Layer(nn.Module):
         self.dropout = config.dropout
         self.input_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.attention = Attention(config)
-        self.third_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
+        self.third_layernorm = _post_norm(config)
         self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
         self.mlp = MLP(config)
-        self.fourth_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
+        self.fourth_layernorm = _post_norm(config)
 
     def _sandwich(
-        self, branch: Tensor, x: Tensor, post: nn.LayerNorm, pre: nn.LayerNorm
+        self, branch: Tensor, x: Tensor, post: nn.LayerNorm | None, pre: nn.LayerNorm
     ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
+        if post is None:
+            x = x + F.dropout(branch, dropout_p)
+            return x, layer_norm(x, pre.weight, pre.bias, eps=pre.eps, pb_relax=self.pb_relax)
         parameters = (post.weight, post.bias, pre.weight, pre.bias)
         return sandwich_layer_norm(
             branch, x, *parameters, eps=post.eps, pb_relax=self.pb_relax, dropout_p=dropout_p
@@ -187,15 +198,19 @@ class CogView(nn.Module):
             raise ValueError(f"layout must hold one per layer ({len(trunk.layers)}), got {len(layouts)}")
         if cache is not None and self.training:
             raise ValueError("cache is for generation: call model.eval() first")
+        places = torch.arange(T, device=tokens.device) if cache is None else cache.begin(T)
         if positions is None:
-            positions = torch.arange(T, device=tokens.device)
-            if cache is not None:
-                positions = cache.lengths[:, None] + positions
+            positions = places
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         layers = cast("list[Layer]", list(trunk.layers))
         pre_norms = [layer.input_layernorm for layer in layers] + [trunk.final_layernorm]
+        if any(hasattr(norm.weight, "device_mesh") for norm in pre_norms) and not hasattr(x, "device_mesh"):
+            raise ValueError(
+                "fully_shard cannot take a whole layer, since its end is computed together with the first "
+                "norm of the next layer; call it with each of model.sharding_units(), then with the model"
+            )
         first = pre_norms[0]
         normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
         for index, layer in enumerate(layers):
@@ -211,6 +226,14 @@ class CogView(nn.Module):
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
         return hidden @ self.word_embeddings.weight[first:last].t()
+
+    def sharding_units(self) -> list[list[nn.Module]]:
+        """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.
+
+        The norms are sharded with the model itself, since two layers share one call at their border.
+        """
+        layers = cast("list[Layer]", list(self.transformer.layers))
+        return [[layer.attention, layer.mlp] for layer in layers]
 
     def num_parameters(self) -> int:
         """Number of parameters; the head is tied and counts once."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,11 +16,20 @@ UNKNOWN = 0
 RESERVED = 4  # <unk>, <s>, </s>, <n>
 NORMALIZATION = "nmt_nfkc"  # of the released tokenizer
 MANY_LINES = 100_000
-MAX_LINE_BYTES = 1 << 16  # SentencePiece leaves a longer line out without a word
+MAX_LINE_CHARACTERS = 1 << 12  # of at most four bytes each
+MAX_LINE_BYTES = 4 * MAX_LINE_CHARACTERS  # SentencePiece leaves a longer line out without a word
 
 
 def _lines(captions: Iterable[str]) -> list[str]:
-    return [line for caption in captions if (line := " ".join(caption.split()))]
+    """The captions as lines of a length that the trainer takes, cut between words where there are any."""
+    lines = []
+    for caption in captions:
+        line = " ".join(caption.split())
+        if len(line) > MAX_LINE_CHARACTERS:
+            lines += textwrap.wrap(line, MAX_LINE_CHARACTERS, break_on_hyphens=False)
+        elif line:
+            lines.append(line)
+    return lines
 
 
 def required_pieces(captions: Iterable[str]) -> int:
@@ -34,7 +44,7 @@ class TextTokenizer:
 
     def __init__(self, model: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._model = model
+        self.model = model
 
     @classmethod
     def load(cls, path: StrPath) -> TextTokenizer:
@@ -88,7 +98,7 @@ class TextTokenizer:
 
     def save(self, path: StrPath) -> None:
         """Write the model file, aside first and then renamed."""
-        write_bytes(path, self._model)
+        write_bytes(path, self.model)
 
     def __len__(self) -> int:
         return self._processor.get_piece_size()

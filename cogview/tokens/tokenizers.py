@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogview.files import StrPath, load_tensors
+from cogview.files import StrPath, digest, exists, load_tensors
 from cogview.settings import load_tokenizer_settings, train_tokenizers_hint
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.vocab import Vocab
@@ -24,16 +24,22 @@ class Tokenizers:
     text: TextTokenizer
     image: ImageTokenizer
     vocab: Vocab
+    fingerprint: str = ""  # of the files that they were read from
 
 
 def load_tokenizers(folder: StrPath, device: str = "cpu") -> Tokenizers:
     """Both tokenizers of a run. FileNotFoundError or ValueError, each naming the file and the way out."""
     folder = Path(folder)
     settings = load_tokenizer_settings(folder)
-    if not (folder / IMAGE_TOKENIZER).is_file():
+    if not exists(folder / IMAGE_TOKENIZER):
         raise FileNotFoundError(f"{folder} has no finished image tokenizer; {train_tokenizers_hint(folder)}")
     image = ImageTokenizer(settings.image_tokenizer)
     load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
     text = TextTokenizer.load(folder / TEXT_TOKENIZER)
     vocab = Vocab(settings.image_tokenizer.num_codes, len(text))
-    return Tokenizers(text, image.to(device).eval(), vocab)
+    return Tokenizers(text, image.to(device).eval(), vocab, fingerprint_tokenizers(folder))
+
+
+def fingerprint_tokenizers(folder: StrPath) -> str:
+    """What tells the tokenizers of one run from those of another, whatever their sizes."""
+    return " ".join(digest(Path(folder) / name) for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -18,8 +20,16 @@ from torch import Tensor, nn
 
 from cogview.files import StrPath
 from cogview.progress import Progress
-from cogview.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from cogview.training import distributed
+from cogview.training.board import Board
+from cogview.training.checkpoint import (
+    CheckpointState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from cogview.training.interrupt import DeferredInterrupt
+from cogview.training.speed import Stopwatch
 
 History = dict[str, list[float]]
 
@@ -34,6 +44,10 @@ class LoopConfig(Protocol):
     @property
     def checkpoint_every(self) -> int:
         """Steps between two checkpoints."""
+
+    @property
+    def keep(self) -> int:
+        """Checkpoints that are kept, the last ones."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class Trainer(ABC):
 
     model: nn.Module
     optimizers: Mapping[str, torch.optim.Optimizer]  # by the name of the file that keeps its state
+    origin: Mapping[str, str] = MappingProxyType({})  # fingerprints of what is trained on, for checkpoints
+    samples_every: int = 0  # steps between two pictures for the board; 0 = none
 
     @abstractmethod
     def batches(self, first: int) -> Iterator[Any]:
@@ -86,6 +102,21 @@ class Trainer(ABC):
         them, and all that later steps depend on, as they are.
         """
         return ""
+
+    def speed(self, seconds: float) -> Mapping[str, float]:
+        """What a step that took ``seconds`` means, for the board: tokens per second, memory and the like."""
+        return {}
+
+    def sample(self) -> Any:
+        """A PIL picture that shows what the model can do. It must leave all that later steps depend on."""
+        raise NotImplementedError
+
+    def validate(self) -> dict[str, float]:
+        """Losses on data that are not trained on, at each checkpoint; empty where there are none.
+
+        It must leave all that later steps depend on as it is, and the model in training mode.
+        """
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimizers, for JSON."""
@@ -120,7 +151,7 @@ def descend(
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
     skipped = ~torch.isfinite(norm)
     if scaler is not None:
         scaler.step(optimizer)
@@ -166,10 +197,12 @@ def _read(results: Sequence[StepResult]) -> list[dict[str, float]]:
 class _Report:
     """Numbers of the steps that nobody has read yet, and where they go once they are read."""
 
-    def __init__(self, trainer: Trainer, history: History, board: Any, bar: Progress) -> None:
-        self.skipped_steps = 0
-        self._trainer, self._history, self._board, self._bar = trainer, history, board, bar
+    def __init__(self, trainer: Trainer, resumed: CheckpointState, board: Board, bar: Progress) -> None:
+        self.history: History = resumed.history
+        self.skipped_steps = resumed.skipped_steps
+        self._trainer, self._board, self._bar = trainer, board, bar
         self._unread: list[tuple[int, Any, StepResult]] = []
+        self._watch = Stopwatch()
 
     def add(self, step: int, batch: Any, result: StepResult) -> None:
         self._unread.append((step, batch, result))
@@ -178,6 +211,7 @@ class _Report:
         """Read, record and show all of them; the device has to finish the steps for that."""
         trainer = self._trainer
         all_values = _read([result for _, _, result in self._unread])
+        speed = trainer.speed(self._watch.lap(len(all_values)))
         for (step, batch, result), values in zip(self._unread, all_values, strict=True):
             if values["skipped"]:
                 self.skipped_steps += 1
@@ -185,13 +219,63 @@ class _Report:
                 loss, norm = values["loss"], values["gradient_norm"]
                 because = f", as {where} was not finite" if where else ""
                 self._bar.write(f"step {step}: loss {loss}, gradient norm {norm}; step skipped{because}")
-                self._board.add_scalar(f"{trainer.board}/skipped_steps", self.skipped_steps, step)
+                self._board.scalar(f"{trainer.board}/skipped_steps", self.skipped_steps, step)
             for name in trainer.recorded:
-                self._history[name].append(values[name])
+                self.history[name].append(values[name])
             for name in (*result.values, *result.board_only, "gradient_norm"):
-                self._board.add_scalar(f"{trainer.board}/{name}", values[name], step)
+                self._board.scalar(f"{trainer.board}/{name}", values[name], step)
             self._bar.update(values=trainer.shown(values))
+        for name, value in speed.items():
+            self._board.scalar(f"{trainer.board}/{name}", value, self._unread[-1][0])
         self._unread.clear()
+
+    def sample(self, done: int) -> None:
+        """A picture for the board, where one is due after ``done`` steps."""
+        every = self._trainer.samples_every
+        if every and done % every == 0:
+            self._board.picture(f"{self._trainer.board}/samples", self._trainer.sample(), done)
+
+    def validate(self, done: int) -> None:
+        """Record and show what data that are not trained on say after ``done`` steps."""
+        values = self._trainer.validate()
+        for name, value in values.items():
+            self._board.scalar(f"{self._trainer.board}/validation_{name}", value, done - 1)
+        if values:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self._bar.write(f"after {done} steps, validation: {shown}")
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done in the block is no part of a step's time."""
+        yield
+        self._watch.restart()
+
+    def state(self, done: int) -> CheckpointState:
+        """What a checkpoint after ``done`` steps keeps beside the tensors."""
+        trainer = self._trainer
+        return CheckpointState(
+            done, self.history, self.skipped_steps, trainer.state(), origin=dict(trainer.origin)
+        )
+
+
+def _resume(trainer: Trainer, folder: Path, steps: int) -> CheckpointState:
+    """Put ``trainer`` where the latest checkpoint left it; the state of step 0 if there is none."""
+    saved = distributed.of_all_ranks(latest_checkpoint(folder))[0]  # the same for all, however slow the disk
+    if saved is None:
+        return CheckpointState(0, {name: [] for name in trainer.recorded})
+    state = load_checkpoint(saved, trainer.model, trainer.optimizers)
+    if not state.history.keys() >= set(trainer.recorded):
+        absent = ", ".join(sorted(set(trainer.recorded) - state.history.keys()))
+        raise ValueError(
+            f"{saved} has no history of {absent}; it is of another training: choose another folder"
+        )
+    if state.step > steps:
+        raise ValueError(
+            f"{saved} has more steps than the {steps} asked for; ask for at least {state.step}, "
+            "or choose another folder"
+        )
+    trainer.load_state(state.trainer, saved)
+    return state
 
 
 def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bool = True) -> History:
@@ -199,43 +283,44 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
 
     Writes checkpoints and TensorBoard scalars below ``out``, and tells of every skipped step and of their
     number. It reads what the steps report every ``trainer.log_every`` steps and before each checkpoint, and
-    does not wait for the device in between. On Ctrl-C, finishes the step, saves and raises KeyboardInterrupt.
-    Returns the history, one value per step under each recorded name, and leaves the model in eval mode.
+    does not wait for the device in between. On Ctrl-C, SIGTERM or SIGHUP, finishes the step, saves and raises
+    a KeyboardInterrupt. Returns the history, one value per step under each recorded name, and leaves the
+    model in eval mode. All ranks together: they stop after the same step, whichever of them is interrupted,
+    and only the first one shows anything.
     """
-    # TensorBoard takes a second to load, which only a training should pay.
-    from torch.utils.tensorboard import SummaryWriter
-
     out = Path(out)
     folder = out / trainer.checkpoints
-    start, skipped_steps = 0, 0
-    history: History = {name: [] for name in trainer.recorded}
-    saved = latest_checkpoint(folder)
-    if saved is not None:
-        start, history, state = load_checkpoint(saved, trainer.model, trainer.optimizers)
-        trainer.load_state(state.get("trainer", {}), saved)
-        skipped_steps = state.get("skipped_steps", 0)
+    resumed = _resume(trainer, folder, config.steps)
+    if resumed.step == config.steps:
+        trainer.model.eval()
+        return resumed.history
     trainer.model.train()
     with (
-        SummaryWriter(str(out / "tensorboard"), purge_step=start) as board,
-        DeferredInterrupt() as interrupt,
-        Progress(config.steps, trainer.label, initial=start, enabled=progress) as bar,
+        DeferredInterrupt(ranks=distributed.num_ranks(), tells=distributed.is_first()) as interrupt,
+        distributed.only_first(
+            lambda: Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress)
+        ) as bar,
+        distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
-        report = _Report(trainer, history, board, bar)
-        report.skipped_steps = skipped_steps
-        steps = range(start, config.steps)
-        for step, batch in zip(steps, trainer.batches(start), strict=False):
+        report = _Report(trainer, resumed, board, bar)
+        for step, batch in zip(
+            range(resumed.step, config.steps), trainer.batches(resumed.step), strict=False
+        ):
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
-            stops = interrupt.requested
+            stops = distributed.any_rank(interrupt.requested)
             saves = done % config.checkpoint_every == 0 or done == config.steps or stops
             if saves or done % trainer.log_every == 0:
                 report.read()
-            if saves:
-                state = {"skipped_steps": report.skipped_steps, "trainer": trainer.state()}
-                save_checkpoint(folder, done, trainer.model, trainer.optimizers, history, state)
-            if stops:
-                raise KeyboardInterrupt
-        if steps and report.skipped_steps:
+            with report.pause():
+                if saves:
+                    state = report.state(done)
+                    save_checkpoint(folder, state, trainer.model, trainer.optimizers, keep=config.keep)
+                    if stops:
+                        raise interrupt.exception()
+                    report.validate(done)
+                report.sample(done)
+        if report.skipped_steps:
             bar.write(f"{report.skipped_steps} of {config.steps} steps skipped")
     trainer.model.eval()
-    return history
+    return report.history

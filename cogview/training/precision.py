@@ -6,7 +6,7 @@ the matrix products, attention and what they give to the backward pass are in 16
 branches are added to, the LayerNorms, softmax and the losses stay float32, as they do in any PyTorch model
 under autocast. bfloat16 has the range of float32. float16 does not, so its losses are multiplied by the
 scale of a ``torch.amp.GradScaler``: half as large after each step that overflowed, twice as large after
-2,000 that did not.
+2,000 that did not. :mod:`cogview.training.resblock` is another way.
 """
 
 from __future__ import annotations
@@ -45,11 +45,14 @@ def _why_not(dtype: torch.dtype, device: torch.device) -> str:
 class Precision:
     """The autocast and, for float16, the loss scale of one training.
 
+    Args:
+        loss_scaling: False leaves the losses as they are in float16 too, for another way to scale.
+
     Raises:
         ValueError: no such precision, or the device cannot compute in it.
     """
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(self, name: str, device: torch.device | str, *, loss_scaling: bool = True) -> None:
         if name not in DTYPES:
             raise ValueError(f"precision must be one of {', '.join(DTYPES)}, got {name!r}")
         self.dtype = DTYPES[name]
@@ -57,12 +60,15 @@ class Precision:
         reason = _why_not(self.dtype, self.device)
         if reason:
             raise ValueError(f"precision {name} cannot be used on {self.device}: {reason}")
-        self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" else None
+        self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" and loss_scaling else None
 
     def autocast(self) -> torch.autocast:
         """The forward pass belongs inside, the backward pass outside."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+        # A cache would hold the 16-bit copies of all weights until the forward pass ends. Each is used once.
+        return torch.autocast(
+            self.device.type, self.dtype if enabled else None, enabled=enabled, cache_enabled=False
+        )
 
     def loss_scale(self) -> Tensor | None:
         """The scale of the next step, which stays on its device; None where losses are not scaled."""
@@ -77,7 +83,8 @@ class Precision:
         """Go on from :meth:`state`. A ValueError that names ``source`` if it is not of this precision."""
         if self.scaler is None:
             return
-        if state.keys() != self.scaler.state_dict().keys():
+        has_numbers = all(isinstance(value, (int, float)) for value in state.values())
+        if not has_numbers or state.keys() != self.scaler.state_dict().keys():
             raise ValueError(
                 f"{source} holds no loss scale of this PyTorch, so it cannot go on in {_NAMES[self.dtype]}; "
                 "choose another folder"
@@ -103,7 +110,7 @@ class NonFiniteWatch:
         for value in values:
             if self.where or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            if not value.isfinite().all():
+            if not value.detach().isfinite().all():
                 self.where = what
 
     def _watch(self, module: nn.Module, name: str) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from cogview.files import StrPath
 from cogview.seeding import derive_seed
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
+from cogview.training.speed import peak_memory_gb
 
 
 class ImageTokenizerTrainer(Trainer):
@@ -61,6 +63,10 @@ class ImageTokenizerTrainer(Trainer):
         codes_used = float(len(result.codes.unique()))
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
 
+    def speed(self, seconds: float) -> dict[str, float]:
+        images = self.config.batch_size / seconds
+        return {"images_per_second": images, "peak_memory_gb": peak_memory_gb(self.device)}
+
     def shown(self, values: Mapping[str, float]) -> str:
         return f"mse {values['reconstruction']:.5f}, codes {values['codes_used']:.0f}"
 
@@ -71,6 +77,7 @@ def train_image_tokenizer(
     config: ImageTokenizerTrainConfig,
     out: StrPath,
     *,
+    origin: Mapping[str, str] = MappingProxyType({}),
     progress: bool = True,
     workers: int = 0,
 ) -> History:
@@ -78,9 +85,11 @@ def train_image_tokenizer(
 
     Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term; Adam, cosine to zero. A step
     whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0 reads
-    them between the steps. Seeds PyTorch's global generators. Returns the history: ``reconstruction``
+    them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds PyTorch's
+    global generators. Returns the history: ``reconstruction``
     (MSE) and ``codes_used`` (distinct codes in the batch) per step. The rest is
     :func:`cogview.training.loop.run_loop`.
     """
     trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
+    trainer.origin = origin
     return run_loop(trainer, config, out, progress=progress)

@@ -12,9 +12,17 @@ from cogview.files import StrPath
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: StrPath) -> None:
-    """Copy tensors into ``model``, whatever their dtype; a wrong name or shape is one ValueError."""
+    """Copy tensors into ``model``, whatever their dtype; a wrong name or shape is one ValueError.
+
+    A model on the device ``meta`` takes the tensors themselves, so that no size is given memory unchecked.
+    """
     require_tensors_of(model, tensors, source)
-    model.load_state_dict(dict(tensors))
+    expected = model.state_dict()
+    if any(tensor.is_meta for tensor in expected.values()):
+        taken = {name: tensors[name].to(tensor.dtype) for name, tensor in expected.items()}
+        model.load_state_dict(taken, assign=True)
+    else:
+        model.load_state_dict(dict(tensors))
 
 
 def require_tensors_of(model: nn.Module, tensors: Mapping[str, Any], source: StrPath) -> None:

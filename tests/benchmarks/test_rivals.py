@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from benchmarks import OPS, harness
+from benchmarks import BENCHMARKS, OPS, harness
 from benchmarks.definitions import BOTH, FORWARD, Benchmark, Case, Variant, benchmark_of
 from benchmarks.rivals import attention
 from benchmarks.shapes import AttentionShape, Regions
@@ -36,7 +36,7 @@ def race(bench, cases, variants):
     return found
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", BENCHMARKS)
 def test_variants_equal_the_reference(op):
     bench = benchmark_of(op)
     cases = bench.cases(CPU, True)

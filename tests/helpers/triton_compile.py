@@ -4,7 +4,7 @@
 A call of a public function on meta tensors goes the whole way that it would go on a GPU, up to a driver that
 launches nothing. So Triton specialises and compiles the kernels that users get, and no test has to repeat
 what a launcher passes. A test process runs Triton's interpreter, in which ``triton.jit`` compiles nothing, so
-``compile_calls(calls)`` does this in a process of its own.
+``compile_calls(calls)`` does this in a process of its own, which serves all tests of this one.
 
 ptxas runs once for each kernel, inside Triton. What it prints is kept with the kernel in Triton's cache,
 which is one of its own, in ``build``, since a kernel that Triton compiled elsewhere would come without.
@@ -12,7 +12,9 @@ which is one of its own, in ``build``, since a kernel that Triton compiled elsew
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -79,27 +81,60 @@ def benchmark_calls(op: str, arch: int, **options: Any) -> Iterator[Call]:
         yield benchmark.call(lambda *a, **given: Call(op, a, {**given, **options}, arch), inputs)
 
 
+# Torch, Triton and the library are imported once for all calls; each call has a fork of its own, so that what
+# it changes in them ends with it. The length of each message goes before it.
 _SERVE = """
-import pickle, sys
-out, sys.stdout = sys.stdout.buffer, sys.stderr
-function, arguments = pickle.load(sys.stdin.buffer)
-out.write(pickle.dumps(function(*arguments)))
+import os, pickle, sys, traceback
+out = os.fdopen(os.dup(1), "wb")
+os.dup2(2, 1)  # what anybody prints
+import torch, triton
+import triton.backends.nvidia.compiler
+import benchmarks.definitions, cogview_kernels, tests.helpers.triton_compile
+
+def send(result, error):
+    answer = pickle.dumps((result, error))
+    out.write(len(answer).to_bytes(8, "little") + answer)
+    out.flush()
+
+while head := sys.stdin.buffer.read(8):
+    asked = sys.stdin.buffer.read(int.from_bytes(head, "little"))
+    if child := os.fork():
+        if status := os.waitpid(child, 0)[1]:
+            send(None, f"the process ended with status {status}")
+        continue
+    try:
+        function, arguments = pickle.loads(asked)
+        send(function(*arguments), "")
+    except BaseException:
+        send(None, traceback.format_exc())
+    os._exit(0)
 """
+
+
+@functools.cache
+def _server() -> subprocess.Popen[bytes]:
+    """It ends with its input, which this process closes at its end."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "COGVIEW_"))}
+    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
+    command = [sys.executable, "-c", _SERVE]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment
+    )
+    atexit.register(server.communicate)
+    return server
 
 
 def without_interpreter(function: Callable[..., Any], *arguments: Any) -> Any:
     """What ``function`` gives in a process in which ``triton.jit`` compiles."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "COGVIEW_"))}
-    environment["TRITON_CACHE_DIR"] = str(ROOT / "build" / "triton")
-    done = subprocess.run(
-        [sys.executable, "-c", _SERVE],
-        input=pickle.dumps((function, arguments)),
-        capture_output=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return pickle.loads(done.stdout)
+    server, asked = _server(), pickle.dumps((function, arguments))
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(len(asked).to_bytes(8, "little") + asked)
+    server.stdin.flush()
+    head = server.stdout.read(8)
+    assert len(head) == 8, "the process that compiles has ended"
+    result, error = pickle.loads(server.stdout.read(int.from_bytes(head, "little")))
+    assert not error, error[-4000:]
+    return result
 
 
 def compile_calls(calls: Iterable[Call]) -> list[Report]:

@@ -262,7 +262,7 @@ def _source(op: str) -> str:
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 def test_compiles_for_newer_chips(arch):
-    """No spills there either. `make build` compiles all head sizes for 75, 80 and 90."""
+    """No spills there either. A release compiles all head sizes for 75, 80 and 90."""
     sizes = ("<64, false", "<128, false")
     kernels = [f"cogview::{kernel}" for kernel in _attention_kernels() if any(s in kernel for s in sizes)]
     reports = cuda_compile.compile_kernels(_source("three_region_attention"), kernels, arch)

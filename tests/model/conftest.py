@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import cogview.data.digits
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
-from tests.model.helpers import tiny_preset
+from tests.model.helpers import save_photos, tiny_preset
 
 
 @pytest.fixture
@@ -44,11 +42,5 @@ def run_folder(tmp_path_factory):
 @pytest.fixture
 def photos(tmp_path):
     """A folder of six pictures with captions."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(6):
-        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
-    lines = [f"{index}.png\ta photo of thing number {index}" for index in range(6)]
-    (folder / "captions.tsv").write_text("\n".join(lines))
-    return folder
+    save_photos(tmp_path / "photos")
+    return tmp_path / "photos"

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from cogview.config import ModelConfig, Preset, ThreeRegionConfig
@@ -56,6 +60,23 @@ def tiny_preset(steps: int = 6) -> Preset:
             checkpoint_every=20,
         ),
     )
+
+
+def heed_signals() -> None:
+    """In a new process: what a shell starts in the background ignores Ctrl-C, and nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
+def save_photos(folder: Path) -> None:
+    """Six pictures with captions."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(6):
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{index}.png")
+    lines = [f"{index}.png\ta photo of thing number {index}" for index in range(6)]
+    (folder / "captions.tsv").write_text("\n".join(lines))
 
 
 def naive_caption_loss(model: CogView, codes: Tensor, text: list[int]) -> Tensor:

@@ -3,17 +3,19 @@ import pytest
 import torch
 
 from cogview.evaluation.cap_loss import caption_loss
+from cogview.generation import engine
 from tests.model.helpers import VOCAB, naive_caption_loss, small_model
 
 CODES = torch.randint(0, 16, (4, 9), generator=torch.Generator().manual_seed(0))
 TEXTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3]]
 
 
-def test_caption_loss_is_the_mean_over_the_text():
+def test_caption_loss_is_the_mean_over_the_text(monkeypatch):
     model = small_model(scale=5.0)
     expected = torch.stack([naive_caption_loss(model, *pair) for pair in zip(CODES, TEXTS, strict=True)])
-    for max_batch in (1, 3, 256):
-        got = caption_loss(model, VOCAB, CODES, TEXTS, max_batch=max_batch)
+    for tokens in (1, 40, 1 << 16):
+        monkeypatch.setattr(engine, "SCORED_TOKENS", tokens)
+        got = caption_loss(model, VOCAB, CODES, TEXTS)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -4,7 +4,7 @@ import torch
 from cogview.config import SamplingConfig
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import DrawOptions
-from cogview.generation.sampling import draw, row_uniforms, token_probabilities
+from cogview.generation.sampling import Noise, choose
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import image_to_text_prompt
 from tests.model.helpers import VOCAB, small_model
@@ -56,14 +56,14 @@ def test_drawn_captions_equal_sampling_without_a_cache():
     model = small_model(scale=5.0)
     got = generate_captions(model, VOCAB, CODES, max_text_tokens=7, options=DrawOptions(SAMPLING, seed=3))
     allowed = [*range(VOCAB.text_start, VOCAB.command_start), VOCAB.command("SEP")]
-    for index, (codes, pieces) in enumerate(zip(CODES, got, strict=True)):
-        uniforms = row_uniforms([derive_seed(3, index)], 7)
+    noise = Noise(torch.tensor([derive_seed(3, 0)]), 7, len(allowed))
+    for codes, pieces in zip(CODES, got, strict=True):
         row = image_to_text_prompt(VOCAB, codes.tolist())
         expected = []
         for step in range(7):
             with torch.no_grad():
-                logits = model.logits(model(torch.tensor([row])))[0, -1:, allowed]
-            token = allowed[draw(token_probabilities(logits, SAMPLING), uniforms[:, step]).item()]
+                logits = model.logits(model(torch.tensor([row])))[:, -1:, allowed]
+            token = allowed[choose(logits, SAMPLING, noise, torch.tensor([[step]])).item()]
             if token == VOCAB.command("SEP"):
                 break
             expected.append(token - VOCAB.text_start)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import io
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,11 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+import cogview.run
 from cogview.cli import main
+from cogview.generation import text_to_image
 from cogview.parsing import VERBS
 from cogview.presets import PRESETS
+from tests.model.helpers import heed_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,21 +69,194 @@ def test_generate_caption_and_rerank(run_folder, tmp_path, capsys):
 def test_generation_options_take_effect(run_folder, tmp_path):
     def picture(*options):
         out = tmp_path / "x.png"
+        out.unlink(missing_ok=True)
         text = "a handwritten seven"
         assert (
             main(["generate", "--run", str(run_folder), text, "--num", "2", "--out", str(out), *options]) == 0
         )
-        return out.read_bytes()
+        with Image.open(out) as read:
+            return read.tobytes()
 
     assert picture() == picture()
     assert picture() != picture("--seed", "1")
-    assert picture("--top-k", "1") == picture("--top-k", "1", "--seed", "1")
+    likeliest = picture("--temperature", "0")
+    assert likeliest == picture("--top-k", "1", "--seed", "1") == picture("--temperature", "1e-39")
+    assert picture("--parallel", "5") == picture("--top-k", "99999999999") == picture()
+    assert picture("--guidance", "1000") != picture()
+    assert picture("--seed", "-7") != picture("--seed", str(10**40)) != picture()
 
 
 def test_parts_of_a_text_that_were_never_learned_are_named(run_folder, tmp_path, capsys):
     out = str(tmp_path / "x.png")
     assert main(["generate", "--run", str(run_folder), "a Ω", "--num", "1", "--out", out]) == 0
     assert "never learned: Ω" in capsys.readouterr().err
+
+
+SEVEN = "a handwritten seven"
+
+
+def test_a_folder_gets_a_png_of_each_picture_that_says_what_drew_it(run_folder, tmp_path, capsys):
+    out = tmp_path / "pictures"
+    command = ["generate", "--run", str(run_folder), SEVEN, "手写数字七", "--num", "3", "--seed", "5"]
+    assert main([*command, "--out", str(out), "--json", "--verbose"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert sorted(os.listdir(out)) == [*(f"{t}-{n:04d}.png" for t in (1, 2) for n in range(3)), "sheet.png"]
+    assert len(report["pictures"]) == 6
+    for entry in report["pictures"]:
+        with Image.open(entry["file"]) as picture:
+            assert picture.size == (16, 16)
+            about = {"prompt": entry["text"], "seed": "5", "candidate": str(entry["candidate"])}
+            assert picture.text == {**about, "cap_loss": f"{entry['cap_loss']:.4f}"}
+    losses = [entry["cap_loss"] for entry in report["pictures"][:3]]
+    assert losses == sorted(losses)
+    assert report["seconds"] > 0 and set(report["bytes"]) == {"weights", "cache"}
+    assert "memory: weights" in captured.err
+    assert "has pictures already; --force" in mistake(capsys, *command, "--out", out)
+
+
+def test_a_part_of_a_picture_is_drawn_anew(run_folder, tmp_path, capsys):
+    Image.new("RGB", (30, 20), "gray").save(tmp_path / "photo.png")
+    mask = Image.new("L", (30, 20))
+    mask.paste(255, (15, 0, 30, 20))
+    mask.save(tmp_path / "mask.png")
+    out = str(tmp_path / "x.png")
+    command = ["infill", "--run", str(run_folder), SEVEN, str(tmp_path / "photo.png"), "--num", "2"]
+    assert main([*command, "--mask", str(tmp_path / "mask.png"), "--out", out]) == 0
+    assert main([*command, "--keep-top", "0.5", "--out", out, "--force", "--stream"]) == 0
+    with Image.open(out) as picture:
+        assert picture.size == (2 * 68 + 4, 68 + 4)
+    assert "either --mask or --keep-top is needed" in mistake(capsys, *command)
+    no_white = ["--mask", tmp_path / "photo.png", "--out", tmp_path / "y.png"]
+    Image.new("L", (30, 20)).save(tmp_path / "photo.png")
+    assert "mask must have a white part" in mistake(capsys, *command, *no_white)
+
+
+def test_ctrl_c_keeps_the_pictures_that_are_finished(run_folder, tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def decode(*arguments):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    real = text_to_image.decode
+    monkeypatch.setattr(text_to_image, "decode", decode)
+    command = ["generate", "--run", str(run_folder), SEVEN, "--num", "9", "--max-batch", "2"]
+    assert main([*command, "--out", str(tmp_path / "x.png")]) == 130
+    error = capsys.readouterr().err
+    assert f"interrupted; 4 of 9 pictures were finished: {tmp_path / 'x.png'}" in error
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.size == (4 * 68 + 4, 68 + 4)
+    drawn[:] = [1, 1]
+    assert main([*command, "--out", str(tmp_path / "y.png")]) == 130
+    assert "nothing was written" in capsys.readouterr().err and not (tmp_path / "y.png").exists()
+
+    def interrupted_at_the_end(model, rows, task, options):
+        real(model, rows, task, options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(text_to_image, "decode", interrupted_at_the_end)
+    assert main([*command, "--out", str(tmp_path / "z.png"), "--stream"]) == 130
+    assert "the unfinished pictures are in" in capsys.readouterr().err and (tmp_path / "z.png").exists()
+
+
+def test_out_is_looked_at_before_anything_is_loaded(tmp_path, capsys):
+    command = ["generate", "--run", tmp_path / "absent", SEVEN]
+    (tmp_path / "x.png").write_text("kept")
+    assert "x.png exists; --force" in mistake(capsys, *command, "--out", tmp_path / "x.png")
+    assert "--out must be a .png file" in mistake(capsys, *command, "--out", tmp_path / "x.jpg")
+    assert "both mean standard output" in mistake(capsys, *command, "--json", "--out", "-")
+    assert "--num must be at most 100,000, got 100,000,000,000" in mistake(
+        capsys, *command, "--num", 10**11, "--out", tmp_path / "y.png"
+    )
+    for option, value in (("--num", 0), ("--parallel", 0), ("--max-batch", 0), ("--guidance", "nan")):
+        assert f"{option} must be at least" in mistake(capsys, *command, option, value)
+    assert (tmp_path / "x.png").read_text() == "kept"
+
+
+def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
+    assert main(["generate", "--run", str(run_folder), SEVEN, "--num", "1", "--out", "-"]) == 0
+    captured = capsysbinary.readouterr()
+    with Image.open(io.BytesIO(captured.out)) as picture:
+        assert picture.format == "PNG"
+    assert b"1 picture, best first" in captured.err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
+def test_a_terminal_that_lacks_a_character_is_no_failure(run_folder, tmp_path, monkeypatch, encoding):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    text = "七 \U0001f600"
+    assert (
+        main(["generate", "--run", str(run_folder), text, "--num", "1", "--out", str(tmp_path / "x.png")])
+        == 0
+    )
+    terminal.flush()
+    assert b"\\U0001f600" in terminal.buffer.getvalue()
+
+
+def test_a_text_that_is_no_text_is_one_line(run_folder, tmp_path, capsys):
+    out = ["--out", tmp_path / "x.png"]
+    not_utf8 = os.fsdecode(b"a \xff")
+    assert "is not valid UTF-8" in mistake(capsys, "generate", "--run", run_folder, not_utf8, *out)
+    Image.new("RGB", (9, 9)).save(tmp_path / "p.png")
+    assert "is not valid UTF-8" in mistake(
+        capsys, "rerank", "--run", run_folder, "\ud800", tmp_path / "p.png"
+    )
+    assert main(["rerank", "--run", str(run_folder), "Ω", str(tmp_path / "p.png")]) == 0
+    assert "never learned: Ω" in capsys.readouterr().err
+
+
+def test_captions_are_told_as_they_come_and_as_json(run_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cogview.run, "READ_TOGETHER", 2)
+    paths = [tmp_path / f"{index}.png" for index in range(5)]
+    for path in paths:
+        Image.new("RGB", (16, 16), "gray").save(path)
+    paths[4].write_text("no picture")
+    command = ["caption", "--run", run_folder, "--json", "--beams", "2"]
+    assert main([str(word) for word in (*command, *paths)]) == 2
+    captured = capsys.readouterr()
+    told = [json.loads(line) for line in captured.out.splitlines()]
+    assert [entry["file"] for entry in told] == [str(path) for path in paths[:4]]
+    assert set(told[0]) == {"file", "text", "cap_loss"}
+    assert "4.png cannot be read as an image" in captured.err
+    assert main(["rerank", "--run", str(run_folder), SEVEN, *map(str, paths[:2]), "--json"]) == 0
+    ranked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [entry["place"] for entry in ranked] == [1, 2]
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly(run_folder, tmp_path, capsys, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    Image.new("RGB", (16, 16), "gray").save(tmp_path / "p.png")
+    with open(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["caption", "--run", str(run_folder), str(tmp_path / "p.png")]) == 141
+    assert "Error" not in capsys.readouterr().err
+
+
+def test_a_model_of_no_numbers_is_one_line(run_folder, tmp_path, capsys, monkeypatch):
+    def damaged(load, name):
+        def loaded(*arguments):
+            result = load(*arguments)
+            module = arguments[0] if result is None else result.image
+            module.get_parameter(name).data[0] = torch.nan
+            return result
+
+        return loaded
+
+    for loader, name in (
+        ("load_weights", "transformer.final_layernorm.bias"),
+        ("load_tokenizers", "enc_b.blocks.0.bias"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(cogview.run, loader, damaged(getattr(cogview.run, loader), name))
+            assert main(["generate", "--run", str(run_folder), SEVEN, "--out", str(tmp_path / "x.png")]) == 2
+        errors = capsys.readouterr().err
+        assert "not finite" in errors.splitlines()[-1] and "Traceback" not in errors
+        assert not (tmp_path / "x.png").exists()
 
 
 def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
@@ -88,9 +268,10 @@ def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"cogview generate --run '{out}' 'a text' --out out.png" in shown
     assert main(["generate", "--run", out, "a photo", "--num", "2", "--out", str(tmp_path / "x.png")]) == 0
+    assert main(["train", *common[:-3], "3", *common[-2:]]) == 0
     # Other settings would describe neither the old nor the new run.
-    line = mistake(capsys, "train", *common[:-3], "3", *common[-2:])
-    assert "was started with train.steps = 2, now 3" in line
+    line = mistake(capsys, "train", *common[:-1], "3")
+    assert "was started with train.batch_size = 4, now 3" in line
 
 
 def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
@@ -103,7 +284,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, small, tutorial, base, fashion" in mistake(
+    assert "unknown preset 'huge'; known presets: digits, small, card, tutorial, base, fashion" in mistake(
         capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
@@ -115,8 +296,8 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert f"at most {PRESETS['digits'].min_text_tokens} fit" in mistake(
         capsys, "generate", "--run", run_folder, "seven " * 20
     )
-    assert "temperature must be above 0" in mistake(
-        capsys, "generate", "--run", run_folder, text, "--temperature", "0"
+    assert "temperature must be 0 (the likeliest token) or above" in mistake(
+        capsys, "generate", "--run", run_folder, text, "--temperature", "-1"
     )
     assert "device nonsense cannot be used here" in mistake(
         capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
@@ -168,7 +349,7 @@ def test_help_and_mistakes_need_no_pytorch():
     assert "--checkpoint-layers  --model.activation-checkpointing" in done.stdout
     mistakes = done.stderr[done.stderr.index("cogview: which command") :].splitlines()
     assert [line.partition(";")[0] for line in mistakes] == [
-        "cogview: which command? one of train-tokenizer, train, generate, caption, rerank, convert, demo",
+        f"cogview: which command? one of {', '.join(VERBS)}",
         "cogview: unknown command 'trian'",
         'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",
@@ -179,7 +360,9 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path
     out = tmp_path / "run"
     command = [sys.executable, "-m", "cogview", "train-tokenizer", "--data", str(photos), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("tensorboard/*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -208,6 +391,16 @@ def test_generate_shows_its_progress(run_folder, tmp_path, capsys):
     arguments = ["generate", "--run", str(run_folder), "a handwritten seven", "--num", "2"]
     assert main([*arguments, "--out", str(tmp_path / "x.png")]) == 0
     assert "draw: code 32 of 32" in capsys.readouterr().err
+
+
+def test_presets_are_listed_with_their_sizes(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1 : 1 + len(PRESETS)]] == list(PRESETS)
+    (card,) = (line for line in lines if line.startswith("card"))
+    assert "92.3 M" in card and "40 + 256 tokens" in card and "one 24 GB card" in card
+    held = float(re.search(r"([\d.]+)  128 px", card)[1])
+    assert 1 < held < 20  # GiB: room is left on the card for what is no tensor
 
 
 def test_version(capsys):

@@ -20,7 +20,9 @@ from cogview.presets import PRESETS
         (lambda: TrainConfig(batch_size=4, accumulate=5), "accumulate"),
         (lambda: TrainConfig(log_every=0), "log_every"),
         (lambda: TrainConfig(embedding_gradient=0.0), "embedding_gradient"),
-        (lambda: SamplingConfig(temperature=0), "temperature"),
+        (lambda: SamplingConfig(temperature=-0.1), "temperature"),
+        (lambda: SamplingConfig(temperature=float("nan")), "temperature"),
+        (lambda: TrainConfig(text_dropout=1.0), "text_dropout"),
         (lambda: SamplingConfig(top_p=2.0), "top_p"),
     ],
 )

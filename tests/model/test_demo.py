@@ -11,6 +11,7 @@ import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
 from cogview.demo.report import all_prompts, summary
 from cogview.demo.run import Demo, DemoSettings, run_demo
+from cogview.files import read_json
 from cogview.settings import claim_settings, plain
 from tests.model.helpers import tiny_preset
 
@@ -50,7 +51,7 @@ def test_two_hundred_prompts_by_default_and_none_in_a_training_phrasing():
 
 def test_report_and_pictures(demo):
     options, report = demo
-    assert json.loads((options.out / "report.json").read_text(encoding="utf-8")) == plain(report)
+    assert read_json(options.out / "report.json") == plain(report)
     assert report["results"]["prompts"] == 120
     assert len(report["prompts"]) == 120
     single = sum(prompt["right_candidates"] for prompt in report["prompts"]) / 360

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+import os
+
 import pytest
 import torch
 
-from cogview.files import load_tensors, read_json, save_tensors
+from cogview.files import digest, load_tensors, read_json, save_tensors, write_json
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
@@ -17,3 +20,49 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         read_json(tmp_path / "x.json")
+
+
+def test_what_a_user_may_not_read_is_called_so_and_not_damaged(tmp_path):
+    save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
+    write_json(tmp_path / "x.json", {})
+    for path in tmp_path.iterdir():
+        path.chmod(0)
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        for read, name in ((load_tensors, "x.safetensors"), (read_json, "x.json")):
+            with pytest.raises(
+                PermissionError, match=rf"{name} cannot be read: permission denied; ask .*, its owner"
+            ):
+                read(tmp_path / name)
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
+def test_json_files_have_a_version_and_a_newer_one_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"format_version": 1, "a": 1}
+    assert read_json(path) == {"a": 1}
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    path.write_text('{"format_version": 2, "a": 1}')
+    with pytest.raises(
+        ValueError, match=r"newer version of cogview: its format is 2, this version reads up to 1"
+    ):
+        read_json(path)
+    path.write_text('{"format_version": "new"}')
+    with pytest.raises(ValueError, match="format_version must be a whole number, got 'new'"):
+        read_json(path)
+
+
+def test_a_digest_tells_any_two_contents_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogview.files._CHUNK_BYTES", 4)
+    contents = (b"", b"abcd", b"abcdefgh", b"efghabcd", b"abcdefg", b"abcdefghi", b"abcdefgh\0")
+    found = []
+    for content in contents:
+        (tmp_path / "x").write_bytes(content)
+        found.append(digest(tmp_path / "x"))
+    assert len(set(found)) == len(contents)

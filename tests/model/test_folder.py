@@ -59,6 +59,81 @@ def test_a_bad_folder_is_one_clear_error(folder, file, content, message):
         FolderPairs(folder)
 
 
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\v", "\f", "\x1c"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_only_line_ends_end_a_caption(folder, separator, line_end):
+    text = f"gray.png\tone{separator}red.png\ttwo{line_end}red.png\tthree{line_end}"
+    (folder / "captions.tsv").write_bytes(text.encode())
+    pairs = FolderPairs(folder)
+    assert pairs.captions(0) == [f"one{separator}red.png\ttwo"]
+    assert pairs.captions(1) == ["three"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_tells_the_encoding(folder, encoding):
+    (folder / "captions.tsv").write_bytes("gray.png\t灰色\n".encode(encoding))
+    assert FolderPairs(folder).captions(0) == ["灰色"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "line", "conversion"),
+    [
+        ("gbk", "line 2", "iconv -f GB18030 -t UTF-8"),
+        ("utf-16-le", "zero bytes", "iconv -f UTF-16LE -t UTF-8"),
+        ("utf-16-be", "zero bytes", "iconv -f UTF-16BE -t UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("file", ["captions.tsv", "captions.json"])
+def test_another_encoding_is_named_with_the_way_out(folder, encoding, line, conversion, file):
+    text = {"captions.tsv": "red.png\tred\ngray.png\t{}", "captions.json": '{{"red.png":\n"{}"}}'}[file]
+    (folder / file).write_bytes(text.format("灰色" if encoding == "gbk" else "gray").encode(encoding))
+    with pytest.raises(ValueError) as raised:
+        FolderPairs(folder)
+    message = str(raised.value)
+    assert str(folder / file) in message and line in message and conversion in message
+
+
+def test_a_file_that_json_names_twice_has_both_captions(folder):
+    (folder / "captions.json").write_text('{"red.png": "one", "gray.png": "x", "red.png": ["two", "three"]}')
+    assert FolderPairs(folder).captions(1) == ["one", "two", "three"]
+
+
+def test_half_a_character_is_an_error_and_not_a_crash_later(folder):
+    (folder / "captions.json").write_text('{"red.png": "red \\ud83d"}')
+    with pytest.raises(ValueError, match=r"red\.png must have a caption"):
+        FolderPairs(folder)
+
+
+def test_names_that_nearly_match_get_a_hint(folder):
+    (folder / "caf\u00e9").mkdir()
+    save(folder / "caf\u00e9" / "Tea.png", np.zeros((8, 8)))
+    (folder / "captions.tsv").write_text("cafe\u0301\\tea.PNG\tx\n./RED.png\tx\nnone.png\tx\n")
+    with pytest.raises(FileNotFoundError) as raised:
+        FolderPairs(folder)
+    message = str(raised.value)
+    assert (
+        "(did you mean 'caf\u00e9/Tea.png'?)" in message and "./RED.png (did you mean 'red.png'?)" in message
+    )
+    assert message.endswith("none.png")
+
+
+def test_bad_images_can_be_left_out_and_are_told(folder):
+    (folder / "text.png").write_text("not an image")
+    (folder / "captions.tsv").write_text("absent.png\tx\ngray.png\tgray\nred.png\tred\ntext.png\tx\n")
+    pairs = open_pairs(folder, skip_bad=True)
+    left_out = pairs.check(8, skip_bad=True, progress=False)
+    assert [line.partition(".png")[0].rpartition("/")[2] for line in left_out] == ["absent", "text"]
+    assert [pairs.name(index) for index in range(len(pairs))] == ["gray.png", "red.png"]
+    torch.testing.assert_close(pairs.image(1, 8)[:, 3, 3], torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_when_no_image_is_good_none_is_left_out(folder):
+    (folder / "text.png").write_text("not an image")
+    (folder / "captions.tsv").write_text("text.png\tx\n")
+    with pytest.raises(ValueError, match="1 of 1 images"):
+        FolderPairs(folder).check(8, skip_bad=True, progress=False)
+
+
 def test_all_absent_files_are_listed(folder):
     (folder / "captions.tsv").write_text("".join(f"{index}.png\tx\n" for index in range(25)))
     with pytest.raises(FileNotFoundError) as raised:

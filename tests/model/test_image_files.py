@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import resource
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cogview.data.image_files import read_image
+from cogview.data.image_files import pixels_of, read_image
 
 
 def save(path, array):
@@ -46,3 +48,87 @@ def test_a_missing_or_a_bad_image_is_one_clear_error(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:3000])
     with pytest.raises(ValueError, match=r"cut\.png cannot be read as an image"):
         read_image(tmp_path / "cut.png", 8)
+
+
+RAMP = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
+
+
+def wide(values, mode="I;16"):
+    return Image.fromarray(values) if mode == "I;16" else Image.fromarray(values.astype(np.int32))
+
+
+@pytest.mark.parametrize(
+    ("name", "picture"),
+    [
+        ("grey16.png", wide(RAMP)),
+        ("grey16.tif", wide(RAMP)),
+        ("grey32.tif", wide(RAMP, "I")),
+        ("float.tif", Image.fromarray(RAMP.astype(np.float32) / 65535)),
+        ("grey8.png", Image.fromarray((RAMP / 257).round().astype(np.uint8))),
+    ],
+)
+def test_a_grey_ramp_has_the_same_brightness_in_any_depth(tmp_path, name, picture):
+    picture.save(tmp_path / name)
+    expected = torch.linspace(0, 1, 64).view(8, 8).expand(3, 8, 8)
+    torch.testing.assert_close(read_image(tmp_path / name, 8), expected, atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("values", [np.full((8, 8), 200.0), np.full((8, 8), np.nan), np.full((8, 8), -1)])
+def test_pixels_of_another_range_are_an_error_that_says_so(tmp_path, values):
+    Image.fromarray(values.astype(np.int32 if values.dtype == int else np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x\.tif .*its pixels are not .* save it as 8-bit RGB"):
+        read_image(tmp_path / "x.tif", 8)
+
+
+def test_cmyk_palette_and_animation(tmp_path):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    clear = Image.new("P", (8, 8), 0)
+    clear.putpalette([0, 0, 255])
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=100)
+    red.convert("P").save(tmp_path / "palette.png")
+    clear.save(tmp_path / "clear.png", transparency=0)
+    red.save(tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
+    pure = torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 8, 8)
+    for name in ("cmyk.jpg", "palette.png", "moving.gif"):
+        torch.testing.assert_close(read_image(tmp_path / name, 8), pure, atol=0.02, rtol=0)
+    assert torch.all(read_image(tmp_path / "clear.png", 8) == 1)
+
+
+def test_a_long_strip_costs_no_more_than_itself(tmp_path):
+    """Scaled before it is cropped, 1 x 20,000 pixels at size 256 would be 256 x 5,120,000."""
+    Image.new("RGB", (1, 20_000), "white").save(tmp_path / "strip.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert torch.all(read_image(tmp_path / "strip.png", 256) == 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+
+
+def test_more_pixels_than_anyone_draws_are_one_clear_error(tmp_path, monkeypatch):
+    Image.new("1", (64, 64)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png .*it has more than 2000 pixels; scale it down"):
+        read_image(tmp_path / "bomb.png", 8)
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(
+        ValueError, match=r"empty\.jpg cannot be read as an image: it is empty, damaged or of a"
+    ):
+        read_image(tmp_path / "empty.jpg", 8)
+    save(tmp_path / "cut.jpg", np.random.default_rng(0).integers(0, 255, (64, 64, 3)))
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"cut\.jpg .* cut short or damaged .*copy it again"):
+        read_image(tmp_path / "cut.jpg", 8)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_a_damaged_note_of_the_camera_spoils_no_picture(tmp_path):
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "x.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert torch.all(read_image(tmp_path / "x.jpg", 8) == 1)
+
+
+def test_tensors_of_another_range_or_kind_are_refused():
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 0\.\.255"):
+        pixels_of(torch.linspace(0, 255, 3 * 64).view(3, 8, 8), 8)
+    with pytest.raises(TypeError, match=r"uint8 or floats, got torch\.int32"):
+        pixels_of(torch.zeros(3, 8, 8, dtype=torch.int32), 8)

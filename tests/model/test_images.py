@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
-from cogview.images import picture_grid, save_png, to_picture
+from cogview import images
+from cogview.images import grid_size, picture_grid, png_bytes, save_png, to_picture, undrawn_is_white
 
 
 def plain(colour, side=8):
@@ -17,25 +19,53 @@ def test_pixels_are_rounded_and_not_stretched():
     assert picture.getcolors() == [(10, (0, 51, 255))]
 
 
-def test_a_grid_goes_row_by_row_on_white():
+def test_a_grid_goes_row_by_row_on_white(monkeypatch):
+    monkeypatch.setattr(images, "MIN_SIDE", 16)
+    monkeypatch.setattr(images, "COLUMNS", 2)
     red, green, blue = (plain(colour) for colour in ("red", "lime", "blue"))
-    grid = picture_grid([red, green, blue], columns=2, min_side=16)
+    grid = picture_grid([[red, green, blue]])
     assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
     assert [grid.getpixel(at) for at in ((4, 4), (19, 19), (24, 4), (4, 24))] == [
         *((255, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
     ]
     assert [grid.getpixel(at) for at in ((3, 3), (20, 4), (43, 43), (24, 24))] == [(255, 255, 255)] * 4
+    each_text_begins_a_line = picture_grid([[red], [green, blue]])
+    assert [each_text_begins_a_line.getpixel(at) for at in ((4, 4), (24, 4), (4, 24), (24, 24))] == [
+        *((255, 0, 0), (255, 255, 255), (0, 255, 0), (0, 0, 255))
+    ]
+
+
+def test_a_grid_of_many_pictures_is_no_strip():
+    assert grid_size([16], 16) == (16 * 68 + 4, 68 + 4)
+    assert grid_size([600], 16) == (25 * 68 + 4, 24 * 68 + 4)
+    assert grid_size([20, 3], 16) == (16 * 68 + 4, 3 * 68 + 4)
 
 
 def test_a_small_picture_is_enlarged_by_repeating_pixels():
     halves = Image.fromarray(np.array([[[0] * 3, [255] * 3]] * 2, dtype=np.uint8))
-    colours = picture_grid([halves], columns=1).getcolors()
-    assert sorted(colours) == [(2048, (0, 0, 0)), (2048, (255, 255, 255))]
+    assert sorted(picture_grid([[halves]]).getcolors()) == [(2048, (0, 0, 0)), (2048, (255, 255, 255))]
 
 
 def test_a_single_picture_has_no_margin_and_a_large_one_keeps_its_size():
-    assert picture_grid([plain("red")], columns=1).size == (64, 64)
-    assert picture_grid([plain("red", side=100)], columns=1).size == (100, 100)
+    assert picture_grid([[plain("red")]]).size == (64, 64)
+    assert picture_grid([[plain("red", side=100)]]).size == (100, 100)
+
+
+def test_what_is_not_drawn_yet_is_white():
+    codes = torch.tensor([[3, 0, -1, -1]])
+    pixels = undrawn_is_white(torch.zeros(1, 3, 4, 4), codes, 2)
+    assert pixels[0, :, :2].eq(0).all() and pixels[0, :, 2:].eq(1).all()
+
+
+def test_a_png_says_what_it_shows(tmp_path):
+    (tmp_path / "x.png").write_bytes(png_bytes(plain("red"), {"prompt": "手写数字七", "seed": -(2**70)}))
+    with Image.open(tmp_path / "x.png") as read:
+        assert read.text == {"prompt": "手写数字七", "seed": str(-(2**70))}
+
+
+def test_pixels_that_are_no_numbers_are_an_error():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        to_picture(torch.full((3, 2, 2), torch.nan))
 
 
 def test_a_png_holds_what_was_saved(tmp_path):

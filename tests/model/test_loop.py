@@ -17,6 +17,7 @@ from cogview.training.loop import StepResult, Trainer, backward, descend, run_lo
 class Config:
     steps: int = 10
     checkpoint_every: int = 4
+    keep: int = 1
 
 
 class Duel(Trainer):

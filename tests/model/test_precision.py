@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cogview.files import load_tensors
+from cogview.training.checkpoint import latest_checkpoint
 from cogview.training.precision import NonFiniteWatch, Precision
 from cogview.training.transformer import TransformerTrainer, train
 from tests.model.helpers import small_model
@@ -60,7 +61,7 @@ def test_training_in_16_bits_follows_the_losses_of_32(tmp_path, modest_scale, pr
     assert wide["image_loss"] != narrow["image_loss"]
     for name in ("image_loss", "text_loss"):
         assert narrow[name] == pytest.approx(wide[name], rel=0.01)
-    (saved,) = (tmp_path / "narrow" / "checkpoints").iterdir()
+    saved = latest_checkpoint(tmp_path / "narrow" / "checkpoints")
     tensors = load_tensors(saved / "optimizer.safetensors")
     assert {tensor.dtype for tensor in (*tensors.values(), *model.state_dict().values())} == {torch.float32}
 
@@ -88,8 +89,7 @@ def overflowing(monkeypatch, model, steps):
 
 
 def state_of(folder):
-    (path,) = (folder / "checkpoints").glob("*/state.json")
-    return json.loads(path.read_text())
+    return json.loads((latest_checkpoint(folder / "checkpoints") / "state.json").read_text())
 
 
 def same(mine, theirs):

@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 
 import cogview
+from cogview.generation.engine import DrawOptions
 from cogview.images import save_png
+from cogview.model import memory
+from cogview.model.memory import cache_bytes, weight_bytes
+from cogview.model.precision import in_precision
+from cogview.run import sample_sheet
+from cogview.settings import load_model_settings
 
 ROOT = Path(__file__).parents[2]
 SEVEN, CHINESE = "a handwritten seven", "手写的数字七"
@@ -53,6 +59,122 @@ def test_unranked_pictures_come_in_the_order_drawn(run, drawn):
     assert losses != sorted(losses)
     first, _ = run.generate(SEVEN, num=1, seed=3, ranked=False)
     assert first[0].tobytes() == images[0].tobytes()
+
+
+def test_a_sheet_of_samples_is_the_same_every_time(run, run_folder):
+    settings = load_model_settings(run_folder)
+    sheet = sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE])
+    assert sheet.size == (4 * 68 + 4, 2 * 68 + 4)
+    assert sheet.tobytes() == sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE]).tobytes()
+
+
+def test_a_text_has_its_own_seed_whatever_is_drawn_beside_it(run, drawn):
+    images, losses = run.generate([CHINESE, SEVEN], num=5, seed=[8, 3])
+    assert [image.tobytes() for image in images[1]] == [image.tobytes() for image in drawn[0]]
+    assert losses[1] == pytest.approx(drawn[1])
+    with pytest.raises(ValueError, match=r"one or as many as texts \(2\), got 3"):
+        run.generate([CHINESE, SEVEN], seed=[1, 2, 3])
+
+
+def test_pictures_come_batch_by_batch_with_what_draws_them_again(run):
+    partial = []
+    options = DrawOptions(run.sampling, max_batch=4)
+    requests = run.requests([SEVEN, CHINESE], [3, 8])
+    batches = list(run.draw(requests, 3, options, partial.append))
+    assert [[place for place, _ in batch] for batch in batches] == [[0, 0, 0, 1], [1, 1]]
+    places, drawings = zip(*(pair for batch in batches for pair in batch), strict=True)
+    assert [drawing.candidate for drawing in drawings] == [0, 1, 2, 0, 1, 2]
+    for place, text, seed in ((0, SEVEN, 3), (1, CHINESE, 8)):
+        own = [drawing for at, drawing in zip(places, drawings, strict=True) if at == place]
+        assert {(drawing.text, drawing.seed) for drawing in own} == {(text, seed)}
+        images, losses = run.generate(text, num=3, seed=seed, ranked=False)
+        assert [drawing.image.tobytes() for drawing in own] == [image.tobytes() for image in images]
+        assert [drawing.loss for drawing in own] == pytest.approx(losses)
+        assert all(run.decode(drawing.codes).tobytes() == drawing.image.tobytes() for drawing in own)
+    # 4 x 4 codes: four rows of each batch are told, and the last tells the whole.
+    assert [[place for place, _ in batch] for batch in partial] == [[0, 0, 0, 1]] * 4 + [[1, 1]] * 4
+    assert partial[3][1][1].tobytes() == drawings[1].image.tobytes()
+    one_row = np.asarray(partial[0][1][1])
+    assert (one_row[4:] == 255).all() and not (one_row[:4] == 255).all()
+
+
+def test_infilling_keeps_codes_where_the_mask_is_black(run, drawn):
+    picture, mask = drawn[0][0], Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    codes, white = run.encode(picture), torch.arange(16) % 4 >= 2
+    kept = run.kept_codes(picture, mask)
+    assert torch.equal(kept, codes.masked_fill(white, -1))
+    images, losses = run.infill(SEVEN, picture, mask, num=6, seed=2)
+    assert losses == sorted(losses) and len({image.tobytes() for image in images}) > 1
+    options = DrawOptions(run.sampling)
+    (batch,) = run.draw(run.requests([SEVEN], [2], kept), 6, options)
+    assert {drawing.image.tobytes() for _, drawing in batch} == {image.tobytes() for image in images}
+    assert all(torch.equal(drawing.codes[~white], codes[~white]) for _, drawing in batch)
+    top, _ = run.infill(SEVEN, picture, keep_top=0.5, num=1, options=DrawOptions(run.sampling, guidance=2.0))
+    assert len(top) == 1
+    for arguments in ({}, {"mask": mask, "keep_top": 0.5}):
+        with pytest.raises(ValueError, match="either mask or keep_top"):
+            run.infill(SEVEN, picture, **arguments)
+
+
+def test_captions_by_beam_search(run, drawn):
+    assert len(run.caption(drawn[0], beams=4)) == 5
+    with pytest.raises(ValueError, match="beams must be at least 1"):
+        run.caption(drawn[0], beams=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_16_bits_draws_and_judges_much_the_same(run, run_folder, drawn, precision):
+    narrow = cogview.load_run(run_folder, "cpu", precision)
+    assert (
+        narrow.model.word_embeddings.weight.dtype
+        == {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    )
+    assert narrow.cap_loss(SEVEN, drawn[0]) == pytest.approx(run.cap_loss(SEVEN, drawn[0]), abs=0.05)
+    assert len(narrow.generate(SEVEN, num=2)[0]) == 2
+    assert weight_bytes(narrow.model) * 2 == weight_bytes(run.model)
+
+
+def test_weights_in_8_bits_cost_little(run, run_folder, drawn):
+    pytest.importorskip("torchao", reason="int8 needs the optional package torchao")
+    small = cogview.load_run(run_folder, "cpu", "int8")
+    assert small.cap_loss(SEVEN, drawn[0]) == pytest.approx(run.cap_loss(SEVEN, drawn[0]), abs=0.1)
+    assert len(small.generate(SEVEN, num=2)[0]) == 2
+    embeddings = weight_bytes(run.model.word_embeddings) + weight_bytes(
+        run.model.transformer.position_embeddings
+    )
+    layers = weight_bytes(run.model) - embeddings
+    assert weight_bytes(small.model) - embeddings // 2 < 0.33 * layers
+
+
+def test_memory_bounds_how_many_are_drawn_together(run, monkeypatch):
+    row = cache_bytes(run.model.config, 1, torch.float32)
+    assert row == 2 * 2 * 64 * run.model.config.max_positions * 4
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(5.5 * row / memory.SHARE))
+    assert [memory.rows_that_fit(run.model.config, torch.float32, "cpu", most) for most in (3, 99)] == [3, 5]
+    batches = run.draw(run.requests([SEVEN], [0]), 7, DrawOptions(run.sampling))
+    assert [len(batch) for batch in batches] == [5, 2]
+    monkeypatch.undo()
+    assert memory.free_bytes(torch.device("cpu")) > 1 << 20
+
+
+def test_numbers_that_are_not_finite_are_an_error_everywhere(run_folder, drawn):
+    broken = cogview.load_run(run_folder, "cpu")
+    with torch.no_grad():
+        broken.model.transformer.layers[0].mlp.dense_h_to_4h.bias[0] = torch.nan
+    for ask in (
+        lambda: broken.generate(SEVEN, num=1),
+        lambda: broken.caption(drawn[0][0]),
+        lambda: broken.caption(drawn[0][0], beams=2),
+        lambda: broken.rerank(SEVEN, drawn[0]),
+    ):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            ask()
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got nan"):
+        broken.encode(torch.full((3, 16, 16), torch.nan))
+    broken.tokenizers.image.dec.blocks[-1].bias.data[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="image tokenizer is damaged"):
+        broken.decode(torch.zeros(16, dtype=torch.int64))
 
 
 def test_sampling_is_the_runs_unless_given(run):
@@ -111,15 +233,16 @@ def test_several_texts_rerank_all_images_or_each_its_own(run, drawn):
 
 
 def test_describe_gives_the_loss_of_each_caption(run, drawn):
-    texts, losses = run.describe(drawn[0])
-    assert texts == run.caption(drawn[0])
-    for text, loss, image in zip(texts, losses, drawn[0], strict=True):
+    captions = list(run.describe(drawn[0]))
+    assert [caption.text for caption in captions] == run.caption(drawn[0])
+    for (text, loss), image in zip(captions, drawn[0], strict=True):
         assert not text or loss == pytest.approx(run.cap_loss(text, [image])[0], rel=1e-4)
 
 
 def test_parts_of_a_text_that_were_never_learned_give_a_warning(run):
-    with pytest.warns(UserWarning, match='"a Ω" has parts the model never learned: Ω'):
-        run.generate("a Ω", num=1)
+    for ask in (lambda: run.generate("a Ω", num=1), lambda: run.rerank("a Ω", [Image.new("RGB", (9, 9))])):
+        with pytest.warns(UserWarning, match='"a Ω" has parts the model never learned: Ω'):
+            ask()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.generate(SEVEN, num=1)
@@ -140,7 +263,13 @@ def test_errors(run, drawn, tmp_path):
         run.generate(" ")
     with pytest.raises(ValueError, match="at most 5 fit"):
         run.generate("seven " * 20)
-    with pytest.raises(ValueError, match="num must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"'a \\udcff' is not valid UTF-8: character 3"):
+        run.generate("a \udcff")
+    with pytest.raises(ValueError, match="device meta cannot be used here"):
+        cogview.load_run(tmp_path, "meta")
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, int8, got 'fp8'"):
+        in_precision(run.model, "fp8")
+    with pytest.raises(ValueError, match="num must be at least 1 and at most 100,000, got 0"):
         run.generate(SEVEN, num=0)
     with pytest.raises(TypeError, match="texts must be a str or a list of str, got 7"):
         run.generate(7)

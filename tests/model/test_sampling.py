@@ -3,7 +3,16 @@ import pytest
 import torch
 
 from cogview.config import SamplingConfig
-from cogview.generation.sampling import draw, row_uniforms, token_probabilities, top_k_filter, top_p_filter
+from cogview.generation import sampling
+from cogview.generation.sampling import (
+    Noise,
+    choose,
+    draw,
+    exponentials,
+    token_probabilities,
+    top_k_filter,
+    top_p_filter,
+)
 from cogview.seeding import derive_seed
 
 LOGITS = torch.tensor([[0.1, 0.4, 0.3, 0.2], [0.97, 0.01, 0.01, 0.01]]).log()
@@ -43,34 +52,61 @@ def test_temperature_comes_before_top_p():
     torch.testing.assert_close(plain, LOGITS.exp())
 
 
-def test_draw_inverts_the_cumulative_distribution():
-    probabilities = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]).expand(6, 5)
-    uniform = torch.tensor([0.0, 0.1, 0.2499, 0.2501, 0.9, 1 - 2**-24])
-    assert draw(probabilities, uniform).tolist() == [1, 1, 1, 3, 3, 3]
+def test_draw_takes_the_first_to_arrive_and_none_of_probability_zero():
+    probabilities = torch.tensor([0.0, 0.25, 0.0, 0.75, 0.0])
+    noise = torch.tensor(
+        [[1e-30, 1.0, 1e-30, 3.1, 1e-30], [1.0, 1.0, 1.0, 2.9, 1.0], [9.0, 17.0, 9.0, 17.0, 9.0]]
+    )
+    assert draw(probabilities, noise).tolist() == [1, 3, 3]
 
 
-def test_draw_follows_the_probabilities():
-    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(40_000, 4)
-    counts = draw(probabilities, torch.rand(40_000)).bincount(minlength=4) / 40_000
-    torch.testing.assert_close(counts, probabilities[0], atol=0.01, rtol=0)
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    seeds, positions = torch.arange(400) + 5, torch.arange(100).expand(400, 100)
+    counts = draw(probabilities, exponentials(seeds, positions, 4)).flatten().bincount(minlength=4)
+    # Chi-square with three degrees of freedom: above 16.3 once in a thousand.
+    expected = 40_000 * probabilities
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3
 
 
-def test_uniforms_of_a_row_depend_on_its_seed_alone():
-    many = row_uniforms([5, 6, 7], 10)
-    assert torch.equal(row_uniforms([6], 10)[0], many[1])
-    assert not torch.equal(many[0], many[1])
-    assert many.shape == (3, 10)
-    assert many.min() >= 0 and many.max() < 1
+def test_noise_is_exponential_and_a_function_of_seed_position_and_index():
+    seeds, positions = torch.tensor([5, -(2**62)]), torch.tensor([[0, 1, 2], [7, 0, 1]])
+    noise = exponentials(seeds, positions, 50_000)
+    assert torch.equal(exponentials(seeds[1:], positions[1:, 1:2], 100)[0, 0], noise[1, 1, :100])
+    assert len(noise.flatten().unique()) > 0.99 * noise.numel()
+    assert noise.min() > 0 and noise.max() < 17
+    uniform = (-noise).exp().double().flatten()
+    deviation = (uniform.sort().values - (torch.arange(300_000) + 0.5) / 300_000).abs().max()
+    assert deviation < 1.95 / 300_000**0.5  # Kolmogorov and Smirnov: more once in a thousand
+    rows = uniform.view(6, -1) - 0.5
+    correlation = rows @ rows.T / (50_000 / 12)
+    torch.testing.assert_close(correlation, torch.eye(6, dtype=torch.float64), atol=0.025, rtol=0)
+
+
+def test_noise_that_is_made_at_once_is_the_same(monkeypatch):
+    seeds, positions = torch.tensor([5, 6, 7]), torch.tensor([[0, 9], [3, 4], [8, 8]])
+    at_once = Noise(seeds, 10, 40)
+    monkeypatch.setattr(sampling, "MADE_AT_ONCE", 3 * 10 * 40 - 1)
+    each_time = Noise(seeds, 10, 40)
+    assert at_once.made is not None and each_time.made is None
+    assert torch.equal(at_once.at(positions), each_time.at(positions))
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
-def test_uniforms_do_not_depend_on_the_default_dtype(default_dtype, default):
-    expected = row_uniforms([5, 6], 1000)
+def test_noise_does_not_depend_on_the_default_dtype(default_dtype, default):
+    arguments = torch.tensor([5, 6]), torch.tensor([[0], [1]]), 1000
+    expected = exponentials(*arguments)
     default_dtype(default)
-    uniforms = row_uniforms([5, 6], 1000)
-    assert uniforms.dtype == row_uniforms([], 3).dtype == torch.float32
-    assert torch.equal(uniforms, expected)
-    assert len(uniforms[0].unique()) > 990
+    noise = exponentials(*arguments)
+    assert noise.dtype == torch.float32 and torch.equal(noise, expected)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-300, 1e-39, 1e-5])
+def test_cold_means_the_likeliest(temperature):
+    config = SamplingConfig(temperature=temperature, top_k=0)
+    logits = 1e4 * torch.randn(3, 5, 40)
+    chosen = choose(logits, config, Noise(torch.arange(3), 5, 40), torch.arange(5).expand(3, 5))
+    assert torch.equal(chosen, logits.argmax(-1))
 
 
 def test_seeds_do_not_coincide():

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from cogview.tokens.sequence import (
+    drop_texts,
     fit_text,
     image_to_text_row,
     make_batch,
@@ -54,3 +55,14 @@ def test_ids_out_of_range_are_errors():
         text_to_image_row(VOCAB, [5], [1])
     with pytest.raises(ValueError, match=r"codes must be in \[0, 10\)"):
         image_to_text_row(VOCAB, [1], [10])
+
+
+def test_a_share_of_the_rows_that_draw_loses_its_text():
+    drawing, captioning = text_to_image_row(VOCAB, [3, 4], range(4)), image_to_text_row(VOCAB, [3], range(4))
+    rows = drop_texts(VOCAB, [drawing, captioning] * 500, 0.25, seed=1)
+    without = text_to_image_row(VOCAB, [], range(4))
+    assert set(map(tuple, rows[::2])) == {tuple(drawing), tuple(without)}
+    assert 90 < sum(row == without for row in rows) < 160
+    assert rows[1::2] == [captioning] * 500
+    assert drop_texts(VOCAB, [drawing] * 9, 0.0, seed=1) == [drawing] * 9
+    assert drop_texts(VOCAB, [drawing] * 99, 0.5, seed=2) != drop_texts(VOCAB, [drawing] * 99, 0.5, seed=3)

@@ -4,13 +4,21 @@ import json
 
 import pytest
 
-from cogview.config import Preset
+from cogview.config import (
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    ModelConfig,
+    Preset,
+    TrainConfig,
+)
 from cogview.presets import PRESETS
 from cogview.settings import (
+    MAY_CHANGE,
     MODEL_SETTINGS,
     TOKENIZER_SETTINGS,
     ModelSettings,
     TokenizerSettings,
+    _flat,
     build,
     check_settings,
     claim_settings,
@@ -79,11 +87,29 @@ def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path):
     settings = ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
     claim_settings(tmp_path / MODEL_SETTINGS, settings)
     model = dataclasses.replace(preset.model, activation_checkpointing=True)
-    train = dataclasses.replace(preset.train, accumulate=4)
+    train = dataclasses.replace(preset.train, accumulate=4, steps=9999, keep=7)
     check_settings(tmp_path / MODEL_SETTINGS, dataclasses.replace(settings, model=model, train=train))
     train = dataclasses.replace(train, precision="bf16")
     with pytest.raises(ValueError, match=r"started with train\.precision = 'fp32', now 'bf16'"):
         check_settings(tmp_path / MODEL_SETTINGS, dataclasses.replace(settings, train=train))
+
+
+def test_the_list_of_what_may_change_names_settings_that_exist():
+    preset = PRESETS["digits"]
+    model = ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
+    known = set()
+    for settings in (tokenizer_settings(), model, preset):
+        known |= set(_flat(plain(settings)))
+    assert known >= MAY_CHANGE
+    # This list is the only one: ``compare=False`` at a field frees nothing.
+    for kind in (ModelConfig, TrainConfig, ImageTokenizerConfig, ImageTokenizerTrainConfig):
+        assert all(field.compare for field in dataclasses.fields(kind))
+
+
+def test_data_at_another_path_are_no_difference(tmp_path):
+    settings = tokenizer_settings()
+    claim_settings(tmp_path / TOKENIZER_SETTINGS, settings)
+    check_settings(tmp_path / TOKENIZER_SETTINGS, dataclasses.replace(settings, data="/elsewhere"))
 
 
 def test_fields_that_an_earlier_version_did_not_have_are_no_difference(tmp_path):
@@ -108,3 +134,34 @@ def test_what_is_missing_or_damaged_is_one_clear_error(tmp_path):
         (folder / "model.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"model\.json is damaged"):
             load_model_settings(folder)
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "message"),
+    [
+        ("model", {"num_layers": 3.0}, "num_layers must be of type int, got 3.0"),
+        ("model", {"num_layers": True}, "num_layers must be of type int, got True"),
+        ("model", {"num_layers": 10_000_000}, "num_layers must be from 1 to 10,000, got 10000000"),
+        ("model", {"pb_relax": "max"}, "pb_relax must be of type"),
+        ("train", {"betas": [0.9]}, "betas must be of type"),
+        ("train", {"betas": [0.9, "x"]}, "betas must be of type"),
+        ("train", {"learning_rate": "fast"}, "learning_rate must be of type float, got 'fast'"),
+        ("train", {"lion": 1}, "TrainConfig has no field 'lion'; a newer version of cogview may have"),
+        (None, {"max_text_tokens": None}, "max_text_tokens must be of type int, got None"),
+        (None, {"format_version": 3}, "written by a newer version of cogview"),
+    ],
+)
+def test_settings_of_a_wrong_type_or_of_a_newer_version_are_one_clear_error(
+    tmp_path, table, changes, message
+):
+    preset = PRESETS["digits"]
+    write_settings(
+        tmp_path / MODEL_SETTINGS, ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
+    )
+    content = json.loads((tmp_path / MODEL_SETTINGS).read_text())
+    (content[table] if table else content).update(changes)
+    (tmp_path / MODEL_SETTINGS).write_text(json.dumps(content))
+    with pytest.raises(ValueError) as caught:
+        load_model_settings(tmp_path)
+    assert "model.json is damaged, or of another version" in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -93,6 +93,7 @@ def test_the_fewest_pieces_are_enough_and_one_less_is_not(captions):
         TextTokenizer.train(captions, required - 1)
 
 
-def test_a_long_caption_is_learned_too():
-    tokenizer = TextTokenizer.train(["short", "z" * 5000], 100)
-    assert tokenizer.unknown_pieces("z") == []
+@pytest.mark.parametrize("text", ["z" * 5000, "字" * 70_000, "many words " * 10_000 + "end"])
+def test_a_caption_of_any_length_is_learned(text):
+    tokenizer = TextTokenizer.train(["short", text], 100)
+    assert tokenizer.unknown_pieces(text) == []

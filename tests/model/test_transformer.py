@@ -57,7 +57,10 @@ def plain_forward(model, tokens, mask=None):
     C, H = config.hidden_size, config.num_heads
 
     def norm(x, name):
-        largest = x.abs().amax(-1, keepdim=True) if config.pb_relax == "row" else x.abs().max()
+        if config.pb_relax is None:
+            largest = 8
+        else:
+            largest = x.abs().amax(-1, keepdim=True) if config.pb_relax == "row" else x.abs().max()
         return F.layer_norm(x / (largest / 8), (C,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
 
     def linear(x, name):
@@ -74,16 +77,20 @@ def plain_forward(model, tokens, mask=None):
         scores = (q @ k.transpose(2, 3)) / (C // H) ** 0.5
         out = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
         out = linear(out.transpose(1, 2).reshape(B, T, C), f"{p}.attention.dense")
-        x = x + norm(out, f"{p}.third_layernorm")
+        x = x + (norm(out, f"{p}.third_layernorm") if config.sandwich_norm else out)
         m = linear(norm(x, f"{p}.post_attention_layernorm"), f"{p}.mlp.dense_h_to_4h")
         m = 0.5 * m * (1 + torch.tanh(0.7978845608 * (m + 0.044715 * m**3)))
-        x = x + norm(linear(m, f"{p}.mlp.dense_4h_to_h"), f"{p}.fourth_layernorm")
+        m = linear(m, f"{p}.mlp.dense_4h_to_h")
+        x = x + (norm(m, f"{p}.fourth_layernorm") if config.sandwich_norm else m)
     return norm(x, "transformer.final_layernorm")
 
 
-@pytest.mark.parametrize("pb_relax", ["row", "tensor"])
-def test_forward_is_the_published_equations(pb_relax):
-    model = small_model(scale=5.0, pb_relax=pb_relax)
+@pytest.mark.parametrize(
+    ("pb_relax", "sandwich_norm"),
+    [("row", True), ("tensor", True), (None, True), ("row", False), (None, False)],
+)
+def test_forward_is_the_published_equations(pb_relax, sandwich_norm):
+    model = small_model(scale=5.0, pb_relax=pb_relax, sandwich_norm=sandwich_norm)
     tokens = torch.randint(0, 60, (3, 21))
     expected = plain_forward(model, tokens)
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton's interpreter, told to compute as a GPU does and to prepare its language once a launch.
+
+Each function works until the test ends. Neither changes which operations a kernel asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``tl.fma`` rounds once, as on a GPU; the interpreter's own rounds the product, too.
+
+    ``tl.dot`` sums in float64, then rounds to the dtype of its accumulator. On some processors OpenBLAS sums
+    ``a @ b.T`` and ``b @ a.T`` in different orders. A GPU does not, and the backward of attention, which
+    computes the forward's scores again, transposed, relies on it.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def rounded_once(self, x, y, z):
+        # Float64 holds the product of two float32 exactly.
+        exact = x.data.astype(np.float64) * y.data + z.data
+        return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    def in_float64(self, a, b, d, *options):
+        product = np.matmul(a.data, b.data, dtype=np.float64)
+        return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float64)
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
+
+
+def prepare_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the interpreter's time goes into work that it repeats at each call of a function in a kernel.
+
+    The interpreter replaces the builtins of ``triton.language`` for a launch, and then searches both of its
+    modules for builtins again whenever the kernel calls another function, although none are left to replace.
+    It also builds the table of NumPy's dtypes at each use.
+    """
+    from triton import language
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter, "_LangPatchScope"):  # in older releases nothing says when a launch ends
+        return
+    patch, launches = interpreter._patch_lang, []
+    # A kernel may see one of the modules and the functions that it calls the other.
+    sees_both = SimpleNamespace(__globals__={"tl": language, "core": language.core})
+
+    def patch_for_a_launch(fn: Any) -> Any:
+        if launches:
+            return None
+        scope = patch(sees_both)
+        launches.append(scope)
+        restore = scope.restore
+
+        def end() -> None:
+            launches.clear()
+            restore()
+
+        scope.restore = end
+        return scope
+
+    of_scalars = functools.cache(interpreter._get_np_dtype)
+    pointer = np.dtype(np.uint64)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_for_a_launch)
+    monkeypatch.setattr(
+        interpreter, "_get_np_dtype", lambda x: pointer if x.scalar.is_ptr() else of_scalars(x.scalar)
+    )
