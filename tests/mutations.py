@@ -54,6 +54,7 @@ _CUDA_DECODE = "cuda_kernels test_decode and not properties"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
+_TRITON_LOCAL = "local_attention_2d test_small_triton_tiles and (causal or grouped_heads)"
 _CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
 _CPU_NORM = "layer_norm (test_forward_and_backward or test_constant_rows or test_extreme_rows) and cpu"
 _CPU_SANDWICH = "sandwich_layer_norm (test_forward_and_backward or test_every_backend_draws) and cpu"
@@ -113,21 +114,21 @@ MUTATIONS = [
              "p = dropped;", "p = round_to_bfloat16(dropped);",
              _CPU_ATTENTION),
     # ---- three_region_attention, Triton
-    Mutation("attention-triton-no-rescale", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-no-rescale", "cogview_kernels/_attention_triton.py",
              "acc * shrink[:, None]", "acc", _TRITON_ATTENTION),
-    Mutation("attention-triton-no-rescale-in-float32", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-no-rescale-in-float32", "cogview_kernels/_attention_triton.py",
              "tl.fma(acc, shrink[:, None],", "tl.fma(acc, 1.0,", _TRITON_ATTENTION),
-    Mutation("attention-triton-bias", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-bias", "cogview_kernels/_attention_triton.py",
              "peak = tl.fma(top, factor, bias)", "peak = tl.fma(top, factor, 0.0)",
              _TRITON_ATTENTION),
     Mutation("attention-triton-bias-of-the-gradient", "cogview_kernels/three_region_attention/*.py",
              "tl.load(stats_ptr + TP) - bias", "tl.load(stats_ptr + TP)", _TRITON_ATTENTION),
     Mutation("attention-triton-bias-of-the-one-peak", "cogview_kernels/three_region_attention/*.py",
              "peak -= bias", "peak -= 0.0", _TRITON_ATTENTION),
-    Mutation("attention-triton-fused-exponent", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-fused-exponent", "cogview_kernels/_attention_triton.py",
              "tl.fma(s - top[:, None], factor, (peak - new_max)[:, None])",
              "tl.fma(s, factor, (bias - new_max)[:, None])", _TRITON_LIMITS),
-    Mutation("attention-triton-rest-of-the-peak", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-rest-of-the-peak", "cogview_kernels/_attention_triton.py",
              "tl.fma(top, factor, -peak) + bias, rest)", "0.0 * peak, rest)", _TRITON_LIMITS),
     Mutation("attention-triton-ranks", "cogview_kernels/three_region_attention/*.py",
              "tl.where(mark == 1, rank, -1)", "rank", _TRITON_ATTENTION),
@@ -201,6 +202,14 @@ MUTATIONS = [
              "for (int64_t i = 0; i < 1; ++i) {\n            const Part", _CPU_LOCAL),
     Mutation("local-cpu-dk-scale", "csrc/local_attention_2d/*",
              "store_row(total[0], scale,", "store_row(total[0], 1.0f,", _CPU_LOCAL),
+    Mutation("local-triton-causal", "cogview_kernels/local_attention_2d/*.py",
+             "(down == 0) & (across <= 0)", "(down == 0) & (across < 0)", _TRITON_LOCAL),
+    Mutation("local-triton-column", "cogview_kernels/local_attention_2d/*.py",
+             "(across >= -column_radius)", "(across > -column_radius)", _TRITON_LOCAL),
+    Mutation("local-triton-text-mask", "cogview_kernels/local_attention_2d/*.py",
+             "if HAS_MASK:\n        seen = seen &", "if HAS_MASK:\n        seen = seen |", _TRITON_LOCAL),
+    Mutation("local-triton-no-delta", "cogview_kernels/local_attention_2d/*.py",
+             "ds = p * (dp - delta[None, :])", "ds = p * dp", _TRITON_LOCAL),
     Mutation("merge-cpu-no-maximum", "csrc/merge_attention/*",
              "std::exp(a.lses[i][row] - top)", "std::exp(a.lses[i][row])", _CPU_MERGE),
     Mutation("merge-cpu-no-mean", "csrc/merge_attention/*",

@@ -64,7 +64,7 @@ def _unfold(x: Inputs, case: Case) -> Forward:
         return cells.view(shape.B, shape.H, shape.D, slots, shape.T).permute(0, 1, 4, 3, 2)
 
     inside = F.unfold(torch.ones(1, 1, *shape.grid, device=x.q.device), shape.kernel_size, padding=padding)
-    outside = (inside == 0).T.view(1, 1, shape.T, slots)
+    outside = (inside == 0).mT.reshape(1, 1, shape.T, slots)
 
     def forward() -> Tensor:
         q = x.q * shape.D**-0.5

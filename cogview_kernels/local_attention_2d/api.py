@@ -13,7 +13,7 @@ from cogview_kernels.local_attention_2d.reference import local_attention_2d_refe
 from cogview_kernels.local_attention_2d.window import Keys, Window
 
 _OP = "local_attention_2d"
-_BACKENDS = ("cpu", "sdpa", "reference")
+_BACKENDS = ("triton", "cpu", "sdpa", "reference")
 
 
 def _limit(backend: str, q: Tensor, keys: Keys, window: Window, dropout_p: float, return_lse: bool) -> str:
@@ -76,7 +76,7 @@ def local_attention_2d(
         seed: for dropout, an int of at most 64 bits or a 0-d int64 tensor, on the CPU or the device of ``q``;
             None draws one from PyTorch's CPU generator.
         return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
-        backend: "cpu", "sdpa" or "reference"; None takes the best for the device.
+        backend: "cpu", "triton", "sdpa" or "reference"; None takes the best for the device.
 
     Returns:
         ``out``, shape and dtype of ``q``; with ``return_lse`` ``(out, lse)``, ``lse`` ``[B, H, T]``
@@ -85,9 +85,10 @@ def local_attention_2d(
     Raises:
         TypeError: a dtype or type above is not met.
         ValueError: a shape or range above is not met, or devices differ.
-        NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cpu": no
-            float64, D up to 256). Without ``backend`` "sdpa" steps in, or where that cannot, "reference".
-            Also a derivative that kernels do not have: of second order, or in forward mode.
+        NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cpu" and
+            "triton": no float64, D up to 256, of "triton" 128). Without
+            ``backend`` "sdpa" steps in, or where that cannot, "reference"; GPUs older than sm_80, a V100 too,
+            have these two. Also a derivative that kernels do not have: of second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).
@@ -105,7 +106,7 @@ def local_attention_2d(
     )
     scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
     if chosen not in ("sdpa", "reference"):
-        out, lse = local_attention_2d_op(
+        out, lse, _peaks = local_attention_2d_op(
             q,
             *keys,
             window.height,

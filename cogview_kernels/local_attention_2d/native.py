@@ -55,11 +55,11 @@ def forward(
     window: Window,
     scale: float,
     dropout: Dropout | None,
-    outputs: tuple[Tensor, Tensor],
+    outputs: tuple[Tensor, Tensor, Tensor],
     backend: str,
 ) -> None:
-    """Fills ``outputs``, out and lse. Rows of all tensors are contiguous."""
-    out, lse = outputs
+    """Fills ``outputs``, out and lse. Peaks there are none. Rows of all tensors are contiguous."""
+    out, lse, _ = outputs
     mask = None if keys.extra_mask is None else keys.extra_mask.contiguous()
     _extension.call(
         "local_attention_2d_fwd",
@@ -77,14 +77,14 @@ def backward(
     window: Window,
     scale: float,
     dropout: Dropout | None,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Tensor, ...],
     backend: str,
 ) -> None:
     """Fills ``gradients``, of q and of the first four of ``keys``. ``saved`` are the outputs of the forward,
     ``doutputs`` the gradients of out and lse. Rows are contiguous."""
-    (out, lse), (dout, dlse) = saved, doutputs
+    (out, lse, _), (dout, dlse) = saved, doutputs
     mask = None if keys.extra_mask is None else keys.extra_mask.contiguous()
     _extension.call(
         "local_attention_2d_bwd",

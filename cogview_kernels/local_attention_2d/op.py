@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch.ops.cogview_kernels.local_attention_2d``: schemas, fake tensors, and what is saved.
 
-Saved are the inputs, the output, and the log of the softmax's denominator: probabilities are computed anew.
+Saved are the inputs, the output, and the log of the softmax's denominator, which Triton's kernels need in two
+parts (``peaks``): probabilities are computed anew.
 """
 
 from __future__ import annotations
@@ -26,12 +27,19 @@ _FLAT = (
 
 def backend_module(backend: str) -> ModuleType:
     """The module whose ``forward``, ``backward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.local_attention_2d import triton_kernels
+
+        return triton_kernels
     return native
 
 
-def _empty_outputs(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """``(out, lse)``."""
-    return empty_in_order_of(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+def _empty_outputs(q: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    """``(out, lse, peaks)``."""
+    B, H, T, _ = q.shape
+    lse = q.new_empty(B, H, T, dtype=torch.float32)
+    peaks = lse.new_empty((B, H, 2, T) if rest[-1] == "triton" else 0)
+    return empty_in_order_of(q), lse, peaks
 
 
 def _empty_gradients(
@@ -46,7 +54,7 @@ def _forward(
     q, k, v, extra_k, extra_v, extra_mask,
     height, width, kernel_height, kernel_width, query_scale, causal, scale, dropout_p, seed, backend,
 ):  # fmt: skip
-    outputs = _empty_outputs(q)
+    outputs = _empty_outputs(q, backend)
     if q.numel() > 0:
         window = Window(height, width, kernel_height, kernel_width, query_scale, causal)
         keys = Keys(k, v, extra_k, extra_v, extra_mask).map(with_rows)
@@ -56,7 +64,7 @@ def _forward(
 
 
 def _backward(
-    dout, dlse, q, k, v, extra_k, extra_v, extra_mask, out, lse,
+    dout, dlse, q, k, v, extra_k, extra_v, extra_mask, out, lse, peaks,
     height, width, kernel_height, kernel_width, query_scale, causal, scale, dropout_p, seed, backend,
 ):  # fmt: skip
     gradients = _empty_gradients(dout, dlse, q, k, v, extra_k, extra_v)
@@ -64,7 +72,7 @@ def _backward(
         return tuple(x.zero_() for x in gradients)
     window = Window(height, width, kernel_height, kernel_width, query_scale, causal)
     keys = Keys(k, v, extra_k, extra_v, extra_mask).map(with_rows)
-    saved = with_rows(out), lse.contiguous()
+    saved = with_rows(out), lse.contiguous(), peaks
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
     dropout = Dropout.of(dropout_p, seed)
     backend_module(backend).backward(
@@ -78,10 +86,10 @@ def _save(ctx, arguments, outputs):
     return q, k, v, extra_k, extra_v, extra_mask, *outputs, seed
 
 
-def _differentiate(ctx, saved, dout, dlse):
+def _differentiate(ctx, saved, dout, dlse, _):
     *inputs_and_outputs, seed = saved
     if dout is None:
-        dout = torch.zeros_like(inputs_and_outputs[-2])
+        dout = torch.zeros_like(inputs_and_outputs[-3])
     gradients = local_attention_2d_backward_op(
         dout, dlse, *inputs_and_outputs, *ctx.options, seed, ctx.backend
     )
@@ -89,7 +97,7 @@ def _differentiate(ctx, saved, dout, dlse):
 
 
 local_attention_2d_op = Op(
-    f"local_attention_2d(Tensor q, {_KEYS}, {_FLAT}) -> (Tensor, Tensor)",
+    f"local_attention_2d(Tensor q, {_KEYS}, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_empty_outputs,
     save=_save,
@@ -97,6 +105,7 @@ local_attention_2d_op = Op(
 )
 local_attention_2d_backward_op = Op(
     f"local_attention_2d_backward(Tensor dout, Tensor? dlse, Tensor q, {_KEYS}, Tensor out, Tensor lse, "
+    "Tensor peaks, "
     f"{_FLAT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
