@@ -185,7 +185,7 @@ def ranked(shape: Shape, model: CogView, candidates: int, device: torch.device) 
 def told(result: dict[str, Any]) -> str:
     lines = [
         f"batch {result['batch']}: {result['ms_a_step']:.3f} ms a step, {result['seconds_a_picture']:.3f} s "
-        f"a picture; the floor is {result['floor_ms_a_step']:.3f} ms a step at {result['copy_gb_s']:.1f} GB/s: "
+        f"a picture; floor {result['floor_ms_a_step']:.3f} ms a step at {result['copy_gb_s']:.1f} GB/s: "
         f"{result['share_of_floor']:.0%}"
     ]
     for name, of in result["drawings"].items():

@@ -28,7 +28,8 @@ from tabulate import tabulate
 from benchmarks.results import write, write_json
 from cogview.config import Preset
 from cogview.data.digits import DigitPairs
-from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
+from cogview.data.rows import Rows
+from cogview.data.tokens import TokenDataset
 from cogview.files import read_json
 from cogview.images import save_figure
 from cogview.presets import PRESETS
@@ -79,9 +80,11 @@ def all_variants(steps: int, steps_of_precisions: int) -> list[Variant]:
 def validation_losses(run: Run, *, dense: bool) -> dict[str, float]:
     """Nats per token of the held-out scans and captions; under dense attention, or as the model trains."""
     test = DigitPairs("test")
-    codes = encode_images(test, run.tokenizers.image, progress=False)
-    captions = tokenize_captions(test, run.tokenizers.text).cut(run.max_text_tokens)
-    dataset = TokenDataset(run.tokenizers.vocab, codes, captions.pieces, run.model.config.max_positions)
+    tokenizers, places = run.tokenizers, range(len(test))
+    codes = run.encode([test.image(index, tokenizers.image.config.image_size) for index in places])
+    texts = [[tokenizers.text.encode(caption) for caption in test.captions(index)] for index in places]
+    rows = Rows.in_memory(tokenizers.vocab, codes, texts)
+    dataset = TokenDataset(tokenizers.vocab, rows, run.model.config.max_positions)
     train = PRESETS["digits"].train
     sums = torch.zeros(3)
     for index in range(PASSES):

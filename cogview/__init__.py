@@ -33,11 +33,13 @@ _HOMES = {
 }
 
 
+_EXTRAS = {"webdataset": ("webdataset", "reading shards")}  # beside ``model``
+
+
 def missing_extra(error: ModuleNotFoundError) -> str:
     """One line about a package that is absent because the kernels were installed without the model."""
-    return (
-        f"the model package needs {error.name}, which is not installed: pip install 'cogview-kernels[model]'"
-    )
+    extra, user = _EXTRAS.get(error.name or "", ("model", "the model package"))
+    return f"{user} needs {error.name}, which is not installed: pip install 'cogview-kernels[{extra}]'"
 
 
 def __getattr__(name: str) -> Any:

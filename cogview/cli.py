@@ -7,6 +7,7 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import difflib
+import inspect
 import io
 import os
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import cogview
+from cogview.launch import started_as_first, started_ranks
 
 EXIT_MISTAKE = 2
 EXIT_SIGNAL = 128  # and the number of the signal
@@ -23,6 +25,7 @@ EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
 
 EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
+    "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
@@ -34,7 +37,8 @@ EXAMPLES = {
     "demo": "--out runs/demo",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "train", "demo", "study")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo", "study")
+WITH_RANKS = ("train",)  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 
@@ -78,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given is not None:
                 _run(verb, given)
     except KeyboardInterrupt as interrupt:
-        if verb in RESUMABLE and given is not None:
+        if not started_as_first():
+            pass  # The first rank tells it for all.
+        elif verb in RESUMABLE and given is not None:
             print(
                 f"\ninterrupted; what is finished is saved in {given.out}. "
                 "Run the same command again to go on from there.",
@@ -97,7 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{f'cogview {verb}'.strip()}: {' '.join(str(error).split())}", file=sys.stderr)
+        # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
+        if given is not None or started_as_first():
+            where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
+            command = f"cogview {verb}".strip()
+            print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
 
@@ -122,8 +132,10 @@ def _parse(verb: str, words: list[str]) -> Any:
         near = difflib.get_close_matches(words[0], VERBS, n=1)
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
+    if started_ranks() > 1 and verb not in WITH_RANKS:
+        raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
     example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
-    parts = [VERBS[verb].__doc__ or "", f"example:\n  {example}"]
+    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))
@@ -144,4 +156,5 @@ def _run(verb: str, given: Any) -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if started_as_first():
+        print(f"warning: {message}", file=sys.stderr)

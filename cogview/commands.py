@@ -33,15 +33,43 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
         text_pieces=given.text_pieces,
     )
     device = usable_device(given.device)
-    history = train_tokenizers(TrainTokenizers(given.data, given.out, preset, device))
+    history = train_tokenizers(
+        TrainTokenizers(given.data, given.out, preset, device, workers=given.workers, skip_bad=given.skip_bad)
+    )
     error = _late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
     _say_next("train", "--data", given.data, "--out", given.out)
 
 
+def tokenize(given: options.Tokenize) -> None:
+    """``cogview tokenize``."""
+    from cogview.data.rows import SKIPPED
+    from cogview.data.tokenize import Tokenize, tokenize
+
+    rows = tokenize(
+        Tokenize(
+            given.data,
+            given.out,
+            given.run,
+            given.max_text_tokens,
+            given.workers,
+            usable_device(given.device),
+        )
+    )
+    head = rows.head
+    print(f"{head.rows} rows of {head.images} images, {head.format.width} tokens each, in {given.out}")
+    cut = head.captions.longer_than(given.max_text_tokens)
+    if cut:
+        print(f"{cut} captions are longer than {given.max_text_tokens} tokens and lost their end")
+    if head.skipped:
+        print(f"{head.skipped} left out; {given.out / SKIPPED} says why")
+    _say_next("train", "--data", given.out, "--out", given.run)
+
+
 def train(given: options.Train) -> None:
     """``cogview train``."""
     from cogview.run import sample_sheet
+    from cogview.training import distributed
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -53,7 +81,19 @@ def train(given: options.Train) -> None:
         max_text_tokens=given.max_text_tokens,
     )
     device = usable_device(given.device)
-    history = train_model(TrainModel(given.data, given.out, preset, device, draw=sample_sheet))
+    wanted = TrainModel(
+        given.data,
+        given.out,
+        preset,
+        device,
+        draw=sample_sheet,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
+    )
+    with distributed.joined_ranks(device):
+        history = train_model(wanted)
+        if not distributed.is_first():
+            return
     image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")

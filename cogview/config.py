@@ -127,6 +127,7 @@ class TrainConfig:
     compile_layers: bool = False  # by torch.compile, which needs a compiler
     samples_every: int = 0  # steps between two sheets of pictures in TensorBoard, 0 = none
     sample_texts: tuple[str, ...] = ()  # what they show; by default the first four captions of the data
+    validation: float = 0.0  # share of the images that is not trained on; its loss is told at each checkpoint
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
     text_dropout: float = 0.0  # share of text-to-image rows that lose their text, for guidance when drawing
     resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
@@ -140,6 +141,7 @@ class TrainConfig:
         _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
         _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
         _require(self.samples_every >= 0, "samples_every", "0 (none) or more", self.samples_every)
+        _require(0 <= self.validation < 1, "validation", "in [0, 1)", self.validation)
         shrinks = 0 < self.embedding_gradient <= 1
         _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
         narrow = self.precision == "fp16" or not self.resblock_scaling

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import torch
 
+from cogview.launch import own_gpu
+
 
 def default_device() -> str:
-    """``"cuda"`` where an NVIDIA GPU answers, else ``"cpu"``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """``"cuda"`` where an NVIDIA GPU answers, else ``"cpu"``. Each rank of ``torchrun`` has its own GPU."""
+    return own_gpu() if torch.cuda.is_available() else "cpu"
 
 
 def usable_device(name: str | None = None) -> str:
     """``name``, or the default device for None; a device that cannot be used here is a ValueError."""
     if name is None:
         return default_device()
+    if name == "cuda":
+        name = own_gpu()
     try:
         torch.zeros(1, device=name).item()  # "meta" makes tensors, but there is nothing in them
     except (RuntimeError, AssertionError) as error:

@@ -40,6 +40,22 @@ Data = Annotated[
         '({"file": "caption" or ["one", "two"]}); or "digits", the built-in handwritten digits',
     ),
 ]
+PicturesOrRows = Annotated[
+    str,
+    arg(
+        metavar="DATA",
+        help="a folder of images with captions.tsv or captions.json; or the folder of rows that "
+        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits"',
+    ),
+]
+PicturesOrShards = Annotated[
+    str,
+    arg(
+        metavar="DATA",
+        help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
+        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits"',
+    ),
+]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
 PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
@@ -67,15 +83,41 @@ class TrainTokenizer:
     """sizes and schedule; every other option overrides it"""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in the run folder"""
+    workers: int = 0
+    """processes that read images ahead of the training, 0 = none"""
+    device: Device = None
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Turn pictures and captions into rows of tokens on disk (for data of any size)."""
+
+    data: PicturesOrShards
+    out: Annotated[Path, arg(metavar="ROWS")]
+    """folder of rows to write; interrupted work goes on where it stopped"""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run folder of "cogview train-tokenizer", whose tokenizers are used"""
+    max_text_tokens: int = 64
+    """room for a text in a row, in tokens; a longer caption loses its end"""
+    workers: int = 4
+    """threads that read images"""
     device: Device = None
     """cpu or cuda"""
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train the transformer (second step, in the folder of the first)."""
+    """Train the transformer (second step, in the folder of the first).
 
-    data: Data
+    On the 8 GPUs of a machine, with the same options:
+    torchrun --standalone --nproc-per-node 8 -m cogview train ...
+    They share each batch, and another number of them can go on with the run.
+    """
+
+    data: PicturesOrRows
     out: Annotated[Path, arg(metavar="RUN")]
     """run folder that holds the tokenizers; an interrupted run goes on where it stopped"""
     model: ModelConfig
@@ -92,6 +134,10 @@ class Train:
     """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in RUN/rows"""
+    workers: int = 0
+    """processes that make batches ahead of the training, 0 = none"""
     device: Device = None
     """cpu or cuda"""
 

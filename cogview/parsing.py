@@ -27,6 +27,7 @@ else:
 
 VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
+    "tokenize": options.Tokenize,
     "train": options.Train,
     "plan": options.Plan,
     "generate": options.Generate,
@@ -45,10 +46,11 @@ _OF_TRAINING = {
         for name in ("steps", "batch-size", "seed", "precision", "accumulate", "log-every", "keep")
     },
     "samples-every": "train.samples-every",
+    "validation": "train.validation",
     "compile-layers": "train.compile-layers",
     "checkpoint-layers": "model.activation-checkpointing",
 }
-_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "compile-layers")
+_NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "validation", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")

@@ -9,6 +9,7 @@
       text_tokenizer.model         SentencePiece
       image_tokenizer.safetensors  VQ-VAE
       model.json                   shape of the transformer, its training and sampling
+      rows/                        pictures and captions that are trained on, as tokens
       train.toml                   all options of that training, for ``--settings``
       checkpoints/step-00000400/   weights, optimizer, losses so far; the last three, unless told otherwise
       tensorboard/                 curves and sample pictures

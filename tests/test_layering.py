@@ -80,6 +80,7 @@ FLOORS = [
         "files",
         "config",
         "seeding",
+        "launch",
         "device",
         "progress",
         "presets",

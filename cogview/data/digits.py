@@ -81,6 +81,8 @@ class DigitPairs:
     same: without them a transformer learns 1,437 pictures by heart.
     """
 
+    absent: tuple[str, ...] = ()
+
     def __init__(self, split: str = "train", copies: int = 1) -> None:
         self.copies = copies
         scans, labels = splits()[split]

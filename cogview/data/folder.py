@@ -39,6 +39,8 @@ class FolderPairs:
         skip_bad: leave out files that are not there; :meth:`check` then tells which.
     """
 
+    absent: list[str]
+
     def __init__(self, folder: StrPath, *, skip_bad: bool = False) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -47,10 +49,10 @@ class FolderPairs:
         if not self._items:
             raise ValueError(f"{self.folder}: the caption list is empty")
         self._pictures: dict[tuple[int, int], Tensor] = {}  # by index and size, read before
-        self._absent = self._leave_out_absent()
-        if self._absent and not (skip_bad and self._items):
+        self.absent = self._leave_out_absent()
+        if self.absent and not (skip_bad and self._items):
             raise FileNotFoundError(
-                f"{self.folder}: the caption list names files that are not there: {listing(self._absent)}"
+                f"{self.folder}: the caption list names files that are not there: {listing(self.absent)}"
             )
 
     def _leave_out_absent(self) -> list[str]:
@@ -109,7 +111,7 @@ class FolderPairs:
         if bad:
             self._items = [item for item, problem in zip(self._items, problems, strict=True) if not problem]
             self._pictures.clear()  # Its indices are those of the longer list.
-        return [f"{self.folder / name} is not there" for name in self._absent] + bad
+        return [f"{self.folder / name} is not there" for name in self.absent] + bad
 
     def _problem(self, index: int, size: int) -> str:
         try:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images of pairs in batches, read in this process or ahead of it in others."""
+"""Batches of training steps, made in this process or ahead of it in others."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cogview.data.pairs import Pairs
+
+T = TypeVar("T")
 
 
 class PairImages(Dataset[Tensor]):
@@ -26,11 +30,17 @@ class PairImages(Dataset[Tensor]):
         return self.pairs.image(index, self.size)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C and SIGHUP reach every process of a terminal, a scheduler's SIGTERM every process of a job. The
-    # training process finishes its step, saves, and then ends its workers.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
+def _leave_group(worker: int) -> None:
+    """What asks a training to end, Ctrl-C above all, reaches its whole group, but must not reach its workers.
+
+    The training then finishes its step, for which it needs them. It ends them itself: where an error left
+    them waiting, by SIGTERM, which they must therefore not ignore, or the process would never end.
+    """
+    os.setpgrp()
+    signal.set_wakeup_fd(-1)  # A signal here would be told to the training as one of its own.
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_images(
@@ -41,6 +51,30 @@ def training_images(
         PairImages(pairs, size),
         batch_sampler=order,
         num_workers=workers,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_leave_group,
         generator=torch.Generator(),  # The loader draws a seed from it rather than from the global one.
+    )
+
+
+class _Steps(Dataset[T], Generic[T]):
+    """What a pure function gives for each step."""
+
+    def __init__(self, batch: Callable[[int], T]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, step: int) -> T:
+        return self.batch(step)
+
+
+def training_batches(batch: Callable[[int], T], steps: range, workers: int = 0) -> Iterator[T]:
+    """``batch(step)`` of each step in order; ``workers`` processes, if there are any, make them ahead."""
+    return iter(
+        DataLoader(
+            _Steps(batch),
+            sampler=steps,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_leave_group,
+            generator=torch.Generator(),
+        )
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +14,10 @@ from cogview.files import StrPath
 
 class Pairs(Protocol):
     """Images and their captions."""
+
+    @property
+    def absent(self) -> Sequence[str]:
+        """Names of images that are listed and not there."""
 
     def __len__(self) -> int: ...
 
@@ -39,11 +43,23 @@ class Pairs(Protocol):
         """See :func:`cogview.data.fingerprint.fingerprint`."""
 
 
+def is_shards(data: StrPath) -> bool:
+    """Whether ``data`` names WebDataset shards rather than a folder."""
+    name = os.fspath(data)
+    is_archive = name.endswith((".tar", ".tar.gz", ".tgz")) and not os.path.isdir(name)
+    return name.startswith("pipe:") or "://" in name or is_archive
+
+
 def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
     """``"digits"`` for the training part of the built-in digits, anything else is a folder.
 
     With ``skip_bad`` files that are not there are left out; :meth:`Pairs.check` tells which.
     """
+    if is_shards(data):
+        raise ValueError(
+            f"{os.fspath(data)} names shards, which cogview tokenize turns into rows to train on; "
+            "tokenizers are trained on a folder of pictures"
+        )
     if os.fspath(data) == "digits":
         from cogview.data.digits import training_pairs
 

@@ -23,6 +23,7 @@ from tabulate import tabulate
 
 from cogview.config import ModelConfig, TrainConfig
 from cogview.data.digits import splits
+from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.device import default_device
 from cogview.evaluation.half import HalfTrainer, Techniques
@@ -110,7 +111,7 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
     claim_settings(out / "settings.json", StabilitySettings(size))
     scans, labels = splits()["train"]
     captions = [[[int(label)]] for label in labels]
-    dataset = TokenDataset(VOCAB, torch.tensor(scans).long(), captions, ROW)
+    dataset = TokenDataset(VOCAB, Rows.in_memory(VOCAB, torch.tensor(scans).long(), captions), ROW)
     records: list[dict[str, Any]] = []
     total = len(VARIANTS) * options.seeds * size.steps
     try:

@@ -206,6 +206,11 @@ class CogView(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         layers = cast("list[Layer]", list(trunk.layers))
         pre_norms = [layer.input_layernorm for layer in layers] + [trunk.final_layernorm]
+        if any(hasattr(norm.weight, "device_mesh") for norm in pre_norms) and not hasattr(x, "device_mesh"):
+            raise ValueError(
+                "fully_shard cannot take a whole layer, since its end is computed together with the first "
+                "norm of the next layer; call it with each of model.sharding_units(), then with the model"
+            )
         first = pre_norms[0]
         normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
         for index, layer in enumerate(layers):
@@ -221,6 +226,14 @@ class CogView(nn.Module):
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
         return hidden @ self.word_embeddings.weight[first:last].t()
+
+    def sharding_units(self) -> list[list[nn.Module]]:
+        """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.
+
+        The norms are sharded with the model itself, since two layers share one call at their border.
+        """
+        layers = cast("list[Layer]", list(self.transformer.layers))
+        return [[layer.attention, layer.mlp] for layer in layers]
 
     def num_parameters(self) -> int:
         """Number of parameters; the head is tied and counts once."""

@@ -17,6 +17,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,9 +128,12 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
         raise ValueError(
             f"rows must have at most length={length} tokens, got one of {longest}; shorten its text"
         )
-    padded = torch.full((len(rows), length), vocab.pad, dtype=torch.int64)
-    for row, tokens in zip(padded, rows, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+    table = np.full(
+        (len(rows), length), vocab.pad, dtype=np.int64
+    )  # NumPy reads lists several times as fast.
+    for row, tokens in zip(table, rows, strict=True):
+        row[: len(tokens)] = tokens
+    padded = torch.from_numpy(table)
     inputs, targets = padded[:, :-1].contiguous(), padded[:, 1:].contiguous()
     image = inputs < vocab.num_image_codes
     valid = inputs != vocab.pad

@@ -44,7 +44,7 @@ class TextTokenizer:
 
     def __init__(self, model: bytes) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._model = model
+        self.model = model
 
     @classmethod
     def load(cls, path: StrPath) -> TextTokenizer:
@@ -98,7 +98,7 @@ class TextTokenizer:
 
     def save(self, path: StrPath) -> None:
         """Write the model file, aside first and then renamed."""
-        write_bytes(path, self._model)
+        write_bytes(path, self.model)
 
     def __len__(self) -> int:
         return self._processor.get_piece_size()

@@ -6,6 +6,9 @@ A checkpoint is a folder ``step-00000400`` with ``model.safetensors``, a file fo
 files. It appears under its name only when complete and on the disk, so a kill at any moment leaves the
 previous one intact. Random numbers need no saving: training derives them from (seed, step).
 
+Several ranks save the same, but for the optimizers: each rank writes its own part of their state, such as
+``optimizer-00001-of-00004.safetensors``. A checkpoint of either kind is read by any number of ranks.
+
 Only folders of exactly such a name with a ``state.json`` in them are checkpoints. Whatever else lies beside
 them is the user's: it is neither read nor removed. A damaged checkpoint is refused by name, with the way to
 go on from the one before; nothing falls back in silence, since that would throw steps away.
@@ -38,6 +41,8 @@ from cogview.files import (
     write_json,
 )
 from cogview.settings import build, plain
+from cogview.training import distributed
+from cogview.training.shards import load_shards, save_shards
 from cogview.weights import load_weights
 
 CHECKPOINTS = "checkpoints"  # of the transformer, in its run folder
@@ -102,26 +107,41 @@ def save_checkpoint(
 ) -> Path:
     """Save the state after ``state.step`` steps as ``folder/step-...``; of all such, keep the last ``keep``.
 
+    All ranks together. The first one needs room for all weights in its host memory.
     OSError, such as for a full disk, leaves the earlier checkpoints as they were, and nothing half-written.
     """
     folder = Path(folder)
     final = folder / f"step-{state.step:08d}"
     aside = folder / _WRITING
+    first = distributed.is_first()
     try:
-        _remove_leftovers(folder)
-        aside.mkdir(parents=True)
-        save_tensors(aside / MODEL, model.state_dict())
+        if first:
+            _remove_leftovers(folder)
+            aside.mkdir(parents=True)
+        distributed.wait_for_all()
+        weights = distributed.gathered_on_first(model.state_dict())
         for name, optimizer in optimizers.items():
-            save_tensors(aside / f"{name}.safetensors", _optimizer_tensors(model, optimizer))
-        complete_checkpoint(aside, state)
-        _put_in_place(aside, final)
+            _save_optimizer(aside, name, _optimizer_tensors(model, optimizer))
+        if first:
+            save_tensors(aside / MODEL, weights)
+            complete_checkpoint(aside, state)
+            _put_in_place(aside, final)
     except OSError as error:
         raise OSError(f"{final} cannot be saved: {error}; {_what_remains(folder)}") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    for old in checkpoints(folder)[:-keep]:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+    for old in checkpoints(folder)[:-keep] if first else ():
         _remove(old)
+    distributed.wait_for_all()
     return final
+
+
+def _save_optimizer(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    if distributed.num_ranks() > 1:
+        save_shards(folder, name, tensors)
+    else:
+        save_tensors(folder / f"{name}.safetensors", tensors)
 
 
 def complete_checkpoint(folder: Path, state: CheckpointState) -> None:
@@ -224,33 +244,77 @@ def check_origin(path: Path, origin: Mapping[str, str]) -> None:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizers: Optimizers) -> CheckpointState:
-    """Restore model and optimizers; returns the rest.
+    """Restore model and optimizers; returns the rest. All ranks together, whatever number of them saved it.
 
     ValueError if a file is not the one that was written, or is of another model. It names the file and the
     way to go on from the checkpoint before.
     """
     state = read_state(path)
-    load_weights(model, verified_tensors(path, MODEL, state), path)
+    if distributed.num_ranks() > 1:
+        _verify_together(path, state)
+        weights = model.state_dict()
+        load_weights(model, load_shards(path, lambda name, *_: weights.get(name)), path)
+    else:
+        load_weights(model, verified_tensors(path, MODEL, state), path)
     for name, optimizer in optimizers.items():
-        file = f"{name}.safetensors"
-        tensors = verified_tensors(path, file, state)
+        tensors = _saved_optimizer(path, name, state, model, optimizer)
         if not tensors and state.files is None:  # Nothing tells that it was written so.
-            raise _refusal(path, f"{file} is empty")
-        _restore_optimizer(model, optimizer, tensors, path / file)
+            raise _refusal(path, f"{name}.safetensors is empty")
+        _restore_optimizer(model, optimizer, tensors, path / f"{name}.safetensors")
     return state
+
+
+def _verify_together(path: Path, state: CheckpointState) -> None:
+    """Every rank verifies its share of the files; what one of them refuses, all do."""
+    reason = ""
+    try:
+        for name in sorted(state.files or ())[distributed.rank() :: distributed.num_ranks()]:
+            _verify(path, name, state)
+    except (ValueError, OSError) as error:
+        reason = str(error)
+    reasons = [reason for reason in distributed.of_all_ranks(reason) if reason]
+    if reasons:
+        raise ValueError(reasons[0])
+
+
+def _saved_optimizer(
+    path: Path, name: str, state: CheckpointState, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """The state of an optimizer, which one process saved or several, for one process or for this rank."""
+    shards = [file for file in state.files or () if re.fullmatch(rf"{name}-\d+-of-\d+\.safetensors", file)]
+    if distributed.num_ranks() == 1 and not shards:
+        return verified_tensors(path, f"{name}.safetensors", state)
+    if distributed.num_ranks() == 1:
+        for shard in shards:
+            _verify(path, shard, state)
+    moved = set(_names(model, optimizer).values())
+    weights = {weight: tensor for weight, tensor in model.state_dict().items() if weight in moved}
+
+    def like(key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """State of the shape of its weight is spread over the ranks as the weight is."""
+        weight = weights.get(key.rpartition("/")[0])
+        if weight is None:
+            return None
+        return torch.zeros_like(weight) if weight.shape == shape else torch.zeros(shape, dtype=dtype)
+
+    return load_shards(path, like)
 
 
 def verified_tensors(path: Path, name: str, state: CheckpointState) -> dict[str, Tensor]:
     """The tensors of a file of a checkpoint. ValueError unless it is the file that was written with it."""
+    _verify(path, name, state)
+    try:
+        return load_tensors(path / name)
+    except ValueError as error:
+        raise _refusal(path, str(error)) from None
+
+
+def _verify(path: Path, name: str, state: CheckpointState) -> None:
     file = path / name
     _check_size(path, name, state)
     require_readable(file, "weights")
     if state.files is not None and digest(file) != state.files[name].digest:
         raise _refusal(path, f"{name} is not the file that was saved with it")
-    try:
-        return load_tensors(file)
-    except ValueError as error:
-        raise _refusal(path, str(error)) from None
 
 
 def _check_size(path: Path, name: str, state: CheckpointState) -> None:

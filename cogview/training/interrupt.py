@@ -31,10 +31,15 @@ class DeferredInterrupt:
     is raised; where that cannot happen within two seconds the thread ends the process, which harms nothing
     that is saved. A signal that was ignored before, as SIGHUP is under ``nohup``, stays ignored. The block
     does nothing outside the main thread, where Python delivers no signals.
+
+    With several ``ranks`` a further signal means nothing: a terminal sends Ctrl-C to all of them, and then
+    ``torchrun`` sends it once more. It ends those that have not saved after 30 seconds. ``tells`` is whether
+    this rank answers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1, tells: bool = True) -> None:
         self.requested = False
+        self._ranks, self._tells = ranks, tells
         self._signum: int = signal.SIGINT
         self._is_main = threading.current_thread() is threading.main_thread()
         self._previous: dict[int, Any] = {}
@@ -45,7 +50,7 @@ class DeferredInterrupt:
         return Interrupted(self._signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and self._ranks == 1:
             raise Interrupted(signum)
         self.requested, self._signum = True, signum
 
@@ -57,8 +62,9 @@ class DeferredInterrupt:
                 continue
             times += 1
             if times == 1:
-                _say("\nfinishing this step, then saving; a second Ctrl-C ends at once\n")
-            elif not self._left.wait(GRACE_SECONDS):
+                further = "; a second Ctrl-C ends at once" if self._ranks == 1 else ""
+                _say(f"\nfinishing this step, then saving{further}\n" if self._tells else "")
+            elif self._ranks == 1 and not self._left.wait(GRACE_SECONDS):
                 _say("\nended at once; what is saved is whole\n")
                 os._exit(128 + signum)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cogview.files import StrPath
 from cogview.progress import Progress
+from cogview.training import distributed
 from cogview.training.board import Board
 from cogview.training.checkpoint import (
     CheckpointState,
@@ -110,6 +111,13 @@ class Trainer(ABC):
         """A PIL picture that shows what the model can do. It must leave all that later steps depend on."""
         raise NotImplementedError
 
+    def validate(self) -> dict[str, float]:
+        """Losses on data that are not trained on, at each checkpoint; empty where there are none.
+
+        It must leave all that later steps depend on as it is, and the model in training mode.
+        """
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside weights and optimizers, for JSON."""
         return {}
@@ -143,7 +151,7 @@ def descend(
     """
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    norm = distributed.whole(nn.utils.clip_grad_norm_(model.parameters(), clip_norm))
     skipped = ~torch.isfinite(norm)
     if scaler is not None:
         scaler.step(optimizer)
@@ -227,6 +235,15 @@ class _Report:
         if every and done % every == 0:
             self._board.picture(f"{self._trainer.board}/samples", self._trainer.sample(), done)
 
+    def validate(self, done: int) -> None:
+        """Record and show what data that are not trained on say after ``done`` steps."""
+        values = self._trainer.validate()
+        for name, value in values.items():
+            self._board.scalar(f"{self._trainer.board}/validation_{name}", value, done - 1)
+        if values:
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            self._bar.write(f"after {done} steps, validation: {shown}")
+
     @contextmanager
     def pause(self) -> Iterator[None]:
         """What is done in the block is no part of a step's time."""
@@ -243,7 +260,7 @@ class _Report:
 
 def _resume(trainer: Trainer, folder: Path, steps: int) -> CheckpointState:
     """Put ``trainer`` where the latest checkpoint left it; the state of step 0 if there is none."""
-    saved = latest_checkpoint(folder)
+    saved = distributed.of_all_ranks(latest_checkpoint(folder))[0]  # the same for all, however slow the disk
     if saved is None:
         return CheckpointState(0, {name: [] for name in trainer.recorded})
     state = load_checkpoint(saved, trainer.model, trainer.optimizers)
@@ -268,7 +285,8 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
     number. It reads what the steps report every ``trainer.log_every`` steps and before each checkpoint, and
     does not wait for the device in between. On Ctrl-C, SIGTERM or SIGHUP, finishes the step, saves and raises
     a KeyboardInterrupt. Returns the history, one value per step under each recorded name, and leaves the
-    model in eval mode.
+    model in eval mode. All ranks together: they stop after the same step, whichever of them is interrupted,
+    and only the first one shows anything.
     """
     out = Path(out)
     folder = out / trainer.checkpoints
@@ -278,9 +296,11 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         return resumed.history
     trainer.model.train()
     with (
-        DeferredInterrupt() as interrupt,
-        Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress) as bar,
-        Board(out / "tensorboard", resumed.step, bar.write) as board,
+        DeferredInterrupt(ranks=distributed.num_ranks(), tells=distributed.is_first()) as interrupt,
+        distributed.only_first(
+            lambda: Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress)
+        ) as bar,
+        distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
         for step, batch in zip(
@@ -288,15 +308,17 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         ):
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
-            saves = done % config.checkpoint_every == 0 or done == config.steps or interrupt.requested
+            stops = distributed.any_rank(interrupt.requested)
+            saves = done % config.checkpoint_every == 0 or done == config.steps or stops
             if saves or done % trainer.log_every == 0:
                 report.read()
             with report.pause():
                 if saves:
                     state = report.state(done)
                     save_checkpoint(folder, state, trainer.model, trainer.optimizers, keep=config.keep)
-                    if interrupt.requested:
+                    if stops:
                         raise interrupt.exception()
+                    report.validate(done)
                 report.sample(done)
         if report.skipped_steps:
             bar.write(f"{report.skipped_steps} of {config.steps} steps skipped")

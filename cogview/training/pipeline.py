@@ -7,8 +7,10 @@ the folder once a first checkpoint is there: a call that failed before it can be
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +23,12 @@ import torch
 from cogview.config import Preset
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
-from cogview.data.tokens import TokenDataset, encode_images, tokenize_captions
+from cogview.data.row_writer import has_rows, row_format, write_rows
+from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, split_rows
+from cogview.data.samples import PairSamples
+from cogview.data.tokens import TokenDataset, caption_lengths
 from cogview.device import default_device
-from cogview.files import StrPath, exists, read_json, save_tensors, write_json
+from cogview.files import StrPath, exists, read_json, save_tensors, write_json, write_text
 from cogview.model.transformer import CogView
 from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
@@ -44,16 +49,18 @@ from cogview.settings import (
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.compilation import require_compiler
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import plan_model, plan_text, require_fitting_preset
 from cogview.training.precision import Precision
-from cogview.training.transformer import train
+from cogview.training.transformer import TrainingData, train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
+TRAINING_ROWS = "rows"  # of pictures that are trained on, in the run folder
 
 # A picture of texts by a model that is being trained, at which TensorBoard shows how far it is. It is handed
 # in from above, as training does not know how pictures are drawn.
@@ -75,6 +82,7 @@ class TrainTokenizers:
     device: str = field(default_factory=default_device)
     progress: bool = True
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
+    skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
 
 
 def train_tokenizers(options: TrainTokenizers) -> History:
@@ -108,12 +116,18 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
     is_started = is_finished or saved is not None
     if is_started:
         check_settings(out / TOKENIZER_SETTINGS, settings)
-    pairs = open_pairs(options.data)
+    if is_rows(options.data):
+        raise ValueError(f"{options.data} holds rows of tokens; a tokenizer is trained on pictures")
+    pairs = open_pairs(options.data, skip_bad=options.skip_bad)
     origin = {"data": fingerprint(pairs)}
     if saved is not None:
         check_resumable(saved, origin)
     if not is_finished:
-        pairs.check(preset.image_tokenizer.image_size, progress=options.progress)
+        size = preset.image_tokenizer.image_size
+        left_out = pairs.check(size, skip_bad=options.skip_bad, progress=options.progress)
+        if left_out:
+            write_text(out / SKIPPED, "".join(f"{reason}\n" for reason in left_out))
+        _tell_left_out(len(left_out), out, options)
     text = None if is_started else _plan_text(pairs, preset, options)
     lock.take()
     write_settings(out / TOKENIZER_SETTINGS, settings)
@@ -178,7 +192,11 @@ def _train_image_tokenizer(
 
 @dataclass(frozen=True)
 class TrainModel:
-    """Train the transformer on ``data`` into the run folder ``out``, which holds its tokenizers."""
+    """Train the transformer on ``data`` into the run folder ``out``, which holds its tokenizers.
+
+    ``data`` are a folder of pictures with captions, ``"digits"``, or the folder of rows that ``cogview
+    tokenize`` wrote with the same tokenizers. The rows of pictures are written once, into the run folder.
+    """
 
     data: StrPath
     out: StrPath
@@ -186,10 +204,12 @@ class TrainModel:
     device: str = field(default_factory=default_device)
     progress: bool = True
     draw: Draw | None = None  # None: no sample pictures
+    workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
+    skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
 
 
 def train_model(options: TrainModel) -> History:
-    """Train the transformer, or go on from its latest checkpoint.
+    """Train the transformer, or go on from its latest checkpoint; under ``torchrun``, all ranks together.
 
     Vocabulary, number of positions and room for text follow from the tokenizers and the captions (see
     :func:`cogview.training.plan.plan_model`). Returns the history: image loss, text loss and learning rate
@@ -203,8 +223,10 @@ def train_model(options: TrainModel) -> History:
         BlockingIOError: another training is at work in the folder.
         FileNotFoundError: no tokenizers in the folder, no such data, or listed files that are not there.
     """
-    with RunLock(options.out) as lock:
-        return _train_model(options, lock)
+    with distributed.joined_ranks(options.device):
+        options = dataclasses.replace(options, progress=options.progress and distributed.is_first())
+        with distributed.only_first(lambda: RunLock(options.out)) as lock:
+            return _train_model(options, lock)
 
 
 def _train_model(options: TrainModel, lock: RunLock) -> History:
@@ -216,29 +238,33 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     if preset.train.compile_layers:
         require_compiler(options.device)
     tokenizers = load_tokenizers(out, options.device)
-    pairs = open_pairs(options.data)
-    captions = tokenize_captions(pairs, tokenizers.text)
-    plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, captions)
+    data = _open_data(options, tokenizers)
+    lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)
+    plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, lengths)
     settings = ModelSettings(
         os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
     )
-    origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(pairs)}
+    origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(data)}
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
         check_resumable(saved, origin)
         _tell(_notes_on_going_on(out, preset), options.progress)
-    draw = _sample_drawer(options, settings, tokenizers, pairs)
+    draw = _sample_drawer(options, settings, tokenizers, data)
     _tell(plan.notes, options.progress)
-    pairs.check(tokenizers.image.config.image_size, progress=options.progress)
-    codes = encode_images(pairs, tokenizers.image, progress=options.progress)
-    texts = captions.cut(plan.max_text_tokens).pieces
-    dataset = TokenDataset(tokenizers.vocab, codes, texts, plan.row_length)
+    lock.take()
+    rows = data if isinstance(data, Rows) else _rows_of(data, options, tokenizers, plan.max_text_tokens)
+    training, validation = split_rows(rows, preset.train.validation)
+    dataset = TrainingData(
+        TokenDataset(tokenizers.vocab, training, plan.row_length),
+        TokenDataset(tokenizers.vocab, validation, plan.row_length) if validation is not None else None,
+        options.workers,
+    )
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
-    lock.take()
-    write_settings(out / MODEL_SETTINGS, settings)
-    write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+    if distributed.is_first():
+        write_settings(out / MODEL_SETTINGS, settings)
+        write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
     return train(
         model,
         dataset,
@@ -259,8 +285,40 @@ def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
     ]
 
 
+def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
+    if not is_rows(options.data):
+        return open_pairs(options.data, skip_bad=options.skip_bad)
+    rows = open_rows(options.data)
+    if rows.head.format.tokenizers != tokenizers.fingerprint:
+        raise ValueError(
+            f"the rows in {options.data} were written with other tokenizers than those of {options.out}: "
+            f"write them anew with cogview tokenize --run {options.out}"
+        )
+    return rows
+
+
+def _rows_of(pairs: Pairs, options: TrainModel, tokenizers: Tokenizers, text_width: int) -> Rows:
+    """The rows of pictures, which are encoded once: a run that goes on finds them in its folder."""
+    folder, samples = Path(options.out) / TRAINING_ROWS, PairSamples(pairs)
+    wanted = row_format(samples, tokenizers, text_width)
+    if not distributed.is_first():
+        while not has_rows(folder, wanted):
+            time.sleep(1)  # That takes longer than ranks wait for one another.
+        return open_rows(folder)
+    if not options.skip_bad and not has_rows(folder, wanted):
+        pairs.check(tokenizers.image.config.image_size, progress=options.progress)
+    rows = write_rows(samples, tokenizers, folder, wanted, replace=True, progress=options.progress)
+    _tell_left_out(rows.head.skipped, folder, options)
+    return rows
+
+
+def _tell_left_out(count: int, folder: Path, options: TrainTokenizers | TrainModel) -> None:
+    if count:
+        _tell([f"{count} images left out; {folder / SKIPPED} says why"], options.progress)
+
+
 def _sample_drawer(
-    options: TrainModel, settings: ModelSettings, tokenizers: Tokenizers, pairs: Pairs
+    options: TrainModel, settings: ModelSettings, tokenizers: Tokenizers, data: Pairs | Rows
 ) -> Callable[[CogView], Any] | None:
     """What draws the sample pictures, given the model. ValueError for a text that is too long for it."""
     draw, room = options.draw, settings.max_text_tokens
@@ -271,7 +329,13 @@ def _sample_drawer(
         if not 1 <= len(tokenizers.text.encode(text)) <= room:
             raise ValueError(f"sample_texts must have 1 to {room} tokens each, got {text!r}")
     if not texts:
-        firsts = (pairs.captions(index)[0] for index in range(len(pairs)))
+        firsts = (_first_caption(data, index, tokenizers) for index in range(len(data)))
         fitting = (text for text in firsts if len(tokenizers.text.encode(text)) <= room)
         texts = tuple(islice(dict.fromkeys(islice(fitting, 100)), 4))
     return lambda model: draw(model, tokenizers, settings, texts)
+
+
+def _first_caption(data: Pairs | Rows, index: int, tokenizers: Tokenizers) -> str:
+    if isinstance(data, Rows):
+        return tokenizers.text.decode(data.read(index)[0])
+    return data.captions(index)[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cogview.config import ImageTokenizerConfig, ModelConfig, Preset
-from cogview.data.tokens import Captions
+from cogview.data.rows import CaptionLengths
 from cogview.files import StrPath
 from cogview.settings import TokenizerSettings, load_tokenizer_settings
 from cogview.tokens.sequence import FRAME_TOKENS
@@ -60,7 +60,7 @@ class ModelPlan:
         return self.config.max_positions
 
 
-def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: Captions) -> ModelPlan:
+def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: CaptionLengths) -> ModelPlan:
     """The preset's transformer over the vocabulary of a run's tokenizers, with room for its captions.
 
     The room for text is that of the longest caption, within ``min_text_tokens`` and ``max_text_tokens``.
@@ -75,7 +75,7 @@ def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: Cap
             f"{too_long} of {captions.count} captions are longer than {room} tokens and lose their end; "
             "a larger max_text_tokens keeps it"
         )
-    unknown = captions.with_unknown()
+    unknown = captions.with_unknown
     if unknown:
         notes.append(
             f"{unknown} of {captions.count} captions have characters that the run's text tokenizer does not "

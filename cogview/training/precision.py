@@ -110,7 +110,7 @@ class NonFiniteWatch:
         for value in values:
             if self.where or not isinstance(value, Tensor) or not value.is_floating_point():
                 continue
-            if not value.isfinite().all():
+            if not value.detach().isfinite().all():
                 self.where = what
 
     def _watch(self, module: nn.Module, name: str) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 
 from cogview.config import ModelConfig, TrainConfig
+from cogview.data.loading import training_batches
 from cogview.data.tokens import TokenDataset
 from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import Batch
+from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
 from cogview.training.compilation import compiled_layers, uncompiled
 from cogview.training.flops import step_flops
@@ -36,6 +40,8 @@ from cogview.training.precision import NonFiniteWatch, Precision
 from cogview.training.resblock import ResblockScaling
 from cogview.training.speed import peak_flops, peak_memory_gb
 from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
+
+VALIDATION_IMAGES = 1024  # at most, for each checkpoint
 
 
 def sample_layouts(
@@ -112,11 +118,23 @@ def _kinds(batch: Batch) -> tuple[Tensor, Tensor]:
     return has_target & ~batch.text_mask, has_target & batch.text_mask
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What to train on and what to validate on."""
+
+    training: TokenDataset
+    validation: TokenDataset | None = None
+    workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
+
+
 class TransformerTrainer(Trainer):
     """Rows of both orders, layouts drawn anew in every step, AdamW under a warm-up and a cosine.
 
+    With several ranks, ``model`` is sharded over them.
+
     Raises:
-        ValueError: the device cannot compute in ``config.precision``.
+        ValueError: the device cannot compute in ``config.precision``; more ranks, or parts on each of them,
+            than the batch has rows.
     """
 
     label = "train"
@@ -124,15 +142,19 @@ class TransformerTrainer(Trainer):
     checkpoints = CHECKPOINTS
     recorded = ("image_loss", "text_loss", "learning_rate")
 
-    def __init__(self, model: CogView, dataset: TokenDataset, config: TrainConfig) -> None:
+    def __init__(self, model: CogView, data: TrainingData | TokenDataset, config: TrainConfig) -> None:
         self.model: CogView = model
-        self.dataset = dataset
+        self.data = TrainingData(data) if isinstance(data, TokenDataset) else data
         self.config = config
         self.device = model.word_embeddings.weight.device
+        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
+        if config.resblock_scaling and distributed.num_ranks() > 1:
+            raise ValueError("resblock_scaling is for one process; leave it out, or start without torchrun")
+        distributed.require_rows(config.batch_size, config.accumulate)
+        distributed.shard_model(model, model.sharding_units(), self.precision.dtype)
         self.optimizer = make_optimizer(model, config)
         self.optimizers = {"optimizer": self.optimizer}
         self.log_every = config.log_every
-        self.precision = Precision(config.precision, self.device, loss_scaling=not config.resblock_scaling)
         self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
         self.draw: Callable[[], Any] | None = None
         self._flops = step_flops(model.config, config.batch_size).model
@@ -141,15 +163,20 @@ class TransformerTrainer(Trainer):
 
     def batches(self, first: int) -> Iterator[Batch]:
         config = self.config
-        for step in range(first, config.steps):
-            yield self.dataset.batch(
-                step,
-                config.batch_size,
-                text_weight=config.text_weight,
-                caption_fraction=config.caption_fraction,
-                seed=config.seed,
-                text_dropout=config.text_dropout,
-            )
+        batch = self._batches_of(self.data.training, config.batch_size, config.text_dropout)
+        return training_batches(batch, range(first, self.config.steps), self.data.workers)
+
+    def _batches_of(
+        self, dataset: TokenDataset, batch_size: int, text_dropout: float = 0.0
+    ) -> Callable[[int], Batch]:
+        return partial(
+            dataset.batch,
+            batch_size=batch_size,
+            text_weight=self.config.text_weight,
+            caption_fraction=self.config.caption_fraction,
+            seed=self.config.seed,
+            text_dropout=text_dropout,
+        )
 
     def step(self, step: int, batch: Batch) -> StepResult:
         rate = learning_rate(step, self.config)
@@ -174,18 +201,21 @@ class TransformerTrainer(Trainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a step; leaves their gradient, times the loss scale, at the parameters.
 
-        A batch in parts has the layouts, the losses and the gradient of the whole batch, to rounding. Its
-        dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a part.
+        A batch in parts, on one rank or on several, has the layouts, the losses and the gradient of the whole
+        batch, to rounding. Its dropout masks are others, and ``pb_relax="tensor"`` is over the rows of a
+        part. Ranks add their gradients up after each part: to wait for the last one, every rank would have to
+        hold the gradient of all weights, and parts are there to save memory.
         """
-        torch.manual_seed(derive_seed(self.config.seed, "dropout", step))
+        rank, ranks, parts = distributed.rank(), distributed.num_ranks(), self.config.accumulate
+        torch.manual_seed(derive_seed(self.config.seed, "dropout", step, *([rank] if rank else [])))
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "layouts", step))
         batch = batch.to(self.device)
         layouts = sample_layouts(self.model.config, batch, self._layout_generator)
-        parts = self.config.accumulate
+        own, own_layouts = batch.split(ranks)[rank], split_layouts(layouts, ranks)[rank]
         losses = []
         # Activation checkpointing runs the layers again in the backward pass, so that belongs inside as well.
         with nullcontext() if self.resblocks is None else self.resblocks.scaled():
-            for part, its_layouts in zip(batch.split(parts), split_layouts(layouts, parts), strict=True):
+            for part, its_layouts in zip(own.split(parts), split_layouts(own_layouts, parts), strict=True):
                 shrunk = shrunk_gradient(self.model.word_embeddings, self.config.embedding_gradient)
                 with shrunk, self.precision.autocast():
                     wide_head = self.resblocks is not None
@@ -194,14 +224,16 @@ class TransformerTrainer(Trainer):
                     watch.look("the loss", loss)
                 backward(loss, scaler)
                 losses.append((loss.detach(), image_loss, text_loss))
-        loss, image_loss, text_loss = (torch.stack(values).sum(0) for values in zip(*losses, strict=True))
+        sums = torch.stack([torch.stack(values).sum(0) for values in zip(*losses, strict=True)])
+        loss, image_loss, text_loss = distributed.sum_over_ranks(sums).unbind()
         return loss, image_loss, text_loss
 
     def speed(self, seconds: float) -> dict[str, float]:
         tokens = self.config.batch_size * (self.model.config.max_positions - 1)
         rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
         if self._peak_flops:
-            rates["model_flops_utilisation"] = self._flops / seconds / self._peak_flops
+            all_devices = self._peak_flops * distributed.num_ranks()
+            rates["model_flops_utilisation"] = self._flops / seconds / all_devices
         return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
 
     def sample(self) -> Any:
@@ -213,6 +245,34 @@ class TransformerTrainer(Trainer):
         finally:
             self.model.train()
 
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The losses of the same images, texts and layouts each time, without dropout."""
+        dataset = self.data.validation
+        if dataset is None:
+            return {}
+        batch_size = min(-(-self.config.batch_size // self.config.accumulate), len(dataset))
+        count = max(1, min(len(dataset), VALIDATION_IMAGES) // batch_size)
+        parts = distributed.num_ranks() if batch_size >= distributed.num_ranks() else 1
+        part = distributed.rank() % parts
+        self._layout_generator.manual_seed(derive_seed(self.config.seed, "validation layouts"))
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float32, device=self.device)
+        all_counts = torch.zeros_like(sums)
+        for batch in map(self._batches_of(dataset, batch_size), range(count)):
+            batch = batch.to(self.device)
+            layouts = split_layouts(sample_layouts(self.model.config, batch, self._layout_generator), parts)
+            with self.precision.autocast():
+                own, wide_head = batch.split(parts)[part], self.resblocks is not None
+                _, *means = losses_of(self.model, own, layouts[part], batch, wide_head)
+            counts = torch.stack([kind.sum() for kind in _kinds(batch)]).float()
+            sums += torch.stack(means).float() * counts
+            all_counts += counts
+        self.model.train()
+        sums = distributed.sum_over_ranks(sums) if parts > 1 else sums
+        image_loss, text_loss = (sums / all_counts.clamp(min=1)).tolist()
+        return {"image_loss": image_loss, "text_loss": text_loss}
+
     def shown(self, values: Mapping[str, float]) -> str:
         return f"image {values['image_loss']:.3f}, text {values['text_loss']:.3f}"
 
@@ -223,8 +283,14 @@ class TransformerTrainer(Trainer):
             scaler = torch.amp.GradScaler(self.device.type, init_scale=values["loss_scale"])
         with uncompiled(), NonFiniteWatch(self.model) as watch:
             self._gradient(step, batch, scaler, watch)
+        where = next((where for where in distributed.of_all_ranks(watch.where) if where), "")
+        for name, parameter in self.model.named_parameters():
+            # The watch sees no gradient of a weight that is sharded.
+            if not where and parameter.grad is not None:
+                finite = distributed.own_part(parameter.grad).isfinite().all()
+                where = f"the gradient of {name}" if distributed.any_rank(not finite) else ""
         self.optimizer.zero_grad(set_to_none=True)
-        return watch.where
+        return where
 
     def state(self) -> dict[str, Any]:
         return self.precision.state() if self.resblocks is None else self.resblocks.state()
@@ -235,7 +301,7 @@ class TransformerTrainer(Trainer):
 
 def train(
     model: CogView,
-    dataset: TokenDataset,
+    data: TrainingData | TokenDataset,
     config: TrainConfig,
     out: StrPath,
     *,
@@ -249,12 +315,16 @@ def train(
     that began. Precision: see :mod:`cogview.training.precision`. Seeds PyTorch's global generators.
     Returns the history: ``image_loss``, ``text_loss``, ``learning_rate``, one value per step. The rest is
     :func:`cogview.training.loop.run_loop`.
+    In an initialised process group (``torch.distributed``), all ranks train together: see
+    :mod:`cogview.training.distributed`. Every rank gives the same model, data and settings; the model is
+    sharded afterwards.
 
     Args:
+        data: a dataset alone is trained on without validation.
         origin: fingerprints of what is trained on, by name; checkpoints keep them.
         draw: makes the PIL picture that TensorBoard shows every ``config.samples_every`` steps.
     """
-    trainer = TransformerTrainer(model, dataset, config)
+    trainer = TransformerTrainer(model, data, config)
     trainer.origin = origin
     if draw is not None:
         trainer.draw, trainer.samples_every = draw, config.samples_every

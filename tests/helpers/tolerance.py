@@ -13,10 +13,9 @@ round has two runs,
   so that a number which the dtype happens to hold exactly is rounded too. This is the floor: what the
   roundings of the intermediate results and of the result itself cost, however lucky eager arithmetic is;
 
-and the budget begins from the largest error of all those runs: for the largest element from eight rounds, for
-the root mean square from the fewer, the more numbers a test compares, because chance evens out among them.
-What one round allows, more rounds allow as well. So a round is run only for a result that the rounds before
-it do not let pass.
+and the budget begins from the largest error of eight rounds. One round may be lucky even over many elements,
+because the elements of a row share the error of the row's sum. What one round allows, more rounds allow as
+well. So a round is run only for a result that the rounds before it do not let pass.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ OUTPUT, GRADIENT = 2.0, 3.0
 Results = Sequence[Tensor | None]
 
 _ROUNDS = 8
-_NUMBERS = 2**14  # for so many, one round gives the root mean square
 
 # error / allowed of every check since a test began; tests/conftest.py clears and reads it.
 shares: list[float] = []
@@ -53,8 +51,6 @@ class _Rounds:
         self.truth = list(reference(*_cast(self.inputs, torch.float64)))
         self.errors: list[list[tuple[float, float]]] = [[] for _ in self.truth]
         self.done = 0
-        numbers = min((t.numel() for t in self.truth if t is not None), default=0)
-        self.for_rms = max(1, min(_ROUNDS, _NUMBERS // max(numbers, 1)))
 
     def run(self) -> None:
         """One more round."""
@@ -86,7 +82,7 @@ class EagerErrors:
         while self._rounds.done < rounds:
             self._rounds.run()
         rms, largest = zip(*self._rounds.errors[self._result][: 2 * rounds], strict=True)
-        return max(rms[: 2 * self._rounds.for_rms]), max(largest)
+        return max(rms), max(largest)
 
 
 def judge(

@@ -49,7 +49,7 @@ SMALL = {
     "different_counts": {"B": 3, "T": 19, "w": 3, "W": 1, "pivots": [[0, 1, 2], [11, -1, -1], [-1, -1, -1]]},
     "no_pivots": {"P": 0, "W": 1},
     "one_position": {"T": 1, "P": 1},
-    "window_past_the_start": {"T": 12, "w": 8, "W": 6, "P": 5},
+    "window_past_the_start": {"B": 2, "H": 4, "T": 12, "w": 8, "W": 6, "P": 5},
     "blocks_of_one": {"T": 11, "w": 1, "W": 3, "P": 4},
     "all_are_pivots": {"T": 33, "w": 4, "W": 1, "P": 33},
     "odd_blocks_of_seven": {"T": 40, "w": 7, "W": 2, "P": 13},

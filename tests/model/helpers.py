@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,13 @@ def tiny_preset(steps: int = 6) -> Preset:
             checkpoint_every=20,
         ),
     )
+
+
+def heed_signals() -> None:
+    """In a new process: what a shell starts in the background ignores Ctrl-C, and nohup SIGHUP."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def save_photos(folder: Path) -> None:

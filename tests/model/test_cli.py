@@ -19,6 +19,7 @@ from cogview.cli import main
 from cogview.generation import text_to_image
 from cogview.parsing import VERBS
 from cogview.presets import PRESETS
+from tests.model.helpers import heed_signals
 
 ROOT = Path(__file__).parents[2]
 
@@ -359,7 +360,9 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(photos, tmp_path
     out = tmp_path / "run"
     command = [sys.executable, "-m", "cogview", "train-tokenizer", "--data", str(photos), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=heed_signals
+    )
     deadline = time.monotonic() + 60
     while not list(out.glob("tensorboard/*")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -9,6 +9,7 @@ import torch
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig, TrainConfig
 from cogview.data.digits import DigitPairs
 from cogview.data.order import batch_indices
+from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.transformer import train
@@ -40,7 +41,8 @@ def trained_model(folder, steps=4):
     model = CogView(SMALL)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (20, 16), generator=generator)
-    dataset = TokenDataset(VOCAB, codes, [[[1 + index % 4, 7]] for index in range(20)], length=25)
+    rows = Rows.in_memory(VOCAB, codes, [[[1 + index % 4, 7]] for index in range(20)])
+    dataset = TokenDataset(VOCAB, rows, length=25)
     config = TrainConfig(steps=steps, batch_size=4, text_weight=1.1, checkpoint_every=2)
     return model, train(model, dataset, config, folder, progress=False)
 

@@ -10,6 +10,7 @@ import pytest
 
 import cogview.training.interrupt
 from cogview.training.interrupt import DeferredInterrupt, Interrupted
+from tests.model.helpers import heed_signals
 
 
 def in_a_child(body):
@@ -22,6 +23,7 @@ def in_a_child(body):
     code = 99
     try:
         os.dup2(writer, 2)
+        heed_signals()
         code = body(lambda word: os.write(writer, f"{word}\n".encode())) or 0
     finally:
         os._exit(code)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+
 import torch
 
 from cogview.data.digits import DigitPairs
-from cogview.data.loading import training_images
+from cogview.data.loading import training_batches, training_images
 from cogview.data.order import StepBatches, batch_indices
 
 
@@ -26,3 +28,15 @@ def test_loading_draws_nothing_from_the_global_generator():
     torch.manual_seed(0)
     list(training_images(pairs, 8, StepBatches(0, 4, len(pairs), range(2))))
     assert torch.rand(1) == expected
+
+
+def test_batches_come_in_order_from_processes_of_another_group():
+    """What a terminal or a job scheduler sends to the group of a training must not end its workers."""
+    for workers in (0, 2):
+        got = list(training_batches(_step_and_group, range(3, 9), workers))
+        assert [step for step, _ in got] == list(range(3, 9))
+        assert all((group == os.getpgrp()) == (workers == 0) for _, group in got)
+
+
+def _step_and_group(step):
+    return step, os.getpgrp()

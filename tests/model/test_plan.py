@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 
-from cogview.data.tokens import Captions
+from cogview.data.rows import CaptionLengths
 from cogview.presets import PRESETS, implied_preset
 from cogview.settings import TOKENIZER_SETTINGS, TokenizerSettings, write_settings
 from cogview.tokens.sequence import FRAME_TOKENS
@@ -40,8 +40,10 @@ def test_a_vocabulary_of_the_size_asked_for_needs_no_note():
     assert plan.notes == ()
 
 
-def captions(*lengths, piece=5):
-    return Captions([[[piece] * length] for length in lengths])
+def captions(*lengths, with_unknown=0):
+    counted = CaptionLengths()
+    counted.add(lengths, with_unknown)
+    return counted
 
 
 @pytest.mark.parametrize(("longest", "room"), [(3, 30), (30, 30), (50, 50), (500, 120)])
@@ -64,7 +66,7 @@ def test_more_text_takes_no_pivots_from_the_picture():
 
 
 def test_characters_that_the_tokenizer_does_not_know_are_told():
-    plan = plan_model(SMALL, Vocab(512, 300), 64, Captions([[[5, 0], [5]], [[6]]]))
+    plan = plan_model(SMALL, Vocab(512, 300), 64, captions(2, 1, 1, with_unknown=1))
     assert "1 of 3 captions have characters that the run's text tokenizer does not know" in plan.notes[0]
 
 

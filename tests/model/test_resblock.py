@@ -2,7 +2,6 @@
 """A gradient scale for each residual block: no gradient is changed, lost to float16 or spoilt."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from cogview.config import TrainConfig
 from cogview.training.resblock import BACKOFF, GROWTH, INITIAL_SCALE, STEPS_BETWEEN_BACKOFFS, ResblockScaling
 from cogview.training.transformer import TransformerTrainer, losses_of, train
 from tests.model.helpers import small_model
+from tests.model.test_precision import state_of
 from tests.model.test_training_transformer import CONFIG, dataset
 
 HALF = dataclasses.replace(CONFIG, precision="fp16", resblock_scaling=True)
@@ -90,11 +90,6 @@ def test_a_scale_backs_off_once_in_a_window():
         seen.append(resblocks.scales[1].item())
     assert seen[0] == seen[STEPS_BETWEEN_BACKOFFS - 1] == pytest.approx(INITIAL_SCALE * BACKOFF)
     assert seen[STEPS_BETWEEN_BACKOFFS + 1] == pytest.approx(INITIAL_SCALE * BACKOFF**2)
-
-
-def state_of(folder):
-    (path,) = (folder / "checkpoints").glob("*/state.json")
-    return json.loads(path.read_text())
 
 
 def test_training_follows_float32_and_resumes_with_its_scales(tmp_path):

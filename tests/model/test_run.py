@@ -18,6 +18,8 @@ from cogview.images import save_png
 from cogview.model import memory
 from cogview.model.memory import cache_bytes, weight_bytes
 from cogview.model.precision import in_precision
+from cogview.run import sample_sheet
+from cogview.settings import load_model_settings
 
 ROOT = Path(__file__).parents[2]
 SEVEN, CHINESE = "a handwritten seven", "手写的数字七"
@@ -166,6 +168,13 @@ def test_numbers_that_are_not_finite_are_an_error_everywhere(run_folder, drawn):
     broken.tokenizers.image.dec.blocks[-1].bias.data[0] = torch.nan
     with pytest.raises(FloatingPointError, match="image tokenizer is damaged"):
         broken.decode(torch.zeros(16, dtype=torch.int64))
+
+
+def test_a_sheet_of_samples_is_the_same_every_time(run, run_folder):
+    settings = load_model_settings(run_folder)
+    sheet = sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE])
+    assert sheet.size == (4 * 68 + 4, 2 * 68 + 4)
+    assert sheet.tobytes() == sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE]).tobytes()
 
 
 def test_sampling_is_the_runs_unless_given(run):

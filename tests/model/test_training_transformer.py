@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogview.training.transformer
 from cogview.config import TrainConfig
+from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.training.transformer import TransformerTrainer, losses_of, sample_layouts, train
 from cogview_kernels.linear_cross_entropy import native
-from tests.model.helpers import VOCAB, small_model
+from tests.model.helpers import VOCAB, heed_signals, small_model
 
 CONFIG = TrainConfig(
     steps=12, batch_size=8, learning_rate=2e-3, text_weight=3.0, checkpoint_every=4, warmup_fraction=0.2
@@ -28,7 +29,7 @@ def dataset():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (20, 16), generator=generator)
     captions = [[[1 + index % 4, 7], [9, 1 + index % 4, 8]] for index in range(20)]
-    return TokenDataset(VOCAB, codes, captions, length=26)
+    return TokenDataset(VOCAB, Rows.in_memory(VOCAB, codes, captions), length=26)
 
 
 def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
@@ -136,7 +137,7 @@ def test_every_layer_draws_its_own_pivots_and_all_text_is_among_them():
 
 
 def test_the_number_of_image_pivots_does_not_tell_how_long_the_text_will_be():
-    batch = dataset().batch(0, 8, text_weight=1.0, caption_fraction=1.0, seed=0)
+    batch = dataset().batch(1, 8, text_weight=1.0, caption_fraction=1.0, seed=0)
     assert len(set(batch.text_mask.sum(1).tolist())) > 1
     (layout, _) = sample_layouts(small_model().config, batch, torch.Generator().manual_seed(0))
     is_image = (batch.valid_mask & ~batch.text_mask).gather(1, layout.pivots)
@@ -206,6 +207,7 @@ def test_ctrl_c_finishes_the_step_saves_and_the_run_resumes(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heed_signals,
     )
     assert process.stdout is not None
     for _ in range(3):

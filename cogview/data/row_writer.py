@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes rows of tokens, chunk by chunk: a kill at any moment costs one chunk, and the result is the same.
+
+A chunk is always made of the same samples, whatever was interrupted where, so that the image tokenizer sees
+the same batches. What has been written counts once ``writing.json`` says so; a later call cuts off the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogview.data.fingerprint import fingerprint
+from cogview.data.rows import (
+    HEAD,
+    IMAGES,
+    PADDING,
+    ROWS,
+    SKIPPED,
+    CaptionLengths,
+    RowFormat,
+    Rows,
+    RowsHead,
+    image_key,
+    open_rows,
+)
+from cogview.data.samples import Sample, Samples, read_ahead
+from cogview.files import StrPath, read_json, write_json
+from cogview.progress import Progress
+from cogview.settings import build, plain
+from cogview.tokens.sequence import fit_text
+from cogview.tokens.text_tokenizer import UNKNOWN
+from cogview.tokens.tokenizers import Tokenizers
+
+CHUNK = 64  # images that are encoded together
+STATE = "writing.json"
+
+
+@dataclass
+class _State:
+    """How far the work is: everything that the next chunk depends on."""
+
+    format: RowFormat
+    part: int = 0
+    taken: int = 0  # samples of the part
+    images: int = 0
+    rows: int = 0
+    skipped: int = 0
+    skipped_bytes: int = 0
+    content: str = ""
+    captions: CaptionLengths = field(default_factory=CaptionLengths)
+
+
+class _Encoder:
+    """Captions and pictures as rows."""
+
+    def __init__(self, tokenizers: Tokenizers, text_width: int) -> None:
+        self.image = tokenizers.image.eval()
+        self.device = next(self.image.parameters()).device
+        # Captions repeat, above all those of the digits.
+        self.texts = lru_cache(maxsize=1 << 14)(self._texts)
+        self._tokenizers, self._width = tokenizers, text_width
+
+    def _texts(self, captions: tuple[str, ...]) -> tuple[np.ndarray, list[int], int]:
+        """Ids ``[captions, text_width]``, the lengths before any is cut, and how many have unknown parts."""
+        ids = np.full((len(captions), self._width), PADDING, dtype=np.int32)
+        pieces = [self._tokenizers.text.encode(caption) for caption in captions]
+        for row, text in zip(ids, pieces, strict=True):
+            cut = fit_text(text, self._width, truncate=True)
+            row[: len(cut)] = np.array(cut, dtype=np.int32) + self._tokenizers.vocab.text_start
+        return ids, [len(text) for text in pieces], sum(UNKNOWN in text for text in pieces)
+
+    @torch.no_grad()
+    def codes(self, pictures: Sequence[Tensor]) -> np.ndarray:
+        """int32 ``[N, num_codes]``."""
+        images = torch.stack(list(pictures)).to(self.device)
+        return self.image.encode(images).flatten(1).cpu().numpy().astype(np.int32)
+
+
+class _Files:
+    """The files being written, cut to what the state counts."""
+
+    def __init__(self, folder: Path, state: _State) -> None:
+        sizes = {
+            ROWS: 4 * state.rows * state.format.width,
+            IMAGES: 16 * state.images,
+            SKIPPED: state.skipped_bytes,
+        }
+        self._open = ExitStack()
+        self._files: dict[str, IO[bytes]] = {}
+        for name, size in sizes.items():
+            file = self._files[name] = self._open.enter_context((folder / name).open("ab"))
+            if name == ROWS:
+                _lock(file, folder)
+            file.truncate(size)
+
+    def append(self, rows: bytes, images: bytes, skipped: bytes) -> None:
+        for name, content in ((ROWS, rows), (IMAGES, images), (SKIPPED, skipped)):
+            self._files[name].write(content)
+            self._files[name].flush()
+
+    def close(self) -> None:
+        self._open.close()
+
+
+def _lock(file: IO[bytes], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another process is writing rows to {folder}; wait until it ends, or choose another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Files, state: _State) -> None:
+    good = [(sample, picture) for sample, picture in chunk if isinstance(picture, Tensor)]
+    bad = [f"{sample.name}\t{picture}\n" for sample, picture in chunk if isinstance(picture, str)]
+    rows, images = [], []
+    all_codes = encoder.codes([picture for _, picture in good]) if good else ()
+    for (sample, _), codes in zip(good, all_codes, strict=True):
+        texts, lengths, with_unknown = encoder.texts(tuple(sample.captions))
+        state.captions.add(lengths, with_unknown)
+        images.append(
+            (state.rows, image_key(codes.tobytes() if sample.origin is None else sample.origin.encode()))
+        )
+        rows.append(np.hstack([texts, np.broadcast_to(codes, (len(texts), len(codes)))]))
+        state.rows += len(texts)
+    content = b"".join(row.tobytes() for row in rows)
+    skipped = "".join(bad).encode(errors="backslashreplace")
+    files.append(content, np.array(images, dtype=np.int64).tobytes(), skipped)
+    state.content = hashlib.blake2b(state.content.encode() + content, digest_size=16).hexdigest()
+    state.images += len(good)
+    state.skipped += len(bad)
+    state.skipped_bytes += len(skipped)
+    state.taken += len(chunk)
+
+
+def row_format(samples: Samples, tokenizers: Tokenizers, text_width: int) -> RowFormat:
+    """The format of the rows that ``samples`` give."""
+    return RowFormat(
+        text_width,
+        tokenizers.image.config.codes_per_image,
+        tokenizers.vocab.num_image_codes,
+        tokenizers.vocab.num_text_pieces,
+        fingerprint(samples),
+        tokenizers.fingerprint,
+    )
+
+
+def _begun(folder: Path) -> _State | None:
+    """What an earlier call left, if that can be gone on with."""
+    try:
+        return build(_State, read_json(folder / STATE))
+    except (FileNotFoundError, TypeError, ValueError):
+        return None
+
+
+def _started_with(folder: Path) -> RowFormat | None:
+    if (folder / HEAD).is_file():
+        return open_rows(folder).head.format
+    state = _begun(folder)
+    return state.format if state else None
+
+
+def has_rows(folder: StrPath, wanted: RowFormat) -> bool:
+    """Whether ``folder`` holds all rows of that format."""
+    folder = Path(folder)
+    return (folder / HEAD).is_file() and open_rows(folder).head.format == wanted
+
+
+def write_rows(
+    samples: Samples,
+    tokenizers: Tokenizers,
+    folder: StrPath,
+    wanted: RowFormat,
+    *,
+    workers: int = 4,
+    replace: bool = False,
+    progress: bool = True,
+) -> Rows:
+    """Write the rows of ``samples`` to ``folder``, or go on where an interrupted call stopped.
+
+    A picture that cannot be read is left out, counted, and listed in ``skipped.tsv``. A caption of more
+    tokens than a row has room for loses its end. Rows that are finished are returned as they are.
+
+    Args:
+        wanted: :func:`row_format` of the same samples and tokenizers.
+        workers: threads that read pictures.
+        replace: write anew what was made of other data or with other tokenizers, rather than refuse to.
+
+    Raises:
+        ValueError: the folder holds rows of other data or tokenizers, or no picture can be read.
+        BlockingIOError: another process writes there.
+    """
+    folder = Path(folder)
+    found = _started_with(folder)
+    if found is not None and found != wanted:
+        if not replace:
+            raise ValueError(f"{folder} holds rows of {_difference(found, wanted)}; choose another folder")
+        for name in (HEAD, STATE):
+            (folder / name).unlink(missing_ok=True)
+    if not (folder / HEAD).is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(samples, _Encoder(tokenizers, wanted.text_width), folder, wanted, workers, progress)
+    return open_rows(folder)
+
+
+def _difference(found: RowFormat, wanted: RowFormat) -> str:
+    if found.tokenizers != wanted.tokenizers:
+        return "other tokenizers"
+    return "other data" if found.source != wanted.source else "another width"
+
+
+def _write(
+    samples: Samples, encoder: _Encoder, folder: Path, wanted: RowFormat, workers: int, progress: bool
+) -> None:
+    state = _begun(folder) or _State(wanted)
+    files = _Files(folder, state)
+    known = samples.num_images
+    total, unit = (len(samples.parts), "shard") if known is None else (known, "image")
+    done = state.part if known is None else state.taken
+    size = encoder.image.config.image_size
+    try:
+        with Progress(total, "write rows", unit=unit, initial=done, enabled=progress) as bar:
+            if not state.skipped:
+                missing = [f"{name}\tnot there\n" for name in samples.left_out]
+                state.skipped, state.skipped_bytes = len(missing), len("".join(missing).encode())
+                files.append(b"", b"", "".join(missing).encode())
+            for number in range(state.part, len(samples.parts)):
+                for chunk in read_ahead(samples.part(number, state.taken), size, CHUNK, workers):
+                    _add(encoder, chunk, files, state)
+                    write_json(folder / STATE, plain(state))
+                    bar.update(0 if known is None else len(chunk), _so_far(state))
+                state.part, state.taken = number + 1, 0
+                write_json(folder / STATE, plain(state))
+                bar.update(1 if known is None else 0, _so_far(state))
+    finally:
+        files.close()
+    if not state.images:
+        raise ValueError(f"no picture could be read; {folder / SKIPPED} says why")
+    head = RowsHead(**{part.name: getattr(state, part.name) for part in dataclasses.fields(RowsHead)})
+    write_json(folder / HEAD, plain(head))
+    (folder / STATE).unlink()
+
+
+def _so_far(state: _State) -> str:
+    return f"{state.images} images" + (f", {state.skipped} left out" if state.skipped else "")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures with captions, from any source, to rows of tokens on disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from cogview.data.pairs import is_shards, open_pairs
+from cogview.data.row_writer import row_format, write_rows
+from cogview.data.rows import Rows, is_rows
+from cogview.data.samples import PairSamples, Samples
+from cogview.data.webdataset import ShardSamples
+from cogview.device import default_device
+from cogview.files import StrPath
+from cogview.tokens.tokenizers import load_tokenizers
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Write the rows of ``data`` into the folder ``out``, with the tokenizers of the run folder ``run``."""
+
+    data: StrPath  # a folder of images with captions, WebDataset shards, or "digits"
+    out: StrPath
+    run: StrPath
+    max_text_tokens: int = 64  # of a row, as in the released code; a longer caption loses its end
+    workers: int = 4  # threads that read pictures
+    device: str = field(default_factory=default_device)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_text_tokens", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def tokenize(options: Tokenize) -> Rows:
+    """Write the rows, or finish what an interrupted call began; see :func:`write_rows`.
+
+    Raises:
+        ValueError: ``out`` holds rows of other data or tokenizers, or no picture can be read.
+        FileNotFoundError: no such data, or no tokenizers in the run folder.
+        OSError: a command that writes a shard failed.
+    """
+    tokenizers = load_tokenizers(options.run, options.device)
+    samples = _samples(options.data)
+    wanted = row_format(samples, tokenizers, options.max_text_tokens)
+    return write_rows(
+        samples, tokenizers, options.out, wanted, workers=options.workers, progress=options.progress
+    )
+
+
+def _samples(data: StrPath) -> Samples:
+    if is_shards(data):
+        return ShardSamples(os.fspath(data))
+    if is_rows(data):
+        raise ValueError(f"{data} holds rows of tokens already; --data takes pictures with captions")
+    return PairSamples(open_pairs(data, skip_bad=True))
