@@ -4,8 +4,8 @@
 Random weights. For each batch: milliseconds a step and seconds a picture, and the share of the floor that
 memory sets: the weights and the valid part of the cache, read once a step, at the bandwidth of a large copy
 (bytes read and written) that takes turns with the rest. Then how much longer the rivals take for the same
-codes, the prompt's reading included, and the seconds for candidates of one prompt drawn and ranked by one call.
-Results are a JSON file.
+codes, the prompt's reading included, and the seconds for candidates of one prompt drawn and ranked by one
+call. Results are a JSON file.
 """
 
 from __future__ import annotations
