@@ -82,8 +82,11 @@ class Outlet:
             sys.stdout.buffer.flush()
         elif self.is_stream:
             # A device or a pipe takes what is written to it; to rename a file over it would remove it.
-            with open(self.path, "wb", buffering=0) as stream:
-                stream.write(content)
+            try:
+                with open(self.path, "wb", buffering=0) as stream:
+                    stream.write(content)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, self.name) from None
         else:
             write_bytes(self.path if self.folder is None else self.folder / SHEET, content)
 
