@@ -170,10 +170,10 @@ PRESETS: dict[str, Preset] = {
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
-    "card": "128 px, 10,000 and more pictures of your own: 93 million parameters, one 24 GB card",
+    "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",
     "tutorial": "256 px: 212 million parameters, one large GPU",
     "base": "256 px, the model of the paper: 3,929 million parameters, many GPUs",
-    "fashion": "800 px, three-region attention: 3,000 million parameters, many GPUs",
+    "fashion": "800 px, three-region attention: 2,988 million parameters, many GPUs",
 }
 
 
