@@ -140,12 +140,17 @@ def _in_full(word: str, short: Mapping[str, str]) -> str:
 def _words_of_file(path: Path, kind: type) -> list[str]:
     """A TOML file as words of a command line. What belongs to another verb with settings is left out."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"settings file not found: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     known = {field.name for each in SHORT for field in dataclasses.fields(each)}
+    short = {name.replace("-", "_") for names in SHORT.values() for name in names}
+    for name in content:
+        # What is no option would be taken for a switch of the command line, such as --help.
+        if name.replace("-", "_") not in (known | short) - {"settings"}:
+            raise ValueError(f"{path} sets {name!r}, which is no option that a settings file can hold")
     others = known - {field.name for field in dataclasses.fields(kind)}
     return [
         word
@@ -164,6 +169,11 @@ def _words_of(name: str, value: Any) -> Iterator[str]:
         table, dot, flag = name.rpartition(".")
         yield f"--{table}{dot}{flag if value else 'no-' + flag}"
     elif isinstance(value, list):
+        for entry in value:
+            if not isinstance(entry, (str, int, float)) or str(entry).startswith("--"):
+                raise ValueError(
+                    f"{name} in the settings file has {entry!r}, which is no number and no text, or begins with --"
+                )
         yield from (f"--{name}", *map(str, value))
     else:
         yield f"--{name}={value}"

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogview.config import Preset
+from cogview.config import Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
@@ -83,6 +83,9 @@ class TrainTokenizers:
     progress: bool = True
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+
+    def __post_init__(self) -> None:
+        require_workers(0, self.workers)
 
 
 def train_tokenizers(options: TrainTokenizers) -> History:
@@ -206,6 +209,9 @@ class TrainModel:
     draw: Draw | None = None  # None: no sample pictures
     workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+
+    def __post_init__(self) -> None:
+        require_workers(0, self.workers)
 
 
 def train_model(options: TrainModel) -> History:

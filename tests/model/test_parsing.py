@@ -122,6 +122,17 @@ def test_a_file_of_settings_serves_both_verbs_and_the_command_line_overrides_it(
 def test_a_bad_file_of_settings_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings file not found: .*absent\.toml"):
         parse("train", (*TRAIN, "--settings", str(tmp_path / "absent.toml")), "")
+    path = tmp_path / "switch.toml"
+    for content, reason in (
+        ("help = true", "sets 'help', which is no option"),
+        ('settings = "other.toml"', "sets 'settings', which is no option"),
+        ('train.sample_texts = ["--help"]', "begins with --"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            parse("train", (*TRAIN, "--settings", str(path)), "")
+    path.write_bytes(b"\xef\xbb\xbfsteps = 7")  # The mark of an editor on Windows.
+    assert parse("train", (*TRAIN, "--settings", str(path)), "").train.steps == 7
     path = tmp_path / "bad.toml"
     path.write_text("steps = = 3")
     with pytest.raises(ValueError, match=r"bad\.toml is not valid TOML"):
