@@ -109,7 +109,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = f"cogview {verb}".strip()
             print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = f"not enough memory: {str(error).splitlines()[0] if str(error) else 'none is left'}"
+        print(f"cogview {verb}: {reason}; take a smaller batch or a smaller model", file=sys.stderr)
+        return EXIT_MISTAKE
     return 0
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """PyTorch has an exception of its own for it on GPUs, and on a CPU only this message."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _parse(verb: str, words: list[str]) -> Any:

@@ -82,14 +82,20 @@ class Outlet:
             sys.stdout.buffer.flush()
         elif self.is_stream:
             # A device or a pipe takes what is written to it; to rename a file over it would remove it.
-            with open(self.path, "wb", buffering=0) as stream:
-                stream.write(content)
+            try:
+                with open(self.path, "wb", buffering=0) as stream:
+                    stream.write(content)
+            except OSError as error:
+                raise OSError(error.errno, os.strerror(error.errno or 0), self.name) from None
         else:
             write_bytes(self.path if self.folder is None else self.folder / SHEET, content)
 
 
 def _require_writable(folder: Path, out: str) -> None:
     """Whether a file can be made in ``folder``, which may have to be made itself."""
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(".tmp")  # as which a file is written before it is renamed
+    if len(os.fsencode(Path(out).name)) > longest:
+        raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

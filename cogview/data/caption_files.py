@@ -52,9 +52,10 @@ class _Object(list[tuple[str, Any]]):
 
 
 def _from_json(path: Path) -> dict[str, list[str]]:
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path), object_pairs_hook=_Object)
-    except json.JSONDecodeError as error:
+        content = json.loads(text, object_pairs_hook=_Object)
+    except (ValueError, RecursionError) as error:  # also for thousands of brackets, or of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, _Object):
         raise ValueError(f'{path} must hold {{"file": "caption"}}, got a {type(content).__name__}')
