@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads the output has enough. What Python still holds back must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Warning) as error:  # a warning under ``-W error``
         # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
         if given is not None or started_as_first():
             where = "" if started_as_first() else f" (rank {os.environ['RANK']})"

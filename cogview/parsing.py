@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +20,9 @@ import tyro
 
 from cogview import options
 from cogview.config import Preset, ThreeRegionConfig
+from cogview.files import exists
 from cogview.presets import default_preset, get_preset, implied_preset
+from cogview.settings import TOKENIZER_SETTINGS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,6 +63,8 @@ SHORT: dict[type, dict[str, str]] = {
     options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in _NOT_OF_A_PLAN},
 }
 
+NARROWEST = 40  # columns; below a few of them tyro lays out its help for ever
+
 
 def parse(verb: str, words: Sequence[str], description: str) -> Any:
     """The options of ``verb`` (a dataclass of :mod:`cogview.options`).
@@ -75,6 +81,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
         words = [_in_full(word, SHORT[kind]) for word in words]
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
@@ -107,12 +115,20 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
 
 
 def _preset(kind: type, words: Sequence[str]) -> Preset:
-    """The preset that is named, else the one of a run's tokenizers, else the one for the data."""
+    """The preset that is named, else the one of a run's tokenizers, else the one for the data.
+
+    The one of a run's tokenizers has their sizes, also where it is named, as in the ``train.toml`` of a run.
+    """
     name, out = _last_value(words, "preset"), _last_value(words, "out")
-    if name is not None:
-        return get_preset(name)
-    if kind is options.Train and out is not None and not {"-h", "--help"} & set(words):
-        return implied_preset(out)
+    named = None if name is None else get_preset(name)
+    asks_help = bool({"-h", "--help"} & set(words))
+    of_run = Path(out) if kind is options.Train and out is not None and not asks_help else None
+    if of_run is not None and (named is None or exists(of_run / TOKENIZER_SETTINGS)):
+        implied = implied_preset(of_run)
+        if named is None or named.name == implied.name:
+            return implied
+    if named is not None:
+        return named
     return default_preset(_last_value(words, "data") or "")
 
 
@@ -172,7 +188,8 @@ def _words_of(name: str, value: Any) -> Iterator[str]:
         for entry in value:
             if not isinstance(entry, (str, int, float)) or str(entry).startswith("--"):
                 raise ValueError(
-                    f"{name} in the settings file has {entry!r}, which is no number and no text, or begins with --"
+                    f"{name} in the settings file has {entry!r}, which is neither a number nor a text, or "
+                    "begins with --"
                 )
         yield from (f"--{name}", *map(str, value))
     else:

@@ -67,13 +67,13 @@ def _from_json(path: Path) -> dict[str, list[str]]:
 
 def _captions(path: Path, name: str, entry: Any) -> Iterable[str]:
     captions = [entry] if isinstance(entry, str) else entry
-    if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
+    if not isinstance(captions, list) or not captions or not all(map(is_text, captions)):
         raise ValueError(f"{path}: {name} must have a caption or a list of captions, got {entry!r}")
     return (text.strip() for text in captions)
 
 
-def _is_text(entry: Any) -> bool:
-    # JSON can hold halves of surrogate pairs, which are no characters.
+def is_text(entry: Any) -> bool:
+    """Whether it is a caption: not empty, and without halves of surrogate pairs, which JSON can hold."""
     return isinstance(entry, str) and bool(entry.strip()) and not re.search("[\ud800-\udfff]", entry)
 
 

@@ -24,11 +24,11 @@ from cogview.config import Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
-from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, split_rows
+from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
 from cogview.data.samples import PairSamples
 from cogview.data.tokens import TokenDataset, caption_lengths
 from cogview.device import default_device
-from cogview.files import StrPath, exists, read_json, save_tensors, write_json, write_text
+from cogview.files import StrPath, exists, read_json, save_tensors, write_bytes, write_json
 from cogview.model.transformer import CogView
 from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
@@ -129,7 +129,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         size = preset.image_tokenizer.image_size
         left_out = pairs.check(size, skip_bad=options.skip_bad, progress=options.progress)
         if left_out:
-            write_text(out / SKIPPED, "".join(f"{reason}\n" for reason in left_out))
+            write_bytes(out / SKIPPED, skipped_lines((reason,) for reason in left_out))
         _tell_left_out(len(left_out), out, options)
     text = None if is_started else _plan_text(pairs, preset, options)
     lock.take()

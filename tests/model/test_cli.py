@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -304,6 +305,13 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     for device in ("nonsense", "xla", "privateuseone"):
         error = mistake(capsys, "generate", "--run", run_folder, text, "--device", device)
         assert f"device {device} cannot be used here" in error and len(error) < 400
+
+
+def test_a_warning_that_is_to_be_an_error_is_one_line(run_folder, tmp_path, capsys):
+    words = ["generate", "--run", run_folder, "狗", "--num", 1, "--out", tmp_path / "x.png"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert "has parts the model never learned" in mistake(capsys, *words)
 
 
 def test_too_little_memory_is_one_line(capsys, monkeypatch):

@@ -44,8 +44,18 @@ def test_train_starts_from_the_preset_of_the_tokenizers(tmp_path):
     given = parse("train", ("--data", "photos", "--out", str(tmp_path), "--model.num-layers", "3"), "")
     assert given.start.image_tokenizer == shape
     assert given.model == dataclasses.replace(SMALL.model, num_layers=3)
+    # As in the train.toml of such a run.
+    given = parse("train", ("--data", "photos", "--out", str(tmp_path), "--preset", "small"), "")
+    assert given.start.image_tokenizer == shape
     with pytest.raises(FileNotFoundError, match="train the tokenizers first"):
         parse("train", ("--data", "photos", "--out", str(tmp_path / "absent")), "")
+
+
+def test_a_terminal_of_one_column_gets_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        parse("presets", ("--help",), "")
+    assert "usage: cogview presets" in capsys.readouterr().out
 
 
 def test_nested_options_override_the_preset():
