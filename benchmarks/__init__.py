@@ -9,5 +9,6 @@ OPS = (
     "stable_softmax",
     "layer_norm",
     "decode_attention",
+    "local_attention_2d",
 )
 BENCHMARKS = (*OPS, "training_step")

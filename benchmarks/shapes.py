@@ -69,6 +69,29 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class LocalShape:
+    """Queries and keys on a grid, and E keys of text."""
+
+    name: str
+    B: int
+    H: int
+    grid: tuple[int, int]
+    kernel_size: tuple[int, int]
+    E: int
+    D: int
+
+    @property
+    def T(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def __str__(self) -> str:
+        rows, columns = self.kernel_size
+        return (
+            f"B={self.B} H={self.H} {self.grid[0]} x {self.grid[1]} D={self.D}, {rows} x {columns} + {self.E}"
+        )
+
+
+@dataclass(frozen=True)
 class RowShape:
     """N rows of C: what LayerNorm and softmax see."""
 
@@ -169,6 +192,16 @@ ATTENTION = ShapesOf(
     # The longest shape takes minutes a variant there.
     cpu=tuple(replace(shape, B=1, H=8) for shape in _ATTENTION if shape.T <= 8192),
     tiny=(AttentionShape("tiny", B=2, H=2, T=96, D=32, regions=TINY),),
+)
+
+_LOCAL = (
+    LocalShape("64x64", B=4, H=HEADS, grid=(64, 64), kernel_size=(9, 9), E=64, D=HEAD),
+    LocalShape("32x32", B=4, H=HEADS, grid=(32, 32), kernel_size=(5, 5), E=64, D=HEAD),
+)
+LOCAL = ShapesOf(
+    gpu=_LOCAL,
+    cpu=tuple(replace(shape, B=1, H=8) for shape in _LOCAL),
+    tiny=(LocalShape("tiny", B=2, H=2, grid=(6, 7), kernel_size=(3, 5), E=4, D=32),),
 )
 
 ROWS = ShapesOf(

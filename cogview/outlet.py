@@ -86,7 +86,7 @@ class Outlet:
                 with open(self.path, "wb", buffering=0) as stream:
                     stream.write(content)
             except OSError as error:
-                raise OSError(error.errno, os.strerror(error.errno or 0), self.name) from None
+                raise OSError(error.errno, error.strerror, self.name) from None
         else:
             write_bytes(self.path if self.folder is None else self.folder / SHEET, content)
 

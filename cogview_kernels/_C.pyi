@@ -17,6 +17,8 @@ _Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
 # Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
 _Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Rows and columns of the grid of keys, radii of the window, query_scale, causal.
+_Window: TypeAlias = tuple[int, int, int, int, int, bool]
 # Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
 _RowShape: TypeAlias = tuple[int, int, int]
 _NormOptions: TypeAlias = tuple[float, int]
@@ -158,6 +160,52 @@ def decode_attention_cpu(
     scale: float,
     dtype: int,
     splits: tuple[int, int, _Address, _Address],
+    threads: int,
+) -> None: ...
+def local_attention_2d_fwd_cpu(
+    inputs: tuple[_Strided, ...],
+    out: _Strided,
+    lse: _Address,
+    extra_mask: _Address,
+    shape: tuple[int, int, int, int, int],
+    window: _Window,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def local_attention_2d_bwd_cpu(
+    inputs: tuple[_Strided, ...],
+    lse: _Address,
+    dlse: _Address,
+    gradients: tuple[_Strided, ...],
+    extra_mask: _Address,
+    shape: tuple[int, int, int, int, int],
+    window: _Window,
+    scale: float,
+    dropout: _Dropout,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def merge_attention_fwd_cpu(
+    outputs: tuple[_Strided, ...],
+    lses: tuple[_Address, ...],
+    out: _Strided,
+    lse: _Address,
+    shape: tuple[int, ...],
+    dtype: int,
+    threads: int,
+) -> None: ...
+def merge_attention_bwd_cpu(
+    outputs: tuple[_Strided, ...],
+    lses: tuple[_Address, ...],
+    lse: _Address,
+    dout: _Strided,
+    dlse: _Address,
+    doutputs: tuple[_Strided, ...],
+    dlses: tuple[_Address, ...],
+    shape: tuple[int, ...],
+    dtype: int,
     threads: int,
 ) -> None: ...
 def stable_softmax_fwd_cuda(

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for CogView: three-region attention, Sandwich-LayerNorm, stable softmax, linear cross-entropy.
+"""Kernels for CogView: attention in three regions and in windows of a raster, Sandwich-LayerNorm, stable
+softmax, linear cross-entropy.
 
 Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here and why not.
 """
@@ -8,6 +9,8 @@ from cogview_kernels.decode_attention import decode_attention
 from cogview_kernels.layer_norm import layer_norm
 from cogview_kernels.layout import ThreeRegionLayout, ThreeRegionPlan
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
+from cogview_kernels.local_attention_2d import local_attention_2d
+from cogview_kernels.merge_attention import merge_attention
 from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
 from cogview_kernels.stable_softmax import stable_softmax
 from cogview_kernels.three_region_attention import three_region_attention
@@ -18,6 +21,8 @@ __all__ = [
     "decode_attention",
     "layer_norm",
     "linear_cross_entropy",
+    "local_attention_2d",
+    "merge_attention",
     "sandwich_layer_norm",
     "stable_softmax",
     "three_region_attention",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both attention ops hand to compiled code: tensors ``[B, heads, positions, D]`` and the layout."""
+"""What attention ops hand to compiled code: tensors ``[B, heads, positions, D]`` and the layout."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ _LARGEST = 2**30
 def with_rows(x: Tensor) -> Tensor:
     """``x`` with its last dimension contiguous: kernels take any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def empty_in_order_of(x: Tensor) -> Tensor:
+    """Uninitialised and dense, heads inside positions where ``x`` has them so: transposes around the op then
+    stay views."""
+    B, H, T, D = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(B, T, H, D).transpose(1, 2)
+    return x.new_empty(B, H, T, D)
 
 
 def aligned(x: Tensor) -> Tensor:

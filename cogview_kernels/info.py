@@ -14,7 +14,8 @@ from cogview_kernels import _backends, _device, _extension
 # docs/v100.md tells why.
 _VOLTA = (
     "  Volta needs PyTorch 2.10 (CUDA 12.8), or 2.11 to 2.14 built with CUDA 12.6; a driver of the R570 to\n"
-    "  R580 branches; an nvcc of CUDA 12.6 to 12.9 with COGVIEW_CUDA_ARCHS=70. Attention takes float16 alone."
+    "  R580 branches; an nvcc of CUDA 12.6 to 12.9 with COGVIEW_CUDA_ARCHS=70. Attention takes float16\n"
+    "  alone; local_attention_2d and merge_attention are plain PyTorch there (sdpa and reference)."
 )
 
 

@@ -16,6 +16,8 @@
 #include "decode_attention/decode_attention.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
+#include "local_attention_2d/local_attention_2d.h"
+#include "merge_attention/merge_attention.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
@@ -263,6 +265,91 @@ DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, Strid
             pointer<int>(std::get<3>(splits))};
 }
 
+// The fields of Window, in their order.
+using WindowArguments = std::tuple<int, int, int, int, int, bool>;
+
+// inputs: q, k, v, extra_k, extra_v; shape: B, H, Hkv, D, E.
+LocalAttention local_attention(const StridedAddress* inputs, Address extra_mask, std::array<int, 5> shape,
+                               const WindowArguments& window, float scale, DropoutArguments drop, int dtype) {
+    return {shape[0],
+            shape[1],
+            shape[2],
+            shape[3],
+            shape[4],
+            {std::get<0>(window), std::get<1>(window), std::get<2>(window), std::get<3>(window),
+             std::get<4>(window), std::get<5>(window)},
+            dropout(drop),
+            scale,
+            DType(dtype),
+            strided_input(inputs[0]),
+            strided_input(inputs[1]),
+            strided_input(inputs[2]),
+            strided_input(inputs[3]),
+            strided_input(inputs[4]),
+            pointer<uint8_t>(extra_mask)};
+}
+
+LocalAttentionForward local_attention_forward(std::array<StridedAddress, 5> inputs, StridedAddress out,
+                                              Address lse, Address extra_mask, std::array<int, 5> shape,
+                                              WindowArguments window, float scale, DropoutArguments drop,
+                                              int dtype) {
+    return {local_attention(inputs.data(), extra_mask, shape, window, scale, drop, dtype),
+            strided_output(out), pointer<float>(lse)};
+}
+
+// inputs: those of the forward, out, dout; gradients: of the forward's inputs.
+LocalAttentionBackward local_attention_backward(std::array<StridedAddress, 7> inputs, Address lse,
+                                                Address dlse, std::array<StridedAddress, 5> gradients,
+                                                Address extra_mask, std::array<int, 5> shape,
+                                                WindowArguments window, float scale, DropoutArguments drop,
+                                                int dtype) {
+    return {local_attention(inputs.data(), extra_mask, shape, window, scale, drop, dtype),
+            strided_input(inputs[5]),
+            strided_input(inputs[6]),
+            pointer<float>(lse),
+            pointer<float>(dlse),
+            strided_output(gradients[0]),
+            strided_output(gradients[1]),
+            strided_output(gradients[2]),
+            strided_output(gradients[3]),
+            strided_output(gradients[4])};
+}
+
+// Four attentions each; shape: B, H, T, D, how many there are.
+using MergedRows = std::array<StridedAddress, kMostMerged>;
+using MergedSums = std::array<Address, kMostMerged>;
+
+MergeAttention merge_attention(const MergedRows& outputs, const MergedSums& lses,
+                               std::array<int64_t, 5> shape, int dtype) {
+    MergeAttention a = {shape[0], shape[1], shape[2], shape[3], shape[4], DType(dtype), {}, {}};
+    for (int i = 0; i < kMostMerged; ++i) {
+        a.outputs[i] = strided_input(outputs[i]);
+        a.lses[i] = pointer<float>(lses[i]);
+    }
+    return a;
+}
+
+MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, StridedAddress out, Address lse,
+                                    std::array<int64_t, 5> shape, int dtype) {
+    return {merge_attention(outputs, lses, shape, dtype), strided_output(out), pointer<float>(lse)};
+}
+
+MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, Address lse, StridedAddress dout,
+                                      Address dlse, MergedRows doutputs, MergedSums dlses,
+                                      std::array<int64_t, 5> shape, int dtype) {
+    MergeAttentionBackward a = {merge_attention(outputs, lses, shape, dtype),
+                                strided_input(dout),
+                                pointer<float>(lse),
+                                pointer<float>(dlse),
+                                {},
+                                {}};
+    for (int i = 0; i < kMostMerged; ++i) {
+        a.doutputs[i] = strided_output(doutputs[i]);
+        a.dlses[i] = pointer<float>(dlses[i]);
+    }
+    return a;
+}
+
 // ---- from functions that make arguments to functions that Python calls by position or by name
 
 template <typename Function, std::size_t N, std::size_t... I, typename... Extra>
@@ -315,6 +402,13 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
                                               "dtype",  "sorted_pivots", "workspace"};
 constexpr const char* kDecode[] = {"q",     "k_cache", "v_cache", "lengths", "out",
                                    "shape", "layout",  "scale",   "dtype",   "splits"};
+constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
+                                         "window", "scale", "dropout", "dtype"};
+constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
+                                          "shape",  "window", "scale", "dropout",   "dtype"};
+constexpr const char* kMergeForward[] = {"outputs", "lses", "out", "lse", "shape", "dtype"};
+constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "lse",   "dout", "dlse",
+                                          "doutputs", "dlses", "shape", "dtype"};
 
 }  // namespace
 
@@ -356,6 +450,14 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
              [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
+    bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
+             [] { return COGVIEW_PICK_ISA(local_attention_2d_fwd_cpu); });
+    bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,
+             [] { return COGVIEW_PICK_ISA(local_attention_2d_bwd_cpu); });
+    bind_cpu(m, "merge_attention_fwd_cpu", merge_forward, kMergeForward,
+             [] { return COGVIEW_PICK_ISA(merge_attention_fwd_cpu); });
+    bind_cpu(m, "merge_attention_bwd_cpu", merge_backward, kMergeBackward,
+             [] { return COGVIEW_PICK_ISA(merge_attention_bwd_cpu); });
 #if COGVIEW_HAS_CUDA
     bind_cuda(m, "stable_softmax_fwd_cuda", softmax_forward, kSoftmaxForward, stable_softmax_fwd_cuda);
     bind_cuda(m, "stable_softmax_bwd_cuda", softmax_backward, kSoftmaxBackward, stable_softmax_bwd_cuda);

@@ -34,7 +34,9 @@ def cache_bytes(config: ModelConfig, rows: int, dtype: torch.dtype) -> int:
 def free_bytes(device: torch.device) -> int:
     """Memory that is free on ``device`` now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch's allocator holds without use counts as free.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024

@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cogview_kernels._attention_triton import NO_SPECIALIZATION
 from cogview_kernels._regions_triton import first_query_past, in_window, window_start
 from cogview_kernels._triton import dropout_keeps, dropout_rows, load_rows, offset, store_rounded
-from cogview_kernels.three_region_attention.forward_triton import NO_SPECIALIZATION
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from cogview_kernels._attention import with_rows
+from cogview_kernels._attention import empty_in_order_of, with_rows
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.layout import ThreeRegionLayout
@@ -33,15 +33,6 @@ def backend_module(backend: str) -> ModuleType:
     return native
 
 
-def _empty_in_order_of(x: Tensor) -> Tensor:
-    """Uninitialised and dense, heads inside positions where ``x`` has them so: transposes around the op then
-    stay views."""
-    B, H, T, D = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(B, T, H, D).transpose(1, 2)
-    return x.new_empty(B, H, T, D)
-
-
 def _empty_outputs(
     q: Tensor, k: Tensor, v: Tensor, pivots: Tensor, block_size: int, window_blocks: int, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,14 +41,14 @@ def _empty_outputs(
     if rest[-1] == "triton" and q.numel() > 0:
         size = backend_module("triton").residuals_size(q, pivots, block_size, window_blocks)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    return _empty_in_order_of(q), lse, q.new_empty(size, dtype=torch.int32)
+    return empty_in_order_of(q), lse, q.new_empty(size, dtype=torch.int32)
 
 
 def _empty_gradients(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(dq, dk, dv)``."""
-    return _empty_in_order_of(q), _empty_in_order_of(k), _empty_in_order_of(v)
+    return empty_in_order_of(q), empty_in_order_of(k), empty_in_order_of(v)
 
 
 def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):

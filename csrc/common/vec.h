@@ -302,6 +302,16 @@ inline float reduce_sum(VecF v) {
     return v[0];
 }
 
+template <typename T>
+inline float dot(const T* x, const T* y, int64_t n) {
+    VecF sum = VecF{};
+    int64_t d = 0;
+    for (; d + kLanes <= n; d += kLanes) sum += load(x + d) * load(y + d);
+    float total = reduce_sum(sum);
+    for (; d < n; ++d) total += to_float(x[d]) * to_float(y[d]);
+    return total;
+}
+
 // 2^(x + low) to 1 ulp for -126 <= x < 128, exactly 0 below (so exp2(-inf) = 0), NaN for NaN; |low| < 2^-16.
 // x = n + f with |f| <= 1/2; 2^f by its Chebyshev interpolant of degree 6 (relative error 2.6e-9).
 inline VecF exp2(VecF x, VecF low = VecF{}) {

@@ -180,18 +180,10 @@ struct Backward {
             const double lse = args.lse[row + c] * kLog2e;
             lanes.lse[c] = float(lse);
             lanes.lse_low[c] = float(lse - lanes.lse[c]);
-            lanes.delta[c] = dot(args.out.row<T>(b, h, s.first + c), args.dout.row<T>(b, h, s.first + c)) -
+            const T* out = args.out.row<T>(b, h, s.first + c);
+            lanes.delta[c] = dot(out, args.dout.row<T>(b, h, s.first + c), plan.D) -
                              (args.dlse == nullptr ? 0.0f : args.dlse[row + c]);
         }
-    }
-
-    float dot(const T* x, const T* y) const {
-        VecF sum = VecF{};
-        int64_t d = 0;
-        for (; d + kLanes <= plan.D; d += kLanes) sum += load(x + d) * load(y + d);
-        float total = reduce_sum(sum);
-        for (; d < plan.D; ++d) total += to_float(x[d]) * to_float(y[d]);
-        return total;
     }
 
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read.

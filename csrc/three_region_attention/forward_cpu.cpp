@@ -12,31 +12,6 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-// Raises the maxima to what a new score tile needs. The old ones do while no score passes them by more than
-// 2^8: sums and products stay far below overflow, and the rare change rescales what is summed.
-template <int kVectors>
-bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, int64_t c,
-               Lanes& lanes, float* rescale) {
-    VecF top[kVectors];
-    for (int i = 0; i < kVectors; ++i) top[i] = broadcast(-kInf);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int i = 0; i < kVectors; ++i)
-            top[i] = maximum(load(scores + r * columns + c + i * kLanes), top[i]);
-    VecI changed = VecI{};
-    for (int i = 0; i < kVectors; ++i) {
-        const int64_t at = c + i * kLanes;
-        const VecF wanted = top[i] * factor + bias, old = load(lanes.row_max + at);
-        const VecI raise = wanted > old + 8.0f;
-        // From -inf (nothing seen yet) the factor is 0, and there is nothing to rescale.
-        store(rescale + at, raise ? exp2(old - wanted) : broadcast(1.0f));
-        store(lanes.row_max + at, raise ? wanted : old);
-        changed |= raise;
-    }
-    int32_t any = 0;
-    for (int i = 0; i < kLanes; ++i) any |= changed[i];
-    return any != 0;
-}
-
 // Scores become weights 2^(exponent - max), in the order of a B operand with keys contracted.
 template <bool kBf16, bool kDropout, int kVectors>
 void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t columns, int64_t c,
@@ -144,8 +119,8 @@ struct Forward {
         const float bias = run.far ? plan.bias : 0.0f;
         bool raised = false;
         for_each_column(columns, [&](int64_t c, auto vectors) {
-            raised |=
-                raise_max<vectors.value>(scores, run.rows, columns, plan.factor, bias, c, lanes, rescale);
+            raised |= raise_max<vectors.value>(scores, run.rows, columns, plan.factor, bias, c, lanes.row_max,
+                                               rescale);
         });
         if (!raised || out == nullptr) return;
         for (int64_t c = 0; c < columns; c += kLanes) {

@@ -11,10 +11,10 @@
 
 #include <algorithm>
 
+#include "common/pack.h"
 #include "common/vec.h"
-#include "three_region_attention/pack.h"
+#include "common/weights.h"
 #include "three_region_attention/three_region_attention.h"
-#include "three_region_attention/weights.h"
 
 namespace cogview {
 namespace {

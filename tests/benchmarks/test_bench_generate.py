@@ -32,6 +32,7 @@ def test_a_run_tells_and_saves_what_it_measured(tmp_path, capsys, monkeypatch):
     document = json.loads((tmp_path / "generate-tiny-fp32.json").read_text())
     (result,) = document["results"]
     assert set(result["drawings"]) == {"ours", "ours, 3 codes a step", "re-projection"}
+    assert result["share_of_floor"] == pytest.approx(result["floor_ms_a_step"] / result["ms_a_step"])
     C = 64  # width: a layer's weights, the head of 16 codes, the cache of 2 rows on average
     floor = (12 * C * C + 17 * C + 16 * C + 2 * C * 2 * (4 + 4.5)) * 4
     assert result["floor_ms_a_step"] * result["copy_gb_s"] * 1e6 == pytest.approx(floor)

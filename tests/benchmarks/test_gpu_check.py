@@ -127,8 +127,11 @@ def test_tests_that_are_cut_keep_their_names(check, tmp_path, monkeypatch):
     command, env = script.pytest_command()
     report = tmp_path / "tests.xml"
     command += [f"--junitxml={report}", "--rootdir", str(tmp_path), str(tmp_path / "test_slow.py")]
-    check.stage(script.Stage("tests", command, "tests.log", 8, env, cwd=tmp_path))
-    assert check.stages[-1]["outcome"] == "out of time"
+    for limit in (8, 16, 32):  # seconds; a busy machine needs more of them to begin
+        check.stage(script.Stage("tests", command, "tests.log", limit, env, cwd=tmp_path))
+        assert check.stages[-1]["outcome"] == "out of time"
+        if report.exists():
+            break
     assert "FAILED" in (tmp_path / "tests.log").read_text()
     red = [case.get("name") for case in ElementTree.parse(report).iter("testcase") if len(case)]
     assert red == ["test_red"]

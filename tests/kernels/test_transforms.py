@@ -8,7 +8,14 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from cogview_kernels import layer_norm, linear_cross_entropy, sandwich_layer_norm, stable_softmax
+from cogview_kernels import (
+    layer_norm,
+    linear_cross_entropy,
+    local_attention_2d,
+    merge_attention,
+    sandwich_layer_norm,
+    stable_softmax,
+)
 
 WEIGHT, BIAS = torch.linspace(0.5, 1.5, 8), torch.linspace(-1, 1, 8)
 IDS, TARGET = torch.linspace(-1, 1, 40).view(5, 8), torch.tensor([4, -100, 1])
@@ -23,6 +30,23 @@ def cross_entropy(reduction, of_weight=False):
     return call
 
 
+def local_attention(x, backend=None):
+    rows = x.reshape(1, 1, -1, 8)
+    grid = (rows.shape[2], 1)
+    out = local_attention_2d(
+        rows, 2 * rows, rows, grid, (3, 1), extra_k=rows, extra_v=rows * rows, dropout_p=0.2, seed=3,
+        backend=backend,
+    )  # fmt: skip
+    return out.reshape(x.shape)
+
+
+def merged(x, backend=None):
+    rows = x.reshape(1, 1, -1, 8)
+    return merge_attention([rows, rows * rows], [rows[..., 0], rows.sum(-1)], backend=backend).reshape(
+        x.shape
+    )
+
+
 # Each op as a function of one tensor, [3, 8] or a row of it, and the backend.
 OPS = {
     "stable_softmax": lambda x, backend=None: stable_softmax(x, alpha=2.0, backend=backend),
@@ -31,6 +55,8 @@ OPS = {
     "sandwich_layer_norm": lambda x, backend=None: torch.cat(
         sandwich_layer_norm(x, 2 * x, WEIGHT, BIAS, None, BIAS, dropout_p=0.2, seed=3, backend=backend)
     ),
+    "local_attention_2d": local_attention,
+    "merge_attention": merged,
     "linear_cross_entropy, mean": cross_entropy("mean"),
     "linear_cross_entropy, none": cross_entropy("none"),
     "linear_cross_entropy of its weight": cross_entropy("mean", of_weight=True),

@@ -73,7 +73,7 @@ def test_devices_and_pipes_take_the_sheet_and_stay(tmp_path):
     reader.join(10)
     assert received[0].startswith(b"\x89PNG") and (tmp_path / "pipe").is_fifo()
     Outlet("/dev/null").write_sheet([[RED]], {})
-    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+    with pytest.raises(OSError, match=r"No space left.*/dev/full"):
         Outlet("/dev/full").write_sheet([[RED]], {})
     assert all(os.path.exists(name) and not os.path.isfile(name) for name in ("/dev/null", "/dev/full"))
 

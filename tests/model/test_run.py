@@ -61,13 +61,6 @@ def test_unranked_pictures_come_in_the_order_drawn(run, drawn):
     assert first[0].tobytes() == images[0].tobytes()
 
 
-def test_a_sheet_of_samples_is_the_same_every_time(run, run_folder):
-    settings = load_model_settings(run_folder)
-    sheet = sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE])
-    assert sheet.size == (4 * 68 + 4, 2 * 68 + 4)
-    assert sheet.tobytes() == sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE]).tobytes()
-
-
 def test_a_text_has_its_own_seed_whatever_is_drawn_beside_it(run, drawn):
     images, losses = run.generate([CHINESE, SEVEN], num=5, seed=[8, 3])
     assert [image.tobytes() for image in images[1]] == [image.tobytes() for image in drawn[0]]
@@ -175,6 +168,13 @@ def test_numbers_that_are_not_finite_are_an_error_everywhere(run_folder, drawn):
     broken.tokenizers.image.dec.blocks[-1].bias.data[0] = torch.nan
     with pytest.raises(FloatingPointError, match="image tokenizer is damaged"):
         broken.decode(torch.zeros(16, dtype=torch.int64))
+
+
+def test_a_sheet_of_samples_is_the_same_every_time(run, run_folder):
+    settings = load_model_settings(run_folder)
+    sheet = sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE])
+    assert sheet.size == (4 * 68 + 4, 2 * 68 + 4)
+    assert sheet.tobytes() == sample_sheet(run.model, run.tokenizers, settings, [SEVEN, CHINESE]).tobytes()
 
 
 def test_sampling_is_the_runs_unless_given(run):

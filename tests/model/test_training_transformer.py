@@ -52,6 +52,15 @@ def test_loss_is_the_weighted_cross_entropy_of_both_kinds():
         torch.testing.assert_close(fused, plain, rtol=1e-3, atol=1e-5)
 
 
+def test_rows_lose_their_text_in_training_and_not_in_validation():
+    trainer = TransformerTrainer(small_model(), dataset(), dataclasses.replace(CONFIG, text_dropout=0.6))
+    options = {"text_weight": 3.0, "caption_fraction": CONFIG.caption_fraction, "seed": CONFIG.seed}
+    whole, dropped = (dataset().batch(0, 8, text_dropout=share, **options).tokens for share in (0.0, 0.6))
+    assert not torch.equal(whole, dropped)
+    assert torch.equal(next(trainer.batches(0)).tokens, dropped)
+    assert torch.equal(trainer._batches_of(dataset(), 8)(0).tokens, whole)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_a_batch_in_parts_has_the_losses_and_the_gradient_of_the_whole(parts, precision):

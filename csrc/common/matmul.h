@@ -3,7 +3,8 @@
 //
 // Operands are arrays of 4-byte units: one float, or a pair of bfloat16 neighbouring in the contraction. So
 // one kernel serves both: a unit of A is broadcast against a vector of units of B. Sums are in float.
-//   A  unit (m, k) at a[k / a_block * a_next + m * a_row + k % a_block]
+//   A  unit (m, k) at a[k / a_block * a_next + m * a_row + k % a_block], or of a TransposedA, whose rows lie
+//      side by side, at a[k / a_block * a_next + k % a_block * a_step + m]
 //   B  unit (k, n) at b[k * ldb + n]
 //   C  float (m, n) at c[m * ldc + n]
 // n is a multiple of 16. With kBf16 also m and the units of k are multiples of 16, n and m of 32.
@@ -30,6 +31,17 @@ constexpr int kPanel = 2, kRows = 6;
 struct MatmulA {
     const float* data;
     int64_t row, block, next;
+
+    const float* unit(int64_t m, int64_t k) const { return data + m * row + k; }
+    void skip_rows(int64_t m) { data += m * row; }
+};
+
+struct TransposedA {
+    const float* data;
+    int64_t step, block, next;
+
+    const float* unit(int64_t m, int64_t k) const { return data + k * step + m; }
+    void skip_rows(int64_t m) { data += m; }
 };
 
 template <bool kBf16>
@@ -55,8 +67,8 @@ inline VecF broadcast_unit(const float* p) {
     return bitcast<VecF>(VecI{} + unit);
 }
 
-template <bool kBf16, int kM, int kN>
-inline void micro_kernel(int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
+template <bool kBf16, int kM, int kN, typename A>
+inline void micro_kernel(int64_t K, A a, const float* b, int64_t ldb, float* c, int64_t ldc,
                          bool accumulate) {
     VecF sum[kM][kN];
 #pragma GCC unroll 8
@@ -70,7 +82,7 @@ inline void micro_kernel(int64_t K, MatmulA a, const float* b, int64_t ldb, floa
             for (int n = 0; n < kN; ++n) row[n] = load(b + n * kLanes);
 #pragma GCC unroll 8
             for (int m = 0; m < kM; ++m) {
-                const VecF unit = broadcast_unit(a.data + m * a.row + k);
+                const VecF unit = broadcast_unit(a.unit(m, k));
 #pragma GCC unroll 4
                 for (int n = 0; n < kN; ++n) sum[m][n] = multiply_add<kBf16>(unit, row[n], sum[m][n]);
             }
@@ -86,8 +98,8 @@ inline void micro_kernel(int64_t K, MatmulA a, const float* b, int64_t ldb, floa
         }
 }
 
-template <bool kBf16, int kM, int kN>
-inline void last_rows(int64_t rows, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
+template <bool kBf16, int kM, int kN, typename A>
+inline void last_rows(int64_t rows, int64_t K, A a, const float* b, int64_t ldb, float* c, int64_t ldc,
                       bool accumulate) {
     if constexpr (kM > 0) {
         if (rows == kM)
@@ -97,15 +109,14 @@ inline void last_rows(int64_t rows, int64_t K, MatmulA a, const float* b, int64_
     }
 }
 
-template <bool kBf16, int kN>
-void panel(int64_t M, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
-           bool accumulate) {
+template <bool kBf16, int kN, typename A>
+void panel(int64_t M, int64_t K, A a, const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
     // Narrow panels leave registers for more rows, which hide the latency of an accumulation.
     constexpr int kM = kN <= 2 && kPanel == 4 ? 8 : kRows;
     int64_t m = 0;
     for (; m + kM <= M; m += kM) {
         micro_kernel<kBf16, kM, kN>(K, a, b, ldb, c + m * ldc, ldc, accumulate);
-        a.data += kM * a.row;
+        a.skip_rows(kM);
     }
     last_rows<kBf16, kM - 1, kN>(M - m, K, a, b, ldb, c + m * ldc, ldc, accumulate);
 }
@@ -188,11 +199,11 @@ struct TileScope {
 #endif
 
 // C[M, N] (+)= A[M, K] B[K, N], with K counted in units. 2 M N K FLOPs (4 with bfloat16 pairs).
-template <bool kBf16>
-void matmul(int64_t M, int64_t N, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
+template <bool kBf16, typename A = MatmulA>
+void matmul(int64_t M, int64_t N, int64_t K, A a, const float* b, int64_t ldb, float* c, int64_t ldc,
             bool accumulate) {
 #if defined(__AMX_BF16__)
-    if (kBf16) return tile_matmul(M, N, K, a, b, ldb, c, ldc, accumulate);
+    if constexpr (kBf16) return tile_matmul(M, N, K, a, b, ldb, c, ldc, accumulate);
 #endif
     int64_t vectors = N / kLanes;
     for (int64_t n = 0; vectors > 0;) {

@@ -2,8 +2,8 @@
 // From scores to the weights of a softmax, on the CPU. Internal linkage: see common/vec.h.
 #pragma once
 
+#include "common/matmul.h"
 #include "common/vec.h"
-#include "three_region_attention/matmul.h"
 
 namespace cogview {
 namespace {
@@ -50,6 +50,32 @@ struct Exponent {
         return score == -kInf ? score : high + low;
     }
 };
+
+// Raises the maxima of the columns from c on to what a new score tile needs; gives whether it raised one, and
+// by what is to be multiplied what was summed. The old ones do while no score passes them by more than 2^8:
+// sums and products stay far below overflow, and the rare change rescales what is summed.
+template <int kVectors>
+bool raise_max(const float* scores, int64_t rows, int64_t columns, float factor, float bias, int64_t c,
+               float* row_max, float* rescale) {
+    VecF top[kVectors];
+    for (int i = 0; i < kVectors; ++i) top[i] = broadcast(-kInf);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int i = 0; i < kVectors; ++i)
+            top[i] = maximum(load(scores + r * columns + c + i * kLanes), top[i]);
+    VecI changed = VecI{};
+    for (int i = 0; i < kVectors; ++i) {
+        const int64_t at = c + i * kLanes;
+        const VecF wanted = top[i] * factor + bias, old = load(row_max + at);
+        const VecI raise = wanted > old + 8.0f;
+        // From -inf (nothing seen yet) the factor is 0, and there is nothing to rescale.
+        store(rescale + at, raise ? exp2(old - wanted) : broadcast(1.0f));
+        store(row_max + at, raise ? wanted : old);
+        changed |= raise;
+    }
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= changed[i];
+    return any != 0;
+}
 
 }  // namespace
 }  // namespace cogview
