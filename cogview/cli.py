@@ -102,14 +102,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever reads the output has enough. What Python still holds back must not be written at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, Warning) as error:  # a warning under ``-W error``
         # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
         if given is not None or started_as_first():
             where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
             command = f"cogview {verb}".strip()
             print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_MISTAKE
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        reason = f"not enough memory: {str(error).splitlines()[0] if str(error) else 'none is left'}"
+        print(f"cogview {verb}: {reason}; take a smaller batch or a smaller model", file=sys.stderr)
+        return EXIT_MISTAKE
     return 0
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """PyTorch has an exception of its own for it on GPUs, and on a CPU only this message."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
 
 
 def _parse(verb: str, words: list[str]) -> Any:

@@ -13,6 +13,31 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name} must be {expected}, got {got!r}")
 
 
+MOST_WORKERS = 256  # More processes or threads than any machine has a use for.
+MOST_STEPS = 99_999_999  # The name of a checkpoint has eight digits.
+
+
+def _require_between(settings: object, least: float, most: float, *names: str) -> None:
+    """Both ends included. NaN lies nowhere, and infinity only where ``most`` says so."""
+    for name in names:
+        value = getattr(settings, name)
+        _require(least <= value <= most, name, f"from {least:,} to {most:,}", value)
+
+
+def require_workers(least: int, workers: int) -> None:
+    """ValueError for a number of processes or threads that would stop the machine."""
+    _require(least <= workers <= MOST_WORKERS, "workers", f"from {least} to {MOST_WORKERS}", workers)
+
+
+def _require_finite(settings: object, *names: str) -> None:
+    """Numbers, or tuples of them, that are 0 or above."""
+    for name in names:
+        value = getattr(settings, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        fits = all(0 <= number < math.inf for number in numbers)
+        _require(fits, name, "finite, 0 or above", value)
+
+
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
     """Shape of the VQ-VAE. The defaults are the released tokenizer: 256 px to 32 x 32 codes."""
@@ -26,7 +51,11 @@ class ImageTokenizerConfig:
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
     def __post_init__(self) -> None:
-        _require(self.stages >= 1, "stages", "at least 1", self.stages)
+        _require_between(self, 1, 16, "stages")
+        _require_between(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
+        _require_between(self, 1, 1 << 14, "image_size")
+        _require_finite(self, "pixel_mean", "pixel_std")
+        _require(min(self.pixel_std) > 0, "pixel_std", "above 0", self.pixel_std)
         fits = self.image_size >= 1 and self.image_size % 2**self.stages == 0
         _require(fits, "image_size", f"a positive multiple of {2**self.stages}", self.image_size)
 
@@ -54,10 +83,10 @@ class ImageTokenizerTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", "at least 1", self.steps)
-        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 1, 1 << 24, "batch_size")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
+        _require_finite(self, "learning_rate", "commitment")
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,9 @@ class ThreeRegionConfig:
     window_blocks: int = 6
     num_pivots: int = 768
     density_correction: bool = True
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, 1 << 24, "block_size", "window_blocks", "num_pivots")
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,10 @@ class ModelConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require(1 <= self.num_layers <= 10_000, "num_layers", "from 1 to 10,000", self.num_layers)
+        _require_between(self, 1, 1000, "num_layers")
+        _require_between(self, 1, 1 << 20, "hidden_size")
+        _require_between(self, 1, 1 << 24, "vocab_size", "max_positions")
+        _require_finite(self, "init_std")
         divides = self.num_heads >= 1 and self.hidden_size % self.num_heads == 0
         _require(divides, "num_heads", f"a divisor of hidden_size {self.hidden_size}", self.num_heads)
         _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
@@ -133,9 +168,12 @@ class TrainConfig:
     resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", "at least 1", self.steps)
-        _require(self.batch_size >= 1, "batch_size", "at least 1", self.batch_size)
-        _require(self.checkpoint_every >= 1, "checkpoint_every", "at least 1", self.checkpoint_every)
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 1, 1 << 24, "batch_size")
+        _require_between(self, 0, 1, "warmup_fraction", "final_lr_fraction")
+        _require_between(self, 0, math.inf, "clip_norm")
+        _require_finite(self, "learning_rate", "betas", "weight_decay", "text_weight")
+        _require(max(self.betas) < 1, "betas", "below 1", self.betas)
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         known = self.precision in ("fp32", "bf16", "fp16")
         _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
@@ -192,8 +230,7 @@ class Preset:
     name: str = field(default="", compare=False)  # under which ``presets`` lists it
 
     def __post_init__(self) -> None:
-        _require(self.text_pieces >= 1, "text_pieces", "at least 1", self.text_pieces)
-        _require(self.min_text_tokens >= 1, "min_text_tokens", "at least 1", self.min_text_tokens)
+        _require_between(self, 1, 1 << 24, "text_pieces", "min_text_tokens")
         at_least = f"at least min_text_tokens {self.min_text_tokens}"
         _require(
             self.max_text_tokens >= self.min_text_tokens, "max_text_tokens", at_least, self.max_text_tokens

@@ -27,7 +27,8 @@ def usable_device(name: str | None = None) -> str:
         ) from None
     try:
         torch.zeros(1, device=name).item()  # "meta" makes tensors, but there is nothing in them
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # PyTorch goes on with what its developers need: every device that it has heard of.
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {name} cannot be used here: {reason}") from None
     return name

@@ -49,6 +49,11 @@ def written_aside(path: StrPath) -> Iterator[Path]:
         flush(aside)
         os.replace(aside, path)
         flush(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        # What writing to an open file raises, such as for a full disk, does not say which.
+        raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from None
     finally:
         aside.unlink(missing_ok=True)
 
@@ -107,10 +112,10 @@ def read_json(path: StrPath) -> Any:
     path = require_readable(path, "file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise ValueError(f"{path} is damaged: {error}") from None
     version = content.pop(_VERSION_KEY, 0) if isinstance(content, dict) else 0
-    if not isinstance(version, int) or version < 0:
+    if type(version) is not int or version < 0:
         raise ValueError(f"{path} is damaged: {_VERSION_KEY} must be a whole number, got {version!r}")
     if version > FORMAT_VERSION:
         raise ValueError(
@@ -135,6 +140,9 @@ def require_readable(path: StrPath, what: str) -> Path:
     """``path``. FileNotFoundError if there is no such file, PermissionError if it may not be read."""
     path = Path(path)
     try:
+        # To open a pipe that nobody writes to would wait for ever.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FileNotFoundError
         with open(path, "rb"):
             return path
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):

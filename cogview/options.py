@@ -223,6 +223,10 @@ class Drawing:
             value = getattr(self, name)
             if not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not self.out:
+            raise ValueError(
+                "--out must be a .png file, a folder or - for standard output, got an empty name"
+            )
         if self.json and self.out == "-":
             raise ValueError("--json and --out - both mean standard output; leave out one of them")
         if self.stream and self.out == "-":

@@ -93,6 +93,9 @@ class Outlet:
 
 def _require_writable(folder: Path, out: str) -> None:
     """Whether a file can be made in ``folder``, which may have to be made itself."""
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(".tmp")  # as which a file is written before it is renamed
+    if len(os.fsencode(Path(out).name)) > longest:
+        raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir():

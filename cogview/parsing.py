@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +21,9 @@ import tyro
 
 from cogview import options
 from cogview.config import Preset, ThreeRegionConfig
+from cogview.files import exists
 from cogview.presets import default_preset, get_preset, implied_preset
+from cogview.settings import TOKENIZER_SETTINGS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -60,6 +64,8 @@ SHORT: dict[type, dict[str, str]] = {
     options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in _NOT_OF_A_PLAN},
 }
 
+NARROWEST = 40  # columns; below a few of them tyro lays out its help for ever
+
 
 def parse(verb: str, words: Sequence[str], description: str) -> Any:
     """The options of ``verb`` (a dataclass of :mod:`cogview.options`).
@@ -76,6 +82,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
         words = [_in_full(word, SHORT[kind]) for word in words]
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
@@ -109,12 +117,20 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
 
 
 def _preset(kind: type, words: Sequence[str]) -> Preset:
-    """The preset that is named, else the one of a run's tokenizers, else the one for the data."""
+    """The preset that is named, else the one of a run's tokenizers, else the one for the data.
+
+    The one of a run's tokenizers has their sizes, also where it is named, as in the ``train.toml`` of a run.
+    """
     name, out = _last_value(words, "preset"), _last_value(words, "out")
-    if name is not None:
-        return get_preset(name)
-    if kind is options.Train and out is not None and not {"-h", "--help"} & set(words):
-        return implied_preset(out)
+    named = None if name is None else get_preset(name)
+    asks_help = bool({"-h", "--help"} & set(words))
+    of_run = Path(out) if kind is options.Train and out is not None and not asks_help else None
+    if of_run is not None and (named is None or exists(of_run / TOKENIZER_SETTINGS)):
+        implied = implied_preset(of_run)
+        if named is None or named.name == implied.name:
+            return implied
+    if named is not None:
+        return named
     return default_preset(_last_value(words, "data") or "")
 
 
@@ -149,12 +165,17 @@ def _in_full(word: str, short: Mapping[str, str]) -> str:
 def _words_of_file(path: Path, kind: type) -> list[str]:
     """A TOML file as words of a command line. What belongs to another verb with settings is left out."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"settings file not found: {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     known = {field.name for each in SHORT for field in dataclasses.fields(each)}
+    short = {name.replace("-", "_") for names in SHORT.values() for name in names}
+    for name in content:
+        # What is no option would be taken for a switch of the command line, such as --help.
+        if name.replace("-", "_") not in (known | short) - {"settings"}:
+            raise ValueError(f"{path} sets {name!r}, which is no option that a settings file can hold")
     others = known - {field.name for field in dataclasses.fields(kind)}
     return [
         word
@@ -173,6 +194,12 @@ def _words_of(name: str, value: Any) -> Iterator[str]:
         table, dot, flag = name.rpartition(".")
         yield f"--{table}{dot}{flag if value else 'no-' + flag}"
     elif isinstance(value, list):
+        for entry in value:
+            if not isinstance(entry, (str, int, float)) or str(entry).startswith("--"):
+                raise ValueError(
+                    f"{name} in the settings file has {entry!r}, which is neither a number nor a text, or "
+                    "begins with --"
+                )
         yield from (f"--{name}", *map(str, value))
     else:
         yield f"--{name}={value}"

@@ -222,7 +222,9 @@ class Run:
             raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
         weight, grid = self.model.word_embeddings.weight, self.tokenizers.image.config.grid
         fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
-        options = dataclasses.replace(options, max_batch=fitting)
+        # More guesses than a picture has codes would try nothing more.
+        parallel = min(options.parallel, self.num_codes)
+        options = dataclasses.replace(options, max_batch=fitting, parallel=parallel)
 
         rows_told = 0
 

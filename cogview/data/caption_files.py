@@ -52,9 +52,10 @@ class _Object(list[tuple[str, Any]]):
 
 
 def _from_json(path: Path) -> dict[str, list[str]]:
+    text = read_text(path)
     try:
-        content = json.loads(read_text(path), object_pairs_hook=_Object)
-    except json.JSONDecodeError as error:
+        content = json.loads(text, object_pairs_hook=_Object)
+    except (ValueError, RecursionError) as error:  # also for thousands of brackets, or of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, _Object):
         raise ValueError(f'{path} must hold {{"file": "caption"}}, got a {type(content).__name__}')
@@ -66,13 +67,13 @@ def _from_json(path: Path) -> dict[str, list[str]]:
 
 def _captions(path: Path, name: str, entry: Any) -> Iterable[str]:
     captions = [entry] if isinstance(entry, str) else entry
-    if not isinstance(captions, list) or not captions or not all(map(_is_text, captions)):
+    if not isinstance(captions, list) or not captions or not all(map(is_text, captions)):
         raise ValueError(f"{path}: {name} must have a caption or a list of captions, got {entry!r}")
     return (text.strip() for text in captions)
 
 
-def _is_text(entry: Any) -> bool:
-    # JSON can hold halves of surrogate pairs, which are no characters.
+def is_text(entry: Any) -> bool:
+    """Whether it is a caption: not empty, and without halves of surrogate pairs, which JSON can hold."""
     return isinstance(entry, str) and bool(entry.strip()) and not re.search("[\ud800-\udfff]", entry)
 
 

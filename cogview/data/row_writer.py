@@ -34,6 +34,7 @@ from cogview.data.rows import (
     RowsHead,
     image_key,
     open_rows,
+    skipped_lines,
 )
 from cogview.data.samples import Sample, Samples, read_ahead
 from cogview.files import StrPath, read_json, write_json
@@ -127,7 +128,7 @@ def _lock(file: IO[bytes], folder: Path) -> None:
 
 def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Files, state: _State) -> None:
     good = [(sample, picture) for sample, picture in chunk if isinstance(picture, Tensor)]
-    bad = [f"{sample.name}\t{picture}\n" for sample, picture in chunk if isinstance(picture, str)]
+    bad = [(sample.name, picture) for sample, picture in chunk if isinstance(picture, str)]
     rows, images = [], []
     all_codes = encoder.codes([picture for _, picture in good]) if good else ()
     for (sample, _), codes in zip(good, all_codes, strict=True):
@@ -139,7 +140,7 @@ def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Fi
         rows.append(np.hstack([texts, np.broadcast_to(codes, (len(texts), len(codes)))]))
         state.rows += len(texts)
     content = b"".join(row.tobytes() for row in rows)
-    skipped = "".join(bad).encode(errors="backslashreplace")
+    skipped = skipped_lines(bad)
     files.append(content, np.array(images, dtype=np.int64).tobytes(), skipped)
     state.content = hashlib.blake2b(state.content.encode() + content, digest_size=16).hexdigest()
     state.images += len(good)
@@ -236,9 +237,9 @@ def _write(
     try:
         with Progress(total, "write rows", unit=unit, initial=done, enabled=progress) as bar:
             if not state.skipped:
-                missing = [f"{name}\tnot there\n" for name in samples.left_out]
-                state.skipped, state.skipped_bytes = len(missing), len("".join(missing).encode())
-                files.append(b"", b"", "".join(missing).encode())
+                missing = skipped_lines((name, "not there") for name in samples.left_out)
+                state.skipped, state.skipped_bytes = len(samples.left_out), len(missing)
+                files.append(b"", b"", missing)
             for number in range(state.part, len(samples.parts)):
                 for chunk in read_ahead(samples.part(number, state.taken), size, CHUNK, workers):
                     _add(encoder, chunk, files, state)

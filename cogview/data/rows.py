@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,12 @@ def image_key(identity: bytes) -> int:
     """A hash of what makes an image that one and no other: of its codes, or of what it is a copy of."""
     digest = hashlib.blake2b(identity, digest_size=8).digest()
     return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
+
+
+def skipped_lines(entries: Iterable[Iterable[str]]) -> bytes:
+    """Lines of ``skipped.tsv``, whatever the names are: a line end or a tab becomes a space."""
+    lines = ("\t".join(re.sub(r"[\t\r\n]", " ", part) for part in entry) for entry in entries)
+    return "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from cogview.config import require_workers
 from cogview.data.pairs import is_shards, open_pairs
 from cogview.data.row_writer import row_format, write_rows
 from cogview.data.rows import Rows, is_rows
@@ -14,6 +15,8 @@ from cogview.data.webdataset import ShardSamples
 from cogview.device import default_device
 from cogview.files import StrPath
 from cogview.tokens.tokenizers import load_tokenizers
+
+MOST_TEXT_TOKENS = 1 << 16  # Every row has room for so many.
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,11 @@ class Tokenize:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_text_tokens", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        require_workers(1, self.workers)
+        if not 1 <= self.max_text_tokens <= MOST_TEXT_TOKENS:
+            raise ValueError(
+                f"max_text_tokens must be from 1 to {MOST_TEXT_TOKENS}, got {self.max_text_tokens}"
+            )
 
 
 def tokenize(options: Tokenize) -> Rows:

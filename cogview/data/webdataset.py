@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cogview.data.caption_files import is_text
 from cogview.data.image_files import read_pixels, to_unit_range
 from cogview.data.samples import Sample
 
@@ -98,17 +99,17 @@ def _picture(found: Mapping[str, Any], name: str, size: int) -> Tensor:
     if content is None:
         raise ValueError(f"{name} has no picture ({', '.join(PICTURES)})")
     if not _captions(found):
-        raise ValueError(f"{name} has no caption (txt, or json with one of {', '.join(KEYS)})")
+        raise ValueError(f"{name} has no caption in UTF-8 (txt, or json with one of {', '.join(KEYS)})")
     return to_unit_range(read_pixels(io.BytesIO(content), size, name))
 
 
 def _captions(found: Mapping[str, Any]) -> tuple[str, ...]:
-    texts = [found[kind].decode(errors="replace") for kind in TEXTS if kind in found]
-    if not texts and "json" in found:
-        try:
+    try:
+        texts = [found[kind].decode() for kind in TEXTS if kind in found]
+        if not texts and "json" in found:
             content = json.loads(found["json"])
             texts = next(([content[key]] for key in KEYS if isinstance(content.get(key), str)), [])
             texts = texts or next((content[key] for key in KEYS if isinstance(content.get(key), list)), [])
-        except (ValueError, AttributeError):
-            return ()
-    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    except (ValueError, AttributeError, RecursionError):  # the last for thousands of brackets
+        return ()
+    return tuple(text.strip() for text in texts if is_text(text))

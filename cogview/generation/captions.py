@@ -15,6 +15,8 @@ from cogview.seeding import derive_seed
 from cogview.tokens.sequence import image_to_text_prompt
 from cogview.tokens.vocab import Vocab
 
+MOST_BEAMS = 100  # Each is a row of the batch; a search gains nothing from so many.
+
 
 def generate_captions(
     model: CogView,
@@ -32,8 +34,8 @@ def generate_captions(
     Leaves the model in eval mode.
     """
     options = options or DrawOptions(sampling=GREEDY)
-    if beams < 1:
-        raise ValueError(f"beams must be at least 1, got {beams}")
+    if not 1 <= beams <= MOST_BEAMS:
+        raise ValueError(f"beams must be from 1 to {MOST_BEAMS}, got {beams}")
     model.eval()
     sep = vocab.command("SEP")
     captions = []

@@ -44,8 +44,9 @@ class DrawOptions:
         for name in ("max_batch", "parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance must be 0 or above (1 is off), got {self.guidance}")
+        # Beyond that only the likeliest code is left, and then the products overflow.
+        if not 0 <= self.guidance <= 1000:
+            raise ValueError(f"guidance must be from 0 to 1,000 (1 is off), got {self.guidance}")
 
 
 @dataclass(frozen=True)

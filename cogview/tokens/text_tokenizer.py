@@ -52,8 +52,11 @@ class TextTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"text tokenizer not found: {path}")
+        content = path.read_bytes()
         try:
-            return cls(path.read_bytes())
+            if not content:  # which SentencePiece would take for no model yet
+                raise RuntimeError
+            return cls(content)
         except RuntimeError:
             raise ValueError(f"{path} is not a SentencePiece model (damaged or another format)") from None
 

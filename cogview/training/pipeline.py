@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from cogview.config import Preset
+from cogview.config import Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
-from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, split_rows
+from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
 from cogview.data.samples import PairSamples
 from cogview.data.tokens import TokenDataset, caption_lengths
 from cogview.device import default_device
-from cogview.files import StrPath, exists, read_json, save_tensors, write_json, write_text
+from cogview.files import StrPath, exists, read_json, save_tensors, write_bytes, write_json
 from cogview.model.transformer import CogView
 from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
@@ -84,6 +84,9 @@ class TrainTokenizers:
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
 
+    def __post_init__(self) -> None:
+        require_workers(0, self.workers)
+
 
 def train_tokenizers(options: TrainTokenizers) -> History:
     """Train text and image tokenizer, or finish what an interrupted call began.
@@ -126,7 +129,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         size = preset.image_tokenizer.image_size
         left_out = pairs.check(size, skip_bad=options.skip_bad, progress=options.progress)
         if left_out:
-            write_text(out / SKIPPED, "".join(f"{reason}\n" for reason in left_out))
+            write_bytes(out / SKIPPED, skipped_lines((reason,) for reason in left_out))
         _tell_left_out(len(left_out), out, options)
     text = None if is_started else _plan_text(pairs, preset, options)
     lock.take()
@@ -206,6 +209,9 @@ class TrainModel:
     draw: Draw | None = None  # None: no sample pictures
     workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+
+    def __post_init__(self) -> None:
+        require_workers(0, self.workers)
 
 
 def train_model(options: TrainModel) -> History:

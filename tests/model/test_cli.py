@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+import cogview.commands
 import cogview.run
 from cogview.cli import main
 from cogview.generation import text_to_image
@@ -176,6 +178,7 @@ def test_out_is_looked_at_before_anything_is_loaded(tmp_path, capsys):
     )
     for option, value in (("--num", 0), ("--parallel", 0), ("--max-batch", 0), ("--guidance", "nan")):
         assert f"{option} must be at least" in mistake(capsys, *command, option, value)
+    assert "got an empty name" in mistake(capsys, *command, "--out", "")
     assert (tmp_path / "x.png").read_text() == "kept"
 
 
@@ -302,9 +305,34 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert "temperature must be 0 (the likeliest token) or above" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "-1"
     )
-    assert "device nonsense cannot be used here" in mistake(
-        capsys, "generate", "--run", run_folder, text, "--device", "nonsense"
-    )
+    for device in ("nonsense", "xla", "privateuseone"):
+        error = mistake(capsys, "generate", "--run", run_folder, text, "--device", device)
+        assert f"device {device} cannot be used here" in error and len(error) < 400
+
+
+def test_a_warning_that_is_to_be_an_error_is_one_line(run_folder, tmp_path, capsys):
+    words = ["generate", "--run", run_folder, "狗", "--num", 1, "--out", tmp_path / "x.png"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert "has parts the model never learned" in mistake(capsys, *words)
+
+
+def test_too_little_memory_is_one_line(capsys, monkeypatch):
+    def allocate(given):
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(cogview.commands, "presets", allocate)
+    assert "not enough memory: " in mistake(capsys, "presets")
+
+
+def test_more_guesses_than_codes_are_as_many_as_there_are(run_folder, tmp_path):
+    drawn = []
+    for parallel in ("1", str(10**20)):
+        out = tmp_path / f"{parallel}.png"
+        words = ["--num", "1", "--parallel", parallel, "--out", str(out)]
+        assert main(["generate", "--run", str(run_folder), SEVEN, *words]) == 0
+        drawn.append(Image.open(out).tobytes())
+    assert drawn[0] == drawn[1]
 
 
 def _only_tokenizers(run_folder, tmp_path):

@@ -1,10 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import math
 
 import pytest
 
-from cogview.config import ImageTokenizerConfig, ModelConfig, SamplingConfig, TrainConfig
+from cogview.config import (
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    ModelConfig,
+    SamplingConfig,
+    ThreeRegionConfig,
+    TrainConfig,
+)
+from cogview.generation.engine import DrawOptions
 from cogview.presets import PRESETS
+from cogview.training.pipeline import TrainModel
 
 
 @pytest.mark.parametrize(
@@ -24,6 +34,25 @@ from cogview.presets import PRESETS
         (lambda: SamplingConfig(temperature=float("nan")), "temperature"),
         (lambda: TrainConfig(text_dropout=1.0), "text_dropout"),
         (lambda: SamplingConfig(top_p=2.0), "top_p"),
+        # What PyTorch would only meet later, as a traceback, a model of NaN or no memory.
+        (lambda: ModelConfig(num_layers=1, hidden_size=-64, num_heads=2), "hidden_size"),
+        (lambda: ModelConfig(1, 8, 2, vocab_size=10**30), "vocab_size"),
+        (lambda: ModelConfig(1, 8, 2, max_positions=0), "max_positions"),
+        (lambda: ModelConfig(1, 8, 2, init_std=math.nan), "init_std"),
+        (lambda: ThreeRegionConfig(block_size=0), "block_size"),
+        (lambda: ImageTokenizerConfig(num_codes=-1), "num_codes"),
+        (lambda: ImageTokenizerConfig(channels=10**9), "channels"),
+        (lambda: ImageTokenizerConfig(stages=5000, image_size=2**5000), "stages"),
+        (lambda: ImageTokenizerConfig(pixel_std=(1.0, 0.0, 1.0)), "pixel_std"),
+        (lambda: ImageTokenizerTrainConfig(commitment=math.nan), "commitment"),
+        (lambda: TrainConfig(steps=100_000_000), "steps must be from 1 to 99,999,999, got 100000000"),
+        (lambda: TrainConfig(batch_size=10**11), "batch_size"),
+        (lambda: TrainConfig(learning_rate=math.inf), "learning_rate"),
+        (lambda: TrainConfig(betas=(0.9, math.nan)), "betas"),
+        (lambda: TrainConfig(clip_norm=-1.0), "clip_norm"),
+        (lambda: TrainConfig(warmup_fraction=7.0), "warmup_fraction"),
+        (lambda: TrainModel("x", "y", workers=99_999), "workers must be from 0 to 256, got 99999"),
+        (lambda: DrawOptions(guidance=1e300), "guidance"),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_it(make, argument):

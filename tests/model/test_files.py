@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from cogview.files import digest, load_tensors, read_json, save_tensors, write_json
+from cogview.files import digest, load_tensors, read_json, save_tensors, write_json, written_aside
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
@@ -20,6 +20,27 @@ def test_a_damaged_file_is_one_clear_error(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         read_json(tmp_path / "x.json")
+    for damaged in ("[" * 100_000, "1" * 5000, '{"format_version": true}'):
+        (tmp_path / "x.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"x\.json is damaged"):
+            read_json(tmp_path / "x.json")
+
+
+def test_a_pipe_that_nobody_writes_to_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_json, load_tensors):
+        with pytest.raises(FileNotFoundError, match=r"not found: .*pipe"):
+            read(tmp_path / "pipe")
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*x\.png'"),
+        written_aside(tmp_path / "x.png"),
+        open("/dev/full", "wb", buffering=0) as full,
+    ):
+        full.write(b"x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_user_may_not_read_is_called_so_and_not_damaged(tmp_path):

@@ -48,6 +48,8 @@ def test_json_captions(folder):
         ("captions.tsv", "", "the caption list is empty"),
         ("captions.tsv", "blue.png\tblue\n", r"names files that are not there: blue\.png"),
         ("captions.json", "{", "is not valid JSON"),
+        ("captions.json", "[" * 100_000, "is not valid JSON"),
+        ("captions.json", '{"a": ' + "1" * 5000 + "}", "is not valid JSON"),
         ("captions.json", "[1]", "must hold"),
         ("captions.json", '{"red.png": []}', "red.png must have a caption"),
     ],

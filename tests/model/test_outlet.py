@@ -46,6 +46,8 @@ def test_a_folder_has_a_file_for_each_picture_and_the_sheet(tmp_path):
 def test_what_cannot_be_written_is_noticed_first(tmp_path):
     with pytest.raises(ValueError, match=r"--out must be a \.png file, a folder .* got .*x\.jpg"):
         Outlet(str(tmp_path / "x.jpg"))
+    with pytest.raises(ValueError, match=r"name of more than .* bytes"):
+        Outlet(str(tmp_path / ("x" * 248 + ".png")))
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match=r"file is not a folder"):
         Outlet(str(tmp_path / "file" / "x.png"))

@@ -44,8 +44,18 @@ def test_train_starts_from_the_preset_of_the_tokenizers(tmp_path):
     given = parse("train", ("--data", "photos", "--out", str(tmp_path), "--model.num-layers", "3"), "")
     assert given.start.image_tokenizer == shape
     assert given.model == dataclasses.replace(SMALL.model, num_layers=3)
+    # As in the train.toml of such a run.
+    given = parse("train", ("--data", "photos", "--out", str(tmp_path), "--preset", "small"), "")
+    assert given.start.image_tokenizer == shape
     with pytest.raises(FileNotFoundError, match="train the tokenizers first"):
         parse("train", ("--data", "photos", "--out", str(tmp_path / "absent")), "")
+
+
+def test_a_terminal_of_one_column_gets_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        parse("presets", ("--help",), "")
+    assert "usage: cogview presets" in capsys.readouterr().out
 
 
 def test_nested_options_override_the_preset():
@@ -122,6 +132,17 @@ def test_a_file_of_settings_serves_both_verbs_and_the_command_line_overrides_it(
 def test_a_bad_file_of_settings_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings file not found: .*absent\.toml"):
         parse("train", (*TRAIN, "--settings", str(tmp_path / "absent.toml")), "")
+    path = tmp_path / "switch.toml"
+    for content, reason in (
+        ("help = true", "sets 'help', which is no option"),
+        ('settings = "other.toml"', "sets 'settings', which is no option"),
+        ('train.sample_texts = ["--help"]', "begins with --"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            parse("train", (*TRAIN, "--settings", str(path)), "")
+    path.write_bytes(b"\xef\xbb\xbfsteps = 7")  # The mark of an editor on Windows.
+    assert parse("train", (*TRAIN, "--settings", str(path)), "").train.steps == 7
     path = tmp_path / "bad.toml"
     path.write_text("steps = = 3")
     with pytest.raises(ValueError, match=r"bad\.toml is not valid TOML"):

@@ -20,7 +20,7 @@ from cogview.data.fingerprint import fingerprint
 from cogview.data.folder import FolderPairs
 from cogview.data.pairs import is_shards, open_pairs
 from cogview.data.row_writer import has_rows, row_format, write_rows
-from cogview.data.rows import KEY_BITS, Rows, RowSubset, open_rows, split_rows
+from cogview.data.rows import KEY_BITS, Rows, RowSubset, open_rows, skipped_lines, split_rows
 from cogview.data.samples import PairSamples
 from cogview.data.webdataset import ShardSamples
 from cogview.tokens.text_tokenizer import TextTokenizer
@@ -287,6 +287,12 @@ def test_commands_that_write_shards(shards, tokenizers, tmp_path):
         write(failing, tokenizers, tmp_path / "failing")
 
 
+def test_a_name_that_is_no_text_is_one_line_of_what_was_left_out():
+    assert (
+        skipped_lines([("a\tb\nc", "bad"), ("\udcff\ud800", "bad")]) == b"a b c\tbad\n\\udcff\\ud800\tbad\n"
+    )
+
+
 @pytest.mark.parametrize("size", [2048, 2700], ids=["between entries", "within one"])
 def test_what_is_wrong_in_a_shard_is_listed_and_the_rest_used(shards, tokenizers, tmp_path, size):
     shard(
@@ -300,6 +306,14 @@ def test_what_is_wrong_in_a_shard_is_listed_and_the_rest_used(shards, tokenizers
             "broken.txt": b"x",
             "odd.png": png(7),
             "odd.json": b"[1]",
+            "deep.png": png(6),
+            "deep.json": b"[" * 100_000,
+            "latin.png": png(5),
+            "latin.txt": b"caf\xe9",
+            "half.png": png(4),
+            "half.json": b'{"caption": "\\ud800"}',
+            "line\nend.jpg": b"not an image",
+            "line\nend.txt": b"x",
         },
     )
     cut = (shards / "part-2.tar").read_bytes()
@@ -311,9 +325,13 @@ def test_what_is_wrong_in_a_shard_is_listed_and_the_rest_used(shards, tokenizers
         "blind has no picture",
         "broken cannot be read",
         "odd has no caption",
+        "deep has no caption",
+        "latin has no caption in UTF-8",
+        "half has no caption",
+        "line end\t",
     ):
         assert name in reasons
     assert "part-2.tar\tthe rest of the shard cannot be read: " in reasons
-    assert (len(rows), rows.head.rows, rows.head.skipped) == (2, 3, 5)
+    assert (len(rows), rows.head.rows, rows.head.skipped) == (2, 3, 9)
     with pytest.raises(FileNotFoundError, match=r"1 of 4 shards are not there: .*part-3\.tar"):
         ShardSamples(f"{shards}/part-{{0..3}}.tar")

@@ -145,7 +145,7 @@ def test_what_is_missing_or_damaged_is_one_clear_error(tmp_path):
     [
         ("model", {"num_layers": 3.0}, "num_layers must be of type int, got 3.0"),
         ("model", {"num_layers": True}, "num_layers must be of type int, got True"),
-        ("model", {"num_layers": 10_000_000}, "num_layers must be from 1 to 10,000, got 10000000"),
+        ("model", {"num_layers": 10_000_000}, "num_layers must be from 1 to 1,000, got 10000000"),
         ("model", {"pb_relax": "max"}, "pb_relax must be of type"),
         ("train", {"betas": [0.9]}, "betas must be of type"),
         ("train", {"betas": [0.9, "x"]}, "betas must be of type"),

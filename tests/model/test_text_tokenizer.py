@@ -71,6 +71,9 @@ def test_a_few_captions_give_fewer_pieces_than_asked_for():
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="text tokenizer not found"):
         TextTokenizer.load(tmp_path / "absent.model")
+    (tmp_path / "empty.model").touch()
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+        TextTokenizer.load(tmp_path / "empty.model")
     (tmp_path / "bad.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):
         TextTokenizer.load(tmp_path / "bad.model")

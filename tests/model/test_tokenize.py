@@ -83,7 +83,7 @@ def test_rows_of_other_tokenizers_and_rows_as_pictures_are_refused(photos, token
     assert main([*words[:-1], str(other)]) == 2
     assert "holds rows of other tokenizers; choose another folder" in capsys.readouterr().err
     assert main([*words, "--max-text-tokens", "0"]) == 2
-    assert "max_text_tokens must be at least 1, got 0" in capsys.readouterr().err
+    assert "max_text_tokens must be from 1 to 65536, got 0" in capsys.readouterr().err
 
 
 def test_bad_pictures_are_left_out_of_both_trainings(photos, tokenizers_only, tmp_path, capsys):
