@@ -61,7 +61,7 @@ sanitize: $(VENV)/.ready  ## run tests of both CPU attentions under address and 
 	@COGVIEW_SANITIZE="$(SANITIZED_OPS)" COGVIEW_CUDA=0 $(BIN)/python setup.py -q egg_info -e $(SANITIZED) \
 	  build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
-	  -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
+	  --import-mode=append -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
 	  tests/kernels/test_decode_attention.py \
 	  -k "every_instruction_set or cpu_refuses or thread_count or any_stride" -p no:cacheprovider
 

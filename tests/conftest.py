@@ -26,11 +26,16 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import cogview_kernels  # noqa: E402
 from cogview_kernels import _backends, _extension  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
 from tests import emulation as cuda_emulation  # noqa: E402
 from tests.helpers import interpreter, tolerance  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# `make sanitize`: were the package of the checkout imported, nothing would be watched, and nobody would know.
+if "asan" in os.environ.get("LD_PRELOAD", ""):
+    assert "sanitize" in Path(cogview_kernels.__file__).parts and not _extension.missing_reason
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
