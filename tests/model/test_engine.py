@@ -256,5 +256,5 @@ def test_errors():
     for name in ("max_batch", "parallel"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             DrawOptions(**{name: 0})
-    with pytest.raises(ValueError, match="guidance must be 0 or above"):
+    with pytest.raises(ValueError, match="guidance must be from 0 to 1,000"):
         DrawOptions(guidance=float("nan"))

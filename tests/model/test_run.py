@@ -112,7 +112,7 @@ def test_infilling_keeps_codes_where_the_mask_is_black(run, drawn):
 
 def test_captions_by_beam_search(run, drawn):
     assert len(run.caption(drawn[0], beams=4)) == 5
-    with pytest.raises(ValueError, match="beams must be at least 1"):
+    with pytest.raises(ValueError, match="beams must be from 1 to 100"):
         run.caption(drawn[0], beams=0)
 
 
