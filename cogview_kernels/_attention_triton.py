@@ -42,3 +42,27 @@ def softmax_step(
     else:
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, rest, total
+
+
+@triton.jit
+def probabilities(s, factor, peak, rest, TWO_PEAKS: tl.constexpr):
+    """2^(s factor - peak - rest); the first difference is exact where it is small, however large the peak.
+
+    Without TWO_PEAKS it is 2^(s factor - peak), whose exponent rounding could make large: it ends at 0."""
+    exponent = tl.fma(s, factor, -peak)
+    return tl.exp2(exponent - rest if TWO_PEAKS else tl.minimum(exponent, 0.0))
+
+
+@triton.jit
+def dq_step(
+    dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds ds k for a tile of raw products ``s``; the bias was taken off the peaks."""
+    p = probabilities(s, factor, peak[:, None], rest[:, None], TWO_PEAKS)
+    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+    if HAS_DROPOUT:
+        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
+        dp = tl.where(keeps, dp * keep_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)

@@ -150,7 +150,7 @@ MUTATIONS = [
     Mutation("attention-triton-lse", "cogview_kernels/three_region_attention/*.py",
              "(row_max + rest) * LN2", "row_max * LN2 + rest",
              _TRITON_ATTENTION),
-    Mutation("attention-triton-bf16-weights", "cogview_kernels/three_region_attention/*.py",
+    Mutation("attention-triton-bf16-weights", "cogview_kernels/_attention_triton.py",
              "ds.to(k.dtype), k, dq", "ds.to(tl.float16).to(k.dtype), k, dq", _TRITON_ATTENTION),
     # ---- launches of compiled Triton kernels
     Mutation("launch-width-of-the-seed", "cogview_kernels/_triton.py",

@@ -9,24 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cogview_kernels._attention_triton import NO_SPECIALIZATION
+from cogview_kernels._attention_triton import NO_SPECIALIZATION, dq_step, probabilities
 from cogview_kernels._triton import dropout_keeps, dropout_rows, load_rows, offset, store_rounded
 from cogview_kernels.local_attention_2d.forward_triton import extra_seen, keys_seen, sees
-
-
-@triton.jit
-def _dq_step(
-    dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-    HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds ds k for a tile of raw products ``s``. The first difference is exact where it is small."""
-    p = tl.exp2(tl.fma(s, factor, -peak[:, None]) - rest[:, None])
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    if HAS_DROPOUT:
-        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
-        dp = tl.where(keeps, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
@@ -101,9 +86,9 @@ def dq_kernel(
             row_radius, column_radius, CAUSAL,
         )  # fmt: skip
         s = tl.where(seen & there[None, :], s, float("-inf"))
-        dq = _dq_step(
+        dq = dq_step(
             dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-            HAS_DROPOUT, PRECISION,
+            True, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
 
     if HAS_EXTRA:
@@ -117,9 +102,9 @@ def dq_kernel(
             v = load_rows(extra_v_ptr, e, stride_eve, e < E, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             s = tl.where(extra_seen(extra_mask_ptr, e, E, HAS_MASK)[None, :], s, float("-inf"))
-            dq = _dq_step(
+            dq = dq_step(
                 dq, dout, delta, peak, rest, s, factor, k, v, height * width + e, r0, r1, keep_threshold,
-                keep_scale, HAS_DROPOUT, PRECISION,
+                keep_scale, True, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
     d = tl.arange(0, BLOCK_D)
@@ -138,7 +123,7 @@ def _key_step(
     rest = tl.load(peaks_ptr + offset(bh, T) * 2 + T + rows, mask=inside, other=0.0)
     delta = tl.load(delta_ptr + offset(bh, T) + rows, mask=inside, other=0.0)
     s = tl.where(seen, tl.dot(k, tl.trans(q), input_precision=PRECISION), float("-inf"))
-    p = tl.exp2(tl.fma(s, factor, -peak[None, :]) - rest[None, :])
+    p = probabilities(s, factor, peak[None, :], rest[None, :], True)
     dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
     kept = p
     if HAS_DROPOUT:

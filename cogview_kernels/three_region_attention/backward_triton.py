@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cogview_kernels._attention_triton import NO_SPECIALIZATION
+from cogview_kernels._attention_triton import NO_SPECIALIZATION, dq_step, probabilities
 from cogview_kernels._regions_triton import first_query_past, in_window, window_start
 from cogview_kernels._triton import dropout_keeps, dropout_rows, load_rows, offset, store_rounded
 
@@ -78,30 +78,6 @@ def _load_words(words_ptr, TP):
     return r0, r1
 
 
-@triton.jit
-def _probabilities(s, factor, peak, rest, TWO_PEAKS: tl.constexpr):
-    """2^(s factor - peak - rest); the first difference is exact where it is small, however large the peak.
-
-    Without TWO_PEAKS it is 2^(s factor - peak), whose exponent rounding could make large: it ends at 0."""
-    exponent = tl.fma(s, factor, -peak)
-    return tl.exp2(exponent - rest if TWO_PEAKS else tl.minimum(exponent, 0.0))
-
-
-@triton.jit
-def _dq_step(
-    dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
-    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Adds ds k for a tile of raw products ``s``; the bias was taken off the peaks."""
-    p = _probabilities(s, factor, peak[:, None], rest[:, None], TWO_PEAKS)
-    dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-    if HAS_DROPOUT:
-        keeps = dropout_keeps(r0[:, None], r1[:, None], columns[None, :], keep_threshold)
-        dp = tl.where(keeps, dp * keep_scale, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-
-
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dq_ptr,
@@ -152,7 +128,7 @@ def dq_kernel(
             if start + BLOCK_N > full:
                 far_count = tl.load(far_counts_ptr + rows // block_size, mask=rows < T, other=0)
                 s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
-            dq = _dq_step(
+            dq = dq_step(
                 dq, dout, delta, far_peak, far_rest, s, factor, k, v, columns, r0, r1,
                 keep_threshold, keep_scale, TWO_PEAKS, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
@@ -166,7 +142,7 @@ def dq_kernel(
             starts = window_start(rows, block_size, window_blocks)
             seen = in_window(columns[None, :], rows[:, None], starts[:, None])
             s = tl.where(seen, s, float("-inf"))
-        dq = _dq_step(
+        dq = dq_step(
             dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
             TWO_PEAKS, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
@@ -212,7 +188,7 @@ def _key_gradients(
                 if HAS_END:
                     seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
-            p = _probabilities(s, factor, peak[None, :], rest[None, :], TWO_PEAKS)
+            p = probabilities(s, factor, peak[None, :], rest[None, :], TWO_PEAKS)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             kept = p
             if HAS_DROPOUT:
