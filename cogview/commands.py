@@ -235,7 +235,13 @@ def study(given: options.Study) -> None:
 
 
 def _late_mean(values: Sequence[float]) -> float:
-    last = values[-50:]
+    """Mean of the last 50 steps, without the skipped ones. FloatingPointError if all of them were skipped."""
+    last = [value for value in values[-50:] if math.isfinite(value)]
+    if not last:
+        raise FloatingPointError(
+            "none of the last steps had a finite loss, so all were skipped and the weights are of no use; "
+            "train anew in another folder, with a lower learning rate"
+        )
     return sum(last) / len(last)
 
 

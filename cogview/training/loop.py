@@ -108,8 +108,11 @@ class Trainer(ABC):
         return {}
 
     def sample(self) -> Any:
-        """A PIL picture that shows what the model can do. It must leave all that later steps depend on."""
-        raise NotImplementedError
+        """A PIL picture that shows what the model can do; only asked for where ``samples_every`` is not 0.
+
+        It must leave all that later steps depend on as it is.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has samples_every but draws no samples")
 
     def validate(self) -> dict[str, float]:
         """Losses on data that are not trained on, at each checkpoint; empty where there are none.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -437,3 +438,9 @@ def test_presets_are_listed_with_their_sizes(capsys):
 def test_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("cogview 0.")
+
+
+def test_a_training_of_skipped_steps_is_no_success():
+    assert cogview.commands._late_mean([9.0, *[1.0, math.nan, 3.0] * 20]) == pytest.approx(2.0, abs=0.1)
+    with pytest.raises(FloatingPointError, match="all were skipped"):
+        cogview.commands._late_mean([1.0, *[math.nan] * 50])
