@@ -249,8 +249,7 @@ DECODE = ShapesOf(
 # Plain PyTorch would pay more for dropout and PB-Relax. Weights are as large as in the released model.
 _PLAIN = {"dropout": 0.0, "pb_relax": None}
 _BASE = replace(_MODEL, **_PLAIN)
-# The width of the preset `small`. Two layers show what a step costs, and a CPU without units for 16-bit products
-# still ends within minutes.
+# As wide as the preset `small`, and shallow: a CPU without units for 16-bit products ends within minutes too.
 _SMALL = ModelConfig(
     num_layers=2,
     hidden_size=256,
