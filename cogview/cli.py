@@ -34,6 +34,7 @@ EXAMPLES = {
     "rerank": '--run runs/demo "a seven" *.png',
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
+    "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
     "study": "stability --out studies/stability",
 }

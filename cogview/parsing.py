@@ -41,6 +41,7 @@ VERBS: dict[str, type] = {
     "rerank": options.Rerank,
     "presets": options.Presets,
     "convert": options.Convert,
+    "data": options.WriteData,
     "demo": options.Demo,
     "study": options.Study,
 }
