@@ -99,6 +99,38 @@ def train(given: options.Train) -> None:
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def finetune(given: options.Finetune) -> None:
+    """``cogview finetune``."""
+    from cogview.run import sample_sheet
+    from cogview.training import distributed
+    from cogview.training.finetune import STYLE_CAPTION, TASKS, Finetune
+
+    names = ("steps", "batch_size", "learning_rate", "seed", "precision", "accumulate", "validation")
+    device = usable_device(given.device)
+    wanted = Finetune(
+        given.run,
+        given.data,
+        given.out,
+        {name: getattr(given, name) for name in names if getattr(given, name) is not None},
+        given.attention,
+        given.caption or STYLE_CAPTION,
+        device,
+        draw=sample_sheet,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
+    )
+    with distributed.joined_ranks(device):
+        history = TASKS[given.task](wanted)
+        if not distributed.is_first():
+            return
+    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
+    if given.task == "captioning":
+        _say_next("caption", "--run", given.out, "photo.png")
+    else:
+        _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
 def plan(given: options.Plan) -> None:
     """``cogview plan``."""
     from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words

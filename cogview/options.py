@@ -149,6 +149,52 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Finetune:
+    """Train a run further for one task, into a new run folder.
+
+    captioning: to describe pictures, and so to rank them (rows in image-to-text order alone).
+    style: to draw in the style of some pictures, which all get the same caption; afterwards, ask for
+    "a tiger of line drawing style". The paper took 1,000 pictures of each style.
+    """
+
+    task: Positional[Annotated[Literal["captioning", "style"], arg(metavar="captioning|style")]]
+    """what for"""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run folder to begin with, which stays as it is; of released weights, what "cogview convert" wrote"""
+    data: PicturesOrRows
+    out: Annotated[Path, arg(metavar="RUN2")]
+    """run folder to write; an interrupted finetuning goes on where it stopped"""
+    caption: Annotated[str, _shown("TEXT", "a picture of line drawing style")] = ""
+    """style: the caption of every picture; its last words name the style"""
+    steps: Annotated[int | None, _shown("INT", "a tenth of the run's")] = None
+    """of the finetuning"""
+    batch_size: Annotated[int | None, _shown("INT", "the run's")] = None
+    """rows of a step"""
+    learning_rate: Annotated[float | None, _shown("FLOAT", "0.3 of the run's")] = None
+    """the highest, after the warm-up"""
+    seed: Annotated[int | None, _shown("INT", "the run's")] = None
+    """of everything random"""
+    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the run's")] = None
+    """dense or three-region, while training"""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _shown("KIND", "the run's")] = None
+    """fp32, bf16 or fp16, of activations"""
+    accumulate: Annotated[int | None, _shown("INT", "the run's")] = None
+    """parts of a batch, one after another: less memory"""
+    validation: Annotated[float | None, _shown("SHARE", "the run's")] = None
+    """share of the images that is not trained on; its loss is told at each checkpoint"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in RUN2/rows"""
+    workers: int = 0
+    """processes that make batches ahead of the training, 0 = none"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.caption and self.task != "style":
+            raise ValueError(f"--caption belongs to the task style; {self.task} reads the captions of --data")
+
+
+@dataclass(frozen=True)
 class Plan:
     """Predict the memory and the time of a training, before a machine is rented for it."""
 

@@ -34,6 +34,7 @@ VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
     "tokenize": options.Tokenize,
     "train": options.Train,
+    "finetune": options.Finetune,
     "plan": options.Plan,
     "generate": options.Generate,
     "infill": options.Infill,
