@@ -33,12 +33,13 @@ EXAMPLES = {
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "demo": "--out runs/demo",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "demo", "study")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "evaluate", "demo", "study")
 WITH_RANKS = ("train", "finetune")  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...

@@ -202,6 +202,31 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def evaluate(given: options.Evaluate) -> None:
+    """``cogview evaluate``."""
+    from cogview.evaluate import Evaluate, evaluate, evaluation_table
+
+    first, second = given.sets
+    wanted = Evaluate(
+        first,
+        second,
+        given.out,
+        given.inception,
+        given.blur,
+        given.size,
+        given.run,
+        given.num,
+        given.captions,
+        given.seed,
+        given.splits,
+        given.batch_size,
+        given.skip_bad,
+        usable_device(given.device),
+    )
+    print(evaluation_table(evaluate(wanted), wanted))
+    print(f"written: {given.out}")
+
+
 def presets(given: options.Presets) -> None:
     """``cogview presets``."""
     from cogview.presets import ABOUT, PRESETS

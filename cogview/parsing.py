@@ -40,6 +40,7 @@ VERBS: dict[str, type] = {
     "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
     "demo": options.Demo,
