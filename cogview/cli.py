@@ -36,6 +36,7 @@ EXAMPLES = {
     "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
+    "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
     "study": "stability --out studies/stability",
 }

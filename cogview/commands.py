@@ -268,6 +268,22 @@ def _article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
+def data(given: options.WriteData) -> None:
+    """``cogview data``."""
+    from cogview.data.emoji import ATTRIBUTION, LICENCE, EmojiPairs, is_held_out, pictures
+    from cogview.data.export import write_folder
+
+    chosen = [
+        picture
+        for picture in pictures(flags=given.flags, couples=given.couples)
+        if picture.style == given.style
+        and (given.part == "all" or is_held_out(picture) == (given.part == "held-out"))
+    ]
+    write_folder(EmojiPairs(chosen), given.out, given.size, ATTRIBUTION)
+    print(f"{len(chosen)} pictures of {given.size} px in {given.out}; {LICENCE}, see ATTRIBUTION.txt there")
+    _say_next("train-tokenizer", "--data", given.out, "--out", "runs/emoji")
+
+
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
     from cogview.demo.report import summary

@@ -37,7 +37,7 @@ Data = Annotated[
     arg(
         metavar="DATA",
         help='a folder of images with captions.tsv (one "file<TAB>caption" per line) or captions.json '
-        '({"file": "caption" or ["one", "two"]}); or "digits", the built-in handwritten digits',
+        '({"file": "caption" or ["one", "two"]}); or the built-in "digits" or "emoji"',
     ),
 ]
 PicturesOrRows = Annotated[
@@ -45,7 +45,7 @@ PicturesOrRows = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or the folder of rows that "
-        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits"',
+        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits" or "emoji"',
     ),
 ]
 PicturesOrShards = Annotated[
@@ -53,11 +53,11 @@ PicturesOrShards = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
-        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits"',
+        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
     ),
 ]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
-PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
+PresetName = Annotated[str | None, _shown("NAME", "small; for built-in data, theirs")]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
 Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
@@ -436,6 +436,31 @@ class Convert:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class WriteData:
+    """Write built-in pictures and their captions into a folder, to look at them or to train on a part."""
+
+    name: Positional[Annotated[Literal["emoji"], arg(metavar="emoji")]]
+    """emoji: OpenMoji's drawings, CC BY-SA 4.0"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write: PNG files, captions.tsv and ATTRIBUTION.txt; it must not exist"""
+    size: int = 64
+    """side of the pictures in pixels"""
+    style: Literal["color", "line"] = "color"
+    """color, or line for the outlines alone"""
+    part: Literal["all", "training", "held-out"] = "all"
+    """training leaves out, and held-out is, what --data emoji holds back: some skin tones of some drawings,
+    some line drawings"""
+    flags: Flag = False
+    """the flags of regions as well, which --data emoji leaves out"""
+    couples: Flag = False
+    """pictures with a skin tone for each of two persons as well, which --data emoji leaves out"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= 4096:
+            raise ValueError(f"--size must be from 1 to 4096 pixels, got {self.size}")
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ VERBS: dict[str, type] = {
     "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
+    "data": options.WriteData,
     "demo": options.Demo,
     "study": options.Study,
 }
