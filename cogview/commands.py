@@ -294,6 +294,16 @@ def demo(given: options.Demo) -> None:
     _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
 
 
+def rank_curve(given: options.RankCurve) -> None:
+    """``cogview rank-curve``."""
+    from cogview.demo.ranking import Ranking, ranking_table, study_ranking
+
+    names = ("run", "out", "captioner", "candidates", "draws", "seed")
+    asked = {name: getattr(given, name) for name in names}
+    print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
+    print(f"written: {given.out}/rank_curve.png, .csv and .json")
+
+
 def study(given: options.Study) -> None:
     """``cogview study``."""
     from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability

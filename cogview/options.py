@@ -476,6 +476,36 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class RankCurve:
+    """Show how much ranking by CapLoss gains with the number of candidates (the paper's figure 9).
+
+    Prompts in phrasings that training never saw are drawn many times. Then the best of 1, 2, 4 ... is picked
+    by CapLoss, by chance, and by the judge itself. For each, the share that is right and the Frechet distance
+    from real pictures are told.
+    """
+
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run on the built-in digits, which a judge can read"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; what is drawn is kept, so that the same command goes on"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview finetune captioning" that ranks the same candidates as well"""
+    candidates: int = 60
+    """pictures of each prompt"""
+    draws: int = 2
+    """times that each of the 60 prompts is drawn"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 

@@ -45,6 +45,7 @@ VERBS: dict[str, type] = {
     "convert": options.Convert,
     "data": options.WriteData,
     "demo": options.Demo,
+    "rank-curve": options.RankCurve,
     "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.
