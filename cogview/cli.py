@@ -33,13 +33,15 @@ EXAMPLES = {
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
     "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
+    "rank-curve": "--run runs/demo --out runs/demo/ranking",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "demo", "study")
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "evaluate", "demo", "rank-curve", "study")
 WITH_RANKS = ("train", "finetune")  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...

@@ -202,6 +202,31 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def evaluate(given: options.Evaluate) -> None:
+    """``cogview evaluate``."""
+    from cogview.evaluate import Evaluate, evaluate, evaluation_table
+
+    first, second = given.sets
+    wanted = Evaluate(
+        first,
+        second,
+        given.out,
+        given.inception,
+        given.blur,
+        given.size,
+        given.run,
+        given.num,
+        given.captions,
+        given.seed,
+        given.splits,
+        given.batch_size,
+        given.skip_bad,
+        usable_device(given.device),
+    )
+    print(evaluation_table(evaluate(wanted), wanted))
+    print(f"written: {given.out}")
+
+
 def presets(given: options.Presets) -> None:
     """``cogview presets``."""
     from cogview.presets import ABOUT, PRESETS
@@ -267,6 +292,16 @@ def demo(given: options.Demo) -> None:
     report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
     print(summary(report, given.out))
     _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+
+
+def rank_curve(given: options.RankCurve) -> None:
+    """``cogview rank-curve``."""
+    from cogview.demo.ranking import Ranking, ranking_table, study_ranking
+
+    names = ("run", "out", "captioner", "candidates", "draws", "seed")
+    asked = {name: getattr(given, name) for name in names}
+    print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
+    print(f"written: {given.out}/rank_curve.png, .csv and .json")
 
 
 def study(given: options.Study) -> None:

@@ -359,6 +359,53 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Compare two sets of pictures, or what a run draws with a set.
+
+    A set is a folder of pictures, or the statistics of one that were saved before (reference.safetensors). A
+    run draws a picture for each caption of the other folder, and describes its pictures.
+    """
+
+    sets: Positional[Annotated[tuple[Path, ...], arg(metavar="A B", help_behavior_hint="(required)")]]
+    """A: a folder of pictures, their statistics, or a run; B: a folder of pictures, or their statistics"""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("evaluation")
+    """folder for the figures (CSV, JSON, plot), the statistics of B, and what a run draws"""
+    inception: Annotated[Path | None, _shown("FILE", "EfficientNet-Lite0, which gives no FID")] = None
+    """weights of the network that defines the FID and the Inception Score, as pytorch-fid and torch-fidelity
+    publish them"""
+    blur: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
+    """both sets are blurred by so many pixels; the paper's radii"""
+    size: Annotated[int | None, _shown("INT", "that of the pictures, which must have one")] = None
+    """side of the squares, in pixels, to which all pictures are scaled and cropped"""
+    run: Annotated[Path | None, _shown("RUN", "A, if that is a run")] = None
+    """run that tells CapLoss of sets with captions"""
+    num: int = 1
+    """pictures that the run A draws of each caption, of which the best by CapLoss is taken"""
+    captions: Annotated[int | None, _shown("INT", "all")] = None
+    """captions of B that the run A draws, and pictures that it describes, at most"""
+    seed: int = 0
+    """of what the run A draws"""
+    splits: int = 10
+    """parts of the set over which the Inception Score is averaged"""
+    batch_size: int = 32
+    """pictures that the network sees together"""
+    skip_bad: bool = False
+    """leave out pictures that cannot be read, and list them"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if len(self.sets) != 2:
+            raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}")
+        for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not all(0 <= radius < 1000 for radius in self.blur):
+            raise ValueError(f"--blur must be pixels from 0 to 1000, got {self.blur}")
+
+
+@dataclass(frozen=True)
 class Presets:
     """List the presets: parameters, tokens, memory, and what each is for."""
 
@@ -426,6 +473,36 @@ class Demo:
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """Show how much ranking by CapLoss gains with the number of candidates (the paper's figure 9).
+
+    Prompts in phrasings that training never saw are drawn many times. Then the best of 1, 2, 4 ... is picked
+    by CapLoss, by chance, and by the judge itself. For each, the share that is right and the Frechet distance
+    from real pictures are told.
+    """
+
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run on the built-in digits, which a judge can read"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; what is drawn is kept, so that the same command goes on"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview finetune captioning" that ranks the same candidates as well"""
+    candidates: int = 60
+    """pictures of each prompt"""
+    draws: int = 2
+    """times that each of the 60 prompts is drawn"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

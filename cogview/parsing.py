@@ -40,10 +40,12 @@ VERBS: dict[str, type] = {
     "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
     "data": options.WriteData,
     "demo": options.Demo,
+    "rank-curve": options.RankCurve,
     "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.
