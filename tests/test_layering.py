@@ -178,7 +178,7 @@ def test_csrc_knows_no_torch_and_no_other_op():
         for header in re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text()):
             assert not header.startswith(("torch/", "ATen/", "c10/")), f"{path}: {header}"
             if path.name != "bindings.cpp" and (ROOT / "csrc" / header).exists():
-                shared = ("common", "norms") if path.parent.name.endswith("layer_norm") else ("common",)
+                shared = ("common", "norms") if path.parent.name.endswith("_norm") else ("common",)
                 assert header.split("/")[0] in (*shared, path.parent.name), f"{path}: {header}"
 
 
