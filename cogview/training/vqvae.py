@@ -102,10 +102,9 @@ def train_image_tokenizer(
     Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight`` times the MSE
     of mean colours and, where ``codebook`` is "straight-through", the codebook's own; Adam, cosine to zero.
     A step whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0
-    reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds PyTorch's
-    global generators. Returns the history: ``reconstruction``
-    (MSE) and ``codes_used`` (distinct codes in the batch) per step. The rest is
-    :func:`cogview.training.loop.run_loop`.
+    reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds
+    PyTorch's global generators. Returns the history: ``reconstruction`` (MSE) and ``codes_used`` (distinct
+    codes in the batch) per step. The rest is :func:`cogview.training.loop.run_loop`.
     """
     trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
     trainer.origin = origin
