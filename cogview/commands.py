@@ -6,6 +6,7 @@ Each verb imports what it needs itself: drawing needs no TensorBoard, training n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -204,6 +205,9 @@ def _json_line(**values: Any) -> str:
 
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
+    if given.vote:
+        _take_votes(given)
+        return
     from cogview.evaluate import Evaluate, evaluate, evaluation_table
 
     first, second = given.sets
@@ -225,6 +229,29 @@ def evaluate(given: options.Evaluate) -> None:
     )
     print(evaluation_table(evaluate(wanted), wanted))
     print(f"written: {given.out}")
+
+
+def _take_votes(given: options.Evaluate) -> None:
+    """Until all questions have a vote, or Ctrl-C, which is no mistake here."""
+    from tabulate import tabulate
+
+    from cogview.evaluation.vote import VOTES, Ballot
+    from cogview.evaluation.vote_server import VoteServer
+
+    ballot = Ballot(given.sets, given.out, seed=given.seed)
+    with VoteServer(ballot, given.port) as server:
+        print(
+            f"{len(ballot.questions)} questions: open {server.url} (Ctrl-C ends)",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.finished.wait()
+    rows = [
+        (share.folder, share.votes, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}")
+        for share in ballot.shares()
+    ]
+    print(tabulate(rows, ["folder", "votes", "share", "95 % interval"]))
+    print(f"{len(ballot.votes)} of {len(ballot.questions)} questions answered; in {given.out / VOTES}")
 
 
 def presets(given: options.Presets) -> None:
