@@ -204,7 +204,6 @@ def merge_attention_fwd_cpu(
 def merge_attention_bwd_cpu(
     outputs: tuple[_Strided, ...],
     lses: tuple[_Address, ...],
-    lse: _Address,
     dout: _Strided,
     dlse: _Address,
     doutputs: tuple[_Strided, ...],

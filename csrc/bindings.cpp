@@ -342,15 +342,11 @@ MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, Strided
     return {merge_attention(outputs, lses, shape, dtype), strided_output(out), pointer<float>(lse)};
 }
 
-MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, Address lse, StridedAddress dout,
-                                      Address dlse, MergedRows doutputs, MergedSums dlses,
-                                      std::array<int64_t, 5> shape, int dtype) {
-    MergeAttentionBackward a = {merge_attention(outputs, lses, shape, dtype),
-                                strided_input(dout),
-                                pointer<float>(lse),
-                                pointer<float>(dlse),
-                                {},
-                                {}};
+MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, StridedAddress dout, Address dlse,
+                                      MergedRows doutputs, MergedSums dlses, std::array<int64_t, 5> shape,
+                                      int dtype) {
+    MergeAttentionBackward a = {
+        merge_attention(outputs, lses, shape, dtype), strided_input(dout), pointer<float>(dlse), {}, {}};
     for (int i = 0; i < kMostMerged; ++i) {
         a.doutputs[i] = strided_output(doutputs[i]);
         a.dlses[i] = pointer<float>(dlses[i]);
@@ -416,7 +412,7 @@ constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_ma
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
                                           "shape",  "window", "scale", "dropout",   "dtype"};
 constexpr const char* kMergeForward[] = {"outputs", "lses", "out", "lse", "shape", "dtype"};
-constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "lse",   "dout", "dlse",
+constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "dout",  "dlse",
                                           "doutputs", "dlses", "shape", "dtype"};
 
 }  // namespace
