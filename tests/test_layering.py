@@ -168,6 +168,7 @@ def test_kernels_need_only_torch():
         for name in imports(path):
             root = name.split(".")[0]
             known = root in sys.stdlib_module_names or root in ("torch", "cogview_kernels", "triton", library)
+            known = known or (path.name == "bench.py" and root == "matplotlib")  # where a plot is asked for
             assert library or not name.startswith("cogview_kernels.integrations"), f"{path} imports {name}"
             assert known, f"{path} imports {name}"
             its_own = path.stem == "triton_kernels" or path.stem.endswith("_triton")

@@ -102,6 +102,7 @@ class EfficientNetLite0Features(nn.Module):
 
     Args:
         weights: the file ``efficientnet-lite0-57934424.pth``; None takes the one of the installed package.
+        side: pixels to resize to in place of 224: fewer cost less and tell less.
 
     Raises:
         ModuleNotFoundError: no file is given and the package is not installed.
@@ -112,10 +113,10 @@ class EfficientNetLite0Features(nn.Module):
     distance = "Frechet distance (EfficientNet-Lite0)"
     score = "class score (EfficientNet-Lite0)"
     width = 1280
-    side = 224
 
-    def __init__(self, weights: Path | None = None) -> None:
+    def __init__(self, weights: Path | None = None, side: int = 224) -> None:
         super().__init__()
+        self.side = side
         path = weights or _installed_weights()
         self._conv_stem, self._bn0 = _Convolution(3, 32, 3, stride=2), _norm(32)
         blocks, inner = [], 32
