@@ -476,14 +476,31 @@ class WriteData:
 
 @dataclass(frozen=True)
 class Demo:
-    """Learn to draw handwritten digits from scratch and show the result."""
+    """Learn to draw built-in pictures from scratch and show the result."""
 
-    out: Annotated[Path, arg(metavar="RUN")] = Path("runs/demo")
+    data: Literal["digits", "emoji"] = "digits"
+    """digits: handwritten ones, a few minutes; emoji: OpenMoji's drawings, an hour"""
+    out: Annotated[Path | None, _shown("RUN", "runs/demo; runs/pictures for emoji")] = None
     """folder to write; an interrupted demo goes on where it stopped"""
+    preset: Annotated[Literal["digits", "emoji", "emoji-64"] | None, _shown("NAME", "that of the data")] = (
+        None
+    )
+    """sizes and schedule: emoji-64 is for one GPU"""
+    attention: Attention = None
+    """dense or three-region"""
     seed: int = 0
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset.partition("-")[0] != self.data:
+            raise ValueError(f"--preset {self.preset} is not made for --data {self.data}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        return self.out or Path("runs/pictures" if self.data == "emoji" else "runs/demo")
 
 
 @dataclass(frozen=True)
