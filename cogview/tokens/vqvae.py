@@ -20,7 +20,10 @@ DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokeni
 
 
 class ResidualBlock(nn.Module):
-    """``x + conv1x1(relu(conv3x3(relu(x))))``, the block of the first VQ-VAE (arXiv:1711.00937)."""
+    """``x + conv1x1(relu(conv3x3(relu(x))))``, the block of the first VQ-VAE (arXiv:1711.00937).
+
+    It begins as the identity.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,21 +33,34 @@ class ResidualBlock(nn.Module):
             nn.ReLU(),
             nn.Conv2d(channels, channels, 1, dtype=DTYPE),
         )
+        nn.init.zeros_(self.blocks[3].weight)
+        nn.init.zeros_(self.blocks[3].bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.blocks(x)
 
 
 class Encoder(nn.Module):
-    """``stages`` stride-2 convolutions with ReLU, residual blocks, a 1x1 convolution to the code size."""
+    """To the code grid by ``stages`` stride-2 convolutions with ReLU, or by one convolution of its cells.
+
+    Residual blocks follow, if there are any, and a 1x1 convolution to the code size.
+    """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for _ in range(config.stages):
-            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE), nn.ReLU()]
+        if config.patches:
+            cell = 2**config.stages
+            layers.append(nn.Conv2d(channels, config.channels, cell, stride=cell, dtype=DTYPE))
             channels = config.channels
+        else:
+            for _ in range(config.stages):
+                layers += [
+                    nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
+                    nn.ReLU(),
+                ]
+                channels = config.channels
         layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
         self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, config.code_dim, 1, dtype=DTYPE))
 
@@ -63,13 +79,18 @@ class Decoder(nn.Module):
             layers.append(nn.Conv2d(channels, config.channels, 3, padding=1, dtype=DTYPE))
             channels = config.channels
             layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
-        for _ in range(config.stages):
-            layers += [
-                nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
-                nn.ReLU(),
-            ]
-            channels = config.channels
-        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, 3, 1, dtype=DTYPE))
+        if config.patches:
+            cell = 2**config.stages
+            layers.append(nn.ConvTranspose2d(channels, 3, cell, stride=cell, dtype=DTYPE))
+        else:
+            for _ in range(config.stages):
+                layers += [
+                    nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
+                    nn.ReLU(),
+                ]
+                channels = config.channels
+            layers.append(nn.Conv2d(channels, 3, 1, dtype=DTYPE))
+        self.blocks = nn.Sequential(*layers)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.blocks(codes)
@@ -88,8 +109,9 @@ class Quantizer(nn.Module):
     """Nearest code by squared distance, and the four ways of the paper (section 2.2) to learn the book.
 
     - ``"moving-average"``: the book follows the encoder by moving averages. A code that on average serves
-      fewer than ``revive_below`` vectors a step restarts at a random encoder output; in the first step that
-      is nearly all of them. Without it most of a small book is never used.
+      fewer than ``revive_below`` vectors a step, and less than a 16th of an even share of them, restarts at
+      a random encoder output; in the first step that is nearly all of them. Without it most of a small book
+      is never used.
     - ``"straight-through"``: a loss of its own draws each code to its vectors (arXiv:1711.00937).
     - ``"gumbel"``: in training, codes are drawn with probability softmax(-distance / temperature) by
       Gumbel's trick, and the gradient is that of the softmax. The trainer lowers ``temperature``.
@@ -178,7 +200,7 @@ class Quantizer(nn.Module):
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
 
-        dead = self.cluster_size < self.revive_below
+        dead = self.cluster_size < min(self.revive_below, len(z) / (16 * num_codes))
         fresh = z[torch.randint(len(z), (num_codes,), device=z.device)].t()
         self.embed_avg.copy_(torch.where(dead, fresh, self.embed_avg))
         self.cluster_size.masked_fill_(dead, 1.0)
