@@ -229,6 +229,6 @@ def tokenizer_finding(records: Sequence[Mapping[str, Any]]) -> str:
     is_similar = above <= SIMILAR
     return (
         f"All four converge to a similar level, even the fixed book: {str(is_similar).lower()} here. The "
-        f"worst ({worst}, {means[worst]:.5f}) is {above:.0%} above the best ({best}, {means[best]:.5f}); similar "
-        f"means at most {SIMILAR:.0%}."
+        f"worst ({worst}, {means[worst]:.5f}) is {above:.0%} above the best ({best}, {means[best]:.5f}); "
+        f"similar means at most {SIMILAR:.0%}."
     )

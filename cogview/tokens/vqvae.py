@@ -27,14 +27,11 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1, dtype=DTYPE),
-        )
-        nn.init.zeros_(self.blocks[3].weight)
-        nn.init.zeros_(self.blocks[3].bias)
+        inner = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
+        last = nn.Conv2d(channels, channels, 1, dtype=DTYPE)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.blocks = nn.Sequential(nn.ReLU(), inner, nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.blocks(x)
