@@ -79,8 +79,8 @@ _PRESETS: dict[str, Preset] = {
         ),
         image_tokenizer=ImageTokenizerConfig(
             num_codes=2048,
-            code_dim=32,
-            channels=128,
+            code_dim=48,  # the numbers of a cell of 4x4 pixels: training begins without a loss
+            channels=96,
             stages=2,
             residual_blocks=3,
             patches=True,
@@ -90,12 +90,11 @@ _PRESETS: dict[str, Preset] = {
         ),
         # With a commitment of 0.25, encoder outputs shrank to a line, and the book had little to tell apart.
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=4000,
+            steps=3000,
             batch_size=64,
-            learning_rate=1.5e-3,
+            learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
-            warmup_steps=600,
+            color_weight=10.0,
             checkpoint_every=100,
         ),
         text_pieces=4000,
@@ -127,7 +126,7 @@ _PRESETS: dict[str, Preset] = {
         ),
         image_tokenizer=ImageTokenizerConfig(
             num_codes=2048,
-            code_dim=64,
+            code_dim=48,
             channels=192,
             stages=2,
             residual_blocks=4,
@@ -141,8 +140,7 @@ _PRESETS: dict[str, Preset] = {
             batch_size=64,
             learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
-            warmup_steps=1000,
+            color_weight=10.0,
             checkpoint_every=500,
         ),
         text_pieces=4000,

@@ -8,6 +8,7 @@ that stays fixed after its initialisation. This trains all four on the data ``em
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import itertools
 import math
@@ -43,7 +44,10 @@ SHOWN = 12  # pictures on the sheet of reconstructions
 
 @dataclass(frozen=True)
 class TokenizerSize:
-    """Shape of the tokenizer and the budget of each training; the way to the codebook is left out."""
+    """Shape of the tokenizer and the budget of each training; the way to the codebook is left out.
+
+    After a step without quantisation every book begins at outputs of the encoder, the fixed one too.
+    """
 
     shape: ImageTokenizerConfig
     train: ImageTokenizerTrainConfig
@@ -54,7 +58,7 @@ SIZES: dict[str, TokenizerSize] = {
     "small": TokenizerSize(
         ImageTokenizerConfig(
             num_codes=512,
-            code_dim=16,
+            code_dim=48,
             channels=64,
             stages=2,
             residual_blocks=1,
@@ -64,16 +68,18 @@ SIZES: dict[str, TokenizerSize] = {
             pixel_std=(0.5, 0.5, 0.5),
         ),
         ImageTokenizerTrainConfig(
-            steps=400,
+            steps=300,
             batch_size=32,
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             commitment=0.02,
-            warmup_steps=80,
+            warmup_steps=1,
             checkpoint_every=200,
             keep=1,
         ),
     ),
-    "paper": TokenizerSize(_EMOJI.image_tokenizer, _EMOJI.image_tokenizer_train),
+    "paper": TokenizerSize(
+        _EMOJI.image_tokenizer, dataclasses.replace(_EMOJI.image_tokenizer_train, warmup_steps=1)
+    ),
 }
 
 
@@ -151,8 +157,7 @@ def _train(
     torch.manual_seed(derive_seed(seed, "study of tokenizers"))
     tokenizer = ImageTokenizer(size.shape).to(options.device)
     if not weights.exists():
-        settings = {name: getattr(size.train, name) for name in size.train.__dataclass_fields__}
-        config = ImageTokenizerTrainConfig(**{**settings, "codebook": method, "seed": seed})
+        config = dataclasses.replace(size.train, codebook=method, seed=seed)
         if options.progress:
             print(f"{method}, seed {seed}", flush=True)
         found = train_image_tokenizer(tokenizer, pairs, config, folder, progress=options.progress)

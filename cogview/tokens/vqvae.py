@@ -231,9 +231,39 @@ class ImageTokenizer(nn.Module):
         self.enc_b = Encoder(config)
         self.quantize_t = Quantizer(config)
         self.dec = Decoder(config)
+        if config.patches:
+            self._begin_with_patches()
         # Not part of the state dict of the released tokenizer.
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def _begin_with_patches(self) -> None:
+        """Let a code's vector be its cell's pixels at first, turned, and the decoder turn them back.
+
+        Encoder and decoder are the identity then, as far as ``channels`` and ``code_dim`` have room for the
+        pixels. Training has to learn from there only what a codebook loses.
+        """
+        first, last = self.enc_b.blocks[0], self.enc_b.blocks[-1]
+        back, out = self.dec.blocks[0], self.dec.blocks[-1]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        assert isinstance(back, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(out, nn.ConvTranspose2d)
+        for layer in (first, last, back, out):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(first.weight)
+        nn.init.orthogonal_(last.weight)
+        to_code = last.weight.flatten(1)  # [code_dim, channels]
+        from_cell = first.weight.flatten(1)  # [channels, pixels of a cell]
+        if to_code.shape[0] >= from_cell.shape[1]:
+            turn = nn.init.orthogonal_(torch.empty(to_code.shape[0], from_cell.shape[1], dtype=DTYPE))
+            to_code.copy_(turn @ from_cell.t())
+        if back is out:
+            out.weight.copy_((to_code @ from_cell).view_as(out.weight))
+        else:
+            back.weight.zero_()
+            back.weight[:, :, 1, 1] = to_code.t()
+            out.weight.copy_(first.weight)
 
     def vectors(self, images: Tensor) -> Tensor:
         """What the encoder makes of images ``[B, 3, H, W]``, before it is quantised: ``[B, h, w, D]``."""

@@ -190,3 +190,15 @@ def test_without_quantisation_the_vectors_are_decoded_and_the_book_stays():
     rows = {tuple(row) for row in z.reshape(-1, 4).tolist()}
     assert all(tuple(code) in rows for code in tokenizer.quantize_t.embed.t().tolist())
     assert torch.equal(tokenizer.quantize_t.embed_avg, tokenizer.quantize_t.embed)
+
+
+@pytest.mark.parametrize("residual_blocks", [0, 2])
+def test_a_tokenizer_of_patches_begins_without_a_loss_where_its_codes_have_room(residual_blocks):
+    config = dataclasses.replace(
+        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks
+    )
+    images = torch.rand(2, 3, 16, 24)
+    out = ImageTokenizer(config)(images, quantise=False)
+    torch.testing.assert_close(out.images, images, atol=1e-5, rtol=0)
+    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))(images, quantise=False)
+    assert 0 < F.mse_loss(narrow.images, images).item() < float(images.var())
