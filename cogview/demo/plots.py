@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
 from cogview.demo.report import Drawings
+from cogview.evaluation.rank_curve import CurvePoint
 from cogview.files import StrPath
 from cogview.images import save_figure
 
@@ -106,6 +107,27 @@ def save_demo_sheet(path: StrPath, drawings: Drawings, results: Mapping[str, flo
         f"best of {images.shape[1]} by CapLoss {best:.1%}, single draw {single:.1%}"
     )
     save_contact_sheet(path, title, shown, columns, "another digit")
+
+
+def save_rank_curve(path: StrPath, curve: Sequence[CurvePoint], prompts: int, distance: str) -> None:
+    """The share of picks that are right, and their Frechet distance, over the number of candidates."""
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    right, far = figure.subplots(1, 2)
+    for picker in dict.fromkeys(point.picker for point in curve):
+        own = [point for point in curve if point.picker == picker]
+        counts = [point.candidates for point in own]
+        right.plot(counts, [100 * point.right for point in own], "o-", label=picker)
+        far.plot(counts, [point.distance for point in own], "o-", label=picker)
+    right.set_ylabel(f"picks that are right, % of {prompts} prompts")
+    far.set_ylabel(distance)
+    counts = sorted({point.candidates for point in curve})
+    for axes in (right, far):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xlabel("candidates of which one is picked")
+        axes.grid(alpha=0.3)
+    right.legend()
+    save_figure(path, figure)
 
 
 def save_demo_curves(

@@ -26,6 +26,7 @@ class Features(Protocol):
 
     name: str  # of the network, as figures made with its features are labelled
     distance: str  # what the Frechet distance of its features is called
+    score: str  # what the formula of the Inception Score is called with its classes
     width: int  # numbers that it gives a picture
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -110,6 +111,7 @@ class EfficientNetLite0Features(nn.Module):
 
     name = "EfficientNet-Lite0"
     distance = "Frechet distance (EfficientNet-Lite0)"
+    score = "class score (EfficientNet-Lite0)"
     width = 1280
 
     def __init__(self, weights: Path | None = None, side: int = 224) -> None:
