@@ -75,6 +75,7 @@ _PRESETS: dict[str, Preset] = {
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
+            text_dropout=0.1,  # for --guidance
             checkpoint_every=100,
         ),
         image_tokenizer=ImageTokenizerConfig(
@@ -120,6 +121,7 @@ _PRESETS: dict[str, Preset] = {
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
+            text_dropout=0.1,  # for --guidance
             checkpoint_every=500,
             precision="bf16",
             log_every=10,
@@ -261,7 +263,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "emoji": "32 px, the built-in emoji: 5.5 million parameters, about an hour on two CPU cores",
+    "emoji": "32 px, the built-in emoji: 5.5 million parameters, est. an hour on two CPU cores",
     "emoji-64": "64 px, the built-in emoji: 41 million parameters, one GPU",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",
