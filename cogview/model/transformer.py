@@ -181,7 +181,7 @@ class CogView(HubModel):
 
         Args:
             positions: ``[B, T]`` or ``[T]`` ids into the position table; by default they count from 0,
-                or from ``cache.lengths`` with a cache.
+                or as ``cache.positions`` has them.
             layout: None for dense causal attention, one layout for all layers, or one per layer.
             cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
                 by attention among the tokens themselves. Not in training mode.
@@ -191,7 +191,8 @@ class CogView(HubModel):
         """
         T = tokens.shape[1]
         trunk = self.transformer
-        if self.config.max_positions < T:
+        restarts = positions is not None or (cache is not None and cache.restart is not None)
+        if self.config.max_positions < T and not restarts:
             raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
         if layout is None or isinstance(layout, ThreeRegionLayout):
             layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
@@ -203,7 +204,7 @@ class CogView(HubModel):
             raise ValueError("cache is for generation: call model.eval() first")
         places = torch.arange(T, device=tokens.device) if cache is None else cache.begin(T)
         if positions is None:
-            positions = places
+            positions = places if cache is None else cache.positions(places)
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
