@@ -119,7 +119,7 @@ def test_in_bfloat16_the_branch_rounds_no_more_than_the_model_does(make, ids):
 
 
 @MODELS
-def test_in_bfloat16_a_norm_rounds_where_the_models_does(make):
+def test_in_bfloat16_a_norm_rounds_where_the_model_does(make):
     """Where the weight is multiplied makes a difference to the last bit of a quarter of all elements."""
     model = tiny(make).bfloat16()
     norm = next(m for name, m in model.named_modules() if name.endswith("layers.1.post_attention_layernorm"))
