@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds ``cogview_kernels._C`` with ninja. No PyTorch and no GPU is needed.
 
-Where a C++ compiler is found, the CPU part is built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set, the
-rest once, so that one binary serves every processor and picks at run time. The CUDA part,
+Where a C++ compiler is found, the CPU part is built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set,
+the rest once, so that one binary serves every processor and picks at run time. The CUDA part,
 ``csrc/<op>/*_cuda.cu``, is built when an nvcc is found too.
 
 Environment variables
