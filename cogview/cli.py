@@ -54,6 +54,7 @@ commands:
 
 examples:
   cogview demo                                     learn to draw digits and show it, a few minutes
+  cogview demo --data emoji                        learn to draw emoji and show it, an hour
   cogview generate --run runs/demo "a handwritten seven" --num 8 --out seven.png
   cogview caption --run runs/demo photo.png
 
@@ -89,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not started_as_first():
             pass  # The first rank tells it for all.
         elif verb in RESUMABLE and given is not None:
+            folder = given.folder if verb == "demo" else given.out
             print(
-                f"\ninterrupted; what is finished is saved in {given.out}. "
+                f"\ninterrupted; what is finished is saved in {folder}. "
                 "Run the same command again to go on from there.",
                 file=sys.stderr,
             )

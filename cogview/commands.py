@@ -6,6 +6,7 @@ Each verb imports what it needs itself: drawing needs no TensorBoard, training n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ from cogview.device import usable_device
 
 if TYPE_CHECKING:
     from cogview import options
+    from cogview.config import Preset
 
 
 def train_tokenizer(given: options.TrainTokenizer) -> None:
@@ -204,6 +206,9 @@ def _json_line(**values: Any) -> str:
 
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
+    if given.vote:
+        _take_votes(given)
+        return
     from cogview.evaluate import Evaluate, evaluate, evaluation_table
 
     first, second = given.sets
@@ -225,6 +230,29 @@ def evaluate(given: options.Evaluate) -> None:
     )
     print(evaluation_table(evaluate(wanted), wanted))
     print(f"written: {given.out}")
+
+
+def _take_votes(given: options.Evaluate) -> None:
+    """Until all questions have a vote, or Ctrl-C, which is no mistake here."""
+    from tabulate import tabulate
+
+    from cogview.evaluation.vote import VOTES, Ballot
+    from cogview.evaluation.vote_server import VoteServer
+
+    ballot = Ballot(given.sets, given.out, seed=given.seed)
+    with VoteServer(ballot, given.port) as server:
+        print(
+            f"{len(ballot.questions)} questions: open {server.url} (Ctrl-C ends)",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.finished.wait()
+    rows = [
+        (share.folder, share.votes, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}")
+        for share in ballot.shares()
+    ]
+    print(tabulate(rows, ["folder", "votes", "share", "95 % interval"]))
+    print(f"{len(ballot.votes)} of {len(ballot.questions)} questions answered; in {given.out / VOTES}")
 
 
 def presets(given: options.Presets) -> None:
@@ -286,12 +314,34 @@ def data(given: options.WriteData) -> None:
 
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
+    preset, device = _demo_preset(given), usable_device(given.device)
+    if given.data == "emoji":
+        from cogview.demo.emoji import EmojiDemo, run_emoji_demo
+        from cogview.demo.emoji import summary as emoji_summary
+
+        report = run_emoji_demo(EmojiDemo(given.folder, given.seed, preset, device=device))
+        print(emoji_summary(report, given.folder))
+        _say_next("generate", "--run", given.folder, "a tiger", "--out", "tiger.png")
+        return
     from cogview.demo.report import summary
     from cogview.demo.run import Demo, run_demo
 
-    report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
-    print(summary(report, given.out))
-    _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+    print(summary(run_demo(Demo(given.folder, given.seed, preset, device=device)), given.folder))
+    _say_next("generate", "--run", given.folder, "a handwritten seven", "--out", "seven.png")
+
+
+def _demo_preset(given: options.Demo) -> Preset:
+    from cogview.config import ThreeRegionConfig
+    from cogview.presets import default_preset, get_preset
+
+    preset = get_preset(given.preset) if given.preset else default_preset(given.data)
+    if given.attention == "dense":
+        three_region = None
+    elif given.attention == "three-region":
+        three_region = preset.model.three_region or ThreeRegionConfig()
+    else:
+        three_region = preset.model.three_region
+    return dataclasses.replace(preset, model=dataclasses.replace(preset.model, three_region=three_region))
 
 
 def rank_curve(given: options.RankCurve) -> None:

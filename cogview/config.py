@@ -89,6 +89,9 @@ class ImageTokenizerTrainConfig:
     commitment: float = 0.25
     color_weight: float = 0.0  # of the error of each code's mean colour, beside that of the pixels
     codebook: CodebookMethod = "moving-average"
+    warmup_steps: int = (
+        0  # at first, without quantisation; the book then begins at what the encoder has learned
+    )
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
@@ -98,6 +101,7 @@ class ImageTokenizerTrainConfig:
         _require_between(self, 1, 1 << 24, "batch_size")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require_finite(self, "learning_rate", "commitment", "color_weight")
+        _require_between(self, 0, self.steps, "warmup_steps")
         known = typing.get_args(CodebookMethod)
         _require(self.codebook in known, "codebook", f"one of {', '.join(known)}", self.codebook)
 

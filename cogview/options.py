@@ -364,12 +364,15 @@ class Evaluate:
 
     A set is a folder of pictures, or the statistics of one that were saved before (reference.safetensors). A
     run draws a picture for each caption of the other folder, and describes its pictures.
+
+    With --vote, people compare: a page on this machine shows what several folders have of one text, in random
+    order, and keeps what is chosen by a click or by the number's key.
     """
 
-    sets: Positional[Annotated[tuple[Path, ...], arg(metavar="A B", help_behavior_hint="(required)")]]
+    sets: Positional[Annotated[tuple[Path, ...], arg(metavar="A B [C ...]", help_behavior_hint="(required)")]]
     """A: a folder of pictures, their statistics, or a run; B: a folder of pictures, or their statistics"""
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("evaluation")
-    """folder for the figures (CSV, JSON, plot), the statistics of B, and what a run draws"""
+    """folder for the figures (CSV, JSON, plot), the statistics of B, what a run draws, and votes"""
     inception: Annotated[Path | None, _shown("FILE", "EfficientNet-Lite0, which gives no FID")] = None
     """weights of the network that defines the FID and the Inception Score, as pytorch-fid and torch-fidelity
     publish them"""
@@ -383,8 +386,12 @@ class Evaluate:
     """pictures that the run A draws of each caption, of which the best by CapLoss is taken"""
     captions: Annotated[int | None, _shown("INT", "all")] = None
     """captions of B that the run A draws, and pictures that it describes, at most"""
+    vote: Flag = False
+    """serve a page that takes votes on the pictures of two or more folders"""
+    port: int = 8765
+    """of that page, on this machine alone; 0 takes a free one"""
     seed: int = 0
-    """of what the run A draws"""
+    """of what the run A draws, and of the order in which --vote shows pictures"""
     splits: int = 10
     """parts of the set over which the Inception Score is averaged"""
     batch_size: int = 32
@@ -395,8 +402,12 @@ class Evaluate:
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        if len(self.sets) != 2:
-            raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}")
+        if self.vote and len(self.sets) < 2:
+            raise ValueError(f"--vote compares two folders or more, got {len(self.sets)}")
+        if not self.vote and len(self.sets) != 2:
+            raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
         for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -465,14 +476,31 @@ class WriteData:
 
 @dataclass(frozen=True)
 class Demo:
-    """Learn to draw handwritten digits from scratch and show the result."""
+    """Learn to draw built-in pictures from scratch and show the result."""
 
-    out: Annotated[Path, arg(metavar="RUN")] = Path("runs/demo")
+    data: Literal["digits", "emoji"] = "digits"
+    """digits: handwritten ones, a few minutes; emoji: OpenMoji's drawings, an hour"""
+    out: Annotated[Path | None, _shown("RUN", "runs/demo; runs/pictures for emoji")] = None
     """folder to write; an interrupted demo goes on where it stopped"""
+    preset: Annotated[Literal["digits", "emoji", "emoji-64"] | None, _shown("NAME", "that of the data")] = (
+        None
+    )
+    """sizes and schedule: emoji-64 is for one GPU"""
+    attention: Attention = None
+    """dense or three-region"""
     seed: int = 0
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset.partition("-")[0] != self.data:
+            raise ValueError(f"--preset {self.preset} is not made for --data {self.data}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        return self.out or Path("runs/pictures" if self.data == "emoji" else "runs/demo")
 
 
 @dataclass(frozen=True)

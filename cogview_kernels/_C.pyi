@@ -24,7 +24,7 @@ _RowShape: TypeAlias = Tensor | None
 _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # Address, stride of a row, ids, tokens, dtype.
-_Logits: TypeAlias = tuple[_Address, int, int, int, int]
+_Logits: TypeAlias = tuple[_Address, int, int, int, int, _Address, float, int]
 
 has_cuda: bool
 
@@ -109,17 +109,22 @@ def sandwich_layer_norm_bwd_cpu(
 ) -> None: ...
 def linear_cross_entropy_reduce_cpu(
     logits: _Logits,
+    target: _Address,
     logit_max: _Address,
     total: _Address,
+    picked: _Address,
+    sum: _Address,
+    predicted: _Address,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_gradient_cpu(
     logits: _Logits,
-    first: int,
+    objective: tuple[float, float, float],
     target: _Address,
     coefficient: _Address,
     logit_max: _Address,
     total: _Address,
+    dbias: _Address,
     threads: int,
 ) -> None: ...
 def three_region_attention_fwd_cpu(
@@ -208,7 +213,6 @@ def merge_attention_fwd_cpu(
 def merge_attention_bwd_cpu(
     outputs: tuple[_Strided, ...],
     lses: tuple[_Address, ...],
-    lse: _Address,
     dout: _Strided,
     dlse: _Address,
     doutputs: tuple[_Strided, ...],

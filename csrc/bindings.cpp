@@ -155,23 +155,31 @@ SoftmaxBackward softmax_backward(Address dprobs, Address probs, Address dscores,
             DType(dtype)};
 }
 
-// Where logits lie, the stride of a row, ids, tokens, dtype.
-using LogitsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+// Where logits lie, the stride of a row, ids, tokens, the first id, bias, softcap, dtype.
+using LogitsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, Address, float, int>;
 
 Logits cross_entropy_logits(LogitsArguments x) {
-    return {pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x),
-            DType(std::get<4>(x))};
+    return {
+        pointer<void>(std::get<0>(x)),  std::get<1>(x), std::get<2>(x),       std::get<3>(x), std::get<4>(x),
+        pointer<float>(std::get<5>(x)), std::get<6>(x), DType(std::get<7>(x))};
 }
 
-LinearCrossEntropyReduce cross_entropy_reduce(LogitsArguments logits, Address logit_max, Address total) {
-    return {cross_entropy_logits(logits), pointer<float>(logit_max), pointer<float>(total)};
+LinearCrossEntropyReduce cross_entropy_reduce(LogitsArguments logits, Address target, Address logit_max,
+                                              Address total, Address picked, Address sum, Address predicted) {
+    return {cross_entropy_logits(logits), pointer<int64_t>(target), pointer<float>(logit_max),
+            pointer<float>(total),        pointer<float>(picked),   pointer<float>(sum),
+            pointer<int64_t>(predicted)};
 }
 
-LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, int64_t first, Address target,
-                                                  Address coefficient, Address logit_max, Address total) {
-    return {cross_entropy_logits(logits), first,
-            pointer<int64_t>(target),     pointer<float>(coefficient),
-            pointer<float>(logit_max),    pointer<float>(total)};
+// z_loss, id_share, target_share.
+using ObjectiveArguments = std::tuple<float, float, float>;
+
+LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, ObjectiveArguments objective,
+                                                  Address target, Address coefficient, Address logit_max,
+                                                  Address total, Address dbias) {
+    return {cross_entropy_logits(logits), std::get<0>(objective),   std::get<1>(objective),
+            std::get<2>(objective),       pointer<int64_t>(target), pointer<float>(coefficient),
+            pointer<float>(logit_max),    pointer<float>(total),    pointer<float>(dbias)};
 }
 
 // A tensor of attention, its rows contiguous, or None.
@@ -343,15 +351,11 @@ MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, Strided
     return {merge_attention(outputs, lses, shape, dtype), strided_output(out), pointer<float>(lse)};
 }
 
-MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, Address lse, StridedAddress dout,
-                                      Address dlse, MergedRows doutputs, MergedSums dlses,
-                                      std::array<int64_t, 5> shape, int dtype) {
-    MergeAttentionBackward a = {merge_attention(outputs, lses, shape, dtype),
-                                strided_input(dout),
-                                pointer<float>(lse),
-                                pointer<float>(dlse),
-                                {},
-                                {}};
+MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, StridedAddress dout, Address dlse,
+                                      MergedRows doutputs, MergedSums dlses, std::array<int64_t, 5> shape,
+                                      int dtype) {
+    MergeAttentionBackward a = {
+        merge_attention(outputs, lses, shape, dtype), strided_input(dout), pointer<float>(dlse), {}, {}};
     for (int i = 0; i < kMostMerged; ++i) {
         a.doutputs[i] = strided_output(doutputs[i]);
         a.dlses[i] = pointer<float>(dlses[i]);
@@ -402,8 +406,9 @@ constexpr const char* kSandwichForward[] = {"branch", "residual", "residual_out"
 constexpr const char* kSandwichBackward[] = {"dresidual_out", "dnormed",   "branch",  "residual_out",
                                              "dbranch",       "dresidual", "weights", "gradients",
                                              "stats",         "shape",     "dropout", "workspace"};
-constexpr const char* kReduce[] = {"logits", "logit_max", "total"};
-constexpr const char* kGradient[] = {"logits", "first", "target", "coefficient", "logit_max", "total"};
+constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
+constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
+                                     "logit_max", "total",     "dbias"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
@@ -417,7 +422,7 @@ constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_ma
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
                                           "shape",  "window", "scale", "dropout",   "dtype"};
 constexpr const char* kMergeForward[] = {"outputs", "lses", "out", "lse", "shape", "dtype"};
-constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "lse",   "dout", "dlse",
+constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "dout",  "dlse",
                                           "doutputs", "dlses", "shape", "dtype"};
 
 }  // namespace

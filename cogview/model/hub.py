@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``save_pretrained`` and ``from_pretrained``: a model as a folder or a repository of the Hugging Face Hub."""
+"""``save_pretrained`` and ``from_pretrained``: a model as a folder, or as a repository of the Hub."""
 
 from __future__ import annotations
 

@@ -123,6 +123,15 @@ class Quantizer(nn.Module):
         self.method = method
         self.embed.requires_grad_(method in ("straight-through", "gumbel"))
 
+    @torch.no_grad()
+    def begin_at(self, z: Tensor) -> None:
+        """Start the book at random ones of the vectors ``[..., D]``."""
+        flat = z.reshape(-1, z.shape[-1])
+        chosen = flat[torch.randint(len(flat), (self.embed.shape[1],), device=z.device)].t()
+        self.embed.copy_(chosen)
+        self.embed_avg.copy_(chosen)
+        self.cluster_size.fill_(1.0)
+
     def forward(self, z: Tensor) -> Quantized:
         """Quantise ``[..., D]`` vectors; in training, let the book learn."""
         if self.method == "gumbel" and self.training:
@@ -207,7 +216,8 @@ class ImageTokenizer(nn.Module):
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def vectors(self, images: Tensor) -> Tensor:
+        """What the encoder makes of images ``[B, 3, H, W]``, before it is quantised: ``[B, h, w, D]``."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
         factor = 2**self.config.stages
@@ -221,16 +231,23 @@ class ImageTokenizer(nn.Module):
     def _decode(self, quantized: Tensor) -> Tensor:
         return self.dec(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantise, decode; in training, the book learns as :class:`Quantizer` was told."""
-        quantized = self.quantize_t(self._encode(images))
+    def forward(self, images: Tensor, *, quantise: bool = True) -> Reconstruction:
+        """Encode, quantise, decode; in training, the book learns as :class:`Quantizer` was told.
+
+        Without ``quantise``, what is decoded are the vectors themselves, and the book stays as it is.
+        """
+        z = self.vectors(images)
+        if not quantise:
+            nothing = torch.zeros((), dtype=z.dtype, device=z.device)
+            return Reconstruction(self._decode(z), self.quantize_t.nearest(z), nothing, nothing)
+        quantized = self.quantize_t(z)
         decoded = self._decode(quantized.vectors)
         return Reconstruction(decoded, quantized.codes, quantized.commitment, quantized.codebook)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] to codes ``[B, h, w]``, int64 in ``[0, num_codes)``."""
-        return self.quantize_t.nearest(self._encode(images))
+        return self.quantize_t.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -62,8 +62,11 @@ class ImageTokenizerTrainer(Trainer):
         set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
         quantizer = self.model.quantize_t
         quantizer.temperature = temperature(step / self.config.steps)
+        if 0 < step == self.config.warmup_steps:
+            with torch.no_grad():
+                quantizer.begin_at(self.model.vectors(images))
         book = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-        result = self.model(images)
+        result = self.model(images, quantise=step >= self.config.warmup_steps)
         reconstruction = F.mse_loss(result.images, images)
         loss = reconstruction + self.config.commitment * result.commitment + result.codebook
         if self.config.color_weight:

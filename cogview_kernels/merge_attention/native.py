@@ -51,7 +51,6 @@ def forward(
 def backward(
     outputs: Sequence[Tensor],
     lses: Sequence[Tensor],
-    lse: Tensor,
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Sequence[Tensor], Sequence[Tensor]],
     backend: str,
@@ -63,7 +62,6 @@ def backward(
         backend,
         _places(outputs),
         _addresses(lses),
-        lse.data_ptr(),
         dout,
         0 if dlse is None else dlse.data_ptr(),
         _places(gradients[0]),

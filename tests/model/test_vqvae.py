@@ -172,6 +172,6 @@ def test_residual_blocks_let_a_code_know_its_neighbours():
     for shape, sees in ((SMALL, False), (config, True)):
         torch.manual_seed(0)
         tokenizer = ImageTokenizer(shape).eval()
-        at = [tokenizer._encode(pixels)[0, 1, 1] for pixels in (image, other)]
+        at = [tokenizer.vectors(pixels)[0, 1, 1] for pixels in (image, other)]
         assert torch.equal(*at) != sees
         assert tokenizer.decode(tokenizer.encode(image)).shape == image.shape

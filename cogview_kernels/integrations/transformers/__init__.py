@@ -28,5 +28,6 @@ if int(_transformers.__version__.split(".")[0]) != 5:
     )
 
 from cogview_kernels.integrations.transformers.attention import register
+from cogview_kernels.integrations.transformers.patch import patch, unpatch
 
-__all__ = ["register"]
+__all__ = ["patch", "register", "unpatch"]
