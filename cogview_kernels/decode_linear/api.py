@@ -50,13 +50,12 @@ def decode_linear(
             Without ``backend`` "reference" steps in.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    _check_tensors(x, weight, bias)
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    depends_on = (recorded, _checks.is_autocast(x.device))
-    signature = _backends.signature(_OP, *tensors, activation, *depends_on, backend)
+    recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, weight, bias))
+    autocast = torch._C._is_any_autocast_enabled()
+    signature = _backends.signature(_OP, x, weight, bias, activation, recorded, autocast, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        _check_tensors(x, weight, bias)
         _check(x, weight, bias, activation)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, weight, bias)
         _backends.remember(signature, chosen)
