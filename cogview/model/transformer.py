@@ -45,7 +45,7 @@ DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.
 def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
     """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
     if decoding:
-        return cast(Tensor, decode_linear(x, layer.weight, layer.bias, activation=activation))
+        return decode_linear(x, layer.weight, layer.bias, activation=activation)
     y = layer(x)
     return y if activation is None else F.gelu(y, approximate="tanh")
 
@@ -240,7 +240,7 @@ class CogView(HubModel):
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
-        return cast(Tensor, decode_linear(hidden, self.word_embeddings.weight[first:last]))
+        return decode_linear(hidden, self.word_embeddings.weight[first:last])
 
     def sharding_units(self) -> list[list[nn.Module]]:
         """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.
