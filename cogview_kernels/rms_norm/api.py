@@ -6,14 +6,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
+from cogview_kernels.rms_norm.op import backend_module, rms_norm_op
 from cogview_kernels.rms_norm.reference import rms_norm_reference
 
 _OP = "rms_norm"
-_BACKENDS = ("reference",)
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def _limit(backend: str, x: Tensor) -> str:
-    return ""
+    return "" if backend == "reference" else backend_module(backend).limit(backend, x)
 
 
 def rms_norm(
@@ -71,12 +72,15 @@ def rms_norm(
     _checks.check_finite_number(_OP, "weight_offset", weight_offset)
     _checks.check_choice(_OP, "round_before_weight", round_before_weight, (False, True))
     _checks.check_choice(_OP, "pb_relax", pb_relax, (None, "row", "tensor"))
-    _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
-    return rms_norm_reference(
-        x,
-        weight,
-        eps=eps,
-        weight_offset=weight_offset,
-        round_before_weight=round_before_weight,
-        pb_relax=pb_relax,
-    )
+    chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
+    if chosen == "reference":
+        return rms_norm_reference(
+            x,
+            weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            round_before_weight=round_before_weight,
+            pb_relax=pb_relax,
+        )
+    options = float(eps), float(weight_offset), bool(round_before_weight), pb_relax
+    return rms_norm_op(x, weight, *options, chosen)[0]

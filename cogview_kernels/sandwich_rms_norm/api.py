@@ -6,15 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels.sandwich_rms_norm.op import backend_module, sandwich_rms_norm_op
 from cogview_kernels.sandwich_rms_norm.reference import sandwich_rms_norm_reference
 
 _OP = "sandwich_rms_norm"
-_BACKENDS = ("reference",)
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def _limit(backend: str, branch: Tensor) -> str:
-    return ""
+    return "" if backend == "reference" else backend_module(backend).limit(backend, branch)
 
 
 def sandwich_rms_norm(
@@ -91,16 +92,23 @@ def sandwich_rms_norm(
     _checks.check_choice(_OP, "round_before_weight", round_before_weight, (False, True))
     _checks.check_choice(_OP, "pb_relax", pb_relax, (None, "row", "tensor"))
     _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
-    _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)
-    return sandwich_rms_norm_reference(
-        branch,
-        residual,
-        post_weight,
-        pre_weight,
-        eps=eps,
-        weight_offset=weight_offset,
-        round_before_weight=round_before_weight,
-        pb_relax=pb_relax,
-        dropout_p=dropout_p,
-        seed=seed,
+    chosen = _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)
+    if chosen == "reference":
+        return sandwich_rms_norm_reference(
+            branch,
+            residual,
+            post_weight,
+            pre_weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            round_before_weight=round_before_weight,
+            pb_relax=pb_relax,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+    seed = _dropout.as_seed(dropout_p, seed)
+    options = float(eps), float(weight_offset), bool(round_before_weight), pb_relax, float(dropout_p), seed
+    residual_out, normed, _ = sandwich_rms_norm_op(
+        branch, residual, post_weight, pre_weight, *options, chosen
     )
+    return residual_out, None if pre_weight is None else normed
