@@ -1,32 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True.
 
-Integers named after tensors are addresses, 0 for none. Strides are in elements; dtypes are the codes of
-``_extension.DTYPE_CODES``.
+Integers named after tensors are addresses, 0 for none. Dtypes are the codes of ``_extension.DTYPE_CODES``.
 """
 
 from typing import TypeAlias
 
+from torch import Tensor
+
 _Address: TypeAlias = int
-# Addresses with the dtype's code (a weight, a bias or its gradient); with the bytes of each integer.
-_Parameter: TypeAlias = tuple[_Address, int]
-_Integers: TypeAlias = tuple[_Address, int]
-# Address, and the strides of the first three dimensions.
-_Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
+# A weight, a bias or its gradient; integers, contiguous; a tensor of attention, its rows contiguous.
+_Parameter: TypeAlias = Tensor | None
+_Integers: TypeAlias = Tensor | None
+_Strided: TypeAlias = Tensor | None
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
-# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
-_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Pivots [B, P], block_size, window_blocks, pivot_bias.
+_Layout: TypeAlias = tuple[_Integers, int, int, float]
 # Rows and columns of the grid of keys, radii of the window, query_scale, causal.
 _Window: TypeAlias = tuple[int, int, int, int, int, bool]
-# Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
-_RowShape: TypeAlias = tuple[int, int, int]
+# A tensor of the rows' shape and dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
+_RowShape: TypeAlias = Tensor | None
 _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # eps, the mode of PB-Relax, what is added to weights, whether rows are rounded before they are multiplied.
 _RmsOptions: TypeAlias = tuple[float, int, float, bool]
 # Address, stride of a row, ids, tokens, dtype.
-_Logits: TypeAlias = tuple[_Address, int, int, int, int]
+_Logits: TypeAlias = tuple[_Address, int, int, int, int, _Address, float, int]
 
 has_cuda: bool
 
@@ -34,6 +34,7 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def parallel_runtime() -> str: ...
 def free_workspaces() -> int: ...
+def signature(*arguments: object) -> object: ...
 def stable_softmax_fwd_cpu(
     scores: _Address,
     mask: _Address,
@@ -131,14 +132,13 @@ def rms_norm_bwd_cpu(
     threads: int,
 ) -> None: ...
 def sandwich_rms_norm_fwd_cpu(
-    branch: _Address,
+    branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
     normed: _Address,
     weights: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    branch_dtype: int,
     options: _RmsOptions,
     dropout: _Dropout,
     workspace: _Workspace,
@@ -147,7 +147,7 @@ def sandwich_rms_norm_fwd_cpu(
 def sandwich_rms_norm_bwd_cpu(
     dresidual_out: _Address,
     dnormed: _Address,
-    branch: _Address,
+    branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,
     dresidual: _Address,
@@ -156,24 +156,28 @@ def sandwich_rms_norm_bwd_cpu(
     gradients: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    branch_dtype: int,
     dropout: _Dropout,
     workspace: _Workspace,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_reduce_cpu(
     logits: _Logits,
+    target: _Address,
     logit_max: _Address,
     total: _Address,
+    picked: _Address,
+    sum: _Address,
+    predicted: _Address,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_gradient_cpu(
     logits: _Logits,
-    first: int,
+    objective: tuple[float, float, float],
     target: _Address,
     coefficient: _Address,
     logit_max: _Address,
     total: _Address,
+    dbias: _Address,
     threads: int,
 ) -> None: ...
 def three_region_attention_fwd_cpu(
@@ -254,7 +258,6 @@ def merge_attention_fwd_cpu(
 def merge_attention_bwd_cpu(
     outputs: tuple[_Strided, ...],
     lses: tuple[_Address, ...],
-    lse: _Address,
     dout: _Strided,
     dlse: _Address,
     doutputs: tuple[_Strided, ...],
@@ -360,14 +363,13 @@ def rms_norm_bwd_cuda(
     stream: _Address,
 ) -> None: ...
 def sandwich_rms_norm_fwd_cuda(
-    branch: _Address,
+    branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
     normed: _Address,
     weights: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    branch_dtype: int,
     options: _RmsOptions,
     dropout: _Dropout,
     workspace: _Workspace,
@@ -376,7 +378,7 @@ def sandwich_rms_norm_fwd_cuda(
 def sandwich_rms_norm_bwd_cuda(
     dresidual_out: _Address,
     dnormed: _Address,
-    branch: _Address,
+    branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,
     dresidual: _Address,
@@ -385,7 +387,6 @@ def sandwich_rms_norm_bwd_cuda(
     gradients: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
-    branch_dtype: int,
     dropout: _Dropout,
     workspace: _Workspace,
     stream: _Address,

@@ -15,17 +15,19 @@ def limit(backend: str, x: Tensor) -> str:
     return rows.limit(backend, "x", x)
 
 
-def forward(x: Tensor, y: Tensor, affine: Affine, stats: Tensor, options: NormOptions, backend: str) -> None:
-    """Fills ``y`` and ``stats`` [1, rows]; everything is contiguous."""
+def forward(
+    x: Tensor, y: Tensor, affine: Affine, stats: Tensor | None, options: NormOptions, backend: str
+) -> None:
+    """Fills ``y`` and ``stats`` [1, rows], which may be None on the CPU; everything is contiguous."""
     floats, workspace = rows.workspace(x, backend, 1 if options.pb_relax == "tensor" else 0)
     _extension.call(
         "rms_norm_fwd",
         backend,
         x.data_ptr(),
         y.data_ptr(),
-        rows.parameter(affine.weight),
-        stats.data_ptr(),
-        rows.shape(x),
+        affine.weight,
+        0 if stats is None else stats.data_ptr(),
+        x,
         rows.rms_options(options),
         workspace,
     )
@@ -50,11 +52,11 @@ def backward(
         dy.data_ptr(),
         x.data_ptr(),
         dx.data_ptr(),
-        rows.parameter(weight),
+        weight,
         weight_offset,
-        rows.parameter(gradients.weight),
+        gradients.weight,
         stats.data_ptr(),
-        rows.shape(x),
+        x,
         workspace,
     )
     del floats

@@ -31,7 +31,24 @@ def _results(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, torch.empty(1, rows, dtype=torch.float32, device=x.device)
 
 
-def _forward(
+def _forward(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    y, stats = _results(x)
+    _fill(y, stats, x, *rest)
+    return y, stats
+
+
+def _without_stats(x, *rest):
+    """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
+    if rest[-1] != "cpu":
+        return _forward(x, *rest)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _fill(y, None, x, *rest)
+    return y, None
+
+
+def _fill(
+    y: Tensor,
+    stats: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     eps: float,
@@ -39,13 +56,11 @@ def _forward(
     round_before_weight: bool,
     pb_relax: str | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    y, stats = _results(x)
+) -> None:
     if y.numel() > 0:
         affine = Affine(weight, None).contiguous()
         options = NormOptions(eps, pb_relax, weight_offset, round_before_weight)
         backend_module(backend).forward(x.contiguous(), y, affine, stats, options, backend)
-    return y, stats
 
 
 def _gradients(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Affine]:
@@ -89,6 +104,7 @@ rms_norm_op = Op(
     fake=lambda x, *_: _results(x),
     save=_save,
     backward=_differentiate,
+    unsaved=_without_stats,
 )
 rms_norm_backward_op = Op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, float weight_offset, str backend)"

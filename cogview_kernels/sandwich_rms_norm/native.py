@@ -19,22 +19,23 @@ def limit(backend: str, branch: Tensor) -> str:
 def forward(
     rows: ForwardRows,
     norms: Norms,
-    stats: Tensor,
+    stats: Tensor | None,
     options: NormOptions,
     dropout: Dropout | None,
     backend: str,
 ) -> None:
-    """Fills ``residual_out``, ``normed`` and ``stats`` [norms, rows]; everything is contiguous."""
+    """Fills ``residual_out``, ``normed`` and ``stats`` [norms, rows], which may be None on the CPU;
+    everything is contiguous."""
     per_block = 2 if options.pb_relax == "tensor" else 0
     floats, workspace = shared.workspace(rows.branch, backend, per_block)
     _extension.call(
         "sandwich_rms_norm_fwd",
         backend,
-        *(0 if x is None else x.data_ptr() for x in rows),
-        [shared.parameter(norm.weight) for norm in norms],
-        stats.data_ptr(),
-        shared.shape(rows.residual_out),
-        _extension.DTYPE_CODES[rows.branch.dtype],
+        rows.branch,
+        *(0 if x is None else x.data_ptr() for x in rows[1:]),
+        [norm.weight for norm in norms],
+        0 if stats is None else stats.data_ptr(),
+        rows.residual_out,
         shared.rms_options(options),
         native_arguments(dropout),
         workspace,
@@ -56,13 +57,14 @@ def backward(
     _extension.call(
         "sandwich_rms_norm_bwd",
         backend,
-        *(0 if x is None else x.data_ptr() for x in rows),
-        [shared.parameter(norm.weight) for norm in norms],
+        *(0 if x is None else x.data_ptr() for x in rows[:2]),
+        rows.branch,
+        *(0 if x is None else x.data_ptr() for x in rows[3:]),
+        [norm.weight for norm in norms],
         weight_offset,
-        [shared.parameter(norm.weight) for norm in gradients],
+        [norm.weight for norm in gradients],
         stats.data_ptr(),
-        shared.shape(rows.trunk()),
-        _extension.DTYPE_CODES[rows.branch.dtype],
+        rows.trunk(),
         native_arguments(dropout),
         workspace,
     )

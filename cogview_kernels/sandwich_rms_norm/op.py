@@ -31,15 +31,37 @@ def _norms(post_weight: Tensor | None, pre_weight: Tensor | None) -> Norms:
     return Norms(Affine(post_weight, None), Affine(pre_weight, None))
 
 
-def _results(residual: Tensor, pre_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_out(residual: Tensor, pre_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """``normed`` is empty where there is no norm for it."""
     residual_out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    normed = residual.new_empty(0) if pre_weight is None else torch.empty_like(residual_out)
+    return residual_out, residual.new_empty(0) if pre_weight is None else torch.empty_like(residual_out)
+
+
+def _results(residual: Tensor, pre_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     norms, rows = 1 if pre_weight is None else 2, residual.numel() // residual.shape[-1]
-    return residual_out, normed, torch.empty(norms, rows, dtype=torch.float32, device=residual.device)
+    stats = torch.empty(norms, rows, dtype=torch.float32, device=residual.device)
+    return *_rows_out(residual, pre_weight), stats
 
 
 def _forward(
+    branch: Tensor, residual: Tensor, post_weight: Tensor | None, pre_weight: Tensor | None, *rest
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = _results(residual, pre_weight)
+    _fill(results, branch, residual, post_weight, pre_weight, *rest)
+    return results
+
+
+def _without_stats(branch, residual, post_weight, pre_weight, *rest):
+    """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
+    if rest[-1] != "cpu":
+        return _forward(branch, residual, post_weight, pre_weight, *rest)
+    results = *_rows_out(residual, pre_weight), None
+    _fill(results, branch, residual, post_weight, pre_weight, *rest)
+    return results
+
+
+def _fill(
+    results: tuple[Tensor, Tensor, Tensor | None],
     branch: Tensor,
     residual: Tensor,
     post_weight: Tensor | None,
@@ -51,8 +73,8 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual_out, normed, stats = _results(residual, pre_weight)
+) -> None:
+    residual_out, normed, stats = results
     if branch.numel() > 0:
         rows = ForwardRows(
             branch.contiguous(), residual.contiguous(), residual_out, None if pre_weight is None else normed
@@ -61,7 +83,6 @@ def _forward(
         options = NormOptions(eps, pb_relax, weight_offset, round_before_weight)
         dropout = Dropout.of(dropout_p, seed)
         backend_module(backend).forward(rows, norms, stats, options, dropout, backend)
-    return residual_out, normed, stats
 
 
 def _gradients(
@@ -149,6 +170,7 @@ sandwich_rms_norm_op = Op(
     fake=lambda branch, residual, post_weight, pre_weight, *_: _results(residual, pre_weight),
     save=_save,
     backward=_differentiate,
+    unsaved=_without_stats,
 )
 sandwich_rms_norm_backward_op = Op(
     "sandwich_rms_norm_backward(Tensor? dresidual_out, Tensor? dnormed, Tensor branch, Tensor? residual_out,"

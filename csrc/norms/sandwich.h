@@ -15,7 +15,9 @@ struct SandwichForward {
     void* residual_out;
     void* normed;  // RMSNorm: nullptr where there is no norm_pre
     Affine post, pre;
-    float* stats;  // [2 * stats_of(kind), rows]: those of the post norm, then of the pre norm
+    // [2 * stats_of(kind), rows]: those of the post norm, then of the pre norm; CPU: nullptr where no
+    // backward pass follows
+    float* stats;
     RowShape shape;
     DType branch_dtype;  // RMSNorm: 16 bits may meet a residual of 32
     NormOptions options;

@@ -56,7 +56,7 @@ void sandwich_forward(const SandwichForward& a, int threads) {
         const Statistics s =
             statistics<kKind>(row, C, moments, abs_max, a.options.eps, source + (r + 1) * C, &saved);
         normalise_row<kKind>(row, s, pre, C, normed + r * C, streaming);
-        save_statistics<kKind>(a.stats, 1, rows, r, saved);
+        if (a.stats != nullptr) save_statistics<kKind>(a.stats, 1, rows, r, saved);
     };
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch row(C);
@@ -67,7 +67,7 @@ void sandwich_forward(const SandwichForward& a, int threads) {
             Statistics saved;
             const Statistics s = statistics<kKind>(row.data, C, m, by_row ? m.abs_max : post_abs_max,
                                                    a.options.eps, residual + r * C, &saved);
-            save_statistics<kKind>(a.stats, 0, rows, r, saved);
+            if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
             m = add_post_norm<kKind, B>(row.data, s, post, residual + r * C, C, residual_out + r * C,
                                         streaming);
             largest = m.abs_max > largest ? m.abs_max : largest;

@@ -15,7 +15,7 @@ struct NormForward {
     const void* x;
     void* y;
     Affine affine;
-    float* stats;  // [stats_of(kind), rows]
+    float* stats;  // [stats_of(kind), rows]; CPU: nullptr where no backward pass follows
     RowShape shape;
     NormOptions options;
     BlockWorkspace workspace;  // with kTensor a float a block: maxima

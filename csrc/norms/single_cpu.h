@@ -32,7 +32,7 @@ void norm_forward(const NormForward& a, int threads) {
             const Statistics s = statistics<kKind>(row.data, C, moments, by_row ? moments.abs_max : fixed,
                                                    a.options.eps, x + (r + 1) * C, &saved);
             normalise_row<kKind>(row.data, s, affine, C, y + r * C, streaming);
-            save_statistics<kKind>(a.stats, 0, rows, r, saved);
+            if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
         }
         stream_fence();
     });
