@@ -5,9 +5,11 @@
 OPS = (
     "three_region_attention",
     "sandwich_layer_norm",
+    "sandwich_rms_norm",
     "linear_cross_entropy",
     "stable_softmax",
     "layer_norm",
+    "rms_norm",
     "decode_attention",
     "local_attention_2d",
 )

@@ -51,6 +51,8 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         "F.layer_norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (row, weight, bias)),
         "layer_norm": (k.layer_norm, (row, weight, bias)),
         "sandwich_layer_norm": (k.sandwich_layer_norm, sandwich),
+        "rms_norm": (k.rms_norm, (row, weight)),
+        "sandwich_rms_norm": (k.sandwich_rms_norm, (row, row.clone(), weight, weight.clone())),
         "stable_softmax": (k.stable_softmax, (row,)),
         "linear_cross_entropy": (k.linear_cross_entropy, (row, vocabulary, target)),
         "three_region_attention": (

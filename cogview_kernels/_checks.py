@@ -78,6 +78,16 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_rms_options(
+    op: str, eps: float, weight_offset: float, round_before_weight: bool, pb_relax: str | None
+) -> None:
+    """What :func:`cogview_kernels.rms_norm` says of these."""
+    check_finite_number(op, "eps", eps, positive=True)
+    check_finite_number(op, "weight_offset", weight_offset)
+    check_choice(op, "round_before_weight", round_before_weight, (False, True))
+    check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
+
+
 def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str, other: Tensor) -> None:
     """``p`` is in [0, 1), ``seed`` an int or a 0-d int64 tensor, on the CPU or beside ``other``."""
     if p == 0 and seed is None:  # the usual call

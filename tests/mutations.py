@@ -66,6 +66,12 @@ _TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and
 _TRITON_SANDWICH = "sandwich_layer_norm test_forward_and_backward and triton and not two_tiles"
 _CUDA_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and cuda"
 _CUDA_SANDWICH = "sandwich_layer_norm test_forward_and_backward and cuda"
+_CPU_RMS = "rms_norm (test_forward_and_backward or test_where or test_extreme_rows) and cpu"
+_CPU_SANDWICH_RMS = "sandwich_rms_norm (test_forward_and_backward or test_a_narrow) and cpu"
+_TRITON_RMS = "rms_norm (test_forward_and_backward or test_where) and triton and not two_tiles"
+_TRITON_SANDWICH_RMS = "sandwich_rms_norm test_forward_and_backward and triton and not two_tiles"
+_CUDA_RMS = "rms_norm (test_forward_and_backward or test_where) and cuda"
+_CUDA_SANDWICH_RMS = "sandwich_rms_norm (test_forward_and_backward or test_a_narrow) and cuda"
 _CPU_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cpu"
 _TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and triton"
 _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
@@ -285,7 +291,7 @@ MUTATIONS = [
              "if (is_last) *counter = 0;", "", _CUDA_DECODE),
     # ---- layer_norm and sandwich_layer_norm, CPU
     Mutation("norm-cpu-mean-correction", "csrc/norms/row.h",
-             "const float mean = first + correction;", "const float mean = first;", _CPU_NORM),
+             "mean = first + correction;", "mean = first;", _CPU_NORM),
     Mutation("norm-cpu-eps", "csrc/norms/row.h", "eps * relaxed * relaxed", "eps", _CPU_NORM),
     Mutation("norm-cpu-rstd-of-low-precision", "csrc/norms/row.h",
              "1.0f / __builtin_sqrtf(variance)", "1.000001f / __builtin_sqrtf(variance)", _CPU_NORM),
@@ -300,9 +306,10 @@ MUTATIONS = [
              "abs_max = own > abs_max ? own : abs_max;", "abs_max = own;", _CPU_NORM),
     Mutation("sandwich-cpu-keep-scale", "csrc/norms/row.h",
              "? x * dropout.keep_scale : VecF{}", "? x : VecF{}", _CPU_SANDWICH),
-    Mutation("sandwich-cpu-unrounded-residual", "csrc/sandwich_layer_norm/*_cpu.cpp",
-             "rounded<T>(only(sum, tag))", "only(sum, tag)", _CPU_SANDWICH),
-    Mutation("sandwich-cpu-direct-gradient", "csrc/sandwich_layer_norm/*_cpu.cpp",
+    Mutation("sandwich-cpu-unrounded-residual", "csrc/norms/sandwich_cpu.h",
+             "rounded<T>(only(load(residual + j, tag) + y, tag))", "only(load(residual + j, tag) + y, tag)",
+             _CPU_SANDWICH),
+    Mutation("sandwich-cpu-direct-gradient", "csrc/norms/sandwich_cpu.h",
              "if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);", "", _CPU_SANDWICH),
     # ---- layer_norm and sandwich_layer_norm, Triton and CUDA
     Mutation("norm-triton-mean-correction", "cogview_kernels/**/*.py",
@@ -313,14 +320,52 @@ MUTATIONS = [
     Mutation("norm-triton-last-partial", "cogview_kernels/**/*.py",
              "for start in range(0, P, BLOCK_P):\n        p = start", 
              "for start in range(0, P, BLOCK_P):\n        p = 1 + start", _TRITON_NORM),
-    Mutation("sandwich-triton-dropout-of-the-gradient", "cogview_kernels/sandwich_layer_norm/*.py",
+    Mutation("sandwich-triton-dropout-of-the-gradient", "cogview_kernels/_norms/*.py",
              "dx = drop(dx, row, columns, seed, keep_threshold, keep_scale)", "dx = dx", _TRITON_SANDWICH),
     Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
              "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
     Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
              "? x.of[i] * dropout.keep_scale", "? x.of[i]", _CUDA_SANDWICH),
-    Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
+    Mutation("sandwich-cuda-direct-gradient", "csrc/norms/sandwich.cuh",
              "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
+    # ---- rms_norm and sandwich_rms_norm: what they do not share with LayerNorm
+    Mutation("rms-cpu-sum-for-squares", "csrc/norms/row.h",
+             "kKind == NormKind::kLayer ? v : v * v", "v", _CPU_RMS),
+    Mutation("rms-cpu-rounded-to-float", "csrc/norms/row.h",
+             "affine.round_before_weight ? rounded<T>(y) : y", "y", _CPU_RMS),
+    Mutation("rms-cpu-no-hat", "csrc/norms/row.h",
+             ": g - xhat * means.hat);", ": g);", _CPU_RMS),
+    Mutation("rms-cpu-offset-of-the-gradient", "csrc/norms/single_cpu.h",
+             "widen_parameter(a.weight, C, 1.0f, a.weight_offset,",
+             "widen_parameter(a.weight, C, 1.0f, 0.0f,", _CPU_RMS),
+    Mutation("rms-cpu-second-norms-statistics", "csrc/norms/norm.h",
+             "return {0.0f, stats[norm * rows + r]};", "return {0.0f, stats[r]};", _CPU_SANDWICH_RMS),
+    Mutation("rms-cpu-slots-of-gradients", "csrc/norms/sandwich_cpu.h",
+             "to[kNorm == 2 ? slot : 2 * slot]", "to[slot]", _CPU_SANDWICH_RMS),
+    Mutation("rms-cpu-offset-of-the-second-gradient", "csrc/norms/sandwich_cpu.h",
+             "widen_parameter(a.pre_weight, C, 1.0f, a.weight_offset,",
+             "widen_parameter(a.pre_weight, C, 1.0f, 0.0f,", _CPU_SANDWICH_RMS),
+    Mutation("rms-triton-no-hat", "cogview_kernels/_norms/*.py",
+             "dx += (rstd * (g[i] - xhat[i] * hat),)", "dx += (rstd * g[i],)", _TRITON_RMS),
+    Mutation("rms-triton-rounding", "cogview_kernels/_norms/*.py",
+             "x = round_row(x, C, columns, dtype)", "x = x", _TRITON_RMS),
+    Mutation("rms-triton-offset", "cogview_kernels/_norms/*.py",
+             "x = add_rows(x, fill_row(added, columns))", "x = x", _TRITON_RMS),
+    Mutation("rms-triton-relaxed", "cogview_kernels/_norms/*.py",
+             "scale, _ = _powers_of_two(abs_max)\n        relaxed = abs_max * scale * 0.125",
+             "scale, _ = _powers_of_two(abs_max)\n        relaxed = 1.0", 
+             "rms_norm (test_extreme_rows or test_float32) and triton"),
+    Mutation("rms-triton-second-norms-statistics", "cogview_kernels/_norms/*.py",
+             "rstd = tl.load(stats_ptr + offset(R, norm) + row)", "rstd = tl.load(stats_ptr + row)",
+             _TRITON_SANDWICH_RMS),
+    Mutation("rms-cuda-no-hat", "csrc/norms/block.cuh",
+             "s.rstd * (g.of[i] - xhat.of[i] * (sums.y * inverse))", "s.rstd * g.of[i]", _CUDA_RMS),
+    Mutation("rms-cuda-rounding", "csrc/norms/block.cuh",
+             "x = rounded<T>(x);", "x = x;", _CUDA_RMS),
+    Mutation("rms-cuda-offset", "csrc/norms/block.cuh", "x.of[i] += offset;", "x.of[i] += 0.0f;", _CUDA_RMS),
+    Mutation("rms-cuda-slots-of-gradients", "csrc/norms/sandwich.cuh",
+             "store_partial(partial + kNorm * C, dpre_weight, C);", "store_partial(partial, dpre_weight, C);",
+             _CUDA_SANDWICH_RMS),
     # ---- stable_softmax
     Mutation("softmax-cpu-causal", "csrc/stable_softmax/*_cpu.cpp",
              "std::min(a.N, t + 1)", "std::min(a.N, t + 2)", _CPU_SOFTMAX),

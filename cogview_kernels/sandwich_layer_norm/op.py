@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from cogview_kernels._dropout import Dropout
-from cogview_kernels._norms.rows import Affine, NormOptions
+from cogview_kernels._norms.rows import Affine, BackwardRows, ForwardRows, NormOptions, Norms
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.sandwich_layer_norm import native
-from cogview_kernels.sandwich_layer_norm.native import BackwardRows, ForwardRows, Norms
 
 
 def backend_module(backend: str) -> ModuleType:

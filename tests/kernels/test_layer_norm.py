@@ -451,9 +451,10 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
     types = ("float", "__half", "__nv_bfloat16")
-    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_abs_max_kernel")
-    kernels = [f"cogview::{kernel}<{t}>" for t in types for kernel in names]
-    source = '#include "layer_norm/layer_norm_kernels.cuh"'
+    kernels = [f"cogview::norm_abs_max_kernel<{t}>" for t in types]
+    for kernel in ("norm_fwd_kernel", "norm_bwd_kernel"):
+        kernels += [f"cogview::{kernel}<cogview::NormKind::kLayer, {t}>" for t in types]
+    source = '#include "norms/single.cuh"'
     for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
         assert report.spills == 0, (kernel, report)
 

@@ -13,7 +13,9 @@ from cogview_kernels import (
     linear_cross_entropy,
     local_attention_2d,
     merge_attention,
+    rms_norm,
     sandwich_layer_norm,
+    sandwich_rms_norm,
     stable_softmax,
 )
 
@@ -55,6 +57,13 @@ OPS = {
     "sandwich_layer_norm": lambda x, backend=None: torch.cat(
         sandwich_layer_norm(x, 2 * x, WEIGHT, BIAS, None, BIAS, dropout_p=0.2, seed=3, backend=backend)
     ),
+    "rms_norm": lambda x, backend=None: rms_norm(x, WEIGHT, backend=backend),
+    "sandwich_rms_norm": lambda x, backend=None: torch.cat(
+        sandwich_rms_norm(x, 2 * x, WEIGHT, BIAS, dropout_p=0.2, seed=3, backend=backend)
+    ),
+    "sandwich_rms_norm, one norm": lambda x, backend=None: sandwich_rms_norm(
+        x, x * x, WEIGHT, backend=backend
+    )[0],
     "local_attention_2d": local_attention,
     "merge_attention": merged,
     "linear_cross_entropy, mean": cross_entropy("mean"),
