@@ -513,24 +513,24 @@ class RankCurve:
     """
 
     run: Annotated[Path, arg(metavar="RUN")]
-    """run on the built-in digits, which a judge can read"""
+    """run on the built-in digits or emoji, which a judge can read"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; what is drawn is kept, so that the same command goes on"""
     captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
     """run of "cogview finetune captioning" that ranks the same candidates as well"""
     candidates: int = 60
     """pictures of each prompt"""
-    draws: int = 2
-    """times that each of the 60 prompts is drawn"""
+    prompts: int = 120
+    """texts that are drawn, at most"""
     seed: int = 0
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("candidates", 1), ("prompts", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
