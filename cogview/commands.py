@@ -222,6 +222,7 @@ def evaluate(given: options.Evaluate) -> None:
         given.run,
         given.num,
         given.captions,
+        given.rebuild,
         given.seed,
         given.splits,
         given.batch_size,

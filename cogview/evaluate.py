@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from cogview.data.folder import listing
 from cogview.device import default_device
-from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss
+from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss, rebuild_pictures
 from cogview.evaluation.evaluation_plot import save_distance_plot
 from cogview.evaluation.features import EfficientNetLite0Features, Features
 from cogview.evaluation.inception import InceptionFeatures
@@ -53,7 +53,8 @@ class Evaluate:
     side: int | None = None  # pictures are scaled and cropped to such squares; None: they must be of one size
     scorer: StrPath | None = None  # run that gives CapLoss; None: first, if that is a run
     candidates: int = 1  # pictures that a run draws of each caption, of which the best by CapLoss is taken
-    captions: int | None = None  # that a run draws, at most
+    captions: int | None = None  # that a run draws, or pictures that it rebuilds, at most
+    rebuild: bool = False  # a run rebuilds the pictures of second, rather than draw their captions
     seed: int = 0
     splits: int = 10  # parts of the Inception Score
     batch_size: int = 32
@@ -124,7 +125,7 @@ def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | S
 
 
 def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
-    """The folder of what the run draws, and how well it describes what it is compared with."""
+    """The folder of what the run draws or rebuilds, and how well it describes the other pictures."""
     task = RunTask(
         options.second,
         options.out,
@@ -134,6 +135,8 @@ def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
         options.skip_bad,
         options.progress,
     )
+    if options.rebuild:
+        return rebuild_pictures(run, task), []
     match = describe_pictures(run, task)
     figures = [
         Figure("captions that match, share", second=match.exact),

@@ -390,6 +390,8 @@ class Evaluate:
     """serve a page that takes votes on the pictures of two or more folders"""
     port: int = 8765
     """of that page, on this machine alone; 0 takes a free one"""
+    rebuild: Flag = False
+    """the run A passes the pictures of B through its image tokenizer, which bounds what it can draw"""
     seed: int = 0
     """of what the run A draws, and of the order in which --vote shows pictures"""
     splits: int = 10

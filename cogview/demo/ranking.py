@@ -108,6 +108,9 @@ class _Distance:
 
     def __init__(self, run: Run, codes: Tensor, quiz: Quiz, network: Features) -> None:
         self.run, self.codes, self.network = run, codes, network
+        # Pickers often agree, so the features of a candidate are kept once they are known.
+        self._known = torch.zeros(codes.shape[:2], dtype=torch.bool)
+        self._kept = torch.empty(*codes.shape[:2], network.width, dtype=torch.float32)
         self.real = FeatureStatistics(network.width)
         for images in quiz.real():
             self.real.update(self._features(images))
@@ -118,9 +121,13 @@ class _Distance:
             return torch.cat([self.network(part.to(device)) for part in images.split(TOGETHER)])
 
     def __call__(self, places: Tensor) -> float:
+        rows = torch.arange(len(places))
+        new = rows[~self._known[rows, places]]
+        if len(new):
+            self._kept[new, places[new]] = self._features(self.run.pixels(self.codes[new, places[new]])).cpu()
+            self._known[new, places[new]] = True
         picked = FeatureStatistics(self.network.width)
-        codes = self.codes[torch.arange(len(places)), places]
-        picked.update(self._features(self.run.pixels(codes)))
+        picked.update(self._kept[rows, places])
         return frechet_distance(self.real, picked)
 
 
