@@ -36,6 +36,7 @@ from cogview.evaluation.set_statistics import (
 from cogview.files import StrPath, exists, write_json, write_text
 from cogview.run import Run, load_run
 from cogview.settings import MODEL_SETTINGS
+from cogview.training.start import Start
 
 FIGURES, TABLE, PLOT = "evaluation.json", "evaluation.csv", "evaluation.png"
 REFERENCE = f"reference{STATISTICS_SUFFIX}"  # statistics of the second set
@@ -88,6 +89,7 @@ def evaluate(options: Evaluate) -> list[Figure]:
     drawer = load_run(first, options.device) if exists(first / MODEL_SETTINGS) else None
     scorer = drawer if options.scorer is None else load_run(options.scorer, options.device)
     if drawer is not None:
+        _require_folder_of(drawer, reference, options, network)
         first, of_run = _of_run(drawer, options)
     opened = _open(first, options, network)
     require_comparable((network.name, opened.side), (network.name, reference.side))
@@ -124,6 +126,17 @@ def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | S
     return pictures
 
 
+def _require_folder_of(
+    run: Run, reference: PictureFolder | SetStatistics, options: Evaluate, network: Features
+) -> None:
+    """What would be wrong with what the run draws, before it draws."""
+    if isinstance(reference, SetStatistics):
+        raise ValueError(f"a run is compared with a folder of pictures, got the statistics {options.second}")
+    if options.side is None:
+        side = run.tokenizers.image.config.image_size
+        require_comparable((network.name, side), (network.name, reference.side))
+
+
 def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
     """The folder of what the run draws or rebuilds, and how well it describes the other pictures."""
     task = RunTask(
@@ -142,7 +155,8 @@ def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
         Figure("captions that match, share", second=match.exact),
         Figure("characters of captions that match, share", second=match.characters),
     ]
-    return draw_captions(run, options.first, task), figures
+    weights = Start(options.first, run.tokenizers.fingerprint).fingerprint
+    return draw_captions(run, weights, task), figures
 
 
 def _statistics(opened: PictureFolder | SetStatistics, options: Evaluate, network: Features) -> SetStatistics:

@@ -47,21 +47,22 @@ class RunTask:
 class DrawnSettings:
     """What the pictures in ``drawn`` were drawn with: others would not be the same set."""
 
-    run: str
+    weights: str  # fingerprint of the run's
     captions: list[str]
     candidates: int
     seed: int
 
 
-def draw_captions(run: Run, name: StrPath, task: RunTask) -> Path:
+def draw_captions(run: Run, weights: str, task: RunTask) -> Path:
     """A picture of each caption, the best of its candidates, as a folder of PNG files with their captions.
 
-    Pictures that an interrupted call has drawn are kept. ValueError if they were drawn with other settings.
+    ``weights`` is the fingerprint of the run's. Pictures that an interrupted call has drawn are kept.
+    ValueError if they were drawn with other settings.
     """
     pairs, count = task.pairs()
     texts = [pairs.captions(index)[0] for index in range(count)]
     folder = Path(task.out) / DRAWN
-    settings = DrawnSettings(str(name), texts, task.candidates, task.seed)
+    settings = DrawnSettings(weights, texts, task.candidates, task.seed)
     claim_settings(Path(task.out) / DRAWN_SETTINGS, settings)
     paths = [folder / f"{place:06d}.png" for place in range(count)]
     missing = [place for place, path in enumerate(paths) if not path.exists()]
