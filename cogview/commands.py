@@ -233,6 +233,7 @@ def evaluate(given: options.Evaluate) -> None:
         given.run,
         given.num,
         given.captions,
+        given.rebuild,
         given.seed,
         given.splits,
         given.batch_size,
@@ -359,7 +360,7 @@ def rank_curve(given: options.RankCurve) -> None:
     """``cogview rank-curve``."""
     from cogview.demo.ranking import Ranking, ranking_table, study_ranking
 
-    names = ("run", "out", "captioner", "candidates", "draws", "seed")
+    names = ("run", "out", "captioner", "candidates", "prompts", "seed")
     asked = {name: getattr(given, name) for name in names}
     print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
     print(f"written: {given.out}/rank_curve.png, .csv and .json")

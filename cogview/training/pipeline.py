@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogview.config import Preset, require_workers
+from cogview.config import ModelConfig, Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.row_kinds import PICTURES, RowKind
@@ -274,8 +274,7 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         start.copy_tokenizers(out)
     rows = data if isinstance(data, Rows) else _rows_of(data, options, tokenizers, plan.max_text_tokens)
     dataset = _dataset(rows, options, preset, tokenizers, plan)
-    torch.manual_seed(derive_seed(preset.train.seed, "init model"))
-    model = CogView(plan.config).to(options.device)
+    model = _model(plan.config, preset, options.device)
     if start is not None and saved is None:
         start.load_weights(model)
     if distributed.is_first():
@@ -291,6 +290,11 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
     )
+
+
+def _model(config: ModelConfig, preset: Preset, device: str) -> CogView:
+    torch.manual_seed(derive_seed(preset.train.seed, "init model"))
+    return CogView(config).to(device)
 
 
 def _dataset(
