@@ -367,15 +367,33 @@ def rank_curve(given: options.RankCurve) -> None:
 
 def study(given: options.Study) -> None:
     """``cogview study``."""
-    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
-
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
+    _STUDIES[given.name](given, changes)
+    print(f"written: {given.out}/{given.name}.png, .csv and .json")
+
+
+def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
+    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
+
     size = dataclasses.replace(SIZES[given.size], **changes)
     records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
     print(stability_table(records))
     print(finding(records))
-    print(f"written: {given.out}/stability.png, .csv and .json")
+
+
+def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
+    from cogview.evaluation import tokenizer_study as study
+
+    size = study.SIZES[given.size]
+    size = dataclasses.replace(size, train=dataclasses.replace(size.train, **changes))
+    asked = study.TokenizerStudy(given.out, size, given.seeds, usable_device(given.device))
+    records = study.study_tokenizers(asked)
+    print(study.tokenizer_table(records))
+    print(study.tokenizer_finding(records))
+
+
+_STUDIES = {"stability": _study_stability, "tokenizers": _study_tokenizers}
 
 
 def _late_mean(values: Sequence[float]) -> float:

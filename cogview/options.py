@@ -590,12 +590,13 @@ class RankCurve:
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
-    name: Positional[Annotated[Literal["stability"], arg(metavar="stability")]]
-    """stability: what keeps a deep training in float16 from overflowing"""
+    name: Positional[Annotated[Literal["stability", "tokenizers"], arg(metavar="stability|tokenizers")]]
+    """stability: what keeps a deep training in float16 from overflowing; tokenizers: whether four ways to
+    train an image tokenizer come to the same, even one with a fixed codebook"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
-    """small: 24 layers x 64, minutes on two CPU cores; paper: 64 layers x 1,024, for a GPU"""
+    """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
     seeds: int = 3
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None

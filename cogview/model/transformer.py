@@ -34,6 +34,7 @@ from cogview.model.local_grid import LocalGrid
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
+    decode_linear,
     layer_norm,
     sandwich_layer_norm,
     three_region_attention,
@@ -41,6 +42,14 @@ from cogview_kernels import (
 
 Layout = ThreeRegionLayout | LocalGrid  # which keys each query sees
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
+
+
+def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
+    """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
+    if decoding:
+        return decode_linear(x, layer.weight, layer.bias, activation=activation)
+    y = layer(x)
+    return y if activation is None else F.gelu(y, approximate="tanh")
 
 
 class Attention(nn.Module):
@@ -57,17 +66,18 @@ class Attention(nn.Module):
         self, x: Tensor, layout: Layout | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         B, T, C = x.shape
-        qkv = self.query_key_value(x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        decoding = cache is not None and not cache.is_empty
+        qkv = _linear(self.query_key_value, x, decoding).view(B, T, 3, self.num_heads, C // self.num_heads)
         if cache is not None:
             keys, values = cache.write(layer, qkv[:, :, 1:])
-        if cache is not None and not cache.is_empty:
+        if cache is not None and decoding:
             q = qkv.select(2, 0).transpose(1, 2)
             if isinstance(layout, LocalGrid):
                 raise ValueError("layout must be no LocalGrid where there is a cache")
             out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
             out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
-        return self.dense(out.transpose(1, 2).reshape(B, T, C))
+        return _linear(self.dense, out.transpose(1, 2).reshape(B, T, C), decoding)
 
     def _among_themselves(self, qkv: Tensor, layout: Layout | None) -> Tensor:
         q, k, v = qkv  # each [B, H, T, D]
@@ -87,8 +97,8 @@ class MLP(nn.Module):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size, dtype=DTYPE)
         self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size, dtype=DTYPE)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+    def forward(self, x: Tensor, decoding: bool = False) -> Tensor:
+        return _linear(self.dense_4h_to_h, _linear(self.dense_h_to_4h, x, decoding, "gelu_tanh"), decoding)
 
 
 def _post_norm(config: ModelConfig) -> nn.LayerNorm | None:
@@ -134,7 +144,8 @@ class Layer(nn.Module):
         """Trunk and its input-normalised form in; the same two for the next layer out."""
         branch = self.attention(normed, layout, cache, index)
         x, normed = self._sandwich(branch, x, self.third_layernorm, self.post_attention_layernorm)
-        return self._sandwich(self.mlp(normed), x, self.fourth_layernorm, next_layernorm)
+        decoding = cache is not None and not cache.is_empty
+        return self._sandwich(self.mlp(normed, decoding), x, self.fourth_layernorm, next_layernorm)
 
 
 class Trunk(nn.Module):
@@ -236,7 +247,7 @@ class CogView(HubModel):
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
-        return hidden @ self.word_embeddings.weight[first:last].t()
+        return decode_linear(hidden, self.word_embeddings.weight[first:last])
 
     def sharding_units(self) -> list[list[nn.Module]]:
         """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.
