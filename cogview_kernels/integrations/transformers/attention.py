@@ -159,6 +159,11 @@ class ThreeRegionImplementation:
                 )
         # Under autocast, tables of positions leave queries and keys in float32; SDPA casts them too.
         q, k = query.to(value.dtype), key.to(value.dtype)
+        if attention_mask.shape[1:3] != (1, 1) or attention_mask.shape[3] - self.num_pivots not in (1, 2):
+            raise TypeError(
+                f"{self.name}: attention_mask of four dimensions must be boolean or floating, got torch.int64 "
+                f"{tuple(attention_mask.shape)}"
+            )
         fields = attention_mask[:, 0, 0]
         lengths, pivots = fields[:, 0], fields[:, 1 : 1 + self.num_pivots]
         padded = fields.shape[1] > 1 + self.num_pivots
