@@ -177,6 +177,15 @@ def test_trainer_fine_tunes(make, tmp_path):
         assert of_one[-1] < 0.8 * of_one[0]
 
 
+def test_it_compiles_without_a_graph_break(ids):
+    model = llama().eval()
+    model.set_attn_implementation(SINKS)
+    call = lambda ids, mask: model(ids, attention_mask=mask, use_cache=False).logits  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    mask = padding("left")
+    torch.testing.assert_close(compiled(ids, mask), call(ids, mask), rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_is_drawn_anew_and_only_in_training(ids):
     model = llama(attention_dropout=0.5).train()
     model.set_attn_implementation(WIDE)
