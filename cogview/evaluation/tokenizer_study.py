@@ -34,7 +34,7 @@ from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.vqvae import train_image_tokenizer
+from cogview.training.vqvae import new_image_tokenizer, train_image_tokenizer
 
 METHODS: tuple[CodebookMethod, ...] = typing.get_args(CodebookMethod)
 SIMILAR = 0.1  # The worst method is at most so much above the best one where all are "at a similar level".
@@ -155,7 +155,7 @@ def _train(
     weights, history = folder / "image_tokenizer.safetensors", folder / "history.json"
     size = options.size
     torch.manual_seed(derive_seed(seed, "study of tokenizers"))
-    tokenizer = ImageTokenizer(size.shape).to(options.device)
+    tokenizer = new_image_tokenizer(size.shape, size.train).to(options.device)
     if not weights.exists():
         config = dataclasses.replace(size.train, codebook=method, seed=seed)
         if options.progress:

@@ -195,10 +195,20 @@ def test_without_quantisation_the_vectors_are_decoded_and_the_book_stays():
 @pytest.mark.parametrize("residual_blocks", [0, 2])
 def test_a_tokenizer_of_patches_begins_without_a_loss_where_its_codes_have_room(residual_blocks):
     config = dataclasses.replace(
-        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks
+        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks, pixel_std=(0.5,) * 3
     )
     images = torch.rand(2, 3, 16, 24)
-    out = ImageTokenizer(config)(images, quantise=False)
-    torch.testing.assert_close(out.images, images, atol=1e-5, rtol=0)
-    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))(images, quantise=False)
-    assert 0 < F.mse_loss(narrow.images, images).item() < float(images.var())
+    other = images.clone()
+    other[0, :, :4, :4] += 0.1 * torch.randn(3, 4, 4)
+    tokenizer = ImageTokenizer(config)
+    for color_weight in (0.0, 8.0):
+        tokenizer.begin_with_patches(color_weight)
+        torch.testing.assert_close(tokenizer(images, quantise=False).images, images, atol=1e-5, rtol=0)
+        distance = (tokenizer.vectors(images) - tokenizer.vectors(other)).square().sum()
+        error = (images - other)[0, :, :4, :4] / 0.5
+        colors = 16 * error.mean((1, 2)).square().sum()
+        torch.testing.assert_close(distance, error.square().sum() + color_weight * colors)
+    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))
+    narrow.begin_with_patches()
+    mse = F.mse_loss(narrow(images, quantise=False).images, images).item()
+    assert 0 < mse < float(images.var())
