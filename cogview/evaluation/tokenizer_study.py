@@ -77,9 +77,7 @@ SIZES: dict[str, TokenizerSize] = {
             keep=1,
         ),
     ),
-    "paper": TokenizerSize(
-        _EMOJI.image_tokenizer, dataclasses.replace(_EMOJI.image_tokenizer_train, warmup_steps=1)
-    ),
+    "paper": TokenizerSize(_EMOJI.image_tokenizer, _EMOJI.image_tokenizer_train),
 }
 
 
@@ -126,8 +124,8 @@ def study_tokenizers(options: TokenizerStudy) -> list[dict[str, Any]]:
         {
             "method": method,
             "seed": seed,
-            "loss": history["reconstruction"],
-            "codes_used": history["codes_used"],
+            "loss": history["reconstruction"][options.size.train.warmup_steps :],
+            "codes_used": history["codes_used"][options.size.train.warmup_steps :],
             **_quality(judge, held_out, real, *rebuilt[method, seed]),
         }
         for (method, seed), (_, history) in trained.items()

@@ -144,9 +144,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, z: Tensor) -> None:
-        """Start the book at random ones of the vectors ``[..., D]``."""
-        flat = z.reshape(-1, z.shape[-1])
-        chosen = flat[torch.randint(len(flat), (self.embed.shape[1],), device=z.device)].t()
+        """Start the book at random ones of the vectors ``[..., D]``, at no two that are equal if it can.
+
+        White paper alone may be half of all vectors.
+        """
+        distinct = torch.unique(z.reshape(-1, z.shape[-1]), dim=0)
+        num_codes = self.embed.shape[1]
+        order = torch.randperm(len(distinct), device=z.device)
+        chosen = distinct[order[torch.arange(num_codes, device=z.device) % len(distinct)]].t()
         self.embed.copy_(chosen)
         self.embed_avg.copy_(chosen)
         self.cluster_size.fill_(1.0)

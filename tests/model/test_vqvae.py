@@ -185,10 +185,11 @@ def test_without_quantisation_the_vectors_are_decoded_and_the_book_stays():
     out = tokenizer(images, quantise=False)
     torch.testing.assert_close(out.images, tokenizer._decode(tokenizer.vectors(images)))
     assert torch.equal(tokenizer.quantize_t.embed, before) and float(out.commitment) == 0
-    z = torch.randn(3, 5, 4)
-    tokenizer.quantize_t.begin_at(z)
-    rows = {tuple(row) for row in z.reshape(-1, 4).tolist()}
-    assert all(tuple(code) in rows for code in tokenizer.quantize_t.embed.t().tolist())
+    for distinct in (5, 15):
+        z = torch.randn(distinct, 1, 4).expand(distinct, 6, 4)
+        tokenizer.quantize_t.begin_at(z)
+        codes = {tuple(code) for code in tokenizer.quantize_t.embed.t().tolist()}
+        assert codes <= {tuple(row) for row in z.reshape(-1, 4).tolist()} and len(codes) == min(8, distinct)
     assert torch.equal(tokenizer.quantize_t.embed_avg, tokenizer.quantize_t.embed)
 
 
