@@ -117,7 +117,8 @@ def finetune(given: options.Finetune) -> None:
         given.attention,
         given.caption or STYLE_CAPTION,
         device,
-        draw=sample_sheet,
+        # A model that learns to enlarge draws no pictures of texts.
+        draw=None if given.task == "super-resolution" else sample_sheet,
         workers=given.workers,
         skip_bad=given.skip_bad,
     )
@@ -129,6 +130,8 @@ def finetune(given: options.Finetune) -> None:
     print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
     if given.task == "captioning":
         _say_next("caption", "--run", given.out, "photo.png")
+    elif given.task == "super-resolution":
+        _say_next("super-resolve", "--run", given.out, "picture.png", "--out", "large.png")
     else:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
@@ -154,6 +157,14 @@ def infill(given: options.Infill) -> None:
     from cogview.drawing import draw_pictures
 
     draw_pictures(given, [given.text], lambda run: run.kept_codes(given.image, given.mask, given.keep_top))
+
+
+def super_resolve(given: options.SuperResolve) -> None:
+    """``cogview super-resolve``."""
+    from cogview.super_resolving import super_resolve
+
+    _require_files(given.images)
+    super_resolve(given)
 
 
 def caption(given: options.Caption) -> None:

@@ -29,8 +29,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         inner = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
         last = nn.Conv2d(channels, channels, 1, dtype=DTYPE)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
         self.blocks = nn.Sequential(nn.ReLU(), inner, nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
