@@ -385,11 +385,11 @@ def _finished(problem: _Problem, result: Result, counted: Tensor | None, start: 
 def _losses_only(problem: _Problem) -> None:
     """Piece by piece of the ids, all tokens at once or 8,192: a wide product, and the weight is read once.
 
-    On the CPU a piece stays in the caches between its product and its reduction.
+    On the CPU half a piece is enough to be wide, and more of it stays in the caches until it is reduced.
     """
     N, V, device = len(problem.hidden), len(problem.weight), problem.hidden.device
     n = min(N, 8192)
-    v = min(_chunk(n, 128, CHUNK_ELEMENTS // (4 if device.type == "cpu" else 1)), V)
+    v = min(_chunk(n, 128, CHUNK_ELEMENTS // (2 if device.type == "cpu" else 1)), V)
     if device.type != "cpu":
         v = _filling(v, n, device)
     chunk = problem.hidden.new_empty(v * n)
