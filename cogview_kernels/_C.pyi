@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True.
 
-Integers named after tensors are addresses, 0 for none. Strides are in elements; dtypes are the codes of
-``_extension.DTYPE_CODES``.
+Integers named after tensors are addresses, 0 for none. Dtypes are the codes of ``_extension.DTYPE_CODES``.
 """
 
 from typing import TypeAlias
 
+from torch import Tensor
+
 _Address: TypeAlias = int
-# Addresses with the dtype's code (a weight, a bias or its gradient); with the bytes of each integer.
-_Parameter: TypeAlias = tuple[_Address, int]
-_Integers: TypeAlias = tuple[_Address, int]
-# Address, and the strides of the first three dimensions.
-_Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
+# A weight, a bias or its gradient; integers, contiguous; a tensor of attention, its rows contiguous.
+_Parameter: TypeAlias = Tensor | None
+_Integers: TypeAlias = Tensor | None
+_Strided: TypeAlias = Tensor | None
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
-# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
-_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Pivots [B, P], block_size, window_blocks, pivot_bias.
+_Layout: TypeAlias = tuple[_Integers, int, int, float]
 # Rows and columns of the grid of keys, radii of the window, query_scale, causal.
 _Window: TypeAlias = tuple[int, int, int, int, int, bool]
-# Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
-_RowShape: TypeAlias = tuple[int, int, int]
+# A tensor of the rows' shape and dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
+_RowShape: TypeAlias = Tensor | None
 _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # Address, stride of a row, ids, tokens, dtype.
@@ -32,6 +32,7 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def parallel_runtime() -> str: ...
 def free_workspaces() -> int: ...
+def signature(*arguments: object) -> object: ...
 def stable_softmax_fwd_cpu(
     scores: _Address,
     mask: _Address,
@@ -167,6 +168,14 @@ def decode_attention_cpu(
     splits: tuple[int, int, _Address, _Address],
     threads: int,
 ) -> None: ...
+def decode_linear_cpu(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    gelu: bool,
+    threads: int,
+) -> None: ...
 def local_attention_2d_fwd_cpu(
     inputs: tuple[_Strided, ...],
     out: _Strided,
@@ -204,7 +213,6 @@ def merge_attention_fwd_cpu(
 def merge_attention_bwd_cpu(
     outputs: tuple[_Strided, ...],
     lses: tuple[_Address, ...],
-    lse: _Address,
     dout: _Strided,
     dlse: _Address,
     doutputs: tuple[_Strided, ...],

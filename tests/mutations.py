@@ -51,11 +51,15 @@ _TRITON_DECODE = (
     "decode_attention_triton test_dtypes or (test_edges_of_tiles_and_splits and (several or one-2))"
 )
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
+_CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
 _TRITON_LOCAL = "local_attention_2d test_small_triton_tiles and (causal or grouped_heads)"
 _CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
+_TRITON_MERGE = (
+    "merge_attention (test_forward_and_backward or test_a_query or test_strides or test_weights) and triton"
+)
 _CPU_NORM = "layer_norm (test_forward_and_backward or test_constant_rows or test_extreme_rows) and cpu"
 _CPU_SANDWICH = "sandwich_layer_norm (test_forward_and_backward or test_every_backend_draws) and cpu"
 _TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and triton and not two_tiles"
@@ -212,12 +216,36 @@ MUTATIONS = [
              "if HAS_MASK:\n        seen = seen &", "if HAS_MASK:\n        seen = seen |", _TRITON_LOCAL),
     Mutation("local-triton-no-delta", "cogview_kernels/local_attention_2d/*.py",
              "ds = p * (dp - delta[None, :])", "ds = p * dp", _TRITON_LOCAL),
+    # ---- decode_linear, CPU
+    Mutation("linear-cpu-last-part", "csrc/decode_linear/*",
+             "if (k < stop) step(", "if (k + 1 < stop) step(", _CPU_LINEAR),
+    Mutation("linear-cpu-long-rows", "csrc/decode_linear/*",
+             "start < K; start += kRun", "start < K; start += K", _CPU_LINEAR),
+    Mutation("linear-cpu-odd-row", "csrc/decode_linear/*",
+             "if (r < a.N)", "if (r + 1 < a.N)", _CPU_LINEAR),
+    Mutation("linear-cpu-last-outputs", "csrc/decode_linear/*",
+             "for (; o < end; ++o)", "for (; o + 1 < end; ++o)", _CPU_LINEAR),
+    Mutation("linear-cpu-chunk-of-bias", "csrc/decode_linear/*",
+             "load(bias + begin + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
+    Mutation("linear-cpu-negative-gelu", "csrc/decode_linear/*",
+             "(twice < 0.0f ? e : broadcast(1.0f))", "broadcast(1.0f)", _CPU_LINEAR),
+
     Mutation("merge-cpu-no-maximum", "csrc/merge_attention/*",
              "std::exp(a.lses[i][row] - top)", "std::exp(a.lses[i][row])", _CPU_MERGE),
     Mutation("merge-cpu-no-mean", "csrc/merge_attention/*",
              "(dots[i] - mean + dlse)", "(dots[i] + dlse)", _CPU_MERGE),
     Mutation("merge-cpu-nothing-seen", "csrc/merge_attention/*",
              "weights[i] = weights[i] == 0.0f ? 0.0f :", "weights[i] =", _CPU_MERGE),
+    Mutation("merge-triton-no-maximum", "cogview_kernels/merge_attention/*.py",
+             "tl.exp2((lses[i] - safe) * LOG2E)", "tl.exp2(lses[i] * LOG2E)", _TRITON_MERGE),
+    Mutation("merge-triton-no-mean", "cogview_kernels/merge_attention/*.py",
+             "(dots[i] - mean + dlse)", "(dots[i] + dlse)", _TRITON_MERGE),
+    Mutation("merge-triton-no-dlse", "cogview_kernels/merge_attention/*.py",
+             "(dots[i] - mean + dlse)", "(dots[i] - mean)", _TRITON_MERGE),
+    Mutation("merge-triton-nothing-seen", "cogview_kernels/merge_attention/*.py",
+             "safe = tl.where(top == float(\"-inf\"), 0.0, top)", "safe = top", _TRITON_MERGE),
+    Mutation("merge-triton-stride-of-heads", "cogview_kernels/merge_attention/*.py",
+             "offset(bh % H, strides[1])", "offset(bh % H, strides[2])", _TRITON_MERGE),
     # ---- decode_attention
     Mutation("decode-cpu-bias", "csrc/decode_attention/*_cpu.cpp",
              "logits[j] += a.layout.pivot_bias;", "logits[j] += a.layout.pivot_bias * a.scale;",

@@ -23,10 +23,10 @@ import torch
 from cogview.config import Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
+from cogview.data.row_kinds import PICTURES, RowKind
 from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
-from cogview.data.samples import PairSamples
-from cogview.data.tokens import TokenDataset, caption_lengths
+from cogview.data.tokens import caption_lengths
 from cogview.device import default_device
 from cogview.files import StrPath, exists, read_json, save_tensors, write_bytes, write_json
 from cogview.model.transformer import CogView
@@ -37,6 +37,7 @@ from cogview.settings import (
     MODEL_SETTINGS,
     TOKENIZER_OPTIONS,
     TOKENIZER_SETTINGS,
+    Finetuned,
     ModelSettings,
     TokenizerSettings,
     check_settings,
@@ -54,8 +55,9 @@ from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_che
 from cogview.training.compilation import require_compiler
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
-from cogview.training.plan import plan_model, plan_text, require_fitting_preset
+from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitting_preset
 from cogview.training.precision import Precision
+from cogview.training.start import Start
 from cogview.training.transformer import TrainingData, train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 
@@ -209,6 +211,8 @@ class TrainModel:
     draw: Draw | None = None  # None: no sample pictures
     workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+    finetuned: Finetuned | None = None  # the run whose weights and tokenizers are begun with
+    kind: RowKind = PICTURES  # what the rows hold of each picture
 
     def __post_init__(self) -> None:
         require_workers(0, self.workers)
@@ -237,20 +241,27 @@ def train_model(options: TrainModel) -> History:
 
 def _train_model(options: TrainModel, lock: RunLock) -> History:
     out = Path(options.out)
-    preset = options.preset or implied_preset(out)
-    require_fitting_preset(out, preset)
+    source = out if options.finetuned is None else Path(options.finetuned.run)
+    preset = options.preset or implied_preset(source)
+    require_fitting_preset(source, preset)
     # Found out before the images are encoded.
     Precision(preset.train.precision, options.device)
     if preset.train.compile_layers:
         require_compiler(options.device)
-    tokenizers = load_tokenizers(out, options.device)
+    tokenizers = load_tokenizers(source, options.device)
+    options.kind.num_codes(tokenizers.image.config)  # refuses a grid that has no such rows
     data = _open_data(options, tokenizers)
     lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)
     plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, lengths)
     settings = ModelSettings(
-        os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
+        *(os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train),
+        finetuned=options.finetuned,
     )
     origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(data)}
+    start = None if options.finetuned is None else Start(source, tokenizers.fingerprint)
+    if start is not None:
+        settings = start.settings(settings)
+        origin["start"] = start.fingerprint
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
@@ -259,18 +270,18 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     draw = _sample_drawer(options, settings, tokenizers, data)
     _tell(plan.notes, options.progress)
     lock.take()
+    if start is not None and distributed.is_first():
+        start.copy_tokenizers(out)
     rows = data if isinstance(data, Rows) else _rows_of(data, options, tokenizers, plan.max_text_tokens)
-    training, validation = split_rows(rows, preset.train.validation)
-    dataset = TrainingData(
-        TokenDataset(tokenizers.vocab, training, plan.row_length),
-        TokenDataset(tokenizers.vocab, validation, plan.row_length) if validation is not None else None,
-        options.workers,
-    )
+    dataset = _dataset(rows, options, preset, tokenizers, plan)
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
+    if start is not None and saved is None:
+        start.load_weights(model)
     if distributed.is_first():
         write_settings(out / MODEL_SETTINGS, settings)
-        write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+        if start is None:
+            write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
     return train(
         model,
         dataset,
@@ -279,6 +290,19 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         origin=origin,
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
+    )
+
+
+def _dataset(
+    rows: Rows, options: TrainModel, preset: Preset, tokenizers: Tokenizers, plan: ModelPlan
+) -> TrainingData:
+    training, validation = split_rows(rows, preset.train.validation)
+    length = options.kind.row_length(tokenizers.image.config, plan.max_text_tokens)
+    dataset = options.kind.dataset
+    return TrainingData(
+        dataset(tokenizers.vocab, training, length),
+        dataset(tokenizers.vocab, validation, length) if validation is not None else None,
+        options.workers,
     )
 
 
@@ -292,8 +316,14 @@ def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
 
 
 def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
+    if options.finetuned is not None and options.finetuned.caption is not None:
+        from cogview.data.folder import pictures_with
+
+        return pictures_with(options.finetuned.caption, options.data)
     if not is_rows(options.data):
         return open_pairs(options.data, skip_bad=options.skip_bad)
+    if options.kind is not PICTURES:
+        raise ValueError(f"{options.data} holds rows of tokens; this training needs the pictures themselves")
     rows = open_rows(options.data)
     if rows.head.format.tokenizers != tokenizers.fingerprint:
         raise ValueError(
@@ -305,15 +335,21 @@ def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
 
 def _rows_of(pairs: Pairs, options: TrainModel, tokenizers: Tokenizers, text_width: int) -> Rows:
     """The rows of pictures, which are encoded once: a run that goes on finds them in its folder."""
-    folder, samples = Path(options.out) / TRAINING_ROWS, PairSamples(pairs)
-    wanted = row_format(samples, tokenizers, text_width)
+    kind = options.kind
+    folder, samples = Path(options.out) / TRAINING_ROWS, kind.samples(pairs)
+    wanted = row_format(samples, tokenizers, text_width, kind.num_codes(tokenizers.image.config))
     if not distributed.is_first():
         while not has_rows(folder, wanted):
             time.sleep(1)  # That takes longer than ranks wait for one another.
         return open_rows(folder)
     if not options.skip_bad and not has_rows(folder, wanted):
         pairs.check(tokenizers.image.config.image_size, progress=options.progress)
-    rows = write_rows(samples, tokenizers, folder, wanted, replace=True, progress=options.progress)
+    rows = write_rows(
+        *(samples, tokenizers, folder, wanted),
+        encode=kind.encode,
+        replace=True,
+        progress=options.progress,
+    )
     _tell_left_out(rows.head.skipped, folder, options)
     return rows
 
