@@ -122,9 +122,11 @@ class LossShape:
     N: int
     C: int
     V: int
+    options: bool = False
+    """A bias, soft capping, z-loss and label smoothing besides."""
 
     def __str__(self) -> str:
-        return f"{self.N} x {self.C} x {self.V}"
+        return f"{self.N} x {self.C} x {self.V}" + (" with all options" if self.options else "")
 
 
 @dataclass(frozen=True)
@@ -225,13 +227,17 @@ SOFTMAX = ShapesOf(
 )
 
 LOSS = ShapesOf(
-    gpu=(LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),),
+    gpu=(
+        LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),
+        LossShape("options", N=8 * LENGTH, C=WIDTH, V=VOCABULARY, options=True),
+    ),
     cpu=(
         LossShape("vocabulary", N=512, C=512, V=VOCABULARY),
         # A quarter of the GPU's tokens and of its width.
         LossShape("quarter", N=2 * LENGTH, C=WIDTH // 4, V=VOCABULARY),
+        LossShape("options", N=512, C=512, V=VOCABULARY, options=True),
     ),
-    tiny=(LossShape("tiny", N=12, C=16, V=100),),
+    tiny=(LossShape("tiny", N=12, C=16, V=100), LossShape("options", N=12, C=16, V=100, options=True)),
 )
 
 _DECODE = (

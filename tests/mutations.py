@@ -76,8 +76,10 @@ _CPU_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and
 _TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and triton"
 _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
 _CPU_XENT = "linear_cross_entropy (test_forward_and_backward or test_one_chunk or test_steps) and cpu"
+_CPU_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and cpu"
 _CHUNKED_XENT = "linear_cross_entropy (test_forward_and_backward or loss_scale) and chunked"
 _TRITON_XENT = "linear_cross_entropy (test_forward_and_backward or test_steps) and triton"
+_TRITON_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and triton"
 
 MUTATIONS = [
     # ---- three_region_attention, CPU
@@ -386,28 +388,52 @@ MUTATIONS = [
              "a.sum * exp2f(factor * (a.row_max - row_max))", "a.sum", _CUDA_SOFTMAX),
     # ---- linear_cross_entropy
     Mutation("xent-cpu-no-rescale", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "load(total + j) * exp_negative(before - max)", "load(total + j)", _CPU_XENT),
+             "load(part.total + j) * exp_negative(before - safe)", "load(part.total + j)", _CPU_XENT),
     Mutation("xent-cpu-target", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "exp_negative(broadcast(x))[0] - a.coefficient[j]", "exp_negative(broadcast(x))[0]", _CPU_XENT),
+             "with(off + factors.at_target.data[j])", "with(off)", _CPU_XENT),
     Mutation("xent-cpu-last-part", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "for (int64_t p = 0; p < parts; ++p) {\n            // Kahan",
-             "for (int64_t p = 0; p + 1 < parts; ++p) {\n            // Kahan", _CPU_XENT),
+             "for (int64_t p = 0; p < count; ++p) {\n            // Kahan",
+             "for (int64_t p = 0; p + 1 < count; ++p) {\n            // Kahan", _CPU_XENT),
+    Mutation("xent-cpu-ids-before-the-piece", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "known = a.logits.first > 0;", "known = 0;", _CPU_XENT),
+    Mutation("xent-cpu-slope-of-the-cap", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "return g * (1.0f - t * t);", "return g;", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-smoothing-in-another-piece", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "float(ids[p + 1] - ids[p]) * shift", "0.0f * shift", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-target-missing-in-dbias", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "reduce_sum(row_sum) + dbias[r - begin]", "reduce_sum(row_sum)", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-last-of-equal-logits", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "for (int64_t r = rows; r-- > 0;)", "for (int64_t r = 0; r < rows; ++r)",
+             "linear_cross_entropy test_predicted_tokens and cpu"),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
-             "coefficient = coefficient * factor", "coefficient = coefficient * factor * 2",
+             "coefficient=part.coefficient * factor", "coefficient=part.coefficient * factor * 2",
              _CHUNKED_XENT),
     Mutation("xent-used-up-rows-are-read", "cogview_kernels/linear_cross_entropy/*.py",
              "last if ids.start < used_up else earlier", "earlier", "linear_cross_entropy kept_in_a_buffer"),
     Mutation("xent-chunks-of-16-bits-are-summed", "cogview_kernels/linear_cross_entropy/*.py",
-             "N if room >= V * N else min", "min", "linear_cross_entropy fit_in_one_chunk"),
+             "if room >= V * N:", "if False:", "linear_cross_entropy fit_in_one_chunk"),
+    Mutation("xent-gradient-of-z-loss", "cogview_kernels/linear_cross_entropy/*.py",
+             "(1 + 2 * objective.z_loss *", "(1 + objective.z_loss *",
+             "linear_cross_entropy test_options and chunked"),
+    Mutation("xent-z-loss-past-float16", "cogview_kernels/linear_cross_entropy/*.py",
+             ".clamp(max=most) - excess", ".clamp(max=most)", "linear_cross_entropy large_z_loss"),
+    Mutation("xent-frozen-weight-has-a-gradient", "cogview_kernels/linear_cross_entropy/*.py",
+             "summed and dweight, summed", "summed, summed", "linear_cross_entropy frozen_takes_no"),
     Mutation("xent-triton-no-rescale", "cogview_kernels/linear_cross_entropy/*.py",
              "total = total * tl.exp2((logit_max - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
     Mutation("xent-triton-merge", "cogview_kernels/linear_cross_entropy/*.py",
              "tl.sum(totals * tl.exp2((maxima - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
              _TRITON_XENT),
+    Mutation("xent-triton-ids-before-the-piece", "cogview_kernels/linear_cross_entropy/*.py",
+             "total += known_total *", "total += 0.0 *", _TRITON_XENT),
     Mutation("xent-triton-target", "cogview_kernels/linear_cross_entropy/*.py",
-             "p - coefficient[None, :], p)", "p, p)", _TRITON_XENT),
+             "p - at_target[None, :], p)", "p, p)", _TRITON_XENT),
+    Mutation("xent-triton-slope-of-the-cap", "cogview_kernels/linear_cross_entropy/*.py",
+             "g *= 1.0 - t * t", "g *= 1.0", _TRITON_XENT_OPTIONS),
+    Mutation("xent-triton-smoothing", "cogview_kernels/linear_cross_entropy/*.py",
+             "p -= (coefficient * id_share)[None, :]", "p -= 0.0", _TRITON_XENT_OPTIONS),
 ]  # fmt: skip
 
 

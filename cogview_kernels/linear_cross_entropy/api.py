@@ -146,9 +146,10 @@ def linear_cross_entropy(
             ``reduction="none"`` makes the logits a second time.
         return_predicted_tokens: also return the id of each token's largest logit, for its accuracy. It takes
             no further product.
-        extra_memory: the share of the logits' memory that may be held beyond the gradients; a small piece, at
-            most 3 %, is in any case. With less memory more logits are made twice. For 8,704 tokens, C = 2,560
-            and V = 58,240, whose logits take 1.0 GB in 16 bits, the price of both directions on a GPU is::
+        extra_memory: the share of the logits' memory that may be held beyond the gradients; a piece of 28 MB
+            (56 MB in float32, on the CPU 112) is in any case. With less memory more logits are made twice.
+            For 8,704 tokens, C = 2,560 and V = 58,240, whose logits take 1.0 GB in 16 bits, the price of both
+            directions on a GPU is::
 
                 extra_memory     0      0.12   0.5    1
                 MB beyond          29    119    507  1,014
