@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# A tracer keeps sizes, and numbers that follow from them, as symbols.
+_INTS = (int, torch.SymInt)
+_NUMBERS = (*_INTS, float, torch.SymFloat)
 
 # PyTorch raises when asked for autocast on other devices, such as meta. Asked here, once: torch.compile of
 # PyTorch 2.11 cannot trace the question.
@@ -32,9 +38,10 @@ def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Ten
 
 
 def check_finite_number(op: str, name: str, value: float, *, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Not math.isfinite, which cannot be traced: a number that changes is a symbol to torch.compile.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         kind = "a positive finite number" if positive else "a finite number"
         raise ValueError(f"{op}: {name} must be {kind}, got {value}")
 
@@ -57,20 +64,28 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be [..., C] with C of at least 1, got shape {tuple(x.shape)}")
 
 
-def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, other: Tensor) -> None:
-    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32."""
+def check_norm_parameter(
+    op: str, name: str, x: Tensor | None, other_name: str, other: Tensor
+) -> Tensor | None:
+    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32. Under autocast it may
+    have any dtype, and is returned in one of these."""
     if x is None:
-        return
+        return None
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
     if x.dim() != 1 or x.shape[0] != other.shape[-1]:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(other.shape[-1:])}, the last dimension of {other_name}, "
             f"got {tuple(x.shape)}"
         )
     if x.dtype not in (other.dtype, torch.float32):
+        if x.dtype.is_floating_point and is_autocast(other.device):
+            return x.to(torch.promote_types(other.dtype, torch.float32))
         raise TypeError(
             f"{op}: {name} must be {other.dtype}, as {other_name} is, or torch.float32, got {x.dtype}"
         )
     check_same_device(op, name, x, other_name, other)
+    return x
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -100,7 +115,7 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
 
 
 def check_count(op: str, name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
@@ -115,4 +130,26 @@ def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
 
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for ``device``."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, at a tenth of the price
+        return False
     return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """For the references, whose products are in the dtype that they are given."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else contextlib.nullcontext()
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as autocast gives them to a matrix product: floats but float64 in its dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    return tuple(
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, Tensor)
+        and x.dtype.is_floating_point
+        and x.dtype != torch.float64
+        and is_autocast(x.device)
+        else x
+        for x in tensors
+    )

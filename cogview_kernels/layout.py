@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,6 +74,9 @@ class ThreeRegionLayout:
         block_size: positive.
         window_blocks: positive.
         pivot_bias: finite.
+        density: how many positions a far pivot stands for, at least 1: its logarithm is added to
+            ``pivot_bias``. Under ``torch.compile`` an integer may follow from the sequence length, where a
+            float would cost a compilation per length.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and its released code.
     """
@@ -82,6 +85,7 @@ class ThreeRegionLayout:
     block_size: int = 128
     window_blocks: int = 6
     pivot_bias: float = 0.0
+    density: int = 1
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -97,6 +101,7 @@ class ThreeRegionLayout:
         _checks.check_count(op, "block_size", self.block_size, 1)
         _checks.check_count(op, "window_blocks", self.window_blocks, 1)
         _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
+        _checks.check_count(op, "density", self.density, 1)
 
     @classmethod
     def sample(
@@ -121,7 +126,8 @@ class ThreeRegionLayout:
             num_pivots: pivots a sample. Where fewer valid positions exist, -1 fills the rest.
             block_size, window_blocks: the window, as in :class:`ThreeRegionLayout`.
             density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that
-                the random pivots stand for the positions left out; False gives 0.
+                the random pivots stand for the positions left out; False gives 0. Under ``torch.compile`` it
+                is the layout's ``density`` that says so.
             valid_mask: boolean ``[B, T]``; the random pivots are drawn uniformly, without replacement, among
                 its True positions that are not text. None: among all.
             generator: of the masks' device; None takes PyTorch's default one.
@@ -159,26 +165,38 @@ class ThreeRegionLayout:
             torch._assert_async(fits.all(), message)
 
         # Text ranks above every draw from [0, 1), what is not valid below.
-        rank = torch.rand(B, T, dtype=torch.float32, device=text_mask.device, generator=generator)
+        # torch.compile refuses even generator=None where a size is a symbol.
+        chosen: dict[str, Any] = {} if generator is None else {"generator": generator}
+        rank = torch.rand(B, T, dtype=torch.float32, device=text_mask.device, **chosen)
         if valid_mask is not None:
             rank = rank.masked_fill(~valid_mask, -1.0)
         rank, pivots = rank.masked_fill(text_mask, 2.0).topk(min(num_pivots, T), dim=1)
         pivots = pivots.masked_fill(rank < 0, -1)
         if num_pivots > T:
             pivots = torch.nn.functional.pad(pivots, (0, num_pivots - T), value=-1)
-        bias = math.log(T // num_pivots) if density_correction and T > num_pivots > 0 else 0.0
-        return cls(pivots, block_size, window_blocks, bias)
+        density = T // num_pivots if density_correction and T > num_pivots > 0 else 1
+        if torch.compiler.is_compiling() or isinstance(T, torch.SymInt):
+            return cls(pivots, block_size, window_blocks, density=density)
+        return cls(pivots, block_size, window_blocks, math.log(density))
 
     @classmethod
     def unchecked(
-        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float
+        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float, density: int = 1
     ) -> ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
         members = layout.__dict__  # past the dataclass, which is frozen
-        members["pivots"], members["pivot_bias"] = pivots, pivot_bias
+        if density != 1:  # kernels know of one number
+            pivot_bias += math.log(density)
+        members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, 1
         members["block_size"], members["window_blocks"] = block_size, window_blocks
         return layout
+
+    def far_bias(self, like: Tensor) -> Tensor:
+        """What is added to the logits of far keys, in plain PyTorch: 0-d, dtype and device of ``like``."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        log_density = torch.full((), self.density, dtype=wide, device=like.device).log()
+        return (self.pivot_bias + log_density).to(like.dtype)
 
     def window(self, num_keys: int) -> tuple[int, int]:
         """``(block_size, window_blocks)``, cut down where it changes nothing: no product overflows."""

@@ -48,7 +48,8 @@ def decode_attention(
     Args:
         q: ``[B, H, Tq, D]``; float32, float16, bfloat16 or float64. Its keys and values are cached already.
         k_cache, v_cache: ``[B, Hkv, S, D]``, dtype and device of ``q``; H is a multiple of Hkv. What lies at
-            or past ``lengths`` has no influence, whatever it is.
+            or past ``lengths`` has no influence, whatever it is. Autocast casts q and the caches, as for
+            ``scaled_dot_product_attention``: keep the caches in its dtype, or each call copies them.
         lengths: int32 or int64 ``[B]`` on the device of ``q``: positions written so far, those of ``q``
             included, in ``[0, S]``. A query before position 0 gets zeros.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
@@ -69,6 +70,7 @@ def decode_attention(
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
     """
+    q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
     _check(q, k_cache, v_cache, lengths, layout)
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -82,11 +84,12 @@ def decode_attention(
         return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale)
     if chosen == "reference":
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
-        return decode_attention_reference(
-            q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale
-        ).to(q.dtype)
+        with _checks.no_autocast(q.device):
+            return decode_attention_reference(
+                q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale
+            ).to(q.dtype)
     if layout is None:
-        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, scale, chosen)
+        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, scale, chosen)
     return decode_attention_op(
         q,
         k_cache,
@@ -96,6 +99,7 @@ def decode_attention(
         layout.block_size,
         layout.window_blocks,
         float(layout.pivot_bias),
+        layout.density,
         scale,
         chosen,
     )

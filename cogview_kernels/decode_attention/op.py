@@ -24,13 +24,14 @@ def backend_module(backend: str) -> ModuleType:
 
 
 def _forward(
-    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, scale, backend
+    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, density, scale, backend
 ) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() > 0:
         layout = None
         if pivots is not None:
-            layout = ThreeRegionLayout.unchecked(pivots.contiguous(), block_size, window_blocks, pivot_bias)
+            pivots = pivots.contiguous()
+            layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
         inputs = with_rows(q), with_rows(k_cache), with_rows(v_cache), lengths.contiguous()
         backend_module(backend).forward(*inputs, layout, scale, out, backend)
     return out
@@ -41,8 +42,8 @@ def _empty_output(q: Tensor, *_: object) -> Tensor:
 
 
 decode_attention_op = Op(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, "
-    "int block_size, int window_blocks, float pivot_bias, float scale, str backend) -> Tensor",
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, int block_size, "
+    "int window_blocks, float pivot_bias, SymInt density, float scale, str backend) -> Tensor",
     kernel=_forward,
     fake=_empty_output,
 )

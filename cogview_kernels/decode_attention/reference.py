@@ -37,7 +37,7 @@ def decode_attention_reference(
     else:
         window, far = layout.regions(query, S)
         seen = window | far
-        logits = logits + far[:, None].to(q.dtype) * layout.pivot_bias
+        logits = logits + far[:, None].to(q.dtype) * layout.far_bias(q)
     logits = logits.masked_fill(~seen[:, None], -torch.inf)
     # A query before position 0 sees nothing: zeros, not NaN.
     blind = ~seen.any(-1)[:, None, :, None]

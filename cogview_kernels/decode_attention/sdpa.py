@@ -43,8 +43,8 @@ def forward(
     unwritten = ((key < 0) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
     keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
     mask = (seen | blind)[:, None]
-    if layout is not None and layout.pivot_bias != 0:
-        mask = (far.to(q.dtype) * layout.pivot_bias)[:, None].masked_fill(~mask, -torch.inf)
+    if layout is not None and (layout.pivot_bias != 0 or layout.density != 1):
+        mask = (far.to(q.dtype) * layout.far_bias(q))[:, None].masked_fill(~mask, -torch.inf)
     out = scaled_dot_product_attention(
         q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k_cache.shape[1]
     )

@@ -42,7 +42,7 @@ def layer_norm(
     Args:
         x: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference). Any strides; rows
             that are not evenly spaced cost a copy.
-        weight, bias: ``[C]`` or None; the dtype of ``x`` or float32.
+        weight, bias: ``[C]`` or None; the dtype of ``x`` or float32 (under autocast any).
         eps: positive.
         pb_relax: "row", "tensor" or None, as above.
         backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
@@ -62,8 +62,8 @@ def layer_norm(
     """
     _checks.check_float(_OP, "x", x)
     _checks.check_rows(_OP, "x", x)
-    _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
-    _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
+    weight = _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
+    bias = _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
     chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)

@@ -124,15 +124,16 @@ def linear_cross_entropy(
     chosen = _backends.choose(_OP, _BACKENDS, backend, hidden.device, _limit, hidden)
     if chosen == "reference":
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss, losses = linear_cross_entropy_reference(
-            hidden.to(wide),
-            weight.to(wide),
-            target,
-            token_weight=token_weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            vocab_range=vocab_range,
-        )
+        with _checks.no_autocast(hidden.device):
+            loss, losses = linear_cross_entropy_reference(
+                hidden.to(wide),
+                weight.to(wide),
+                target,
+                token_weight=token_weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                vocab_range=vocab_range,
+            )
         return (loss, losses) if return_losses else loss
     coefficient = (target != ignore_index).float()
     if token_weight is not None:

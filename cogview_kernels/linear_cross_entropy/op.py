@@ -126,6 +126,7 @@ def _may_overwrite(gradient: Tensor) -> bool:
         type(gradient) is Tensor
         and not torch.is_grad_enabled()
         and not is_transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
 

@@ -20,7 +20,7 @@ from cogview_kernels.local_attention_2d.window import Keys, Window
 
 _KEYS = "Tensor k, Tensor v, Tensor extra_k, Tensor extra_v, Tensor? extra_mask"
 _FLAT = (
-    "int height, int width, int kernel_height, int kernel_width, int query_scale, bool causal, "
+    "SymInt height, SymInt width, int kernel_height, int kernel_width, int query_scale, bool causal, "
     "float scale, float dropout_p, Tensor? seed, str backend"
 )
 

@@ -45,7 +45,7 @@ def sandwich_layer_norm(
         branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
             reference). Where their dtypes differ, as under autocast, both are promoted.
         post_weight, post_bias: ``[C]`` or None, for the LayerNorm on the branch; the dtype of the
-            activations or float32.
+            activations or float32 (under autocast any).
         pre_weight, pre_bias: the same for the LayerNorm that the next branch starts with.
         eps: positive.
         pb_relax: "row", "tensor" or None.
@@ -79,10 +79,10 @@ def sandwich_layer_norm(
     if branch.dtype != residual.dtype:
         dtype = torch.promote_types(branch.dtype, residual.dtype)
         branch, residual = branch.to(dtype), residual.to(dtype)
-    _checks.check_norm_parameter(_OP, "post_weight", post_weight, "branch", branch)
-    _checks.check_norm_parameter(_OP, "post_bias", post_bias, "branch", branch)
-    _checks.check_norm_parameter(_OP, "pre_weight", pre_weight, "branch", branch)
-    _checks.check_norm_parameter(_OP, "pre_bias", pre_bias, "branch", branch)
+    post_weight = _checks.check_norm_parameter(_OP, "post_weight", post_weight, "branch", branch)
+    post_bias = _checks.check_norm_parameter(_OP, "post_bias", post_bias, "branch", branch)
+    pre_weight = _checks.check_norm_parameter(_OP, "pre_weight", pre_weight, "branch", branch)
+    pre_bias = _checks.check_norm_parameter(_OP, "pre_bias", pre_bias, "branch", branch)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
     _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)

@@ -51,7 +51,8 @@ def three_region_attention(
         q: ``[B, H, T, D]``; float32, float16, bfloat16 or float64 (which "sdpa" and "reference" take).
         k, v: ``[B, Hkv, T, D]``, dtype and device of ``q``; H is a multiple of Hkv, and query head h reads
             key head ``h // (H // Hkv)``. Any strides with the last dimension contiguous: views into a packed
-            ``[B, T, 3, H, D]`` projection are read in place.
+            ``[B, T, 3, H, D]`` projection are read in place. Under autocast q, k and v may have any of these
+            dtypes, and float32 is cast as for ``scaled_dot_product_attention``.
         layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
@@ -77,6 +78,7 @@ def three_region_attention(
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
     """
+    q, k, v = _checks.autocast(q, k, v)
     _check(q, k, v, layout)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
     if scale is None:
@@ -94,6 +96,7 @@ def three_region_attention(
             layout.block_size,
             layout.window_blocks,
             float(layout.pivot_bias),
+            layout.density,
             scale,
             dropout_p,
             seed,
@@ -104,9 +107,10 @@ def three_region_attention(
     if chosen == "sdpa":
         return sdpa.forward(q, k, v, layout, scale)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    out, lse = three_region_attention_reference(
-        q.to(wide), k.to(wide), v.to(wide), layout, scale, _dropout.Dropout.of(dropout_p, seed)
-    )
+    with _checks.no_autocast(q.device):
+        out, lse = three_region_attention_reference(
+            q.to(wide), k.to(wide), v.to(wide), layout, scale, _dropout.Dropout.of(dropout_p, seed)
+        )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 

@@ -19,7 +19,7 @@ from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import native
 
 _FLAT = (
-    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, float scale, "
+    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, SymInt density, float scale, "
     "float dropout_p, Tensor? seed, str backend"
 )
 
@@ -51,10 +51,12 @@ def _empty_gradients(
     return empty_in_order_of(q), empty_in_order_of(k), empty_in_order_of(v)
 
 
-def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
+def _forward(
+    q, k, v, pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend,
+):  # fmt: skip
     out, lse, residuals = _empty_outputs(q, k, v, pivots, block_size, window_blocks, backend)
     if out.numel() > 0:
-        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
         dropout = Dropout.of(dropout_p, seed) if dropout_p else None
         inputs = with_rows(q), with_rows(k), with_rows(v)
         backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, residuals, backend)
@@ -63,13 +65,13 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
 
 def _backward(
     dout, dlse, q, k, v, out, lse, residuals,
-    pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend,
+    pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend,
 ):  # fmt: skip
     gradients = _empty_gradients(dout, dlse, q, k, v)
     if q.numel() == 0:
         dq, dk, dv = gradients
         return dq, dk.zero_(), dv.zero_()
-    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals
@@ -90,7 +92,7 @@ def _differentiate(ctx, saved, dout, dlse, _):
     gradients = three_region_attention_backward_op(
         dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend
     )
-    return *gradients, *(None,) * 8
+    return *gradients, *(None,) * 9
 
 
 three_region_attention_op = Op(

@@ -25,7 +25,7 @@ def three_region_attention_reference(
     position = torch.arange(T, device=q.device)
     window, far = layout.regions(position, T)
     logits = (q * scale) @ k.transpose(-1, -2)
-    logits = logits + far[:, None].to(q.dtype) * layout.pivot_bias
+    logits = logits + far[:, None].to(q.dtype) * layout.far_bias(q)
     logits = logits.masked_fill(~(window | far)[:, None], -torch.inf)
     lse = logits.logsumexp(-1)
     # Not exp(logits - lse): where logits are huge, lse has lost its log(sum) to rounding.

@@ -33,7 +33,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: f
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
         window, far = layout.regions(torch.arange(T, device=q.device), T)
-        mask = torch.zeros(far.shape, dtype=q.dtype, device=q.device).masked_fill(far, layout.pivot_bias)
+        mask = far.to(q.dtype) * layout.far_bias(q)
         mask = mask.masked_fill(~(window | far), -torch.inf)[:, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return _by_blocks(q, k, v, layout, scale)
@@ -57,6 +57,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale
     else:
         far_counts = [min(P, window) for window in windows]
 
+    far_bias = layout.far_bias(q)
     first = slice(0, block_size * window_blocks)
     parts = [
         scaled_dot_product_attention(
@@ -65,7 +66,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale
     ]
     for start, window, count in zip(starts, windows, far_counts, strict=True):
         stop = min(T, start + block_size)
-        far = torch.full((B, 1, 1, count), layout.pivot_bias, dtype=q.dtype, device=q.device)
+        far = far_bias.expand(B, 1, 1, count)
         far = far.masked_fill(sorted_pivots[:, None, None, :count] >= window, -torch.inf)
         diagonal = torch.full((stop - start, stop - window), -torch.inf, dtype=q.dtype, device=q.device)
         near = diagonal.triu(start - window + 1)

@@ -40,7 +40,7 @@ def make(
 
 
 def regions(layout):
-    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias
+    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density
 
 
 SMALL = {
@@ -492,7 +492,7 @@ def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
     with pytest.raises(ValueError, match=message):
         three_region_attention(x, x, x, layout, backend="cpu")
     results = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8), torch.empty(0, dtype=torch.int32)
-    arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
+    arguments = (*regions(layout), 1.0, 0.0, None, "cpu")
     with pytest.raises(ValueError, match=message):
         torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, *results, *arguments)
 
@@ -573,6 +573,7 @@ TRANSFORMS = {
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(2.0))[0],
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vectorized": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
     "vmap_of_grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
 }
@@ -586,10 +587,6 @@ REFUSED = {
     "jvp": (lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)), "forward-mode derivative"),
     "hessian": (lambda f, x: torch.func.hessian(f)(x), "forward-mode derivative"),
     "functional_hessian": (lambda f, x: torch.autograd.functional.hessian(f, x), "second derivatives"),
-    "vectorized": (
-        lambda f, x: torch.autograd.functional.jacobian(lambda y: f(y)[None], x, vectorize=True),
-        "gradient under is_grads_batched=True",
-    ),
 }
 
 
