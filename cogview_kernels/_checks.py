@@ -67,8 +67,8 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
 def check_norm_parameter(
     op: str, name: str, x: Tensor | None, other_name: str, other: Tensor
 ) -> Tensor | None:
-    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32. Under autocast it may
-    have any dtype, and is returned in one of these."""
+    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32. Under autocast it
+    may have any dtype, and is returned in one of these."""
     if x is None:
         return None
     if not isinstance(x, Tensor):

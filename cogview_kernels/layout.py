@@ -8,11 +8,13 @@ once for C++ and CUDA, in csrc/common/regions.h, and once for Triton, in ``_regi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from cogview_kernels import _checks, _torch_ops
 
@@ -77,6 +79,10 @@ class ThreeRegionLayout:
         density: how many positions a far pivot stands for, at least 1: its logarithm is added to
             ``pivot_bias``. Under ``torch.compile`` an integer may follow from the sequence length, where a
             float would cost a compilation per length.
+
+    A layout is a pytree node, whose leaf is ``pivots``: it may be an input of what ``torch.export`` exports,
+    and ``tree_map`` and data loaders reach its tensor. It can be copied, pickled, and loaded with
+    ``torch.load(weights_only=True)``, which checks it as the constructor does.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and its released code.
     """
@@ -198,6 +204,16 @@ class ThreeRegionLayout:
         log_density = torch.full((), self.density, dtype=wide, device=like.device).log()
         return (self.pivot_bias + log_density).to(like.dtype)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled may come from anybody: kernels divide by ``block_size``."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ThreeRegionLayout:
+        """On another device; itself where it lies there already."""
+        pivots = self.pivots.to(device=device, non_blocking=non_blocking)
+        return self if pivots is self.pivots else replace(self, pivots=pivots)
+
     def window(self, num_keys: int) -> tuple[int, int]:
         """``(block_size, window_blocks)``, cut down where it changes nothing: no product overflows."""
         return min(self.block_size, max(num_keys, 1)), min(self.window_blocks, max(num_keys, 1))
@@ -286,3 +302,36 @@ class ThreeRegionLayout:
                 f"{op}: layout.pivots must be unique within a sample, "
                 f"got {int(ordered[:, 1:][repeated][0])} twice"
             )
+
+
+# ---- the layout as a pytree node: its tensor is a leaf, its numbers are the context
+
+
+def _numbers(layout: ThreeRegionLayout) -> list[Any]:
+    return [layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density]
+
+
+def _flatten(layout: ThreeRegionLayout) -> tuple[list[Any], list[Any]]:
+    return [layout.pivots], _numbers(layout)
+
+
+def _flatten_with_keys(layout: ThreeRegionLayout) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    return [(_pytree.GetAttrKey("pivots"), layout.pivots)], _numbers(layout)
+
+
+def _unflatten(leaves: Iterable[Any], numbers: list[Any]) -> ThreeRegionLayout:
+    # A leaf may be anything by now, so nothing is checked.
+    layout = object.__new__(ThreeRegionLayout)
+    names = ("pivots", "block_size", "window_blocks", "pivot_bias", "density")
+    layout.__dict__.update(zip(names, (*leaves, *numbers), strict=True))
+    return layout
+
+
+_pytree.register_pytree_node(
+    ThreeRegionLayout,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="cogview_kernels.ThreeRegionLayout",
+)
+torch.serialization.add_safe_globals([ThreeRegionLayout])

@@ -42,8 +42,9 @@ def _empty_output(q: Tensor, *_: object) -> Tensor:
 
 
 decode_attention_op = Op(
-    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, int block_size, "
-    "int window_blocks, float pivot_bias, SymInt density, float scale, str backend) -> Tensor",
+    "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, "
+    "int block_size, int window_blocks, float pivot_bias, SymInt density, float scale, str backend)"
+    " -> Tensor",
     kernel=_forward,
     fake=_empty_output,
 )
