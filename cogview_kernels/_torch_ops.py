@@ -25,6 +25,8 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cogview_kernels import _flops
+
 _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
@@ -67,6 +69,7 @@ class Op:
         backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
             ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
             NotImplementedError: so are second derivatives, since the ops that backward passes call have none.
+        flops: what PyTorch's counter of FLOPs counts for a call; nothing without it, see ``_flops``.
     """
 
     def __init__(
@@ -76,11 +79,13 @@ class Op:
         fake: Callable[..., Any],
         save: Callable[[Any, Sequence[Any], Any], Sequence[Tensor | None]] | None = None,
         backward: Callable[..., Sequence[Any]] | None = None,
+        flops: _flops.Formula | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
         _library.define(schema, tags=_TAGS)
-        self._overload = getattr(torch.ops.cogview_kernels, self.name).default
+        packet = getattr(torch.ops.cogview_kernels, self.name)
+        self._overload = packet.default
         self._function = _make_function(self, save, backward)
         self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
@@ -88,6 +93,8 @@ class Op:
         torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
         rule = _call_for_each(self._overload)
         torch.library.register_vmap(f"cogview_kernels::{self.name}", rule, lib=_library)
+        if flops is not None:
+            _flops.register(packet, flops)
 
     def __call__(self, *arguments: Any) -> Any:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""

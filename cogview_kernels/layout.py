@@ -265,25 +265,46 @@ class ThreeRegionLayout:
         size = self.block_size
         pivots = self.pivots.cpu().long()
         B = max(1, pivots.shape[0])
-        keys = tiles = 0
+        tiles = 0
         blocks = -(-T // size)
         for block in range(blocks):
             start = block * size
             window = max(0, window_start(start, size, self.window_blocks))
-            rows = min(T, start + size) - start
             far = ((pivots >= 0) & (pivots < window)).sum(1)
-            keys += int(far.sum()) * rows + B * (rows * (start - window) + rows * (rows + 1) // 2)
             tiles += int(((far + size - 1) // size).sum()) + B * min(self.window_blocks, block + 1)
         causal_tiles = blocks * (blocks + 1) // 2
         gathered = tiles / B
         return ThreeRegionPlan(
-            keys_per_query=keys / B / T,
+            keys_per_query=self.pairs(T, pivots.tolist()) / B / T,
             causal_keys_per_query=(T + 1) / 2,
             tiles_per_query_block=gathered / blocks,
             gathered_tiles=gathered,
             causal_tiles=causal_tiles,
             predicted_gain=causal_tiles / (gathered + _BLOCK_OVERHEAD * blocks),
         )
+
+    def pairs(self, T: int, pivots: list[list[int]] | None) -> int:
+        """How many pairs of a query and a key are seen at length ``T``, over all samples.
+
+        ``pivots`` are the layout's values. Where there are none, as in a fake tensor, as many are counted as
+        pivots see on average that are spread evenly.
+        """
+        size, window_blocks = self.window(T)
+        B, P = self.pivots.shape
+        near = 0
+        for start in range(0, T, size):
+            window = max(0, window_start(start, size, window_blocks))
+            rows = min(T, start + size) - start
+            near += rows * (start - window) + rows * (rows + 1) // 2
+
+        def queries_past(key: int) -> int:
+            return max(0, T - (key // size + window_blocks) * size)
+
+        if pivots is None:
+            far = B * min(P, T) * sum(map(queries_past, range(T))) // max(T, 1)
+        else:
+            far = sum(queries_past(p) for sample in pivots for p in sample if p >= 0)
+        return B * near + far
 
     def check_pivots(self, op: str, num_keys: int) -> None:
         """Where they can be read: pivots lie in [-1, ``num_keys``) and, -1 apart, differ within a sample."""

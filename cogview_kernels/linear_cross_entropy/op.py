@@ -143,6 +143,20 @@ def _differentiate(ctx, saved, dloss, *_):
     return dhidden, dweight, *(None,) * 8
 
 
+def _one_product(hidden: Tensor, start: int, stop: int) -> int:
+    return 2 * hidden.shape[0] * (stop - start) * hidden.shape[1]
+
+
+def _forward_flops(of, _):
+    products = 3 if of["summed"] and of["gradients"] else 1
+    return products * _one_product(of["hidden"], of["start"], of["stop"])
+
+
+def _backward_flops(of, _):
+    """Nothing where the forward pass made the gradients."""
+    return 0 if of["hidden"] is None else 3 * _one_product(of["hidden"], of["start"], of["stop"])
+
+
 linear_cross_entropy_op = Op(
     "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor coefficient,"
     " int start, int stop, bool summed, bool gradients, float extra_memory, str backend)"
@@ -151,6 +165,7 @@ linear_cross_entropy_op = Op(
     fake=_fake,
     save=_save,
     backward=_differentiate,
+    flops=_forward_flops,
 )
 linear_cross_entropy_backward_op = Op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor? hidden, Tensor? weight, Tensor? target,"
@@ -158,4 +173,5 @@ linear_cross_entropy_backward_op = Op(
     " float extra_memory, str backend) -> (Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
+    flops=_backward_flops,
 )

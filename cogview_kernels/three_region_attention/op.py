@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cogview_kernels import _flops
 from cogview_kernels._attention import empty_in_order_of, with_rows
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._torch_ops import Op
@@ -95,16 +96,24 @@ def _differentiate(ctx, saved, dout, dlse, _):
     return *gradients, *(None,) * 9
 
 
+def _pairs(of):
+    """Visible pairs of a query and a key, over all heads."""
+    layout = ThreeRegionLayout.unchecked(of["pivots"], of["block_size"], of["window_blocks"], 0.0)
+    return of["q"].shape[1] * layout.pairs(of["q"].shape[2], _flops.values(of["pivots"]))
+
+
 three_region_attention_op = Op(
     f"three_region_attention(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_empty_outputs,
     save=_save,
     backward=_differentiate,
+    flops=lambda of, _: 4 * _pairs(of) * of["q"].shape[3],
 )
 three_region_attention_backward_op = Op(
     "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"Tensor lse, Tensor residuals, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
+    flops=lambda of, gradients: _flops.attention_backward(_pairs(of), of["q"].shape[3], gradients),
 )
