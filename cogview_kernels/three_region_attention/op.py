@@ -8,6 +8,7 @@ again (``residuals``, int32, of a length that only the backend knows): probabili
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,10 +47,13 @@ def _empty_outputs(
 
 
 def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)``."""
-    return empty_in_order_of(q), empty_in_order_of(k), empty_in_order_of(v)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv)``; one that is not wanted has no elements."""
+    wanted = rest[-3:]
+    return tuple(
+        empty_in_order_of(x) if w else x.new_empty(0) for x, w in zip((q, k, v), wanted, strict=True)
+    )
 
 
 def _forward(
@@ -66,18 +70,18 @@ def _forward(
 
 def _backward(
     dout, dlse, q, k, v, out, lse, residuals,
-    pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend,
+    pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend, *wanted,
 ):  # fmt: skip
-    gradients = _empty_gradients(dout, dlse, q, k, v)
-    if q.numel() == 0:
-        dq, dk, dv = gradients
-        return dq, dk.zero_(), dv.zero_()
+    gradients = _empty_gradients(dout, dlse, q, k, v, *wanted)
+    if q.numel() == 0 or not any(wanted):
+        return tuple(x.zero_() for x in gradients)
     layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
-    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, gradients, backend)
+    made = tuple(x if w else None for x, w in zip(gradients, wanted, strict=True))
+    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, made, backend)
     return gradients
 
 
@@ -90,10 +94,11 @@ def _differentiate(ctx, saved, dout, dlse, _):
     q, k, v, out, lse, residuals, pivots, seed = saved
     if dout is None:
         dout = torch.zeros_like(out)
+    wanted = ctx.needs_input_grad[:3]
     gradients = three_region_attention_backward_op(
-        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend
+        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend, *wanted
     )
-    return *gradients, *(None,) * 9
+    return *(x if w else None for x, w in zip(gradients, wanted, strict=True)), *(None,) * 9
 
 
 def _pairs(of):
@@ -112,7 +117,8 @@ three_region_attention_op = Op(
 )
 three_region_attention_backward_op = Op(
     "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, Tensor residuals, {_FLAT}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, Tensor residuals, {_FLAT}, bool needs_dq, bool needs_dk, bool needs_dv)"
+    " -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
     flops=lambda of, gradients: _flops.attention_backward(_pairs(of), of["q"].shape[3], gradients),
