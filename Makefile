@@ -8,7 +8,7 @@ TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo test seeds sanitize lint format bench bounds gpu-check wheel-check clean
+.PHONY: help setup build demo pictures test seeds sanitize lint format bench bounds gpu-check wheel-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ build: $(VENV)/.ready  ## (re)compile the extension in place
 
 demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
 	$(BIN)/cogview demo
+
+pictures: build  ## train CogView on OpenMoji's drawings and draw them, about an hour on 2 cores
+	$(BIN)/cogview demo --data emoji
 
 # A worker a core: each has its share of the threads (tests/conftest.py), and takes over what another has left.
 test: build  ## every test that this machine can run

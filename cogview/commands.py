@@ -6,6 +6,7 @@ Each verb imports what it needs itself: drawing needs no TensorBoard, training n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,6 +21,7 @@ from cogview.device import usable_device
 
 if TYPE_CHECKING:
     from cogview import options
+    from cogview.config import Preset
 
 
 def train_tokenizer(given: options.TrainTokenizer) -> None:
@@ -99,6 +101,38 @@ def train(given: options.Train) -> None:
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def finetune(given: options.Finetune) -> None:
+    """``cogview finetune``."""
+    from cogview.run import sample_sheet
+    from cogview.training import distributed
+    from cogview.training.finetune import STYLE_CAPTION, TASKS, Finetune
+
+    names = ("steps", "batch_size", "learning_rate", "seed", "precision", "accumulate", "validation")
+    device = usable_device(given.device)
+    wanted = Finetune(
+        given.run,
+        given.data,
+        given.out,
+        {name: getattr(given, name) for name in names if getattr(given, name) is not None},
+        given.attention,
+        given.caption or STYLE_CAPTION,
+        device,
+        draw=sample_sheet,
+        workers=given.workers,
+        skip_bad=given.skip_bad,
+    )
+    with distributed.joined_ranks(device):
+        history = TASKS[given.task](wanted)
+        if not distributed.is_first():
+            return
+    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
+    if given.task == "captioning":
+        _say_next("caption", "--run", given.out, "photo.png")
+    else:
+        _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
 def plan(given: options.Plan) -> None:
     """``cogview plan``."""
     from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
@@ -170,6 +204,57 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def evaluate(given: options.Evaluate) -> None:
+    """``cogview evaluate``."""
+    if given.vote:
+        _take_votes(given)
+        return
+    from cogview.evaluate import Evaluate, evaluate, evaluation_table
+
+    first, second = given.sets
+    wanted = Evaluate(
+        first,
+        second,
+        given.out,
+        given.inception,
+        given.blur,
+        given.size,
+        given.run,
+        given.num,
+        given.captions,
+        given.seed,
+        given.splits,
+        given.batch_size,
+        given.skip_bad,
+        usable_device(given.device),
+    )
+    print(evaluation_table(evaluate(wanted), wanted))
+    print(f"written: {given.out}")
+
+
+def _take_votes(given: options.Evaluate) -> None:
+    """Until all questions have a vote, or Ctrl-C, which is no mistake here."""
+    from tabulate import tabulate
+
+    from cogview.evaluation.vote import VOTES, Ballot
+    from cogview.evaluation.vote_server import VoteServer
+
+    ballot = Ballot(given.sets, given.out, seed=given.seed)
+    with VoteServer(ballot, given.port) as server:
+        print(
+            f"{len(ballot.questions)} questions: open {server.url} (Ctrl-C ends)",
+            flush=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.finished.wait()
+    rows = [
+        (share.folder, share.votes, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}")
+        for share in ballot.shares()
+    ]
+    print(tabulate(rows, ["folder", "votes", "share", "95 % interval"]))
+    print(f"{len(ballot.votes)} of {len(ballot.questions)} questions answered; in {given.out / VOTES}")
+
+
 def presets(given: options.Presets) -> None:
     """``cogview presets``."""
     from cogview.presets import ABOUT, PRESETS
@@ -211,14 +296,62 @@ def _article(kind: str) -> str:
     return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
 
 
+def data(given: options.WriteData) -> None:
+    """``cogview data``."""
+    from cogview.data.emoji import ATTRIBUTION, LICENCE, EmojiPairs, is_held_out, pictures
+    from cogview.data.export import write_folder
+
+    chosen = [
+        picture
+        for picture in pictures(flags=given.flags, couples=given.couples)
+        if picture.style == given.style
+        and (given.part == "all" or is_held_out(picture) == (given.part == "held-out"))
+    ]
+    write_folder(EmojiPairs(chosen), given.out, given.size, ATTRIBUTION)
+    print(f"{len(chosen)} pictures of {given.size} px in {given.out}; {LICENCE}, see ATTRIBUTION.txt there")
+    _say_next("train-tokenizer", "--data", given.out, "--out", "runs/emoji")
+
+
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
+    preset, device = _demo_preset(given), usable_device(given.device)
+    if given.data == "emoji":
+        from cogview.demo.emoji import EmojiDemo, run_emoji_demo
+        from cogview.demo.emoji import summary as emoji_summary
+
+        report = run_emoji_demo(EmojiDemo(given.folder, given.seed, preset, device=device))
+        print(emoji_summary(report, given.folder))
+        _say_next("generate", "--run", given.folder, "a tiger", "--out", "tiger.png")
+        return
     from cogview.demo.report import summary
     from cogview.demo.run import Demo, run_demo
 
-    report = run_demo(Demo(given.out, given.seed, device=usable_device(given.device)))
-    print(summary(report, given.out))
-    _say_next("generate", "--run", given.out, "a handwritten seven", "--out", "seven.png")
+    print(summary(run_demo(Demo(given.folder, given.seed, preset, device=device)), given.folder))
+    _say_next("generate", "--run", given.folder, "a handwritten seven", "--out", "seven.png")
+
+
+def _demo_preset(given: options.Demo) -> Preset:
+    from cogview.config import ThreeRegionConfig
+    from cogview.presets import default_preset, get_preset
+
+    preset = get_preset(given.preset) if given.preset else default_preset(given.data)
+    if given.attention == "dense":
+        three_region = None
+    elif given.attention == "three-region":
+        three_region = preset.model.three_region or ThreeRegionConfig()
+    else:
+        three_region = preset.model.three_region
+    return dataclasses.replace(preset, model=dataclasses.replace(preset.model, three_region=three_region))
+
+
+def rank_curve(given: options.RankCurve) -> None:
+    """``cogview rank-curve``."""
+    from cogview.demo.ranking import Ranking, ranking_table, study_ranking
+
+    names = ("run", "out", "captioner", "candidates", "draws", "seed")
+    asked = {name: getattr(given, name) for name in names}
+    print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
+    print(f"written: {given.out}/rank_curve.png, .csv and .json")
 
 
 def study(given: options.Study) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +39,10 @@ def _require_finite(settings: object, *names: str) -> None:
         _require(fits, name, "finite, 0 or above", value)
 
 
+# How the codebook of a VQ-VAE is learned, or that it is not: see ``Quantizer`` in ``cogview.tokens.vqvae``.
+CodebookMethod = Literal["moving-average", "straight-through", "gumbel", "fixed"]
+
+
 @dataclass(frozen=True)
 class ImageTokenizerConfig:
     """Shape of the VQ-VAE. The defaults are the released tokenizer: 256 px to 32 x 32 codes."""
@@ -46,12 +51,16 @@ class ImageTokenizerConfig:
     code_dim: int = 256
     channels: int = 512
     stages: int = 3  # stride-2 convolutions, so an image shrinks by 2**stages
+    residual_blocks: int = (
+        0  # on the code grid, in encoder and decoder each: a code then knows its neighbours
+    )
     image_size: int = 256
     pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
     def __post_init__(self) -> None:
         _require_between(self, 1, 16, "stages")
+        _require_between(self, 0, 100, "residual_blocks")
         _require_between(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
         _require_between(self, 1, 1 << 14, "image_size")
         _require_finite(self, "pixel_mean", "pixel_std")
@@ -72,12 +81,17 @@ class ImageTokenizerConfig:
 
 @dataclass(frozen=True)
 class ImageTokenizerTrainConfig:
-    """How the VQ-VAE is trained: pixel MSE plus commitment, codebook by moving averages."""
+    """How the VQ-VAE is trained: pixel MSE plus commitment, and one of four ways to a codebook."""
 
     steps: int = 50_000
     batch_size: int = 64
     learning_rate: float = 3e-4
     commitment: float = 0.25
+    color_weight: float = 0.0  # of the error of each code's mean colour, beside that of the pixels
+    codebook: CodebookMethod = "moving-average"
+    warmup_steps: int = (
+        0  # at first, without quantisation; the book then begins at what the encoder has learned
+    )
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
@@ -86,7 +100,10 @@ class ImageTokenizerTrainConfig:
         _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
         _require_between(self, 1, 1 << 24, "batch_size")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
-        _require_finite(self, "learning_rate", "commitment")
+        _require_finite(self, "learning_rate", "commitment", "color_weight")
+        _require_between(self, 0, self.steps, "warmup_steps")
+        known = typing.get_args(CodebookMethod)
+        _require(self.codebook in known, "codebook", f"one of {', '.join(known)}", self.codebook)
 
 
 @dataclass(frozen=True)

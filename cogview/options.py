@@ -37,7 +37,7 @@ Data = Annotated[
     arg(
         metavar="DATA",
         help='a folder of images with captions.tsv (one "file<TAB>caption" per line) or captions.json '
-        '({"file": "caption" or ["one", "two"]}); or "digits", the built-in handwritten digits',
+        '({"file": "caption" or ["one", "two"]}); or the built-in "digits" or "emoji"',
     ),
 ]
 PicturesOrRows = Annotated[
@@ -45,7 +45,7 @@ PicturesOrRows = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or the folder of rows that "
-        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits"',
+        '"cogview tokenize" wrote with the tokenizers of RUN; or "digits" or "emoji"',
     ),
 ]
 PicturesOrShards = Annotated[
@@ -53,11 +53,11 @@ PicturesOrShards = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
-        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits"',
+        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
     ),
 ]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
-PresetName = Annotated[str | None, _shown("NAME", 'small; for the data "digits", digits')]
+PresetName = Annotated[str | None, _shown("NAME", "small; for built-in data, theirs")]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
 Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
@@ -146,6 +146,52 @@ class Train:
             if getattr(self.model, name) != getattr(self.start.model, name):
                 option = name.replace("_", "-")
                 raise ValueError(f"--model.{option} follows from tokenizers and captions; leave it out")
+
+
+@dataclass(frozen=True)
+class Finetune:
+    """Train a run further for one task, into a new run folder.
+
+    captioning: to describe pictures, and so to rank them (rows in image-to-text order alone).
+    style: to draw in the style of some pictures, which all get the same caption; afterwards, ask for
+    "a tiger of line drawing style". The paper took 1,000 pictures of each style.
+    """
+
+    task: Positional[Annotated[Literal["captioning", "style"], arg(metavar="captioning|style")]]
+    """what for"""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run folder to begin with, which stays as it is; of released weights, what "cogview convert" wrote"""
+    data: PicturesOrRows
+    out: Annotated[Path, arg(metavar="RUN2")]
+    """run folder to write; an interrupted finetuning goes on where it stopped"""
+    caption: Annotated[str, _shown("TEXT", "a picture of line drawing style")] = ""
+    """style: the caption of every picture; its last words name the style"""
+    steps: Annotated[int | None, _shown("INT", "a tenth of the run's")] = None
+    """of the finetuning"""
+    batch_size: Annotated[int | None, _shown("INT", "the run's")] = None
+    """rows of a step"""
+    learning_rate: Annotated[float | None, _shown("FLOAT", "0.3 of the run's")] = None
+    """the highest, after the warm-up"""
+    seed: Annotated[int | None, _shown("INT", "the run's")] = None
+    """of everything random"""
+    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the run's")] = None
+    """dense or three-region, while training"""
+    precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _shown("KIND", "the run's")] = None
+    """fp32, bf16 or fp16, of activations"""
+    accumulate: Annotated[int | None, _shown("INT", "the run's")] = None
+    """parts of a batch, one after another: less memory"""
+    validation: Annotated[float | None, _shown("SHARE", "the run's")] = None
+    """share of the images that is not trained on; its loss is told at each checkpoint"""
+    skip_bad: bool = False
+    """leave out images that are not there or cannot be read, and list them in RUN2/rows"""
+    workers: int = 0
+    """processes that make batches ahead of the training, 0 = none"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.caption and self.task != "style":
+            raise ValueError(f"--caption belongs to the task style; {self.task} reads the captions of --data")
 
 
 @dataclass(frozen=True)
@@ -313,6 +359,64 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Evaluate:
+    """Compare two sets of pictures, or what a run draws with a set.
+
+    A set is a folder of pictures, or the statistics of one that were saved before (reference.safetensors). A
+    run draws a picture for each caption of the other folder, and describes its pictures.
+
+    With --vote, people compare: a page on this machine shows what several folders have of one text, in random
+    order, and keeps what is chosen by a click or by the number's key.
+    """
+
+    sets: Positional[Annotated[tuple[Path, ...], arg(metavar="A B [C ...]", help_behavior_hint="(required)")]]
+    """A: a folder of pictures, their statistics, or a run; B: a folder of pictures, or their statistics"""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("evaluation")
+    """folder for the figures (CSV, JSON, plot), the statistics of B, what a run draws, and votes"""
+    inception: Annotated[Path | None, _shown("FILE", "EfficientNet-Lite0, which gives no FID")] = None
+    """weights of the network that defines the FID and the Inception Score, as pytorch-fid and torch-fidelity
+    publish them"""
+    blur: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
+    """both sets are blurred by so many pixels; the paper's radii"""
+    size: Annotated[int | None, _shown("INT", "that of the pictures, which must have one")] = None
+    """side of the squares, in pixels, to which all pictures are scaled and cropped"""
+    run: Annotated[Path | None, _shown("RUN", "A, if that is a run")] = None
+    """run that tells CapLoss of sets with captions"""
+    num: int = 1
+    """pictures that the run A draws of each caption, of which the best by CapLoss is taken"""
+    captions: Annotated[int | None, _shown("INT", "all")] = None
+    """captions of B that the run A draws, and pictures that it describes, at most"""
+    vote: Flag = False
+    """serve a page that takes votes on the pictures of two or more folders"""
+    port: int = 8765
+    """of that page, on this machine alone; 0 takes a free one"""
+    seed: int = 0
+    """of what the run A draws, and of the order in which --vote shows pictures"""
+    splits: int = 10
+    """parts of the set over which the Inception Score is averaged"""
+    batch_size: int = 32
+    """pictures that the network sees together"""
+    skip_bad: bool = False
+    """leave out pictures that cannot be read, and list them"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.vote and len(self.sets) < 2:
+            raise ValueError(f"--vote compares two folders or more, got {len(self.sets)}")
+        if not self.vote and len(self.sets) != 2:
+            raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
+        if not 0 <= self.port < 1 << 16:
+            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
+        for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if not all(0 <= radius < 1000 for radius in self.blur):
+            raise ValueError(f"--blur must be pixels from 0 to 1000, got {self.blur}")
+
+
+@dataclass(frozen=True)
 class Presets:
     """List the presets: parameters, tokens, memory, and what each is for."""
 
@@ -346,15 +450,87 @@ class Convert:
 
 
 @dataclass(frozen=True)
-class Demo:
-    """Learn to draw handwritten digits from scratch and show the result."""
+class WriteData:
+    """Write built-in pictures and their captions into a folder, to look at them or to train on a part."""
 
-    out: Annotated[Path, arg(metavar="RUN")] = Path("runs/demo")
+    name: Positional[Annotated[Literal["emoji"], arg(metavar="emoji")]]
+    """emoji: OpenMoji's drawings, CC BY-SA 4.0"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write: PNG files, captions.tsv and ATTRIBUTION.txt; it must not exist"""
+    size: int = 64
+    """side of the pictures in pixels"""
+    style: Literal["color", "line"] = "color"
+    """color, or line for the outlines alone"""
+    part: Literal["all", "training", "held-out"] = "all"
+    """training leaves out, and held-out is, what --data emoji holds back: some skin tones of some drawings,
+    some line drawings"""
+    flags: Flag = False
+    """the flags of regions as well, which --data emoji leaves out"""
+    couples: Flag = False
+    """pictures with a skin tone for each of two persons as well, which --data emoji leaves out"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= 4096:
+            raise ValueError(f"--size must be from 1 to 4096 pixels, got {self.size}")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Learn to draw built-in pictures from scratch and show the result."""
+
+    data: Literal["digits", "emoji"] = "digits"
+    """digits: handwritten ones, a few minutes; emoji: OpenMoji's drawings, an hour"""
+    out: Annotated[Path | None, _shown("RUN", "runs/demo; runs/pictures for emoji")] = None
     """folder to write; an interrupted demo goes on where it stopped"""
+    preset: Annotated[Literal["digits", "emoji", "emoji-64"] | None, _shown("NAME", "that of the data")] = (
+        None
+    )
+    """sizes and schedule: emoji-64 is for one GPU"""
+    attention: Attention = None
+    """dense or three-region"""
     seed: int = 0
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.preset.partition("-")[0] != self.data:
+            raise ValueError(f"--preset {self.preset} is not made for --data {self.data}")
+
+    @property
+    def folder(self) -> Path:
+        """The folder to write."""
+        return self.out or Path("runs/pictures" if self.data == "emoji" else "runs/demo")
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """Show how much ranking by CapLoss gains with the number of candidates (the paper's figure 9).
+
+    Prompts in phrasings that training never saw are drawn many times. Then the best of 1, 2, 4 ... is picked
+    by CapLoss, by chance, and by the judge itself. For each, the share that is right and the Frechet distance
+    from real pictures are told.
+    """
+
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run on the built-in digits, which a judge can read"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; what is drawn is kept, so that the same command goes on"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview finetune captioning" that ranks the same candidates as well"""
+    candidates: int = 60
+    """pictures of each prompt"""
+    draws: int = 2
+    """times that each of the 60 prompts is drawn"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        for name in ("candidates", "draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,18 @@ VERBS: dict[str, type] = {
     "train-tokenizer": options.TrainTokenizer,
     "tokenize": options.Tokenize,
     "train": options.Train,
+    "finetune": options.Finetune,
     "plan": options.Plan,
     "generate": options.Generate,
     "infill": options.Infill,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
+    "data": options.WriteData,
     "demo": options.Demo,
+    "rank-curve": options.RankCurve,
     "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.

@@ -39,7 +39,7 @@ MODEL_OPTIONS = "train.toml"
 # data themselves by their fingerprint. All other settings make the model what it is: they must stay.
 MAY_CHANGE = frozenset(
     {
-        *("data", "preset", "name"),
+        *("data", "preset", "name", "finetuned.run"),
         *("sampling.temperature", "sampling.top_k", "sampling.top_p"),
         "model.activation_checkpointing",
         *("train.steps", "train.checkpoint_every", "train.keep", "train.accumulate", "train.log_every"),
@@ -63,6 +63,15 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
+class Finetuned:
+    """What a run was finetuned for, and from which run."""
+
+    task: str
+    run: str
+    caption: str | None = None  # of every picture, in place of the captions of the data
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Data of a run's transformer, its shape, its training, and how it samples unless told otherwise."""
 
@@ -72,6 +81,7 @@ class ModelSettings:
     max_text_tokens: int
     train: TrainConfig
     caption_tokens: int | None = None  # length of a caption, for a model that never learned to end one
+    finetuned: Finetuned | None = None  # None: trained from random weights
 
 
 def plain(settings: Any) -> Any:

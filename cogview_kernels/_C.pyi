@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True.
 
-Integers named after tensors are addresses, 0 for none. Strides are in elements; dtypes are the codes of
-``_extension.DTYPE_CODES``.
+Integers named after tensors are addresses, 0 for none. Dtypes are the codes of ``_extension.DTYPE_CODES``.
 """
 
 from typing import TypeAlias
 
+from torch import Tensor
+
 _Address: TypeAlias = int
-# Addresses with the dtype's code (a weight, a bias or its gradient); with the bytes of each integer.
-_Parameter: TypeAlias = tuple[_Address, int]
-_Integers: TypeAlias = tuple[_Address, int]
-# Address, and the strides of the first three dimensions.
-_Strided: TypeAlias = tuple[_Address, tuple[int, ...]]
+# A weight, a bias or its gradient; integers, contiguous; a tensor of attention, its rows contiguous.
+_Parameter: TypeAlias = Tensor | None
+_Integers: TypeAlias = Tensor | None
+_Strided: TypeAlias = Tensor | None
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
-# Pivots, how many a sample has, block_size, window_blocks, pivot_bias.
-_Layout: TypeAlias = tuple[_Integers, int, int, int, float]
+# Pivots [B, P], block_size, window_blocks, pivot_bias.
+_Layout: TypeAlias = tuple[_Integers, int, int, float]
 # Rows and columns of the grid of keys, radii of the window, query_scale, causal.
 _Window: TypeAlias = tuple[int, int, int, int, int, bool]
-# Rows, columns, dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
-_RowShape: TypeAlias = tuple[int, int, int]
+# A tensor of the rows' shape and dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.
+_RowShape: TypeAlias = Tensor | None
 _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # Address, stride of a row, ids, tokens, dtype.
-_Logits: TypeAlias = tuple[_Address, int, int, int, int]
+_Logits: TypeAlias = tuple[_Address, int, int, int, int, _Address, float, int]
 
 has_cuda: bool
 
@@ -32,6 +32,7 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def parallel_runtime() -> str: ...
 def free_workspaces() -> int: ...
+def signature(*arguments: object) -> object: ...
 def stable_softmax_fwd_cpu(
     scores: _Address,
     mask: _Address,
@@ -108,17 +109,22 @@ def sandwich_layer_norm_bwd_cpu(
 ) -> None: ...
 def linear_cross_entropy_reduce_cpu(
     logits: _Logits,
+    target: _Address,
     logit_max: _Address,
     total: _Address,
+    picked: _Address,
+    sum: _Address,
+    predicted: _Address,
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_gradient_cpu(
     logits: _Logits,
-    first: int,
+    objective: tuple[float, float, float],
     target: _Address,
     coefficient: _Address,
     logit_max: _Address,
     total: _Address,
+    dbias: _Address,
     threads: int,
 ) -> None: ...
 def three_region_attention_fwd_cpu(
@@ -199,7 +205,6 @@ def merge_attention_fwd_cpu(
 def merge_attention_bwd_cpu(
     outputs: tuple[_Strided, ...],
     lses: tuple[_Address, ...],
-    lse: _Address,
     dout: _Strided,
     dlse: _Address,
     doutputs: tuple[_Strided, ...],

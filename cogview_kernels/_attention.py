@@ -9,7 +9,7 @@ from torch import contiguous_format as _contiguous
 from cogview_kernels.layout import ThreeRegionLayout
 
 # ``_C.pyi`` tells what the members are.
-NativeLayout = tuple[tuple[int, int], int, int, int, float]
+NativeLayout = tuple[Tensor | None, int, int, float]
 
 _LARGEST = 2**30
 
@@ -36,19 +36,13 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=_contiguous)
 
 
-def strided(x: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides."""
-    return x.data_ptr(), x.stride()[:3]
-
-
 def native_layout(layout: ThreeRegionLayout, pivots: Tensor) -> NativeLayout:
     """``pivots`` are those of ``layout``, contiguous; the caller keeps them alive."""
-    listed = (pivots.data_ptr(), pivots.element_size())
     # Compiled code cuts blocks and window down to the sequence; here they are made to fit its integers.
     window = (min(layout.block_size, _LARGEST), min(layout.window_blocks, _LARGEST))
-    return listed, pivots.shape[1], *window, layout.pivot_bias
+    return pivots, *window, layout.pivot_bias
 
 
 def causal_layout(num_keys: int) -> NativeLayout:
     """Every key up to the query's own: one block as long as the keys, and no pivots."""
-    return (0, 8), 0, num_keys, 1, 0.0
+    return None, num_keys, 1, 0.0

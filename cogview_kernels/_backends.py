@@ -76,6 +76,8 @@ def _preference(device: torch.device) -> tuple[str, ...]:
     return ("cpu", *_PLAIN) if device.type == "cpu" else _PLAIN
 
 
+_signature = getattr(_extension.native, "signature", None)
+
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.
 _candidates: dict[tuple[str, torch.device], tuple[str, ...]] = {}
 
@@ -93,6 +95,37 @@ def _candidates_for(op: str, supported: tuple[str, ...], device: torch.device) -
         against = "".join(f"\n  not {name}: {reason}" for name, reason in reasons.items() if reason)
         _tell("%s on %s: %s%s", op, device, found[0], against)
     return found
+
+
+# The backends of calls that passed every check, by signature.
+_passed: dict[bytes | None, str] = {}
+_MOST_PASSED = 1024
+
+
+def signature(op: str, *arguments: object) -> bytes | None:
+    """What the checks of ``op`` and the choice of its backend depend on, or None where that cannot be told.
+
+    Two calls have the same signature only if their arguments are equal, or tensors of one device, dtype and
+    shape. So a call that looks like one that passed, see :func:`passed`, needs no check: together they cost
+    more host time than the rest of a call.
+    """
+    if _signature is None or torch.compiler.is_compiling():
+        return None
+    return _signature(op, *arguments)
+
+
+def passed(signature: bytes | None) -> str | None:
+    """The backend of an earlier call of this signature that passed; None where there was none."""
+    return _passed.get(signature)
+
+
+def remember(signature: bytes | None, backend: str) -> str:
+    """Calls of this signature pass with ``backend`` from now on. Gives ``backend``."""
+    if signature is not None:
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        _passed[signature] = backend
+    return backend
 
 
 def choose(

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,13 +66,10 @@ def check_rows(op: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be [..., C] with C of at least 1, got shape {tuple(x.shape)}")
 
 
-def check_norm_parameter(
-    op: str, name: str, x: Tensor | None, other_name: str, other: Tensor
-) -> Tensor | None:
-    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32. Under autocast it
-    may have any dtype, and is returned in one of these."""
+def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, other: Tensor) -> None:
+    """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32."""
     if x is None:
-        return None
+        return
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
     if x.dim() != 1 or x.shape[0] != other.shape[-1]:
@@ -79,13 +78,10 @@ def check_norm_parameter(
             f"got {tuple(x.shape)}"
         )
     if x.dtype not in (other.dtype, torch.float32):
-        if x.dtype.is_floating_point and is_autocast(other.device):
-            return x.to(torch.promote_types(other.dtype, torch.float32))
         raise TypeError(
             f"{op}: {name} must be {other.dtype}, as {other_name} is, or torch.float32, got {x.dtype}"
         )
     check_same_device(op, name, x, other_name, other)
-    return x
 
 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -142,8 +138,6 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[objec
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The tensors as autocast gives them to a matrix product: floats but float64 in its dtype."""
-    if not torch._C._is_any_autocast_enabled():
-        return tensors
     return tuple(
         x.to(torch.get_autocast_dtype(x.device.type))
         if isinstance(x, Tensor)
@@ -152,4 +146,17 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
         and is_autocast(x.device)
         else x
         for x in tensors
+    )
+
+
+def autocast_parameters(activations: Sequence[Any], parameters: Sequence[Any]) -> tuple[Any, ...]:
+    """A norm's parameters, those of another dtype than that of the activations in float32."""
+    if not all(isinstance(x, Tensor) and is_autocast(x.device) for x in activations):
+        return tuple(parameters)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in activations))
+    return tuple(
+        p.to(torch.promote_types(dtype, torch.float32))
+        if isinstance(p, Tensor) and p.dtype.is_floating_point and p.dtype != dtype
+        else p
+        for p in parameters
     )

@@ -66,6 +66,7 @@ class Op:
         fake: gives empty tensors of the shapes, dtypes and strides that ``kernel`` gives.
         save: ``save(context, arguments, outputs)`` gives the tensors that ``backward`` needs, inputs and
             outputs alone, and sets what else it needs on ``context``.
+        unsaved: as ``kernel``, on the CPU, but an output that only a backward pass reads is None.
         backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
             ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
             NotImplementedError: so are second derivatives, since the ops that backward passes call have none.
@@ -79,10 +80,12 @@ class Op:
         fake: Callable[..., Any],
         save: Callable[[Any, Sequence[Any], Any], Sequence[Tensor | None]] | None = None,
         backward: Callable[..., Sequence[Any]] | None = None,
+        unsaved: Callable[..., Any] | None = None,
         flops: _flops.Formula | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
+        self._unsaved = unsaved or kernel
         _library.define(schema, tags=_TAGS)
         packet = getattr(torch.ops.cogview_kernels, self.name)
         self._overload = packet.default
@@ -98,23 +101,36 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
+        return self._route(self.kernel, arguments)
+
+    def without_saved(self, *arguments: Any) -> Any:
+        """As a call, but an output that only a backward pass reads may be None."""
+        return self._route(self._unsaved, arguments)
+
+    def _route(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if torch.compiler.is_compiling():
             return self._overload(*arguments)
         # One loop written out: host time is what this function is about.
         differentiable = torch.is_grad_enabled()
-        has_memory = True
+        has_memory = on_cpu = True
         for x in arguments:
             kind = type(x)
             if kind in _SCALARS:
                 continue
-            if kind not in _PLAIN and not isinstance(x, Tensor):
-                has_memory = False  # a symbolic number, which only a tracer has
-                continue
+            if kind not in _PLAIN:
+                has_memory = False  # of a subclass, or a symbolic number, which only a tracer has
+                if not isinstance(x, Tensor):
+                    continue
             if differentiable and x.requires_grad:
                 return self._differentiate(*arguments)
-            if kind not in _PLAIN or not (x.is_cpu or x.is_cuda) or x.is_neg() or x._is_zerotensor():
+            if not x.is_cpu:
+                on_cpu = False
+                has_memory = has_memory and x.is_cuda
+            if x.is_neg() or x._is_zerotensor():
                 has_memory = False
         if has_memory and forward_ad._current_level < 0 and not _is_watched():
+            if on_cpu:
+                return kernel(*arguments)
             return self._on_its_device(*arguments)
         if forward_ad._current_level >= 0 or is_transformed():
             return self._differentiate(*arguments)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only file that knows Python. Tensors cross as addresses, sizes and strides (in elements), so the
-// extension depends on no PyTorch version; cogview_kernels/<op>/native.py checks and allocates.
+// The only file that knows Python, with python_tensor.h, which reads tensors, so that the extension depends on
+// no PyTorch version. Of some tensors the address alone crosses. cogview_kernels/<op>/native.py allocates.
 // An object crosses as a tuple of its fields. cogview_kernels/_C.pyi names and types every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -18,6 +18,7 @@
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "local_attention_2d/local_attention_2d.h"
 #include "merge_attention/merge_attention.h"
+#include "python_tensor.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
@@ -33,11 +34,11 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
-// Where a weight, a bias or its gradient lies (0 for none) and its dtype.
-using ParameterAddress = std::pair<Address, int>;
+// A weight, a bias or its gradient, or None.
+using ParameterAddress = PythonTensor;
 
-Parameter parameter(ParameterAddress p) {
-    return {pointer<void>(p.first), DType(p.second)};
+Parameter parameter(const PythonTensor& x) {
+    return {x.data, x.dtype};
 }
 
 // Threshold, scale, seed, and where the seed lies if on the device (else 0).
@@ -47,11 +48,11 @@ Dropout dropout(DropoutArguments d) {
     return {std::get<0>(d), std::get<1>(d), std::get<2>(d), pointer<uint64_t>(std::get<3>(d))};
 }
 
-// Rows, C, dtype.
-using RowShapeArguments = std::tuple<int64_t, int64_t, int>;
+// A tensor [..., C] of the rows' shape and dtype.
+using RowShapeArguments = PythonTensor;
 
-RowShape row_shape(RowShapeArguments x) {
-    return {std::get<0>(x), std::get<1>(x), DType(std::get<2>(x))};
+RowShape row_shape(const PythonTensor& x) {
+    return {x.elements / x.last, x.last, x.dtype};
 }
 
 // eps, mode of PB-Relax.
@@ -153,53 +154,61 @@ SoftmaxBackward softmax_backward(Address dprobs, Address probs, Address dscores,
             DType(dtype)};
 }
 
-// Where logits lie, the stride of a row, ids, tokens, dtype.
-using LogitsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int>;
+// Where logits lie, the stride of a row, ids, tokens, the first id, bias, softcap, dtype.
+using LogitsArguments = std::tuple<Address, int64_t, int64_t, int64_t, int64_t, Address, float, int>;
 
 Logits cross_entropy_logits(LogitsArguments x) {
-    return {pointer<void>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x),
-            DType(std::get<4>(x))};
+    return {
+        pointer<void>(std::get<0>(x)),  std::get<1>(x), std::get<2>(x),       std::get<3>(x), std::get<4>(x),
+        pointer<float>(std::get<5>(x)), std::get<6>(x), DType(std::get<7>(x))};
 }
 
-LinearCrossEntropyReduce cross_entropy_reduce(LogitsArguments logits, Address logit_max, Address total) {
-    return {cross_entropy_logits(logits), pointer<float>(logit_max), pointer<float>(total)};
+LinearCrossEntropyReduce cross_entropy_reduce(LogitsArguments logits, Address target, Address logit_max,
+                                              Address total, Address picked, Address sum, Address predicted) {
+    return {cross_entropy_logits(logits), pointer<int64_t>(target), pointer<float>(logit_max),
+            pointer<float>(total),        pointer<float>(picked),   pointer<float>(sum),
+            pointer<int64_t>(predicted)};
 }
 
-LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, int64_t first, Address target,
-                                                  Address coefficient, Address logit_max, Address total) {
-    return {cross_entropy_logits(logits), first,
-            pointer<int64_t>(target),     pointer<float>(coefficient),
-            pointer<float>(logit_max),    pointer<float>(total)};
+// z_loss, id_share, target_share.
+using ObjectiveArguments = std::tuple<float, float, float>;
+
+LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, ObjectiveArguments objective,
+                                                  Address target, Address coefficient, Address logit_max,
+                                                  Address total, Address dbias) {
+    return {cross_entropy_logits(logits), std::get<0>(objective),   std::get<1>(objective),
+            std::get<2>(objective),       pointer<int64_t>(target), pointer<float>(coefficient),
+            pointer<float>(logit_max),    pointer<float>(total),    pointer<float>(dbias)};
 }
 
-// A tensor of attention: its address, and the strides of its first three dimensions.
-using StridedAddress = std::pair<Address, std::array<int64_t, 3>>;
+// A tensor of attention, its rows contiguous, or None.
+using StridedAddress = PythonTensor;
 
-StridedInput strided_input(const StridedAddress& x) {
-    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+StridedInput strided_input(const PythonTensor& x) {
+    return {x.data, {x.stride[0], x.stride[1], x.stride[2]}};
 }
 
-StridedOutput strided_output(const StridedAddress& x) {
-    return {pointer<void>(x.first), {x.second[0], x.second[1], x.second[2]}};
+StridedOutput strided_output(const PythonTensor& x) {
+    return {x.data, {x.stride[0], x.stride[1], x.stride[2]}};
 }
 
-// Integers: their address, and the bytes of each.
-using IntegerAddress = std::pair<Address, int>;
+// A contiguous tensor of integers, or None.
+using IntegerAddress = PythonTensor;
 
-IntegerList integer_list(IntegerAddress x) {
-    return {pointer<void>(x.first), x.second};
+IntegerList integer_list(const PythonTensor& x) {
+    return {x.data, x.bytes};
 }
 
-// Pivots, how many a sample has, block size, window blocks, pivot bias.
-using LayoutArguments = std::tuple<IntegerAddress, int, int64_t, int64_t, float>;
+// Pivots [B, P], block size, window blocks, pivot bias.
+using LayoutArguments = std::tuple<IntegerAddress, int64_t, int64_t, float>;
 
 // For a sequence of `length` positions, past which neither block nor window reach.
 Layout layout_within(int64_t length, const LayoutArguments& x) {
     length = std::max<int64_t>(1, length);
-    const int64_t block_size = std::min(std::get<2>(x), length);
-    const int64_t window_blocks = std::min(std::get<3>(x), (length - 1) / block_size + 1);
-    return {integer_list(std::get<0>(x)), std::get<1>(x), int(block_size), int(window_blocks),
-            std::get<4>(x)};
+    const IntegerAddress& pivots = std::get<0>(x);
+    const int64_t block_size = std::min(std::get<1>(x), length);
+    const int64_t window_blocks = std::min(std::get<2>(x), (length - 1) / block_size + 1);
+    return {integer_list(pivots), int(pivots.last), int(block_size), int(window_blocks), std::get<3>(x)};
 }
 
 // The sizes, in the order of AttentionShape.
@@ -334,15 +343,11 @@ MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, Strided
     return {merge_attention(outputs, lses, shape, dtype), strided_output(out), pointer<float>(lse)};
 }
 
-MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, Address lse, StridedAddress dout,
-                                      Address dlse, MergedRows doutputs, MergedSums dlses,
-                                      std::array<int64_t, 5> shape, int dtype) {
-    MergeAttentionBackward a = {merge_attention(outputs, lses, shape, dtype),
-                                strided_input(dout),
-                                pointer<float>(lse),
-                                pointer<float>(dlse),
-                                {},
-                                {}};
+MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, StridedAddress dout, Address dlse,
+                                      MergedRows doutputs, MergedSums dlses, std::array<int64_t, 5> shape,
+                                      int dtype) {
+    MergeAttentionBackward a = {
+        merge_attention(outputs, lses, shape, dtype), strided_input(dout), pointer<float>(dlse), {}, {}};
     for (int i = 0; i < kMostMerged; ++i) {
         a.doutputs[i] = strided_output(doutputs[i]);
         a.dlses[i] = pointer<float>(dlses[i]);
@@ -393,8 +398,9 @@ constexpr const char* kSandwichForward[] = {"branch", "residual", "residual_out"
 constexpr const char* kSandwichBackward[] = {"dresidual_out", "dnormed",   "branch",  "residual_out",
                                              "dbranch",       "dresidual", "weights", "gradients",
                                              "stats",         "shape",     "dropout", "workspace"};
-constexpr const char* kReduce[] = {"logits", "logit_max", "total"};
-constexpr const char* kGradient[] = {"logits", "first", "target", "coefficient", "logit_max", "total"};
+constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
+constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
+                                     "logit_max", "total",     "dbias"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
@@ -407,7 +413,7 @@ constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_ma
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
                                           "shape",  "window", "scale", "dropout",   "dtype"};
 constexpr const char* kMergeForward[] = {"outputs", "lses", "out", "lse", "shape", "dtype"};
-constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "lse",   "dout", "dlse",
+constexpr const char* kMergeBackward[] = {"outputs",  "lses",  "dout",  "dlse",
                                           "doutputs", "dlses", "shape", "dtype"};
 
 }  // namespace
@@ -419,6 +425,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("parallel_runtime", &parallel_runtime);
     m.def("free_workspaces", &free_workspaces);
+    m.def("signature", &signature);
 
     bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward, kSoftmaxForward,
              [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });

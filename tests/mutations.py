@@ -56,6 +56,9 @@ _CPU_LOCAL = (
 )
 _TRITON_LOCAL = "local_attention_2d test_small_triton_tiles and (causal or grouped_heads)"
 _CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
+_TRITON_MERGE = (
+    "merge_attention (test_forward_and_backward or test_a_query or test_strides or test_weights) and triton"
+)
 _CPU_NORM = "layer_norm (test_forward_and_backward or test_constant_rows or test_extreme_rows) and cpu"
 _CPU_SANDWICH = "sandwich_layer_norm (test_forward_and_backward or test_every_backend_draws) and cpu"
 _TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and triton and not two_tiles"
@@ -216,6 +219,16 @@ MUTATIONS = [
              "(dots[i] - mean + dlse)", "(dots[i] + dlse)", _CPU_MERGE),
     Mutation("merge-cpu-nothing-seen", "csrc/merge_attention/*",
              "weights[i] = weights[i] == 0.0f ? 0.0f :", "weights[i] =", _CPU_MERGE),
+    Mutation("merge-triton-no-maximum", "cogview_kernels/merge_attention/*.py",
+             "tl.exp2((lses[i] - safe) * LOG2E)", "tl.exp2(lses[i] * LOG2E)", _TRITON_MERGE),
+    Mutation("merge-triton-no-mean", "cogview_kernels/merge_attention/*.py",
+             "(dots[i] - mean + dlse)", "(dots[i] + dlse)", _TRITON_MERGE),
+    Mutation("merge-triton-no-dlse", "cogview_kernels/merge_attention/*.py",
+             "(dots[i] - mean + dlse)", "(dots[i] - mean)", _TRITON_MERGE),
+    Mutation("merge-triton-nothing-seen", "cogview_kernels/merge_attention/*.py",
+             "safe = tl.where(top == float(\"-inf\"), 0.0, top)", "safe = top", _TRITON_MERGE),
+    Mutation("merge-triton-stride-of-heads", "cogview_kernels/merge_attention/*.py",
+             "offset(bh % H, strides[1])", "offset(bh % H, strides[2])", _TRITON_MERGE),
     # ---- decode_attention
     Mutation("decode-cpu-bias", "csrc/decode_attention/*_cpu.cpp",
              "logits[j] += a.layout.pivot_bias;", "logits[j] += a.layout.pivot_bias * a.scale;",

@@ -22,6 +22,8 @@ def _plain(node: ast.expr, aliases: dict[str, ast.expr]):
     if text in aliases:
         return _plain(aliases[text], aliases)
     if isinstance(node, ast.BinOp):  # pybind11: SupportsInt | SupportsIndex
+        if text == "Tensor | None":
+            return text
         return "float" if "SupportsFloat" in text else "int"
     if isinstance(node, ast.Subscript):
         inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]

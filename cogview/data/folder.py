@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
-from cogview.data.caption_files import read_captions
-from cogview.data.image_files import read_pixels, to_unit_range
+from cogview.data.caption_files import is_text, read_captions
+from cogview.data.image_files import picture_files, read_pixels, to_unit_range
 from cogview.files import StrPath
 from cogview.progress import Progress
 
@@ -37,15 +37,22 @@ class FolderPairs:
 
     Args:
         skip_bad: leave out files that are not there; :meth:`check` then tells which.
+        captions: of each file, in place of the folder's list.
     """
 
     absent: list[str]
 
-    def __init__(self, folder: StrPath, *, skip_bad: bool = False) -> None:
+    def __init__(
+        self,
+        folder: StrPath,
+        *,
+        skip_bad: bool = False,
+        captions: Mapping[str, list[str]] | None = None,
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f'data folder not found: {self.folder} (the built-in data is "digits")')
-        self._items = sorted(read_captions(self.folder).items())
+        self._items = sorted((read_captions(self.folder) if captions is None else captions).items())
         if not self._items:
             raise ValueError(f"{self.folder}: the caption list is empty")
         self._pictures: dict[tuple[int, int], Tensor] = {}  # by index and size, read before
@@ -124,6 +131,17 @@ class FolderPairs:
         """Name, size and captions of every file."""
         for name, captions in self._items:
             yield repr((name, (self.folder / name).stat().st_size, captions)).encode(errors="surrogatepass")
+
+
+def pictures_with(caption: str, folder: StrPath) -> FolderPairs:
+    """All pictures of a folder with one caption; a list of captions in it is not looked at.
+
+    Raises what :func:`picture_files` raises, and ValueError for an empty caption.
+    """
+    if not is_text(caption):
+        raise ValueError(f"caption must be a text that is not empty, got {caption!r}")
+    names = (path.relative_to(folder).as_posix() for path in picture_files(folder))
+    return FolderPairs(folder, captions={name: [caption] for name in names})
 
 
 def _folded(name: str) -> str:

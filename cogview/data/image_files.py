@@ -81,6 +81,22 @@ def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:
         raise ValueError(f"{name} cannot be read as an image: {_reason(error)}") from None
 
 
+def picture_files(folder: StrPath) -> list[Path]:
+    """The files in a folder and in the folders in it whose names end as those of pictures do, sorted.
+
+    Hidden files are left out. FileNotFoundError if there is no such folder, ValueError if it has no pictures.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"folder of pictures not found: {folder}")
+    endings = Image.registered_extensions()
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    paths = sorted(path for path in found if not path.name.startswith(".") and path.is_file())
+    if not paths:
+        raise ValueError(f"{folder} has no pictures: no file in it ends with .png, .jpg or the like")
+    return paths
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "it is empty, damaged or of a kind that Pillow does not know"

@@ -51,7 +51,7 @@ def is_shards(data: StrPath) -> bool:
 
 
 def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
-    """``"digits"`` for the training part of the built-in digits, anything else is a folder.
+    """``"digits"`` or ``"emoji"`` for the training part of the built-in data, anything else is a folder.
 
     With ``skip_bad`` files that are not there are left out; :meth:`Pairs.check` tells which.
     """
@@ -64,6 +64,10 @@ def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
         from cogview.data.digits import training_pairs
 
         return training_pairs()
+    if os.fspath(data) == "emoji":
+        from cogview.data import emoji
+
+        return emoji.training_pairs()
     from cogview.data.folder import FolderPairs
 
     return FolderPairs(data, skip_bad=skip_bad)

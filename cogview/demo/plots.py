@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -11,43 +12,47 @@ from torch import Tensor
 
 from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
 from cogview.demo.report import Drawings
+from cogview.evaluation.rank_curve import CurvePoint
 from cogview.files import StrPath
 from cogview.images import save_figure
 
 RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
 
 
-def save_contact_sheet(
-    path: StrPath, title: str, labels: Sequence[str], images: Tensor, is_right: Tensor
-) -> None:
-    """One labelled row of candidates per prompt, best first.
+@dataclass(frozen=True)
+class Row:
+    """What a contact sheet shows of one prompt."""
 
-    Args:
-        images: ``[R, M, 3, S, S]`` in [0, 1].
-        is_right: bool ``[R, M]``; a wrong candidate is framed in red.
-    """
-    rows, columns, _, side, _ = images.shape
+    label: str
+    images: Tensor  # [M, 3, S, S] in [0, 1], best first
+    is_right: Tensor  # bool [M]
+
+
+def save_contact_sheet(
+    path: StrPath, title: str, rows: Sequence[Row], columns: Sequence[str], if_wrong: str
+) -> None:
+    """One labelled row of candidates per prompt. A wrong one is framed in red: ``if_wrong`` says why."""
+    side = rows[0].images.shape[-1]
     factor = max(1, 48 // side)
     frame, gap = 3, 3
     cell = side * factor + 2 * frame + gap
-    sheet = np.ones((rows * cell, columns * cell, 3))
-    tiles = images.permute(0, 1, 3, 4, 2).cpu().numpy().repeat(factor, axis=2).repeat(factor, axis=3)
-    for row in range(rows):
-        for column in range(columns):
-            block = sheet[row * cell : row * cell + cell - gap, column * cell : column * cell + cell - gap]
-            block[:] = RIGHT if is_right[row, column] else WRONG
-            block[frame:-frame, frame:-frame] = tiles[row, column]
-    figure = Figure(figsize=(13, 0.55 * rows + 1.2), dpi=110, layout="constrained")
+    sheet = np.ones((len(rows) * cell, len(columns) * cell, 3))
+    for place, row in enumerate(rows):
+        tiles = row.images.permute(0, 2, 3, 1).cpu().numpy().repeat(factor, axis=1).repeat(factor, axis=2)
+        for column, (tile, is_right) in enumerate(zip(tiles, row.is_right, strict=True)):
+            block = sheet[
+                place * cell : place * cell + cell - gap, column * cell : column * cell + cell - gap
+            ]
+            block[:] = RIGHT if is_right else WRONG
+            block[frame:-frame, frame:-frame] = tile
+    figure = Figure(figsize=(13, 0.55 * len(rows) + 1.2), dpi=110, layout="constrained")
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest", aspect="equal")
-    axes.set_yticks([(row + 0.5) * cell for row in range(rows)], labels, fontsize=10)
-    axes.set_xticks(
-        [(column + 0.5) * cell for column in range(columns)],
-        [str(place + 1) for place in range(columns)],
-        fontsize=9,
-    )
+    heights = [(place + 0.5) * cell for place in range(len(rows))]
+    axes.set_yticks(heights, [row.label for row in rows], fontsize=10)
+    axes.set_xticks([(column + 0.5) * cell for column in range(len(columns))], columns, fontsize=9)
     axes.tick_params(length=0)
-    axes.set_xlabel("rank by CapLoss, best first (red frame: the judge reads another digit)")
+    axes.set_xlabel(f"rank by CapLoss, best first (red frame: the judge reads {if_wrong})")
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=11)
     save_figure(path, figure)
@@ -92,13 +97,37 @@ def save_demo_sheet(path: StrPath, drawings: Drawings, results: Mapping[str, flo
         labels += [gloss.format(en=word) for word in ENGLISH]
     images, best_first = drawings.images, drawings.order[rows]
     sheet = images[rows].gather(1, best_first[..., None, None, None].expand_as(images[rows]))
+    is_right = drawings.is_right[rows].gather(1, best_first)
+    shown = [Row(*row) for row in zip(labels, sheet, is_right, strict=True)]
+    columns = [str(rank + 1) for rank in range(images.shape[1])]
     best, single = results["best_of_all"], results["single_draw"]
     title = (
         f'"{english.format(en="...")}" and a Chinese phrasing, neither seen in training.  '
         f"Right digit over {results['prompts']} prompts: "
         f"best of {images.shape[1]} by CapLoss {best:.1%}, single draw {single:.1%}"
     )
-    save_contact_sheet(path, title, labels, sheet, drawings.is_right[rows].gather(1, best_first))
+    save_contact_sheet(path, title, shown, columns, "another digit")
+
+
+def save_rank_curve(path: StrPath, curve: Sequence[CurvePoint], prompts: int, distance: str) -> None:
+    """The share of picks that are right, and their Frechet distance, over the number of candidates."""
+    figure = Figure(figsize=(11, 4), dpi=110, layout="constrained")
+    right, far = figure.subplots(1, 2)
+    for picker in dict.fromkeys(point.picker for point in curve):
+        own = [point for point in curve if point.picker == picker]
+        counts = [point.candidates for point in own]
+        right.plot(counts, [100 * point.right for point in own], "o-", label=picker)
+        far.plot(counts, [point.distance for point in own], "o-", label=picker)
+    right.set_ylabel(f"picks that are right, % of {prompts} prompts")
+    far.set_ylabel(distance)
+    counts = sorted({point.candidates for point in curve})
+    for axes in (right, far):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set_xlabel("candidates of which one is picked")
+        axes.grid(alpha=0.3)
+    right.legend()
+    save_figure(path, figure)
 
 
 def save_demo_curves(

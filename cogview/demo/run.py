@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ from cogview.demo.report import (
     REPORT,
     SHEET,
     Drawings,
-    Prompt,
     all_prompts,
     drawings_report,
     environment,
@@ -118,7 +117,8 @@ def run_demo(options: Demo) -> dict[str, Any]:
     run = load_run(out, device)
     prompts = all_prompts(options.draws)
     with clock.phase("draw_and_rerank"):
-        codes, losses = _draw(options, run, prompts)
+        plan = DrawPlan(out, options.seed, options.num_candidates, progress)
+        codes, losses = draw_prompts(plan, run, prompts)
     with clock.phase("judge_and_report"):
         judge = Judge()
         images = run.pixels(codes).cpu()
@@ -140,25 +140,48 @@ def run_demo(options: Demo) -> dict[str, Any]:
     return report
 
 
-def _draw(options: Demo, run: Run, prompts: Sequence[Prompt]) -> tuple[Tensor, Tensor]:
-    """Codes ``[prompts, candidates, num_codes]`` and CapLoss; a finished draw is read from its file."""
+class Asked(Protocol):
+    """A prompt, and the number of the draw that it belongs to."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def draw(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DrawPlan:
+    """Where drawings are kept and how they are made."""
+
+    out: StrPath
+    seed: int
+    num_candidates: int
+    progress: bool
+
+
+def draw_prompts(plan: DrawPlan, run: Run, prompts: Sequence[Asked]) -> tuple[Tensor, Tensor]:
+    """Codes ``[prompts, candidates, num_codes]`` and CapLoss; a finished draw is read from its file.
+
+    The prompts are in the order of their draws.
+    """
     codes, losses = [], []
     num_codes = run.tokenizers.image.config.codes_per_image
-    total = len(prompts) * options.num_candidates * num_codes
-    with Progress(total, "draw and rerank", unit="code", enabled=options.progress) as bar:
-        for draw in range(options.draws):
+    total = len(prompts) * plan.num_candidates * num_codes
+    with Progress(total, "draw and rerank", unit="code", enabled=plan.progress) as bar:
+        for draw in sorted({prompt.draw for prompt in prompts}):
             texts = [run.pieces(prompt.text) for prompt in prompts if prompt.draw == draw]
-            path = Path(options.out) / "draws" / f"draw-{draw}.safetensors"
+            path = Path(plan.out) / "draws" / f"draw-{draw}.safetensors"
             if path.exists():
-                bar.update(len(texts) * options.num_candidates * num_codes)
+                bar.update(len(texts) * plan.num_candidates * num_codes)
             else:
-                seed = derive_seed(options.seed, "draw", draw)
+                seed = derive_seed(plan.seed, "draw", draw)
                 drawn = generate_codes(
                     run.model,
                     run.tokenizers.vocab,
                     texts,
                     num_codes,
-                    num_candidates=options.num_candidates,
+                    num_candidates=plan.num_candidates,
                     seeds=[derive_seed(seed, place) for place in range(len(texts))],
                     options=DrawOptions(run.sampling, max_batch=512, on_step=bar.update),
                 )

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cogview.config import ModelConfig
 from cogview.model.cache import KVCache
+from cogview.model.hub import HubModel
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
@@ -140,8 +141,10 @@ class Trunk(nn.Module):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, dtype=DTYPE)
 
 
-class CogView(nn.Module):
+class CogView(HubModel):
     """Token ids to hidden states, and hidden states to logits by the tied embedding.
+
+    ``save_pretrained(folder)`` and ``CogView.from_pretrained(folder)`` are those of Hugging Face.
 
     Args:
         config: shape; ``PRESETS["base"].model`` has the 3,928,849,920 parameters of the released model.

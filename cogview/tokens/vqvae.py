@@ -14,13 +14,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogview.config import ImageTokenizerConfig
+from cogview.config import CodebookMethod, ImageTokenizerConfig
 
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
 
 
+class ResidualBlock(nn.Module):
+    """``x + conv1x1(relu(conv3x3(relu(x))))``, the block of the first VQ-VAE (arXiv:1711.00937)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1, dtype=DTYPE),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.blocks(x)
+
+
 class Encoder(nn.Module):
-    """``stages`` stride-2 convolutions with ReLU, then a 1x1 convolution to the code size."""
+    """``stages`` stride-2 convolutions with ReLU, residual blocks, a 1x1 convolution to the code size."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
@@ -29,6 +45,7 @@ class Encoder(nn.Module):
         for _ in range(config.stages):
             layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE), nn.ReLU()]
             channels = config.channels
+        layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
         self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, config.code_dim, 1, dtype=DTYPE))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -36,12 +53,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Mirror of the encoder."""
+    """Mirror of the encoder; a 3x3 convolution leads to the residual blocks, if there are any."""
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = config.code_dim
+        if config.residual_blocks:
+            layers.append(nn.Conv2d(channels, config.channels, 3, padding=1, dtype=DTYPE))
+            channels = config.channels
+            layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
         for _ in range(config.stages):
             layers += [
                 nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
@@ -54,19 +75,37 @@ class Decoder(nn.Module):
         return self.blocks(codes)
 
 
-class Quantizer(nn.Module):
-    """Nearest code by squared distance; the book follows the encoder by moving averages.
+class Quantized(NamedTuple):
+    """Vectors that were replaced by codes, and the losses that belong to it."""
 
-    ``embed`` is stored transposed, ``[D, K]``. In training, a code that on average serves fewer than
-    ``revive_below`` vectors a step restarts at a random encoder output; in the first step that is nearly
-    all of them. Without it most of a small book is never used.
+    vectors: Tensor  # [..., D], the codes' vectors, with a gradient for what they stand for
+    codes: Tensor  # [...] int64
+    commitment: Tensor  # mean squared distance from the vectors to their (fixed) codes
+    codebook: Tensor  # the same distance, to draw the codes; 0 where the book learns otherwise or not at all
+
+
+class Quantizer(nn.Module):
+    """Nearest code by squared distance, and the four ways of the paper (section 2.2) to learn the book.
+
+    - ``"moving-average"``: the book follows the encoder by moving averages. A code that on average serves
+      fewer than ``revive_below`` vectors a step restarts at a random encoder output; in the first step that
+      is nearly all of them. Without it most of a small book is never used.
+    - ``"straight-through"``: a loss of its own draws each code to its vectors (arXiv:1711.00937).
+    - ``"gumbel"``: in training, codes are drawn with probability softmax(-distance / temperature) by
+      Gumbel's trick, and the gradient is that of the softmax. The trainer lowers ``temperature``.
+    - ``"fixed"``: the book stays what it was at initialisation, and the encoder learns to meet it.
+
+    ``embed`` is stored transposed, ``[D, K]``. All ways give the same tensors, and drawing, captioning and
+    ``encode`` take the nearest code.
     """
 
     decay = 0.99
     eps = 1e-5
     revive_below = 0.5
 
-    embed: Tensor
+    method: CodebookMethod = "moving-average"
+    temperature = 1.0
+
     cluster_size: Tensor
     embed_avg: Tensor
 
@@ -74,16 +113,56 @@ class Quantizer(nn.Module):
         super().__init__()
         embed = torch.empty(config.code_dim, config.num_codes, dtype=DTYPE)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
-        self.register_buffer("embed", embed)
+        # Without a gradient, unless the way to learn it is by gradient.
+        self.embed = nn.Parameter(embed, requires_grad=False)
         self.register_buffer("cluster_size", torch.zeros(config.num_codes, dtype=DTYPE))
         self.register_buffer("embed_avg", embed.clone())
 
+    def learn_by(self, method: CodebookMethod) -> None:
+        """How training changes the book from now on."""
+        self.method = method
+        self.embed.requires_grad_(method in ("straight-through", "gumbel"))
+
+    @torch.no_grad()
+    def begin_at(self, z: Tensor) -> None:
+        """Start the book at random ones of the vectors ``[..., D]``."""
+        flat = z.reshape(-1, z.shape[-1])
+        chosen = flat[torch.randint(len(flat), (self.embed.shape[1],), device=z.device)].t()
+        self.embed.copy_(chosen)
+        self.embed_avg.copy_(chosen)
+        self.cluster_size.fill_(1.0)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise ``[..., D]`` vectors; in training, let the book learn."""
+        if self.method == "gumbel" and self.training:
+            return self._drawn(z)
+        codes = self.nearest(z)
+        quantized = self.lookup(codes)
+        commitment = F.mse_loss(z, quantized.detach())
+        codebook = torch.zeros_like(commitment)
+        if self.training and self.method == "moving-average":
+            self.update(z.detach(), codes)
+        if self.training and self.method == "straight-through":
+            codebook = F.mse_loss(quantized, z.detach())
+        return Quantized(z + (quantized - z).detach(), codes, commitment, codebook)
+
+    def _drawn(self, z: Tensor) -> Quantized:
+        logits = -self.distances(z.reshape(-1, z.shape[-1])) / self.temperature
+        chosen = F.gumbel_softmax(logits, hard=True)
+        nothing = torch.zeros((), dtype=z.dtype, device=z.device)
+        codes = chosen.detach().argmax(1).view(z.shape[:-1])
+        return Quantized((chosen @ self.embed.t()).view_as(z), codes, nothing, nothing)
+
+    def distances(self, flat: Tensor) -> Tensor:
+        """Squared distances ``[N, K]`` of vectors ``[N, D]`` from all codes, less the vectors' own squares.
+
+        These are the same for every code, so they change neither the nearest one nor a softmax.
+        """
+        return self.embed.square().sum(0) - 2 * flat @ self.embed
+
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code for each ``[..., D]`` vector; int64 ``[...]``."""
-        flat = z.reshape(-1, z.shape[-1])
-        # |z|^2 is the same for every code, so it is left out of the comparison.
-        distance = self.embed.square().sum(0) - 2 * flat @ self.embed
-        return distance.argmin(1).view(z.shape[:-1])
+        return self.distances(z.reshape(-1, z.shape[-1])).argmin(1).view(z.shape[:-1])
 
     def lookup(self, codes: Tensor) -> Tensor:
         """``[...]`` indices to ``[..., D]`` vectors."""
@@ -114,7 +193,8 @@ class Reconstruction(NamedTuple):
 
     images: Tensor  # [B, 3, H, W], not clamped: the gradient must not vanish outside [0, 1]
     codes: Tensor  # [B, h, w] int64
-    commitment: Tensor  # mean squared distance from encoder output to its (fixed) code
+    commitment: Tensor  # as in Quantized
+    codebook: Tensor  # as in Quantized
 
 
 class ImageTokenizer(nn.Module):
@@ -136,7 +216,8 @@ class ImageTokenizer(nn.Module):
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def vectors(self, images: Tensor) -> Tensor:
+        """What the encoder makes of images ``[B, 3, H, W]``, before it is quantised: ``[B, h, w, D]``."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
         factor = 2**self.config.stages
@@ -150,21 +231,23 @@ class ImageTokenizer(nn.Module):
     def _decode(self, quantized: Tensor) -> Tensor:
         return self.dec(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
 
-    def forward(self, images: Tensor) -> Reconstruction:
-        """Encode, quantise with a straight-through gradient, decode; in training, update the book."""
-        z = self._encode(images)
-        codes = self.quantize_t.nearest(z)
-        quantized = self.quantize_t.lookup(codes)
-        commitment = F.mse_loss(z, quantized.detach())
-        if self.training:
-            self.quantize_t.update(z.detach(), codes)
-        straight_through = z + (quantized - z).detach()
-        return Reconstruction(self._decode(straight_through), codes, commitment)
+    def forward(self, images: Tensor, *, quantise: bool = True) -> Reconstruction:
+        """Encode, quantise, decode; in training, the book learns as :class:`Quantizer` was told.
+
+        Without ``quantise``, what is decoded are the vectors themselves, and the book stays as it is.
+        """
+        z = self.vectors(images)
+        if not quantise:
+            nothing = torch.zeros((), dtype=z.dtype, device=z.device)
+            return Reconstruction(self._decode(z), self.quantize_t.nearest(z), nothing, nothing)
+        quantized = self.quantize_t(z)
+        decoded = self._decode(quantized.vectors)
+        return Reconstruction(decoded, quantized.codes, quantized.commitment, quantized.codebook)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] to codes ``[B, h, w]``, int64 in ``[0, num_codes)``."""
-        return self.quantize_t.nearest(self._encode(images))
+        return self.quantize_t.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -215,6 +215,8 @@ def read_state(path: Path) -> CheckpointState:
 _CHANGED = {
     "data": "the pictures or captions are not those that {run} was started with: put them back to go on with "
     "it, or train in another folder. Pictures and rows that were written of them are not the same data",
+    "start": "the run that {run} was finetuned from has other weights now: put them back to go on with it, "
+    "or finetune in another folder",
     "tokenizers": "the tokenizers in {run} are not those that its transformer was trained with: put them "
     "back, or train the transformer in another folder",
 }

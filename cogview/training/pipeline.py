@@ -37,6 +37,7 @@ from cogview.settings import (
     MODEL_SETTINGS,
     TOKENIZER_OPTIONS,
     TOKENIZER_SETTINGS,
+    Finetuned,
     ModelSettings,
     TokenizerSettings,
     check_settings,
@@ -54,8 +55,9 @@ from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_che
 from cogview.training.compilation import require_compiler
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
-from cogview.training.plan import plan_model, plan_text, require_fitting_preset
+from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitting_preset
 from cogview.training.precision import Precision
+from cogview.training.start import Start
 from cogview.training.transformer import TrainingData, train
 from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
 
@@ -209,6 +211,7 @@ class TrainModel:
     draw: Draw | None = None  # None: no sample pictures
     workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+    finetuned: Finetuned | None = None  # the run whose weights and tokenizers are begun with
 
     def __post_init__(self) -> None:
         require_workers(0, self.workers)
@@ -237,20 +240,26 @@ def train_model(options: TrainModel) -> History:
 
 def _train_model(options: TrainModel, lock: RunLock) -> History:
     out = Path(options.out)
-    preset = options.preset or implied_preset(out)
-    require_fitting_preset(out, preset)
+    source = out if options.finetuned is None else Path(options.finetuned.run)
+    preset = options.preset or implied_preset(source)
+    require_fitting_preset(source, preset)
     # Found out before the images are encoded.
     Precision(preset.train.precision, options.device)
     if preset.train.compile_layers:
         require_compiler(options.device)
-    tokenizers = load_tokenizers(out, options.device)
+    tokenizers = load_tokenizers(source, options.device)
     data = _open_data(options, tokenizers)
     lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)
     plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, lengths)
     settings = ModelSettings(
-        os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train
+        *(os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train),
+        finetuned=options.finetuned,
     )
     origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(data)}
+    start = None if options.finetuned is None else Start(source, tokenizers.fingerprint)
+    if start is not None:
+        settings = start.settings(settings)
+        origin["start"] = start.fingerprint
     saved = latest_checkpoint(out / CHECKPOINTS)
     if saved is not None:
         check_settings(out / MODEL_SETTINGS, settings)
@@ -259,18 +268,18 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     draw = _sample_drawer(options, settings, tokenizers, data)
     _tell(plan.notes, options.progress)
     lock.take()
+    if start is not None and distributed.is_first():
+        start.copy_tokenizers(out)
     rows = data if isinstance(data, Rows) else _rows_of(data, options, tokenizers, plan.max_text_tokens)
-    training, validation = split_rows(rows, preset.train.validation)
-    dataset = TrainingData(
-        TokenDataset(tokenizers.vocab, training, plan.row_length),
-        TokenDataset(tokenizers.vocab, validation, plan.row_length) if validation is not None else None,
-        options.workers,
-    )
+    dataset = _dataset(rows, options, preset, tokenizers, plan)
     torch.manual_seed(derive_seed(preset.train.seed, "init model"))
     model = CogView(plan.config).to(options.device)
+    if start is not None and saved is None:
+        start.load_weights(model)
     if distributed.is_first():
         write_settings(out / MODEL_SETTINGS, settings)
-        write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
+        if start is None:
+            write_options(out / MODEL_OPTIONS, model_options(os.fspath(options.data), preset))
     return train(
         model,
         dataset,
@@ -279,6 +288,17 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         origin=origin,
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
+    )
+
+
+def _dataset(
+    rows: Rows, options: TrainModel, preset: Preset, tokenizers: Tokenizers, plan: ModelPlan
+) -> TrainingData:
+    training, validation = split_rows(rows, preset.train.validation)
+    return TrainingData(
+        TokenDataset(tokenizers.vocab, training, plan.row_length),
+        TokenDataset(tokenizers.vocab, validation, plan.row_length) if validation is not None else None,
+        options.workers,
     )
 
 
@@ -292,6 +312,10 @@ def _notes_on_going_on(out: Path, preset: Preset) -> list[str]:
 
 
 def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
+    if options.finetuned is not None and options.finetuned.caption is not None:
+        from cogview.data.folder import pictures_with
+
+        return pictures_with(options.finetuned.caption, options.data)
     if not is_rows(options.data):
         return open_pairs(options.data, skip_bad=options.skip_bad)
     rows = open_rows(options.data)

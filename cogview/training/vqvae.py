@@ -20,9 +20,16 @@ from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
 from cogview.training.speed import peak_memory_gb
 
+LAST_TEMPERATURE = 1 / 16  # of the codebook method "gumbel", reached at half of the training, as by DALL-E
+
+
+def temperature(done: float) -> float:
+    """The temperature after a share ``done`` of the steps: from 1, geometrically, to its last value."""
+    return LAST_TEMPERATURE ** min(1.0, 2 * done)
+
 
 class ImageTokenizerTrainer(Trainer):
-    """Pixel MSE plus commitment, Adam, a cosine to zero; the codebook follows by moving averages."""
+    """Pixel MSE plus commitment, Adam, a cosine to zero; the codebook as :class:`Quantizer` says."""
 
     label = "train image tokenizer"
     board = "image_tokenizer"
@@ -37,7 +44,9 @@ class ImageTokenizerTrainer(Trainer):
         self.config = config
         self.workers = workers
         self.device = next(tokenizer.parameters()).device
-        self.optimizer = torch.optim.Adam(tokenizer.parameters(), lr=config.learning_rate, fused=True)
+        tokenizer.quantize_t.learn_by(config.codebook)
+        learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True)
         self.optimizers = {"optimizer": self.optimizer}
         angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
         self._schedule = 0.5 * (1 + torch.cos(angle))
@@ -51,15 +60,25 @@ class ImageTokenizerTrainer(Trainer):
         torch.manual_seed(derive_seed(self.config.seed, "image tokenizer", step))
         images = batch.to(self.device)
         set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
-        book = {name: buffer.clone() for name, buffer in self.model.quantize_t.named_buffers()}
-        result = self.model(images)
+        quantizer = self.model.quantize_t
+        quantizer.temperature = temperature(step / self.config.steps)
+        if 0 < step == self.config.warmup_steps:
+            with torch.no_grad():
+                quantizer.begin_at(self.model.vectors(images))
+        book = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+        result = self.model(images, quantise=step >= self.config.warmup_steps)
         reconstruction = F.mse_loss(result.images, images)
-        loss = reconstruction + self.config.commitment * result.commitment
+        loss = reconstruction + self.config.commitment * result.commitment + result.codebook
+        if self.config.color_weight:
+            # Outlines make up most of the pixels' error; this tells one plain colour from another.
+            cell = 2**self.model.config.stages
+            shades = F.mse_loss(F.avg_pool2d(result.images, cell), F.avg_pool2d(images, cell))
+            loss = loss + self.config.color_weight * shades
         backward(loss)
         descent = descend(loss, self.model, self.optimizer)
         # The forward pass has already moved the codebook: after a skipped step it is put back.
-        for name, buffer in self.model.quantize_t.named_buffers():
-            buffer.copy_(torch.where(descent.skipped, book[name], buffer))
+        for name, tensor in quantizer.state_dict().items():
+            tensor.copy_(torch.where(descent.skipped, book[name], tensor))
         codes_used = float(len(result.codes.unique()))
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
 
@@ -83,12 +102,12 @@ def train_image_tokenizer(
 ) -> History:
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
-    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term; Adam, cosine to zero. A step
-    whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0 reads
-    them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds PyTorch's
-    global generators. Returns the history: ``reconstruction``
-    (MSE) and ``codes_used`` (distinct codes in the batch) per step. The rest is
-    :func:`cogview.training.loop.run_loop`.
+    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight`` times the MSE
+    of mean colours and, where ``codebook`` is "straight-through", the codebook's own; Adam, cosine to zero.
+    A step whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0
+    reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds
+    PyTorch's global generators. Returns the history: ``reconstruction`` (MSE) and ``codes_used`` (distinct
+    codes in the batch) per step. The rest is :func:`cogview.training.loop.run_loop`.
     """
     trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
     trainer.origin = origin

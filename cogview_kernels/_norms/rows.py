@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cogview_kernels import _checks, _device, _extension
+from cogview_kernels import _checks, _device
 
 PB_RELAX_CODES = {None: 0, "row": 1, "tensor": 2}
 
@@ -64,19 +64,8 @@ def limit(backend: str, name: str, x: Tensor) -> str:
 # ---- for compiled code
 
 
-def parameter(x: Tensor | None) -> tuple[int, int]:
-    """Address and dtype of a weight, a bias or its gradient."""
-    return (0, 0) if x is None else (x.data_ptr(), _extension.DTYPE_CODES[x.dtype])
-
-
 def options(given: NormOptions) -> tuple[float, int]:
     return given.eps, PB_RELAX_CODES[given.pb_relax]
-
-
-def shape(x: Tensor) -> tuple[int, int, int]:
-    """Rows, columns, dtype."""
-    C = x.shape[-1]
-    return x.numel() // C, C, _extension.DTYPE_CODES[x.dtype]
 
 
 def blocks(x: Tensor) -> int:

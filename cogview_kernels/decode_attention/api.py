@@ -70,14 +70,21 @@ def decode_attention(
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
     """
-    q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
-    _check(q, k_cache, v_cache, lengths, layout)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    else:
-        _checks.check_finite_number(_OP, "scale", scale)
-    chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
-    scale = float(scale)
+    if torch._C._is_any_autocast_enabled():
+        q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
+    regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
+    # No limit of a backend but this one depends on more than shapes, dtypes and the device.
+    recorded = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
+    signature = _backends.signature(_OP, q, k_cache, v_cache, lengths, *regions, scale, recorded, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        _check(q, k_cache, v_cache, lengths, layout)
+        if scale is not None:
+            _checks.check_finite_number(_OP, "scale", scale)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
+        _backends.remember(signature, chosen)
+    _check_values(lengths, layout, k_cache.shape[2])
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if k_cache.shape[2] == 0:
         return torch.zeros_like(q)
     if chosen == "sdpa":
@@ -117,7 +124,6 @@ def _check(
             raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
         _checks.check_same_device(_OP, name, x, "q", q)
     B, H, _, D = q.shape
-    S = k_cache.shape[2]
     if k_cache.shape[0] != B or k_cache.shape[3] != D or D == 0:
         raise ValueError(
             f"{_OP}: k_cache must have shape [{B}, Hkv, S, {max(D, 1)}] to go with q, "
@@ -147,7 +153,6 @@ def _check(
                 f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(pivots.shape)}"
             )
         _checks.check_same_device(_OP, "layout.pivots", pivots, "q", q)
-    _check_values(lengths, layout, S)
 
 
 def _check_values(lengths: Tensor, layout: ThreeRegionLayout | None, S: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _counters, _extension
-from cogview_kernels._attention import aligned, causal_layout, native_layout, strided
+from cogview_kernels._attention import aligned, causal_layout, native_layout
 from cogview_kernels.layout import ThreeRegionLayout
 
 LARGEST_HEAD = 256
@@ -64,11 +64,11 @@ def forward(
     _extension.call(
         "decode_attention",
         backend,
-        strided(q),
-        strided(k_cache),
-        strided(v_cache),
-        (lengths.data_ptr(), lengths.element_size()),
-        strided(out),
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        out,
         (B, H, Hkv, Tq, S, D),
         causal_layout(S) if layout is None else native_layout(layout, layout.pivots),
         scale,

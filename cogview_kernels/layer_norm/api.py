@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
@@ -60,14 +61,31 @@ def layer_norm(
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
     """
-    _checks.check_float(_OP, "x", x)
-    _checks.check_rows(_OP, "x", x)
-    weight = _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
-    bias = _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
-    _checks.check_finite_number(_OP, "eps", eps, positive=True)
-    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
+    if torch._C._is_any_autocast_enabled():
+        weight, bias = _checks.autocast_parameters((x,), (weight, bias))
+    signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        chosen = _backends.remember(signature, _checked(x, weight, bias, eps, pb_relax, backend))
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x
         return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
-    return layer_norm_op(x, weight, bias, float(eps), pb_relax, chosen)[0]
+    return layer_norm_op.without_saved(x, weight, bias, float(eps), pb_relax, chosen)[0]
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    pb_relax: str | None,
+    backend: str | None,
+) -> str:
+    """The backend that takes the call, which passes every check."""
+    _checks.check_float(_OP, "x", x)
+    _checks.check_rows(_OP, "x", x)
+    _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
+    _checks.check_norm_parameter(_OP, "bias", bias, "x", x)
+    _checks.check_finite_number(_OP, "eps", eps, positive=True)
+    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
+    return _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)

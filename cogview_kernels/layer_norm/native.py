@@ -15,18 +15,20 @@ def limit(backend: str, x: Tensor) -> str:
     return rows.limit(backend, "x", x)
 
 
-def forward(x: Tensor, y: Tensor, affine: Affine, stats: Tensor, options: NormOptions, backend: str) -> None:
-    """Fills ``y`` and ``stats`` [2, rows]; everything is contiguous."""
+def forward(
+    x: Tensor, y: Tensor, affine: Affine, stats: Tensor | None, options: NormOptions, backend: str
+) -> None:
+    """Fills ``y`` and ``stats`` [2, rows], which may be None on the CPU; everything is contiguous."""
     floats, workspace = rows.workspace(x, backend, 1 if options.pb_relax == "tensor" else 0)
     _extension.call(
         "layer_norm_fwd",
         backend,
         x.data_ptr(),
         y.data_ptr(),
-        rows.parameter(affine.weight),
-        rows.parameter(affine.bias),
-        stats.data_ptr(),
-        rows.shape(x),
+        affine.weight,
+        affine.bias,
+        0 if stats is None else stats.data_ptr(),
+        x,
         rows.options(options),
         workspace,
     )
@@ -50,11 +52,11 @@ def backward(
         dy.data_ptr(),
         x.data_ptr(),
         dx.data_ptr(),
-        rows.parameter(weight),
-        rows.parameter(gradients.weight),
-        rows.parameter(gradients.bias),
+        weight,
+        gradients.weight,
+        gradients.bias,
         stats.data_ptr(),
-        rows.shape(x),
+        x,
         workspace,
     )
     del floats

@@ -31,14 +31,34 @@ def _results(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, torch.empty(2, rows, dtype=torch.float32, device=x.device)
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pb_relax: str | None, backend: str
-) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
     y, stats = _results(x)
+    _fill(y, stats, x, *rest)
+    return y, stats
+
+
+def _without_stats(x, *rest):
+    """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
+    if rest[-1] != "cpu":
+        return _forward(x, *rest)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _fill(y, None, x, *rest)
+    return y, None
+
+
+def _fill(
+    y: Tensor,
+    stats: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    pb_relax: str | None,
+    backend: str,
+) -> None:
     if y.numel() > 0:
         affine, options = Affine(weight, bias).contiguous(), NormOptions(eps, pb_relax)
         backend_module(backend).forward(x.contiguous(), y, affine, stats, options, backend)
-    return y, stats
 
 
 def _backward(
@@ -88,6 +108,7 @@ layer_norm_op = Op(
     fake=lambda x, *_: _results(x),
     save=_save,
     backward=_differentiate,
+    unsaved=_without_stats,
 )
 layer_norm_backward_op = Op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, str backend,"

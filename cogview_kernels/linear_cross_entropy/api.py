@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
 from cogview_kernels._torch_ops import values_are_readable
+from cogview_kernels.linear_cross_entropy.objective import Objective
 from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _OP = "linear_cross_entropy"
 _BACKENDS = ("triton", "cpu", "chunked", "reference")
@@ -21,19 +25,30 @@ def _limit(backend: str, hidden: Tensor) -> str:
     return "" if backend == "reference" else backend_module(backend).limit(backend, hidden)
 
 
+class _Arguments(TypedDict, total=False):
+    """Those that do not change what is returned."""
+
+    bias: Tensor | None
+    token_weight: Tensor | None
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    z_loss: float
+    vocab_range: tuple[int, int] | None
+    extra_memory: float
+    backend: str | None
+
+
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     *,
-    token_weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    vocab_range: tuple[int, int] | None = None,
-    return_losses: Literal[False] = False,
-    extra_memory: float = 0.0,
-    backend: str | None = None,
+    return_losses: Literal[False] = ...,
+    return_predicted_tokens: Literal[False] = ...,
+    **arguments: Unpack[_Arguments],
 ) -> Tensor: ...
 
 
@@ -43,13 +58,33 @@ def linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     *,
-    token_weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    vocab_range: tuple[int, int] | None = None,
     return_losses: Literal[True],
-    extra_memory: float = 0.0,
-    backend: str | None = None,
+    return_predicted_tokens: Literal[True],
+    **arguments: Unpack[_Arguments],
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_losses: Literal[True],
+    return_predicted_tokens: Literal[False] = ...,
+    **arguments: Unpack[_Arguments],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_losses: Literal[False] = ...,
+    return_predicted_tokens: Literal[True],
+    **arguments: Unpack[_Arguments],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -58,38 +93,59 @@ def linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     *,
+    bias: Tensor | None = None,
     token_weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
     vocab_range: tuple[int, int] | None = None,
     return_losses: bool = False,
+    return_predicted_tokens: bool = False,
     extra_memory: float = 0.0,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of a linear layer's output, without ever holding its ``[N, V]`` logits.
 
     Equals, in float32 and exactly (no gradient is dropped as too small)::
 
-        losses = F.cross_entropy(hidden @ weight.T, target, reduction="none", ignore_index=ignore_index)
+        logits = F.linear(hidden, weight, bias)
+        logits = softcap * tanh(logits / softcap)                   # with softcap
+        losses = F.cross_entropy(
+            logits, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+        losses += z_loss * logits.logsumexp(-1) ** 2                # where target != ignore_index
         weighted = token_weight * losses
         weighted                                                    # reduction="none"
         weighted.sum()                                              # reduction="sum"
         weighted.sum() / token_weight[target != ignore_index].sum() # reduction="mean"
+
+    A gradient is made, and memory taken for it, only for those of ``hidden``, ``weight`` and ``bias`` that
+    require one: a frozen head, or a frozen body, saves a third of the work.
 
     Args:
         hidden: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference).
         weight: ``[V, C]``, of the dtype of ``hidden``. Under autocast both are cast as ``F.linear`` would.
         target: ``[...]`` int64, each in the range of ids or ``ignore_index``. Checked on CPU tensors in eager
             mode; elsewhere a target outside has a loss of infinity.
+        bias: ``[V]``, of the dtype of ``hidden``, or None.
         token_weight: ``[...]``, any floating dtype, or None for ones; no gradient flows to it. A token of
             weight 0 costs nothing on the CPU: its logits are not computed.
         reduction: "none", "sum" or "mean".
         ignore_index: the target of tokens that do not count.
+        label_smoothing: from 0 to 1, as in ``F.cross_entropy``: this share of the target's one is spread
+            evenly over all ids (those of ``vocab_range``).
+        softcap: above 0, or None: logits stay between ``-softcap`` and ``softcap``.
+        z_loss: at least 0; keeps the softmax's denominator near 1. The term is a part of the loss and of the
+            losses that are returned.
         vocab_range: ``(start, stop)``: the softmax is over these ids alone, so that the padded tail of a
             vocabulary, or all but the image codes, is as if it were not there. Its weights get no gradient.
         return_losses: also return the tokens' losses, so that the losses of text and image tokens can be
             logged from the pass that trains. It costs nothing, whereas the backward pass of
             ``reduction="none"`` makes the logits a second time.
+        return_predicted_tokens: also return the id of each token's largest logit, for its accuracy. It takes
+            no further product.
         extra_memory: the share of the logits' memory that may be held beyond the gradients; a small piece, at
             most 3 %, is in any case. With less memory more logits are made twice. For 8,704 tokens, C = 2,560
             and V = 58,240, whose logits take 1.0 GB in 16 bits, the price of both directions on a GPU is::
@@ -106,8 +162,10 @@ def linear_cross_entropy(
     Returns:
         The loss in float32 (float64 for float64): ``[...]`` for "none", else a scalar. Where nothing counts,
         or the weights of what counts sum to 0, "mean" is NaN, as in PyTorch, and its gradients are 0.
-        With ``return_losses`` ``(loss, losses)``: ``losses`` ``[...]``, float32, detached, are not multiplied
-        by ``token_weight``, and 0 at tokens that do not count (ignored, or of weight 0).
+        With ``return_losses`` or ``return_predicted_tokens`` a tuple of the loss and, in this order, what was
+        asked for: ``losses`` ``[...]``, float32, detached, are not multiplied by ``token_weight``, and 0 at
+        tokens that do not count (ignored, or of weight 0); ``predicted_tokens`` ``[...]``, int64, are -1
+        there, and one of the largest where logits are equal.
 
     Raises:
         TypeError: a dtype above is not met.
@@ -115,65 +173,80 @@ def linear_cross_entropy(
         NotImplementedError: the named backend does not take float64.
         RuntimeError: the named backend cannot run here; the message says why.
 
-    Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens).
+    Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens); label smoothing:
+    arXiv:1512.00567, section 7; soft capping: Gemma 2, arXiv:2408.00118, section 2; z-loss: PaLM,
+    arXiv:2204.02311, section 5.
     """
     if isinstance(hidden, Tensor) and _checks.is_autocast(hidden.device):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    _check(hidden, weight, target, token_weight, reduction, ignore_index, vocab_range, extra_memory)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check_tensors(hidden, weight, bias, target, token_weight)
+    _checks.check_choice(_OP, "reduction", reduction, ("none", "sum", "mean"))
+    _check_numbers(label_smoothing, softcap, z_loss, extra_memory)
+    start, stop = _checked_range(vocab_range, target, len(weight), ignore_index)
+    objective = Objective(label_smoothing, softcap or 0.0, z_loss)
     chosen = _backends.choose(_OP, _BACKENDS, backend, hidden.device, _limit, hidden)
     if chosen == "reference":
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         with _checks.no_autocast(hidden.device):
-            loss, losses = linear_cross_entropy_reference(
+            loss, losses, predicted = linear_cross_entropy_reference(
                 hidden.to(wide),
                 weight.to(wide),
                 target,
+                bias=None if bias is None else bias.to(wide),
                 token_weight=token_weight,
                 reduction=reduction,
                 ignore_index=ignore_index,
-                vocab_range=vocab_range,
+                objective=objective,
+                vocab_range=(start, stop),
             )
-        return (loss, losses) if return_losses else loss
+    else:
+        coefficient, nothing_counts = _coefficients(target, token_weight, ignore_index, reduction)
+        loss, losses, predicted, *_ = linear_cross_entropy_op(
+            hidden.flatten(0, -2) if hidden.dim() != 1 else hidden[None],
+            weight,
+            bias,
+            target.flatten(),
+            coefficient.flatten(),
+            start,
+            stop,
+            *objective,
+            reduction != "none",
+            *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)),
+            return_predicted_tokens,
+            extra_memory,
+            chosen,
+        )
+        if nothing_counts is None:
+            loss = loss.view(target.shape)
+        else:
+            # Gradients of 0 go back from here even where the caller divides by a number of tokens that is 0.
+            loss = loss.masked_fill(nothing_counts, torch.nan if reduction == "mean" else 0)
+    if not (return_losses or return_predicted_tokens):
+        return loss
+    returned = (losses.detach(), return_losses), (predicted, return_predicted_tokens)
+    return loss, *(x.view(target.shape) for x, asked_for in returned if asked_for)
+
+
+def _coefficients(
+    target: Tensor, token_weight: Tensor | None, ignore_index: int, reduction: str
+) -> tuple[Tensor, Tensor | None]:
+    """What each token's loss is multiplied by before they are summed, and whether nothing is summed."""
     coefficient = (target != ignore_index).float()
     if token_weight is not None:
         coefficient = torch.where(target != ignore_index, token_weight.detach().float(), 0)
-    nothing_counts = None
-    if reduction == "mean":
-        total = coefficient.sum()
-        nothing_counts = total == 0
-        # Divided before the gradients are made, so that the usual backward pass need not multiply them.
-        coefficient = coefficient / torch.where(nothing_counts, 1, total)
-    elif reduction == "sum":
-        nothing_counts = ~coefficient.any()
-    loss, losses, *_ = linear_cross_entropy_op(
-        hidden.flatten(0, -2) if hidden.dim() != 1 else hidden[None],
-        weight,
-        target.flatten(),
-        coefficient.flatten(),
-        *(vocab_range or (0, weight.shape[0])),
-        reduction != "none",
-        torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad),
-        extra_memory,
-        chosen,
-    )
-    if nothing_counts is None:
-        loss = loss.view(target.shape)
-    else:
-        # Gradients of 0 go back from here even where the caller divides by a number of tokens that is 0.
-        loss = loss.masked_fill(nothing_counts, torch.nan if reduction == "mean" else 0)
-    return (loss, losses.detach().view(target.shape)) if return_losses else loss
+    if reduction == "none":
+        return coefficient, None
+    if reduction == "sum":
+        return coefficient, ~coefficient.any()
+    total = coefficient.sum()
+    nothing_counts = total == 0
+    # Divided before the gradients are made, so that the usual backward pass need not multiply them.
+    return coefficient / torch.where(nothing_counts, 1, total), nothing_counts
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    token_weight: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-    vocab_range: tuple[int, int] | None,
-    extra_memory: float,
+def _check_tensors(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, token_weight: Tensor | None
 ) -> None:
     _checks.check_float(_OP, "hidden", hidden)
     _checks.check_rows(_OP, "hidden", hidden)
@@ -182,8 +255,14 @@ def _check(
             f"{_OP}: weight must be [V, C] with C = {hidden.shape[-1]}, the last dimension of hidden, "
             f"got {tuple(weight.shape)}"
         )
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"{_OP}: weight must be {hidden.dtype}, as hidden is, got {weight.dtype}; cast one")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"{_OP}: bias must be [V] with V = {weight.shape[0]}, the first dimension of weight, "
+            f"got {tuple(bias.shape)}"
+        )
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(f"{_OP}: {name} must be {hidden.dtype}, as hidden is, got {x.dtype}; cast one")
     if target.dtype != torch.int64:
         raise TypeError(f"{_OP}: target must be torch.int64, got {target.dtype}; try target.long()")
     for name, x in (("target", target), ("token_weight", token_weight)):
@@ -194,16 +273,31 @@ def _check(
             )
     if token_weight is not None and not token_weight.dtype.is_floating_point:
         raise TypeError(f"{_OP}: token_weight must be floating, got {token_weight.dtype}; try .float()")
-    for name, x in (("weight", weight), ("target", target), ("token_weight", token_weight)):
+    others = {"weight": weight, "bias": bias, "target": target, "token_weight": token_weight}
+    for name, x in others.items():
         if x is not None:
             _checks.check_same_device(_OP, name, x, "hidden", hidden)
-    _checks.check_choice(_OP, "reduction", reduction, ("none", "sum", "mean"))
+
+
+def _check_numbers(label_smoothing: float, softcap: float | None, z_loss: float, extra_memory: float) -> None:
+    _checks.check_finite_number(_OP, "label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{_OP}: label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if softcap is not None:
+        _checks.check_finite_number(_OP, "softcap", softcap, positive=True)
+    _checks.check_finite_number(_OP, "z_loss", z_loss)
+    if not z_loss >= 0:
+        raise ValueError(f"{_OP}: z_loss must be at least 0, got {z_loss}; try 1e-4")
     if not extra_memory >= 0:
         raise ValueError(
             f"{_OP}: extra_memory must be a share of the logits' memory, 0 or more, got {extra_memory}; "
             "try 1 to keep them all"
         )
-    V = weight.shape[0]
+
+
+def _checked_range(
+    vocab_range: tuple[int, int] | None, target: Tensor, V: int, ignore_index: int
+) -> tuple[int, int]:
     start, stop = vocab_range or (0, V)
     if not 0 <= start < stop <= V:
         raise ValueError(f"{_OP}: vocab_range must be 0 <= start < stop <= {V}, got {vocab_range}")
@@ -214,3 +308,4 @@ def _check(
                 f"{_OP}: target must be in [{start}, {stop}) or ignore_index ({ignore_index}), "
                 f"got {int(target[outside][0])}"
             )
+    return start, stop

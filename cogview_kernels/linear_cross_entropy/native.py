@@ -7,6 +7,8 @@ from torch import Tensor
 
 from cogview_kernels import _checks, _extension
 from cogview_kernels.linear_cross_entropy import chunked
+from cogview_kernels.linear_cross_entropy.objective import Objective
+from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
 
 
 def limit(backend: str, hidden: Tensor) -> str:
@@ -14,32 +16,54 @@ def limit(backend: str, hidden: Tensor) -> str:
     return _checks.kernel_dtype_limit(backend, "hidden", hidden)
 
 
-def reduce(logits: Tensor, target: Tensor, stats: Tensor) -> None:
+def reduce(piece: Piece, tokens: Tokens, objective: Objective) -> None:
     """See :class:`pieces.Steps`."""
-    logit_max, total, picked = stats
-    picked.copy_(chunked.picked_logits(logits, target))
+    logit_max, total, picked, *sums = tokens.stats
     _extension.call(
-        "linear_cross_entropy_reduce", "cpu", _described(logits), logit_max.data_ptr(), total.data_ptr()
+        "linear_cross_entropy_reduce",
+        "cpu",
+        _described(piece, objective),
+        tokens.target.data_ptr(),
+        logit_max.data_ptr(),
+        total.data_ptr(),
+        picked.data_ptr(),
+        sums[0].data_ptr() if sums else 0,
+        _address(tokens.predicted),
     )
 
 
-def gradient(logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor) -> None:
+def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor | None) -> None:
     """See :class:`pieces.Steps`."""
+    smoothing = objective.label_smoothing
     _extension.call(
         "linear_cross_entropy_gradient",
         "cpu",
-        _described(logits),
-        first,
-        target.data_ptr(),
-        coefficient.data_ptr(),
-        stats[0].data_ptr(),
-        stats[1].data_ptr(),
+        _described(piece, objective),
+        (objective.z_loss, smoothing / piece.ids, 1 - smoothing),
+        tokens.target.data_ptr(),
+        tokens.coefficient.data_ptr(),
+        tokens.stats[0].data_ptr(),
+        tokens.stats[1].data_ptr(),
+        _address(dbias),
     )
 
 
 scale = chunked.scale
 
 
-def _described(logits: Tensor) -> tuple[int, int, int, int, int]:
-    """Address, stride of a row, ids, tokens, dtype."""
-    return logits.data_ptr(), logits.stride(0), *logits.shape, _extension.DTYPE_CODES[logits.dtype]
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _described(piece: Piece, objective: Objective) -> tuple[int, int, int, int, int, int, float, int]:
+    """Address, stride of a row, ids, tokens, the first id, bias, softcap, dtype."""
+    logits = piece.logits
+    return (
+        logits.data_ptr(),
+        logits.stride(0),
+        *logits.shape,
+        piece.first,
+        _address(piece.bias),
+        objective.softcap,
+        _extension.DTYPE_CODES[logits.dtype],
+    )

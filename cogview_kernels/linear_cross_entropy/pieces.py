@@ -4,13 +4,14 @@
 Letters: N tokens, C width, V ids in the softmax. Logits and their gradients are held with a row per id and a
 column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dweight``, ``[V, C]``.
 
-FLOPs: 2 N C V for the losses; with gradients 6 N C V, and up to 2 (N - C) C V more where
-:func:`_in_place_of_dweight` makes logits twice. Memory beyond the gradients: one piece, or ``extra_memory``
-times that of the logits where this is more, and some 30 bytes a token.
+FLOPs: 2 N C V for the losses, and as many for each of ``dhidden`` and ``dweight`` that is asked for. Up to
+2 (N - C) C V more where :func:`_in_place_of_dweight` makes logits twice. Memory beyond the gradients: one
+piece, or ``extra_memory`` times that of the logits where this is more, and some 30 bytes a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,89 +20,144 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _device
+from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 
 # 2.9 % of the logits of 8,704 tokens over 58,240 ids.
 CHUNK_ELEMENTS = 14 * 2**20
 
 
+class Piece(NamedTuple):
+    """Logits ``[v, n]``, rows of any stride, of the ids from ``first`` on, of ``ids`` in the whole softmax.
+
+    They are products alone: the steps add ``bias`` ``[v]``, float32, where there is one.
+    """
+
+    logits: Tensor
+    first: int
+    ids: int
+    bias: Tensor | None = None
+
+
+class Tokens(NamedTuple):
+    """``[n]`` each. ``stats`` ``[3, n]``: a token's largest logit, its sum of ``exp(logit - largest)``, and
+    the logit of its target, -inf where that is no id. Label smoothing has a fourth row, the sum of
+    ``logit - largest``. ``predicted``, if wanted, int64: the id of the largest logit."""
+
+    target: Tensor
+    coefficient: Tensor
+    stats: Tensor
+    predicted: Tensor | None = None
+
+    def part(self, tokens: slice) -> Tokens:
+        predicted = None if self.predicted is None else self.predicted[tokens]
+        return Tokens(self.target[tokens], self.coefficient[tokens], self.stats[:, tokens], predicted)
+
+
 class Steps(Protocol):
-    """What a backend, a module, does to logits ``[v, n]`` (rows of any stride) and to gradients."""
+    """What a backend, a module, does to logits and to gradients."""
 
     def limit(self, backend: str, hidden: Tensor) -> str:
         """Why it cannot take ``hidden``; empty when it can."""
 
-    def reduce(self, logits: Tensor, target: Tensor, stats: Tensor) -> None:
-        """Fills ``stats`` ``[3, n]``: a token's largest logit, its sum of ``exp(logit - largest)``, and the
-        logit of its target, -inf where that is no id."""
+    def reduce(self, piece: Piece, tokens: Tokens, objective: Objective) -> None:
+        """Brings ``stats`` and ``predicted`` from the ids before the piece, or from none where it is the
+        first, to those that end with it."""
 
-    def gradient(
-        self, logits: Tensor, first: int, target: Tensor, coefficient: Tensor, stats: Tensor
-    ) -> None:
-        """Turns ``logits`` of the ids from ``first`` on into ``coefficient * (softmax - onehot(target))``:
-        exact zeros where ``coefficient`` is zero."""
+    def gradient(self, piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor | None) -> None:
+        """Turns logits into the gradients of ``(coefficient * losses).sum()`` by them: exact zeros where
+        ``coefficient`` is zero. Their sums over the tokens are added to ``dbias`` ``[v]``, float32."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """``gradient *= factor``, a scalar, multiplied in float32 and rounded once, with no float32 copy."""
 
 
+class Wanted(NamedTuple):
+    """Which gradients are to be made, and whether the predicted tokens are."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    predicted: bool = False
+
+    @property
+    def gradients(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
 class Options(NamedTuple):
-    """Whether to make ``gradients``, by the ``steps`` of which backend, and in how much memory.
+    """What is ``wanted`` of which ``objective``, by the ``steps`` of which backend, in how much memory.
 
     ``extra_memory`` is in units of that of all logits; a piece is held in any case.
     """
 
-    gradients: bool
+    wanted: Wanted
     steps: Steps
+    objective: Objective = PLAIN
     extra_memory: float = 0.0
 
 
 class Result(NamedTuple):
-    """``losses`` ``[N]`` in float32: of each token, 0 where its coefficient is zero.
+    """``losses`` ``[N]``, float32: of each token, 0 where its coefficient is zero; ``predicted`` is -1 there.
 
-    With gradients the next two are those of ``(coefficient * losses).sum()``, multiplied by the two
-    ``scales`` (ones but for float16); else they are empty.
+    The gradients are those of ``(coefficient * losses).sum()``, ``dhidden`` and ``dweight`` multiplied by the
+    two ``scales`` (ones but for float16), ``dbias`` in float32. What is not wanted is empty.
     """
 
     losses: Tensor
+    predicted: Tensor
     dhidden: Tensor
     dweight: Tensor
+    dbias: Tensor
     scales: Tensor
 
 
 @dataclass
 class _Problem:
+    """``dhidden``, ``dweight`` and ``dbias`` are None where they are not wanted."""
+
     hidden: Tensor
     weight: Tensor
-    target: Tensor
-    coefficient: Tensor
+    bias: Tensor | None
+    tokens: Tokens
+    objective: Objective
     steps: Steps
-    stats: Tensor
     scales: _Scales | None
+    dhidden: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
     room: int
     """How many logits may be held beyond the gradients. CHUNK_ELEMENTS may be in any case."""
+
+    def piece(self, ids: slice, logits: Tensor) -> Piece:
+        return Piece(logits, ids.start, len(self.weight), None if self.bias is None else self.bias[ids])
 
     def logits(self, tokens: slice, ids: slice, out: Tensor) -> None:
         torch.mm(self.weight[ids], self.hidden[tokens].T, out=out)
 
-    def reduce(self, tokens: slice, logits: Tensor) -> None:
-        """Makes the logits of ``tokens`` in ``logits``, and their ``stats``."""
-        self.logits(tokens, slice(None), logits)
-        self.steps.reduce(logits, self.target[tokens], self.stats[:, tokens])
+    def reduce(self, tokens: slice, ids: slice, logits: Tensor) -> None:
+        """Makes the logits of ``tokens`` for ``ids`` in ``logits``, and brings their ``stats`` up to them."""
+        self.logits(tokens, ids, logits)
+        self.steps.reduce(self.piece(ids, logits), self.tokens.part(tokens), self.objective)
 
-    def gradient(self, tokens: slice, ids: slice, logits: Tensor, factor: Tensor | None) -> None:
+    def gradient(
+        self, tokens: slice, ids: slice, logits: Tensor, factor: Tensor | None, dbias: Tensor | None = None
+    ) -> None:
         """The gradients of the logits in their place; ``factor``, if any, multiplies the coefficients."""
-        coefficient = self.coefficient[tokens]
+        part = self.tokens.part(tokens)
         if factor is not None:
-            coefficient = coefficient * factor
-        self.steps.gradient(logits, ids.start, self.target[tokens], coefficient, self.stats[:, tokens])
+            part = part._replace(coefficient=part.coefficient * factor)
+        self.steps.gradient(self.piece(ids, logits), part, self.objective, dbias)
 
-    def round(self, tokens: slice, dlogits: Tensor, dhidden: Tensor) -> None:
-        """Makes the gradients of all logits of ``tokens`` in ``dlogits``, and the rows of ``dhidden``."""
-        self.reduce(tokens, dlogits)
-        self.gradient(tokens, slice(0, len(dlogits)), dlogits, self.scales and self.scales.for_dhidden)
-        torch.mm(dlogits.T, self.weight, out=dhidden[tokens])
+    def round(self, tokens: slice, dlogits: Tensor) -> None:
+        """Makes the gradients of all logits of ``tokens`` in ``dlogits``, and adds to ``dhidden`` and
+        ``dbias``."""
+        ids = slice(0, len(dlogits))
+        self.reduce(tokens, ids, dlogits)
+        self.gradient(tokens, ids, dlogits, self.scales and self.scales.for_dhidden, self.dbias)
+        if self.dhidden is not None:
+            torch.mm(dlogits.T, self.weight, out=self.dhidden[tokens])
 
-    def dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, add: bool = False) -> None:
+    def add_dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, add: bool = False) -> None:
         if self.scales is not None:
             torch.addmm(out, dlogits, hidden, beta=0, alpha=self.scales.alpha, out=out)
         elif add:
@@ -123,21 +179,37 @@ class _Scales(NamedTuple):
     alpha: float
 
 
-def _power_of_two_below(limit: int, most: int, x: Tensor) -> Tensor:
-    """The largest power of two, at most ``2^most``, that keeps ``x`` below ``2^limit``."""
+def _largest(x: Tensor) -> Tensor:
     low, high = torch.aminmax(x)
-    exponent = torch.frexp(torch.maximum(-low, high).float()).exponent
-    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), (limit - exponent).clamp(max=most))
+    return torch.maximum(-low, high).float()
 
 
-def _scales(hidden: Tensor, weight: Tensor) -> _Scales | None:
+def _excess(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: Objective) -> Tensor | int:
+    """The exponent of a power of two above ``1 + z_loss * |lse|``, by which z-loss makes gradients larger."""
+    if not objective.z_loss:
+        return 0
+    logit = (hidden.shape[1] * _largest(hidden) * _largest(weight)).clamp(max=65504)
+    if bias is not None:
+        logit = logit + _largest(bias)
+    if objective.softcap:
+        logit = logit.clamp(max=objective.softcap)
+    return torch.frexp(1 + objective.z_loss * (logit + math.log(len(weight)))).exponent
+
+
+def _scales(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: Objective) -> _Scales | None:
     """For coefficients of at most 1."""
     if hidden.dtype != torch.float16 or hidden.numel() == 0:
         return None
+    excess = _excess(hidden, weight, bias, objective)
+
+    def power_of_two(limit: int, most: int, x: Tensor) -> Tensor:
+        """The largest, at most ``2^most``, that keeps ``x`` below ``2^limit``, and less by the excess."""
+        exponent = torch.frexp(_largest(x)).exponent
+        exponent = (limit - exponent).clamp(max=most) - excess
+        return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent)
+
     # dhidden is at most 2 max|weight|; dweight at most N max|hidden|.
-    return _Scales(
-        _power_of_two_below(14, 8, weight), _power_of_two_below(18, 14, hidden), 0.125 / hidden.shape[0]
-    )
+    return _Scales(power_of_two(14, 8, weight), power_of_two(18, 14, hidden), 0.125 / hidden.shape[0])
 
 
 def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
@@ -201,24 +273,28 @@ def _sizes(N: int, C: int, V: int, room: int, device: torch.device) -> _Sizes:
 def linear_cross_entropy_in_pieces(
     hidden: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     target: Tensor,
     coefficient: Tensor,
     vocab_range: tuple[int, int],
     options: Options,
 ) -> Result:
-    """The losses of the softmax over the ids of ``vocab_range``, and with ``options.gradients`` those.
+    """The losses of the softmax over the ids of ``vocab_range``, and what else ``options`` wants.
 
     The coefficients of float16 gradients must be at most 1.
     """
-    (N, C), (start, stop) = hidden.shape, vocab_range
-    V, gradients = stop - start, options.gradients
-    dhidden = hidden.new_empty(hidden.shape if gradients else 0)
-    dweight = hidden.new_empty(weight.shape if gradients else 0)
-    in_range = dweight
-    if len(weight) > V:
-        dweight[:start] = 0
-        dweight[stop:] = 0
-        weight, target, in_range = weight[start:stop], target - start, dweight[start:stop]
+    (start, stop), wanted = vocab_range, options.wanted
+    result = _empty_result(hidden, weight, coefficient, wanted)
+    if bias is not None:
+        bias = bias.float()
+    dweight, dbias = result.dweight, result.dbias
+    if len(weight) > stop - start:
+        ids = slice(start, stop)
+        for x in (dweight, dbias):
+            x[:start] = 0
+            x[stop:] = 0
+        dweight, dbias, bias = dweight[ids], dbias[ids], None if bias is None else bias[ids]
+        weight, target = weight[ids], target - start
     counted = None
     if hidden.device.type == "cpu":  # elsewhere their number would cost a synchronisation
         counted = coefficient != 0
@@ -227,55 +303,104 @@ def linear_cross_entropy_in_pieces(
         else:
             hidden, target, coefficient = hidden[counted], target[counted], coefficient[counted]
     n = hidden.shape[0]
-    stats = coefficient.new_empty(3, n)
-    scales = _scales(hidden, weight) if gradients else None
-    room = int(min(options.extra_memory, 1.0) * n * V)
-    problem = _Problem(hidden, weight, target, coefficient, options.steps, stats, scales, room)
-    part = dhidden if counted is None or not gradients else hidden.new_empty(hidden.shape)
-    if n == 0:
-        in_range.zero_()
-    elif not gradients:
-        _losses_only(problem)
-    elif V * n <= max(CHUNK_ELEMENTS, room) or (hidden.dtype == torch.float32 and n > C):
-        _accumulated(problem, part, in_range)
-    else:
-        _in_place_of_dweight(problem, part, in_range, _sizes(n, C, V, room, hidden.device))
-    logit_max, total, picked = stats
-    losses = torch.where(coefficient != 0, total.log() - (picked - logit_max), 0)
-    if counted is not None:
-        losses = losses.new_zeros(N).masked_scatter_(counted, losses)
-        if gradients:
-            dhidden.zero_()[counted] = part
-    if scales is None:
-        return Result(losses, dhidden, dweight, losses.new_ones(2))
+    stats = coefficient.new_empty(4 if options.objective.label_smoothing else 3, n)
+    tokens = Tokens(target, coefficient, stats, target.new_empty(n) if wanted.predicted else None)
+    dhidden = result.dhidden if counted is None or not wanted.hidden else hidden.new_empty(hidden.shape)
+    problem = _Problem(
+        hidden,
+        weight,
+        bias,
+        tokens,
+        options.objective,
+        options.steps,
+        _scales(hidden, weight, bias, options.objective) if wanted.gradients else None,
+        dhidden if wanted.hidden else None,
+        dweight if wanted.weight else None,
+        dbias.zero_() if wanted.bias else None,
+        room=int(min(options.extra_memory, 1.0) * n * len(weight)),
+    )
+    _solve(problem)
+    return _finished(problem, result, counted, start)
+
+
+def _empty_result(hidden: Tensor, weight: Tensor, coefficient: Tensor, wanted: Wanted) -> Result:
+    N, V = len(hidden), len(weight)
     return Result(
-        losses, dhidden, dweight, torch.stack((scales.for_dhidden, scales.for_dweight * scales.alpha))
+        coefficient.new_empty(N),
+        hidden.new_empty(N if wanted.predicted else 0, dtype=torch.int64),
+        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        hidden.new_empty(weight.shape if wanted.weight else 0),
+        coefficient.new_empty(V if wanted.bias else 0),
+        coefficient.new_ones(2),
     )
 
 
+def _solve(problem: _Problem) -> None:
+    """Fills what the problem has room for: the stats of tokens, and the gradients."""
+    (n, C), V, dweight = problem.hidden.shape, len(problem.weight), problem.dweight
+    fits = V * n <= max(CHUNK_ELEMENTS, problem.room)
+    if n == 0:
+        if dweight is not None:
+            dweight.zero_()
+    elif problem.dhidden is None and dweight is None and problem.dbias is None:
+        _losses_only(problem)
+    elif dweight is None or fits or (dweight.dtype == torch.float32 and n > C):
+        _accumulated(problem)
+    else:
+        _in_place_of_dweight(problem, dweight, _sizes(n, C, V, problem.room, dweight.device))
+
+
+def _finished(problem: _Problem, result: Result, counted: Tensor | None, start: int) -> Result:
+    """``result`` of all tokens, from the problem of those that are ``counted``; ids begin with ``start``."""
+    tokens, scales = problem.tokens, problem.scales
+    losses = torch.where(
+        tokens.coefficient != 0, problem.objective.losses(tokens.stats, len(problem.weight)), 0
+    )
+    predicted = result.predicted
+    if tokens.predicted is not None:
+        predicted = (tokens.predicted + start).masked_fill(tokens.coefficient == 0, -1)
+    if counted is not None:
+        losses = torch.zeros_like(result.losses).masked_scatter_(counted, losses)
+        if tokens.predicted is not None:
+            predicted = torch.full_like(result.predicted, -1).masked_scatter_(counted, predicted)
+        if problem.dhidden is not None:
+            result.dhidden.zero_()[counted] = problem.dhidden
+    result = result._replace(losses=losses, predicted=predicted)
+    if scales is None:
+        return result
+    if problem.dbias is not None:
+        problem.dbias.div_(scales.for_dhidden)
+    return result._replace(scales=torch.stack((scales.for_dhidden, scales.for_dweight * scales.alpha)))
+
+
 def _losses_only(problem: _Problem) -> None:
-    hidden, V = problem.hidden, problem.weight.shape[0]
-    # A quarter of the logits or less; products of fewer than 128 tokens would take longer.
-    n = min(_chunk_of_tokens(problem), max(len(hidden) // 4, 128), len(hidden))
-    chunk = hidden.new_empty(V * n)
-    for tokens in _pieces(0, len(hidden), n):
-        problem.reduce(tokens, chunk[: V * (tokens.stop - tokens.start)].view(V, -1))
+    """Piece by piece of the ids, all tokens at once or 8,192: a wide product, and the weight is read once."""
+    N, V = len(problem.hidden), len(problem.weight)
+    n = min(N, 8192)
+    v = min(_chunk(n, 128, CHUNK_ELEMENTS), V)
+    chunk = problem.hidden.new_empty(v * n)
+    for tokens in _pieces(0, N, n):
+        width = tokens.stop - tokens.start
+        for ids in _pieces(0, V, v):
+            problem.reduce(tokens, ids, chunk[: width * (ids.stop - ids.start)].view(-1, width))
 
 
-def _accumulated(problem: _Problem, dhidden: Tensor, dweight: Tensor) -> None:
+def _accumulated(problem: _Problem) -> None:
     """Chunk by chunk of tokens, ``dweight`` summed over them: exact in float32 or for a single chunk."""
-    hidden, V, scales = problem.hidden, problem.weight.shape[0], problem.scales
+    hidden, V, scales = problem.hidden, len(problem.weight), problem.scales
     n = _chunk_of_tokens(problem)
     chunk = hidden.new_empty(V * n)
     for tokens in _pieces(0, len(hidden), n):
         dlogits = chunk[: V * (tokens.stop - tokens.start)].view(V, -1)
-        problem.round(tokens, dlogits, dhidden)
+        problem.round(tokens, dlogits)
+        if problem.dweight is None:
+            continue
         if scales is not None:
             dlogits *= scales.for_dweight / scales.for_dhidden
-        problem.dweight(dlogits, hidden[tokens], dweight, add=tokens.start > 0)
+        problem.add_dweight(dlogits, hidden[tokens], problem.dweight, add=tokens.start > 0)
 
 
-def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor, sizes: _Sizes) -> None:
+def _in_place_of_dweight(problem: _Problem, dweight: Tensor, sizes: _Sizes) -> None:
     """Every gradient is one product, summed in float32 inside it, and the logits lie in ``dweight`` itself.
 
     ``dweight`` is written last, and its memory has room for the logits of C tokens. So rounds of tokens go
@@ -284,17 +409,21 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor, si
     in a buffer. Those of the earlier tokens are made again, piece by piece of the ids. Summed over chunks of
     tokens instead, ``dweight`` would need a copy in float32: twice its own memory.
     """
-    hidden, V, scales = problem.hidden, problem.weight.shape[0], problem.scales
+    hidden, V, scales = problem.hidden, len(problem.weight), problem.scales
     N, C = hidden.shape
     v, kept, last = sizes.ids, sizes.kept, max(N - C, 0)
     earlier = last - kept
     buffer = hidden.new_empty(max(kept * V, v * N))
     beside = buffer[: kept * V].view(V, kept)
     for tokens in _pieces(0, earlier, sizes.tokens):
-        problem.round(tokens, dweight[:, : tokens.stop - tokens.start], dhidden)
+        place = dweight[:, : tokens.stop - tokens.start]
+        if problem.dhidden is None and problem.dbias is None:
+            problem.reduce(tokens, slice(0, V), place)
+        else:
+            problem.round(tokens, place)
     for place, start, stop in ((beside, earlier, last), (dweight, last, N)):
         for tokens in _pieces(start, stop, sizes.tokens):
-            problem.round(tokens, place[:, tokens.start - start : tokens.stop - start], dhidden)
+            problem.round(tokens, place[:, tokens.start - start : tokens.stop - start])
     # A piece lies over the first rows of the buffer, whose ids are made again in full.
     used_up = -(-v * N // kept) if kept else 0
     for ids in _pieces(0, V, v):
@@ -308,4 +437,4 @@ def _in_place_of_dweight(problem: _Problem, dhidden: Tensor, dweight: Tensor, si
         dlogits[:, last:] = dweight[ids, : N - last]
         if scales is not None:
             dlogits[:, again.stop :] *= scales.for_dweight / scales.for_dhidden
-        problem.dweight(dlogits, hidden, dweight[ids])
+        problem.add_dweight(dlogits, hidden, dweight[ids])

@@ -95,7 +95,8 @@ def local_attention_2d(
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).
     """
     window = _window(grid, kernel_size, query_scale, causal)
-    q, k, v, extra_k, extra_v = _checks.autocast(q, k, v, extra_k, extra_v)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v, extra_k, extra_v = _checks.autocast(q, k, v, extra_k, extra_v)
     _check_tensors(q, k, v, window)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)

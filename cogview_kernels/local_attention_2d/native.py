@@ -6,7 +6,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels._attention import strided
 from cogview_kernels._dropout import Dropout, native_arguments
 from cogview_kernels.local_attention_2d.window import Keys, Window
 
@@ -64,8 +63,8 @@ def forward(
     _extension.call(
         "local_attention_2d_fwd",
         backend,
-        tuple(map(strided, (q, *keys[:4]))),
-        strided(out),
+        (q, *keys[:4]),
+        out,
         lse.data_ptr(),
         *_shared(q, keys, mask, window, scale, dropout),
     )
@@ -89,9 +88,9 @@ def backward(
     _extension.call(
         "local_attention_2d_bwd",
         backend,
-        tuple(map(strided, (q, *keys[:4], out, dout))),
+        (q, *keys[:4], out, dout),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
-        tuple(map(strided, gradients)),
+        gradients,
         *_shared(q, keys, mask, window, scale, dropout),
     )

@@ -13,7 +13,7 @@ from cogview_kernels.merge_attention.op import MOST, backend_module, merge_atten
 from cogview_kernels.merge_attention.reference import merge_attention_reference
 
 _OP = "merge_attention"
-_BACKENDS = ("cpu", "reference")
+_BACKENDS = ("triton", "cpu", "reference")
 
 
 def _limit(backend: str, outputs: Sequence[Tensor]) -> str:
@@ -44,7 +44,7 @@ def merge_attention(
         lses: as many ``[B, H, T]``, the log of each softmax's denominator, float32 (float64 for float64).
             An lse of -inf is that of a query which saw no key there; where all are, ``out`` is 0.
         return_lse: also return the joint lse, so that the result can be merged again.
-        backend: "cpu" or "reference"; None takes the best for the device.
+        backend: "cpu", "triton" or "reference"; None takes the best for the device.
 
     Returns:
         ``out``, shape and dtype of the outputs; with ``return_lse`` ``(out, lse)``, ``lse`` ``[B, H, T]`` in
@@ -53,8 +53,9 @@ def merge_attention(
     Raises:
         TypeError: a dtype or type above is not met.
         ValueError: a number or shape above is not met, or devices differ.
-        NotImplementedError: the backend asked for does not take the dtype. Also a derivative that kernels do
-            not have: of second order, or in forward mode.
+        NotImplementedError: a limit of the backend asked for ("cpu" and "triton": no float64; "triton": D up
+            to 1024). Without ``backend`` "reference" steps in. Also a derivative that kernels do not have: of
+            second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Online softmax, Milakov and Gimelshein, arXiv:1805.02867, section 3.

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels._attention import strided
 
 # csrc/merge_attention/merge_attention.h
 MOST = 4
@@ -20,9 +19,9 @@ def limit(backend: str, outputs: Sequence[Tensor]) -> str:
     return reason and f"{reason}; use backend='reference'"
 
 
-def _places(tensors: Sequence[Tensor]) -> tuple[tuple[int, tuple[int, ...]], ...]:
-    """Addresses and strides; of those that are missing, zeros."""
-    return (*map(strided, tensors), *[(0, (0, 0, 0))] * (MOST - len(tensors)))
+def _places(tensors: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """None in place of those that are missing."""
+    return (*tensors, *[None] * (MOST - len(tensors)))
 
 
 def _addresses(tensors: Sequence[Tensor]) -> tuple[int, ...]:
@@ -42,7 +41,7 @@ def forward(
         backend,
         _places(outputs),
         _addresses(lses),
-        strided(out),
+        out,
         lse.data_ptr(),
         _shape(outputs),
         _extension.DTYPE_CODES[out.dtype],
@@ -52,7 +51,6 @@ def forward(
 def backward(
     outputs: Sequence[Tensor],
     lses: Sequence[Tensor],
-    lse: Tensor,
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Sequence[Tensor], Sequence[Tensor]],
     backend: str,
@@ -64,8 +62,7 @@ def backward(
         backend,
         _places(outputs),
         _addresses(lses),
-        lse.data_ptr(),
-        strided(dout),
+        dout,
         0 if dlse is None else dlse.data_ptr(),
         _places(gradients[0]),
         _addresses(gradients[1]),

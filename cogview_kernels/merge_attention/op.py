@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``torch.ops.cogview_kernels.merge_attention``: schemas, fake tensors, and what is saved.
 
-The op takes four attentions, of which the last may be None. Saved are the inputs and the joint lse.
+The op takes four attentions, of which the last may be None. The inputs are saved: the backward computes the
+weights anew from the lses, since the joint lse, one float32, may be off by more than they are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ MOST = native.MOST  # attentions of a call
 
 def backend_module(backend: str) -> ModuleType:
     """The module whose ``forward``, ``backward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.merge_attention import triton_kernels
+
+        return triton_kernels
     return native
 
 
@@ -36,14 +41,12 @@ def _empty_outputs(output0: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return empty_in_order_of(output0), output0.new_empty(output0.shape[:3], dtype=torch.float32)
 
 
-def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, lse: Tensor, *arguments: Tensor | None
-) -> tuple[Tensor, ...]:
+def _empty_gradients(dout: Tensor, dlse: Tensor | None, *arguments: Tensor | None) -> tuple[Tensor, ...]:
     """Of four outputs, then of four lses; nothing of those that are missing."""
     outputs = arguments[:MOST]
     return (
-        *(lse.new_empty(0) if x is None else empty_in_order_of(x) for x in outputs),
-        *(lse.new_empty(0) if x is None else torch.empty_like(lse) for x in outputs),
+        *(dout.new_empty(0) if x is None else empty_in_order_of(x) for x in outputs),
+        *(dout.new_empty(0) if x is None else x.new_empty(x.shape[:3], dtype=torch.float32) for x in outputs),
     )
 
 
@@ -57,15 +60,14 @@ def _forward(*arguments):
     return out, lse
 
 
-def _backward(dout, dlse, lse, *arguments):
+def _backward(dout, dlse, *arguments):
     *tensors, backend = arguments
-    gradients = _empty_gradients(dout, dlse, lse, *tensors)
+    gradients = _empty_gradients(dout, dlse, *tensors)
     outputs, lses = _given(tensors[:MOST]), _given(tensors[MOST:])
     if dout.numel() > 0:
         backend_module(backend).backward(
             list(map(with_rows, outputs)),
             [x.contiguous() for x in lses],
-            lse.contiguous(),
             (with_rows(dout), None if dlse is None else dlse.contiguous()),
             (gradients[: len(outputs)], gradients[MOST : MOST + len(outputs)]),
             backend,
@@ -75,15 +77,14 @@ def _backward(dout, dlse, lse, *arguments):
 
 def _save(ctx, arguments, outputs):
     *tensors, ctx.backend = arguments
-    return *tensors, outputs[1]
+    return tensors
 
 
 def _differentiate(ctx, saved, dout, dlse):
-    *tensors, lse = saved
     if dout is None:
-        dout = torch.zeros_like(tensors[0])
-    gradients = merge_attention_backward_op(dout, dlse, lse, *tensors, ctx.backend)
-    return *(None if x is None else d for x, d in zip(tensors, gradients, strict=True)), None
+        dout = torch.zeros_like(saved[0])
+    gradients = merge_attention_backward_op(dout, dlse, *saved, ctx.backend)
+    return *(None if x is None else d for x, d in zip(saved, gradients, strict=True)), None
 
 
 merge_attention_op = Op(
@@ -94,8 +95,7 @@ merge_attention_op = Op(
     backward=_differentiate,
 )
 merge_attention_backward_op = Op(
-    f"merge_attention_backward(Tensor dout, Tensor? dlse, Tensor lse, {_INPUTS}, str backend) -> "
-    f"({_GRADIENTS})",
+    f"merge_attention_backward(Tensor dout, Tensor? dlse, {_INPUTS}, str backend) -> ({_GRADIENTS})",
     kernel=_backward,
     fake=_empty_gradients,
 )

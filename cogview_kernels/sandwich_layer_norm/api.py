@@ -67,27 +67,17 @@ def sandwich_layer_norm(
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).
     """
-    _checks.check_float(_OP, "branch", branch)
-    _checks.check_float(_OP, "residual", residual)
-    _checks.check_rows(_OP, "branch", branch)
-    if branch.shape != residual.shape:
-        raise ValueError(
-            f"{_OP}: residual must have the shape of branch, {tuple(branch.shape)}, "
-            f"got {tuple(residual.shape)}"
-        )
-    _checks.check_same_device(_OP, "residual", residual, "branch", branch)
+    parameters = (post_weight, post_bias, pre_weight, pre_bias)
+    numbers = (eps, pb_relax, dropout_p, seed)
+    if torch._C._is_any_autocast_enabled():
+        parameters = _checks.autocast_parameters((branch, residual), parameters)
+    signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        chosen = _backends.remember(signature, _checked(branch, residual, parameters, numbers, backend))
     if branch.dtype != residual.dtype:
         dtype = torch.promote_types(branch.dtype, residual.dtype)
         branch, residual = branch.to(dtype), residual.to(dtype)
-    post_weight = _checks.check_norm_parameter(_OP, "post_weight", post_weight, "branch", branch)
-    post_bias = _checks.check_norm_parameter(_OP, "post_bias", post_bias, "branch", branch)
-    pre_weight = _checks.check_norm_parameter(_OP, "pre_weight", pre_weight, "branch", branch)
-    pre_bias = _checks.check_norm_parameter(_OP, "pre_bias", pre_bias, "branch", branch)
-    _checks.check_finite_number(_OP, "eps", eps, positive=True)
-    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
-    _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
-    chosen = _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)
-    parameters = (post_weight, post_bias, pre_weight, pre_bias)
     if chosen == "reference":
         wide = torch.float64 if branch.dtype == torch.float64 else torch.float32
         residual_out, normed = sandwich_layer_norm_reference(
@@ -101,6 +91,35 @@ def sandwich_layer_norm(
         )
         return residual_out.to(branch.dtype), normed.to(branch.dtype)
     seed = _dropout.as_seed(dropout_p, seed)
-    return sandwich_layer_norm_op(
+    return sandwich_layer_norm_op.without_saved(
         branch, residual, *parameters, float(eps), pb_relax, float(dropout_p), seed, chosen
     )[:2]
+
+
+def _checked(
+    branch: Tensor,
+    residual: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    numbers: tuple[float, str | None, float, int | Tensor | None],
+    backend: str | None,
+) -> str:
+    """The backend that takes the call, which passes every check."""
+    eps, pb_relax, dropout_p, seed = numbers
+    _checks.check_float(_OP, "branch", branch)
+    _checks.check_float(_OP, "residual", residual)
+    _checks.check_rows(_OP, "branch", branch)
+    if branch.shape != residual.shape:
+        raise ValueError(
+            f"{_OP}: residual must have the shape of branch, {tuple(branch.shape)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    _checks.check_same_device(_OP, "residual", residual, "branch", branch)
+    if branch.dtype != residual.dtype:
+        branch = branch.to(torch.promote_types(branch.dtype, residual.dtype))
+    names = ("post_weight", "post_bias", "pre_weight", "pre_bias")
+    for name, parameter in zip(names, parameters, strict=True):
+        _checks.check_norm_parameter(_OP, name, parameter, "branch", branch)
+    _checks.check_finite_number(_OP, "eps", eps, positive=True)
+    _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))
+    _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
+    return _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)

@@ -46,21 +46,22 @@ def limit(backend: str, branch: Tensor) -> str:
 def forward(
     rows: ForwardRows,
     norms: Norms,
-    stats: Tensor,
+    stats: Tensor | None,
     options: NormOptions,
     dropout: Dropout | None,
     backend: str,
 ) -> None:
-    """Fills ``residual_out``, ``normed`` and ``stats`` [4, rows]; everything is contiguous."""
+    """Fills ``residual_out``, ``normed`` and ``stats`` [4, rows], which may be None on the CPU; everything is
+    contiguous."""
     per_block = 2 if options.pb_relax == "tensor" else 0
     floats, workspace = shared.workspace(rows.branch, backend, per_block)
     _extension.call(
         "sandwich_layer_norm_fwd",
         backend,
         *(x.data_ptr() for x in rows),
-        [shared.parameter(p) for norm in norms for p in norm],
-        stats.data_ptr(),
-        shared.shape(rows.branch),
+        [p for norm in norms for p in norm],
+        0 if stats is None else stats.data_ptr(),
+        rows.branch,
         shared.options(options),
         native_arguments(dropout),
         workspace,
@@ -82,10 +83,10 @@ def backward(
         "sandwich_layer_norm_bwd",
         backend,
         *(0 if x is None else x.data_ptr() for x in rows),
-        (shared.parameter(norms.post.weight), shared.parameter(norms.pre.weight)),
-        [shared.parameter(p) for norm in gradients for p in norm],
+        (norms.post.weight, norms.pre.weight),
+        [p for norm in gradients for p in norm],
         stats.data_ptr(),
-        shared.shape(rows.branch),
+        rows.branch,
         native_arguments(dropout),
         workspace,
     )

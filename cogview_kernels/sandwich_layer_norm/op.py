@@ -35,7 +35,24 @@ def _results(branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return residual_out, torch.empty_like(residual_out), stats
 
 
-def _forward(
+def _forward(branch: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    results = _results(branch)
+    _fill(results, branch, *rest)
+    return results
+
+
+def _without_stats(branch, *rest):
+    """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
+    if rest[-1] != "cpu":
+        return _forward(branch, *rest)
+    residual_out = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    results = residual_out, torch.empty_like(residual_out), None
+    _fill(results, branch, *rest)
+    return results
+
+
+def _fill(
+    results: tuple[Tensor, Tensor, Tensor | None],
     branch: Tensor,
     residual: Tensor,
     post_weight: Tensor | None,
@@ -47,14 +64,13 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    residual_out, normed, stats = _results(branch)
+) -> None:
+    residual_out, normed, stats = results
     if branch.numel() > 0:
         rows = ForwardRows(branch.contiguous(), residual.contiguous(), residual_out, normed)
         norms = Norms(Affine(post_weight, post_bias).contiguous(), Affine(pre_weight, pre_bias).contiguous())
         options, dropout = NormOptions(eps, pb_relax), Dropout.of(dropout_p, seed)
         backend_module(backend).forward(rows, norms, stats, options, dropout, backend)
-    return residual_out, normed, stats
 
 
 def _backward(
@@ -133,6 +149,7 @@ sandwich_layer_norm_op = Op(
     fake=lambda branch, *_: _results(branch),
     save=_save,
     backward=_differentiate,
+    unsaved=_without_stats,
 )
 sandwich_layer_norm_backward_op = Op(
     "sandwich_layer_norm_backward(Tensor? dresidual_out, Tensor? dnormed, Tensor branch, Tensor residual_out,"

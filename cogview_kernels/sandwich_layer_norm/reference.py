@@ -3,25 +3,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cogview_kernels import _dropout
 from cogview_kernels._dropout import Dropout
+from cogview_kernels._norms.dropout import drop_rows
 from cogview_kernels._norms.relax import relax
-
-
-def _drop(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """Row r of ``x`` taken as ``[rows, C]`` draws from the counter (r mod 2^32, r div 2^32, 0)."""
-    if dropout is None:
-        return x
-    C = x.shape[-1]
-    rows = torch.arange(x.numel() // C, device=x.device)
-    words = dropout.words(rows & 0xFFFFFFFF, rows >> 32, torch.zeros_like(rows))
-    columns = torch.arange(C, device=x.device)
-    keep = _dropout.keep_mask(dropout, (words[0][:, None], words[1][:, None]), columns)
-    return torch.where(keep.view(x.shape), x / (1 - dropout.p), 0)
 
 
 def sandwich_layer_norm_reference(
@@ -45,5 +33,5 @@ def sandwich_layer_norm_reference(
         return F.layer_norm(relax(x, pb_relax), x.shape[-1:], weight, bias, eps)
 
     dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed))
-    residual_out = residual + norm(_drop(branch, dropout), post_weight, post_bias)
+    residual_out = residual + norm(drop_rows(branch, dropout), post_weight, post_bias)
     return residual_out, norm(residual_out, pre_weight, pre_bias)

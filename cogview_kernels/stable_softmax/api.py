@@ -59,6 +59,22 @@ def stable_softmax(
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
     """
+    signature = _backends.signature(_OP, scores, alpha, scale, mask, causal, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        chosen = _backends.remember(signature, _checked(scores, alpha, scale, mask, causal, backend))
+    if chosen == "reference":
+        wide = scores if scores.dtype == torch.float64 else scores.float()
+        return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
+            scores.dtype
+        )
+    return stable_softmax_op(scores, float(alpha), float(scale), mask, causal, chosen)
+
+
+def _checked(
+    scores: Tensor, alpha: float, scale: float, mask: Tensor | None, causal: bool, backend: str | None
+) -> str:
+    """The backend that takes the call, which passes every check."""
     _checks.check_float(_OP, "scores", scores)
     if scores.dim() == 0:
         raise ValueError(f"{_OP}: scores must have at least one dimension, got a scalar")
@@ -71,10 +87,4 @@ def stable_softmax(
             raise TypeError(f"{_OP}: mask must be boolean (True = visible), got {mask.dtype}; try mask != 0")
         _checks.check_same_device(_OP, "mask", mask, "scores", scores)
         _checks.check_broadcasts(_OP, "mask", mask, "scores", scores)
-    chosen = _backends.choose(_OP, _BACKENDS, backend, scores.device, _limit, scores)
-    if chosen == "reference":
-        wide = scores if scores.dtype == torch.float64 else scores.float()
-        return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
-            scores.dtype
-        )
-    return stable_softmax_op(scores, float(alpha), float(scale), mask, causal, chosen)
+    return _backends.choose(_OP, _BACKENDS, backend, scores.device, _limit, scores)

@@ -78,15 +78,21 @@ def three_region_attention(
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
     """
-    q, k, v = _checks.autocast(q, k, v)
-    _check(q, k, v, layout)
-    _checks.check_dropout(_OP, dropout_p, seed, "q", q)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    else:
-        _checks.check_finite_number(_OP, "scale", scale)
-    chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
-    scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _checks.autocast(q, k, v)
+    regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
+    numbers = (scale, dropout_p, seed, return_lse)
+    signature = _backends.signature(_OP, q, k, v, *regions, *numbers, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        _check(q, k, v, layout)
+        _checks.check_dropout(_OP, dropout_p, seed, "q", q)
+        if scale is not None:
+            _checks.check_finite_number(_OP, "scale", scale)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
+        _backends.remember(signature, chosen)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed)
     if chosen not in ("sdpa", "reference"):
         out, lse, _residuals = three_region_attention_op(
             q,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels._attention import aligned, empty_in_order_of, native_layout, strided
+from cogview_kernels._attention import aligned, empty_in_order_of, native_layout
 from cogview_kernels._dropout import Dropout, native_arguments
 from cogview_kernels.layout import ThreeRegionLayout
 
@@ -85,10 +85,10 @@ def forward(
     _extension.call(
         "three_region_attention_fwd",
         backend,
-        strided(q),
-        strided(k),
-        strided(v),
-        strided(out),
+        q,
+        k,
+        v,
+        out,
         lse.data_ptr(),
         *_shared(q, k, layout, pivots, scale, dropout, sorted_pivots),
     )
@@ -124,10 +124,10 @@ def backward(
     _extension.call(
         "three_region_attention_bwd",
         backend,
-        tuple(map(strided, (q, k, v, out, dout))),
+        (q, k, v, out, dout),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
-        tuple((0, (0, 0, 0)) if x is None else strided(x) for x in gradients),
+        gradients,
         *_shared(q, k, layout, pivots, scale, dropout, sorted_pivots),
         workspace,
     )

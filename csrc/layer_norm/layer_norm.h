@@ -13,7 +13,7 @@ struct LayerNormForward {
     const void* x;
     void* y;
     Affine affine;
-    float* stats;  // [2, rows]: mean, rstd
+    float* stats;  // [2, rows]: mean, rstd; CPU: nullptr where no backward pass follows
     RowShape shape;
     NormOptions options;
     BlockWorkspace workspace;  // with kTensor a float a block: maxima

@@ -30,8 +30,7 @@ void forward(const LayerNormForward& a, int threads) {
             const Statistics s = statistics(row.data, C, moments, by_row ? moments.abs_max : fixed,
                                             a.options.eps, x + (r + 1) * C, &saved);
             normalise_row(row.data, s, weight.data, bias.data, C, y + r * C, streaming);
-            a.stats[r] = saved.mean;
-            a.stats[rows + r] = saved.rstd;
+            save_statistics(saved, a.stats, rows, r);
         }
         stream_fence();
     });

@@ -9,29 +9,40 @@
 
 namespace cogview {
 
-// A row for each of v ids, `stride` elements apart, and in it a column for each of n tokens.
+// A row for each of v ids, `stride` elements apart, and in it a column for each of n tokens: products alone.
+// What the softmax sees is softcap * tanh((product + bias) / softcap).
 struct Logits {
     void* data;
     int64_t stride, v, n;
+    int64_t first;      // the id of the first row
+    const float* bias;  // [v] or null
+    float softcap;      // 0: none
     DType dtype;
 };
 
-// logit_max = max over ids, total = sum over ids of exp(logit - logit_max).
+// Of each token, [n], over the ids before these logits and those of these logits: the largest logit, the sum
+// of exp(logit - logit_max), and the logit of the target, -inf where that is no id. Where `first` is 0,
+// nothing is known before.
 struct LinearCrossEntropyReduce {
     Logits logits;
-    float* logit_max;  // [n]
-    float* total;      // [n]
+    const int64_t* target;
+    float* logit_max;
+    float* total;
+    float* picked;
+    float* sum;          // of logit - logit_max; or null
+    int64_t* predicted;  // the first id of the largest logit; or null
 };
 
-// In place of the logits: coefficient * (exp(logit - logit_max) / total - onehot(target)); 0 where
-// coefficient is 0.
+// In place of the logits: coefficient * (p * (1 + 2 z_loss lse) - target_share * onehot(target) - id_share),
+// where p = exp(logit - logit_max) / total, times the derivative of the cap; 0 where coefficient is 0.
 struct LinearCrossEntropyGradient {
     Logits logits;
-    int64_t first;             // the id of the first row
+    float z_loss, id_share, target_share;
     const int64_t* target;     // [n]
     const float* coefficient;  // [n]
     const float* logit_max;    // [n]
     const float* total;        // [n]
+    float* dbias;              // [v], added to; or null
 };
 
 COGVIEW_DECLARE_PER_ISA(void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args,

@@ -33,7 +33,6 @@ struct MergeAttentionForward {
 struct MergeAttentionBackward {
     MergeAttention common;
     StridedInput dout;
-    const float* lse;
     const float* dlse;  // nullptr for none
     StridedOutput doutputs[kMostMerged];
     float* dlses[kMostMerged];

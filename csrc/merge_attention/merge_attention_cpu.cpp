@@ -23,22 +23,26 @@ void for_each_query(const MergeAttention& a, int threads, const Body& body) {
     });
 }
 
+// Fills `weights`, exp(lse_i - lse); gives lse. Where no attention saw a key, the weights are 0.
+float weights_of(const MergeAttention& a, int64_t row, float* weights) {
+    float top = -kInf, total = 0.0f;
+    for (int i = 0; i < a.count; ++i) top = std::max(top, a.lses[i][row]);
+    for (int i = 0; i < a.count; ++i) {
+        weights[i] = a.lses[i][row] == -kInf ? 0.0f : std::exp(a.lses[i][row] - top);
+        total += weights[i];
+    }
+    for (int i = 0; i < a.count; ++i) weights[i] = weights[i] == 0.0f ? 0.0f : weights[i] / total;
+    return top + std::log(total);
+}
+
 template <typename T>
 void forward(const MergeAttentionForward& args, int threads) {
     const MergeAttention& a = args.common;
     for_each_query(a, threads, [&](int64_t b, int64_t h, int64_t t, int64_t row) {
-        float top = -kInf, weights[kMostMerged], total = 0.0f;
+        float weights[kMostMerged];
         const T* outputs[kMostMerged];
-        for (int i = 0; i < a.count; ++i) {
-            top = std::max(top, a.lses[i][row]);
-            outputs[i] = a.outputs[i].row<T>(b, h, t);
-        }
-        for (int i = 0; i < a.count; ++i) {
-            weights[i] = a.lses[i][row] == -kInf ? 0.0f : std::exp(a.lses[i][row] - top);
-            total += weights[i];
-        }
-        args.lse[row] = top + std::log(total);
-        for (int i = 0; i < a.count; ++i) weights[i] = weights[i] == 0.0f ? 0.0f : weights[i] / total;
+        for (int i = 0; i < a.count; ++i) outputs[i] = a.outputs[i].row<T>(b, h, t);
+        args.lse[row] = weights_of(a, row, weights);
         T* out = args.out.row<T>(b, h, t);
         for_each_vector(a.D, [&](int64_t d, auto tag) {
             VecF sum = VecF{};
@@ -54,8 +58,8 @@ void backward(const MergeAttentionBackward& args, int threads) {
     for_each_query(a, threads, [&](int64_t b, int64_t h, int64_t t, int64_t row) {
         const T* dout = args.dout.row<T>(b, h, t);
         float weights[kMostMerged], dots[kMostMerged], mean = 0.0f;
+        weights_of(a, row, weights);
         for (int i = 0; i < a.count; ++i) {
-            weights[i] = a.lses[i][row] == -kInf ? 0.0f : std::exp(a.lses[i][row] - args.lse[row]);
             dots[i] = dot(a.outputs[i].row<T>(b, h, t), dout, a.D);
             mean += weights[i] * dots[i];
         }

@@ -202,6 +202,13 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_m
     return {mean, rstd};
 }
 
+// Of row r, for the backward pass, where one may follow: stats [2, rows] is nullptr where none does.
+inline void save_statistics(Statistics s, float* stats, int64_t rows, int64_t r) {
+    if (stats == nullptr) return;
+    stats[r] = s.mean;
+    stats[rows + r] = s.rstd;
+}
+
 // out[0, C) = (row - mean) * rstd * weight + bias
 template <typename T>
 inline void normalise_row(const float* row, Statistics s, const float* weight, const float* bias, int64_t C,

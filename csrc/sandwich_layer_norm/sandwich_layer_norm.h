@@ -16,7 +16,8 @@ struct SandwichForward {
     void* residual_out;
     void* normed;
     Affine post, pre;
-    float* stats;  // [4, rows]: mean and rstd of the post norm, then of the pre norm
+    // [4, rows]: mean and rstd of the post norm, then of the pre norm; CPU: nullptr where no backward pass follows
+    float* stats;
     RowShape shape;
     NormOptions options;
     Dropout dropout;

@@ -47,13 +47,13 @@ void forward(const SandwichForward& a, int threads) {
     const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
     const Scratch abs_maxima(chunks);
     const bool streaming = streams(residual_out, rows, C) && streams(normed, rows, C);
+    float* pre_stats = a.stats == nullptr ? nullptr : a.stats + 2 * rows;
     const auto pre_norm = [&](int64_t r, float* row, Moments moments, float abs_max, const T* source) {
         Statistics saved;
         const Statistics s =
             statistics(row, C, moments, abs_max, a.options.eps, source + (r + 1) * C, &saved);
         normalise_row(row, s, pre_weight, pre_bias, C, normed + r * C, streaming);
-        a.stats[2 * rows + r] = saved.mean;
-        a.stats[3 * rows + r] = saved.rstd;
+        save_statistics(saved, pre_stats, rows, r);
     };
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch row(C);
@@ -64,8 +64,7 @@ void forward(const SandwichForward& a, int threads) {
             Statistics saved;
             const Statistics s = statistics(row.data, C, m, by_row ? m.abs_max : post_abs_max, a.options.eps,
                                             residual + r * C, &saved);
-            a.stats[r] = saved.mean;
-            a.stats[rows + r] = saved.rstd;
+            save_statistics(saved, a.stats, rows, r);
             m = add_post_norm(row.data, s, post_weight, post_bias, residual + r * C, C, residual_out + r * C,
                               streaming);
             largest = m.abs_max > largest ? m.abs_max : largest;

@@ -329,6 +329,7 @@ def test_split_count(programs, keys, splits, kernels):
 def test_default_dispatch(kernels, device, monkeypatch):
     """What a GPU of sm_80 is given: this backend, and SDPA beyond its limits."""
     monkeypatch.setattr(_backends, "_candidates_for", lambda *_: ("triton", "sdpa", "reference"))
+    monkeypatch.setattr(_backends, "_passed", {})
     launched = []
     launch = kernels.forward
     monkeypatch.setattr(kernels, "forward", lambda *a: launched.append(1) or launch(*a))

@@ -179,6 +179,8 @@ def _calls() -> Iterator[Call]:
     yield Call(
         "three_region_attention", (*torch.empty(3, 1, 2, 300, 64, **bf16, **grad), layout), dropout, 90
     )
+    outputs, lses = torch.empty(2, 1, 2, 40, 64, **bf16, **grad), torch.empty(2, 1, 2, 40, **grad)
+    yield Call("merge_attention", (list(outputs), list(lses)), {}, 90)
 
 
 def ops_called_twice(bench: Bench) -> dict[str, list[int | str]]:
@@ -244,4 +246,5 @@ def test_second_calls_of_the_ops_are_direct(found):
         "sandwich_layer_norm": [3, 0],
         "decode_attention": [1, 0],
         "three_region_attention": [6, 0],
+        "merge_attention": [2, 0],
     }

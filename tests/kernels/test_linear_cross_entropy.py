@@ -15,7 +15,9 @@ import torch.nn.functional as F
 
 from cogview_kernels import _device, _extension, linear_cross_entropy
 from cogview_kernels.linear_cross_entropy import pieces
+from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
+from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
 from cogview_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference as reference
 from tests.helpers.tolerance import GRADIENT, assert_within_budget, judge
 from tests.helpers.triton_compile import Call, assert_clean, benchmark_calls, compile_calls, meta
@@ -297,16 +299,17 @@ def test_steps_over_many_parts(backend):
     wide, stats = torch.empty(2100, 30), torch.empty(3, 21)
     view = wide[:, 2:23]
     view.copy_(logits)
-    steps.reduce(view, target, stats)
-    peak, total, picked = stats.double()
-    torch.testing.assert_close(peak + total.log(), logits.double().logsumexp(0), rtol=1e-6, atol=0)
-    torch.testing.assert_close(picked.float(), logits[target, torch.arange(21)])
     coefficient = torch.randn(21)
     # A token that does not count may have logits of any kind.
     coefficient[4] = 0
+    tokens = Tokens(target, coefficient, stats)
+    steps.reduce(Piece(view, 0, 2100), tokens, PLAIN)
+    peak, total, picked = stats.double()
+    torch.testing.assert_close(peak + total.log(), logits.double().logsumexp(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(picked.float(), logits[target, torch.arange(21)])
     view[100:, 4] = torch.nan
     # Rows 100 and on of the vocabulary alone.
-    steps.gradient(view[100:], 100, target, coefficient, stats)
+    steps.gradient(Piece(view[100:], 100, 2100), tokens, PLAIN, None)
     onehot = F.one_hot(target, 2100).T
     expected = coefficient * (logits.double().softmax(0) - onehot)
     torch.testing.assert_close(view[100:].double(), expected[100:], rtol=1e-5, atol=1e-7)
@@ -322,10 +325,10 @@ def test_offsets_of_64_bits(backend, monkeypatch):
     far = torch.empty(2**31 + 20, dtype=torch.bfloat16).as_strided((3, 20), (2**30, 1))
     far.copy_(near)
     for logits in (near, far):
-        stats = torch.empty(3, 20)
-        steps.reduce(logits, target, stats)
-        steps.gradient(logits, 0, target, coefficient, stats)
-        results.append((stats, logits.clone()))
+        tokens = Tokens(target, coefficient, torch.empty(3, 20))
+        steps.reduce(Piece(logits, 0, 3), tokens, PLAIN)
+        steps.gradient(Piece(logits, 0, 3), tokens, PLAIN, None)
+        results.append((tokens.stats, logits.clone()))
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -594,21 +597,261 @@ def test_float16_logits_at_the_limit(backend):
     assert bool(dhidden.isfinite().all()) and bool(dweight.isfinite().all())
 
 
+# ---- bias, softcap, z-loss, label smoothing
+
+OPTIONS = {
+    "bias": {"bias": True},
+    "softcap": {"softcap": 3.0},
+    "z_loss": {"z_loss": 0.1},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "all": {"bias": True, "softcap": 5.0, "z_loss": 0.05, "label_smoothing": 0.1, "vocab_range": (3, 38)},
+}
+
+
+def make_options_case(case: str, name: str, dtype: torch.dtype):
+    """As ``make_case``; the third input is the bias, where there is one."""
+    inputs, target, arguments = make_case(case, dtype)
+    options = dict(OPTIONS[name])
+    if options.pop("bias", False):
+        inputs = (*inputs, 2 * torch.randn(len(inputs[1])).to(dtype))
+    if "vocab_range" in options:
+        start, stop = options["vocab_range"]
+        target = torch.where(target < 0, target, target.clamp(start, stop - 1))
+    return inputs, target, arguments | options
+
+
+def call_with_bias(hidden, weight, *rest, **arguments):
+    """``(hidden, weight, bias, target)`` or without the bias."""
+    *bias, target = rest
+    return linear_cross_entropy(hidden, weight, target, bias=bias[0] if bias else None, **arguments)
+
+
+def check_options(backend, dtype, case, name, reduction):
+    inputs, target, arguments = make_options_case(case, name, dtype)
+    arguments["reduction"] = reduction
+    call = functools.partial(call_with_bias, **arguments)
+    ours = with_gradients(call, inputs, target, backend=backend)
+    of_reference = lambda *x: with_gradients(call, x, target, backend="reference")  # noqa: E731
+    truth, eager = judge(of_reference, inputs)
+    if reduction == "none":
+        assert_within_budget(ours[0], eager[0], truth[0], dtype=torch.float32, name="loss")
+    for i, gradient in enumerate(("dhidden", "dweight", "dbias")[: len(inputs)], 1):
+        assert_within_budget(ours[i], eager[i], truth[i], dtype=dtype, factor=GRADIENT, name=gradient)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_reference_with_options_equals_torch(reduction):
+    inputs, target, arguments = make_options_case("past_a_chunk", "all", torch.float64)
+    start, stop = arguments.pop("vocab_range")
+    hidden, weight, bias = inputs
+    logits = 5 * torch.tanh((hidden @ weight.T + bias)[:, start:stop] / 5)
+    counted = target != -100
+    losses = F.cross_entropy(
+        logits, torch.where(counted, target - start, -100), reduction="none", label_smoothing=0.1
+    )
+    losses = losses + torch.where(counted, 0.05 * logits.logsumexp(-1) ** 2, 0)
+    expected = {"none": losses, "sum": losses.sum(), "mean": losses.sum() / counted.sum()}[reduction]
+    arguments |= {"vocab_range": (start, stop), "reduction": reduction, "backend": "reference"}
+    torch.testing.assert_close(call_with_bias(*inputs, target, **arguments), expected)
+    narrow = [hidden[:, :4].clone(), weight[:, :4].clone(), bias]
+    call = lambda *x: call_with_bias(*x, target, **arguments)  # noqa: E731
+    assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in narrow], fast_mode=True)
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_options(backend, dtype, name):
+    """Rounds and pieces of 16, and then all at once."""
+    check_options(backend, dtype, "rounds_and_a_bit", name, "none")
+    check_options(backend, dtype, "past_a_tile", name, "mean")
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("backend", ["cpu"])
+def test_options_in_every_instruction_set(isa, backend, instruction_set):
+    instruction_set(isa)
+    for dtype in DTYPES:
+        check_options(backend, dtype, "past_a_tile", "all", "none")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_with_options_over_many_pieces(backend):
+    """Several parts in each of two pieces, the first ids without a chance."""
+    steps, V, n = backend_module(backend), 700, 21
+    logits, target = 3 * torch.randn(V, n) + 40, torch.linspace(0, V - 1, n).long()
+    bias, objective = torch.randn(V), Objective(label_smoothing=0.3, softcap=60.0, z_loss=0.01)
+    tokens = Tokens(target, torch.randn(n), torch.empty(4, n), torch.empty(n, dtype=torch.int64))
+    seen = (60 * torch.tanh((logits.double() + bias[:, None]) / 60)).requires_grad_()
+    given = logits.clone()
+    for ids in (slice(0, 520), slice(520, V)):
+        steps.reduce(Piece(given[ids], ids.start, V, bias[ids]), tokens, objective)
+    losses = objective.losses(tokens.stats, V)
+    expected = F.cross_entropy(seen.T, target, reduction="none", label_smoothing=0.3)
+    expected = expected + 0.01 * seen.logsumexp(0) ** 2
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=0)
+    assert torch.equal(tokens.predicted, seen.argmax(0))
+    dbias = torch.ones(V)
+    for ids in (slice(0, 520), slice(520, V)):
+        steps.gradient(Piece(given[ids], ids.start, V, bias[ids]), tokens, objective, dbias[ids])
+    (dseen,) = torch.autograd.grad((tokens.coefficient * expected).sum(), seen)
+    dlogits = dseen * (1 - (seen.detach() / 60) ** 2)
+    torch.testing.assert_close(given.double(), dlogits, rtol=2e-5, atol=1e-8)
+    torch.testing.assert_close(dbias.double() - 1, dlogits.sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_bias_of_minus_infinity_takes_ids_out(backend):
+    """Whole tiles and parts of them, at the beginning as well."""
+    hidden, weight, bias = torch.randn(9, 8), torch.randn(300, 8), torch.zeros(300)
+    bias[:140] = -torch.inf
+    target = torch.randint(140, 300, (9,))
+    ours = with_gradients(functools.partial(call_with_bias, backend=backend), (hidden, weight, bias), target)
+    cut = with_gradients(linear_cross_entropy, (hidden, weight[140:]), target - 140, backend="reference")
+    torch.testing.assert_close(ours[:2], cut[:2])
+    torch.testing.assert_close(ours[2][140:], cut[2])
+    assert not ours[2][:140].any() and not ours[3][:140].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_with_a_large_z_loss(backend):
+    """A softmax's denominator of e^800 makes gradients of the logits 1,600 times larger."""
+    hidden, weight = torch.full((8, 4), 16.0).half(), torch.full((40, 4), 12.5).half()
+    weight[20:] = -1
+    target = torch.arange(8)
+    ours, expected = (
+        with_gradients(linear_cross_entropy, (hidden.to(t), weight.to(t)), target, z_loss=1.0, backend=b)
+        for t, b in ((torch.float16, backend), (torch.float64, "reference"))
+    )
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=4e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_predicted_tokens(backend):
+    (hidden, weight), target, arguments = make_case("rounds_and_a_bit", torch.float32)
+    bias, token_weight = torch.randn(len(weight)), arguments["token_weight"]
+    target = target.clamp(min=20, max=89)
+    target[4:7] = -100
+    loss, predicted = linear_cross_entropy(
+        hidden.view(1, 37, 16), weight, target[None], bias=bias, token_weight=token_weight[None],
+        vocab_range=(20, 90), return_predicted_tokens=True, backend=backend,
+    )  # fmt: skip
+    logits = (hidden @ weight.T + bias)[:, 20:90]
+    counts = (token_weight != 0) & (target != -100)
+    assert predicted.shape == (1, 37) and predicted.dtype == torch.int64 and not predicted.requires_grad
+    assert torch.equal(predicted[0], torch.where(counts, 20 + logits.argmax(-1), -1))
+    # Of equal logits the first; no other loss, in any company.
+    same = linear_cross_entropy(
+        hidden, weight[:1].repeat(150, 1), target, return_predicted_tokens=True, backend=backend
+    )[1]
+    assert torch.equal(same, torch.where(target == -100, -1, 0))
+    more = linear_cross_entropy(
+        hidden, weight, target, bias=bias, token_weight=token_weight, vocab_range=(20, 90),
+        return_losses=True, return_predicted_tokens=True, backend=backend,
+    )  # fmt: skip
+    assert len(more) == 3 and torch.equal(more[0], loss) and torch.equal(more[2], predicted[0])
+
+
+# ---- what is frozen
+
+
+def products_and_saved(call) -> tuple[int, int]:
+    """How many matrix products forward and backward take, and the bytes kept between them."""
+    kept = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            loss = call()
+        loss.backward()
+    names = ("aten::mm", "aten::addmm_", "aten::addmm")
+    products = sum(event.count for event in profile.key_averages() if event.key in names)
+    return products, sum(x.numel() * x.element_size() for x in kept)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen(backend, dtype, reduction):
+    """Rounds through the memory of dweight, or chunks; the other gradients are the same."""
+    inputs, target, arguments = make_options_case("three_rounds", "bias", dtype)
+    arguments |= {"reduction": reduction, "backend": backend}
+    dloss = torch.linspace(0.5, 2.0, len(target)) if reduction == "none" else None
+
+    def gradients(trained):
+        leaves = [x.clone().requires_grad_(i in trained) for i, x in enumerate(inputs)]
+        call_with_bias(*leaves, target, **arguments).backward(dloss)
+        return [x.grad for x in leaves]
+
+    every = gradients((0, 1, 2))
+    for trained in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+        for i, (ours, expected) in enumerate(zip(gradients(trained), every, strict=True)):
+            assert (ours is None) == (i not in trained)
+            if ours is not None:
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-3
+                torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("trained", "products", "kept"),
+    [((0, 1, 2), 3, 3 * 40 * 8 + 3), ((0,), 2, 40 * 8 + 3), ((1,), 2, 2 * 40 * 8 + 3), ((2,), 1, 80 + 3)],
+)
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_what_is_frozen_takes_no_product_and_no_memory(backend, trained, products, kept, monkeypatch):
+    monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", 10**6)
+    leaves = [
+        torch.randn(*shape).requires_grad_(i in trained) for i, shape in enumerate(((40, 8), (80, 8), (80,)))
+    ]
+    target = torch.randint(0, 80, (40,))
+    taken = products_and_saved(lambda: call_with_bias(*leaves, target, backend=backend))
+    # The 0-d mask of a loss over nothing is kept besides.
+    assert taken[0] == products and taken[1] - 4 * kept - (4 * 80 if trained == (0, 1, 2) else 0) in range(9)
+
+
+@pytest.mark.gpu
+def test_gpu_nothing_waits_for_the_device():
+    hidden, weight, bias = (
+        torch.randn(*s, device="cuda", requires_grad=True) for s in ((40, 16), (90, 16), (90,))
+    )
+    target = torch.randint(0, 90, (40,), device="cuda")
+    options = {"softcap": 9.0, "z_loss": 1e-3, "label_smoothing": 0.1, "return_predicted_tokens": True}
+    call = lambda **more: call_with_bias(hidden, weight, bias, target, **options, **more)[0]  # noqa: E731
+    call().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call().backward()
+        call(reduction="none").sum().backward()
+        with torch.no_grad():
+            call(return_losses=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---- PyTorch integration
 
 
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "options"])
 @pytest.mark.parametrize("summed", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, summed):
+def test_opcheck(backend, summed, options):
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
-    target, coefficient = torch.randint(0, 30, (20,)), torch.rand(20)
+    bias = torch.randn(30, requires_grad=True) if options else None
+    objective = (0.1, 5.0, 1e-3) if options else PLAIN
+    target, coefficient = torch.randint(2, 29, (20,)), torch.rand(20)
+    given, numbers, wanted = (
+        (hidden, weight, bias, target, coefficient),
+        (2, 29, *objective),
+        (True, True, options),
+    )
     op = torch.ops.cogview_kernels.linear_cross_entropy.default
-    torch.library.opcheck(op, (hidden, weight, target, coefficient, 2, 29, summed, True, 0.12, backend))
+    torch.library.opcheck(op, (*given, *numbers, summed, *wanted, options, 0.12, backend))
     op = torch.ops.cogview_kernels.linear_cross_entropy_backward.default
-    hidden, weight, ones = hidden.detach(), weight.detach(), torch.ones(2)
-    made, given = (hidden, weight, ones) if summed else (None,) * 3, (hidden, weight, target, coefficient)
-    known = (*(given if not summed else (None,) * 4), *made)
-    torch.library.opcheck(op, (torch.tensor(2.0) if summed else coefficient, *known, 2, 29, 0.12, backend))
+    given = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+    made = (*given[:2], torch.randn(30 if options else 0), torch.ones(3))
+    known = (*(None,) * 5, *made) if summed else (*given, *(None,) * 4)
+    dloss = torch.tensor(2.0) if summed else coefficient
+    torch.library.opcheck(op, (dloss, *known, *numbers, *wanted, 0.12, backend))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -622,6 +865,23 @@ def test_compile_without_graph_break(backend, reduction):
         with_gradients(compiled, inputs, target, **arguments),
         with_gradients(linear_cross_entropy, inputs, target, **arguments),
     )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_with_options(backend):
+    inputs, target, arguments = make_options_case("rounds_and_a_bit", "all", torch.float32)
+    arguments |= {"backend": backend, "return_losses": True, "return_predicted_tokens": True}
+    torch.compiler.reset()
+    call = lambda *x: call_with_bias(*x, target, **arguments)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    # The hidden states alone are trained, and then all.
+    for trained in (1, 3):
+        leaves = [x.clone().requires_grad_(i < trained) for i, x in enumerate(inputs)]
+        ours, expected = compiled(*leaves), call(*leaves)
+        torch.testing.assert_close(ours, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours[0], leaves[:trained]), torch.autograd.grad(expected[0], leaves[:trained])
+        )
 
 
 def test_compile_in_a_fresh_process():
@@ -697,6 +957,12 @@ def test_without_values(mode, reduction):
         ({"reduction": "max"}, ValueError, "reduction must be one of 'none', 'sum', 'mean', got 'max'"),
         ({"extra_memory": -0.1}, ValueError, r"extra_memory must be a share.*got -0.1; try 1"),
         ({"extra_memory": float("nan")}, ValueError, "extra_memory must be a share"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias must be \[V\] with V = 5.*got \(4,\)"),
+        ({"bias": torch.ones(5).half()}, TypeError, "bias must be torch.float32, as hidden is"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be from 0 to 1, got 1.5"),
+        ({"softcap": 0.0}, ValueError, "softcap must be a positive finite number, got 0.0"),
+        ({"z_loss": -1e-4}, ValueError, "z_loss must be at least 0, got -0.0001"),
+        ({"z_loss": "small"}, TypeError, "z_loss must be a number, got str"),
         ({"backend": "sdpa"}, NotImplementedError, "no sdpa backend; this op has"),
     ],
     ids=lambda value: None,
@@ -715,7 +981,10 @@ def test_errors(arguments, error, message):
 def test_a_target_out_of_range_has_an_infinite_loss_where_it_is_not_checked(backend):
     hidden, weight = torch.randn(2, 4), torch.randn(6, 4)
     target = torch.tensor([1, 6])
-    ours = linear_cross_entropy_op(hidden, weight, target, torch.ones(2), 0, 6, False, False, 0.0, backend)[0]
+    flags = (False,) * 5
+    ours = linear_cross_entropy_op(
+        hidden, weight, None, target, torch.ones(2), 0, 6, *PLAIN, *flags, 0.0, backend
+    )[0]
     expected = loss_of_reference(hidden, weight, target, reduction="none")
     assert ours[1] == expected[1] == torch.inf
     torch.testing.assert_close(ours[0], expected[0])
@@ -735,4 +1004,12 @@ def test_triton_compiles_for_sm80_and_sm90():
         ):
             tensors = meta(N, C, grad=True), meta(V, C, grad=True), meta(N, dtype=torch.int64)
             calls.append(Call("linear_cross_entropy", tensors, options, arch))
+        for dtype in (torch.bfloat16, torch.float32):
+            N, C, V = 2176, 640, 58240
+            tensors = meta(N, C, dtype=dtype, grad=True), meta(V, C, dtype=dtype, grad=True)
+            options = {
+                "bias": meta(V, dtype=dtype, grad=True), "softcap": 30.0, "z_loss": 1e-4,
+                "label_smoothing": 0.1, "return_predicted_tokens": True,
+            }  # fmt: skip
+            calls.append(Call("linear_cross_entropy", (*tensors, meta(N, dtype=torch.int64)), options, arch))
     assert_clean(compile_calls(calls))

@@ -12,8 +12,9 @@ from cogview_kernels.merge_attention.op import merge_attention_op
 from cogview_kernels.merge_attention.reference import merge_attention_reference
 from tests.helpers.local_attention import joint_attention, text_slots, window_slots
 from tests.helpers.tolerance import GRADIENT, OUTPUT, assert_within_budget, judge
+from tests.helpers.triton_compile import Call, assert_clean, compile_calls, meta
 
-KERNELS = ["cpu"]
+KERNELS = ["cpu", "triton"]
 ALL = ["reference", *KERNELS]
 
 
@@ -178,6 +179,22 @@ def test_a_query_that_saw_nothing(backend, backend_device):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_weights_far_from_zero(backend, backend_device):
+    """An lse of 30,000 has a last place of 0.002: weights come from the differences of the lses alone."""
+    outputs, lses = make(T=9, device=backend_device(backend))
+    far = [x.round(decimals=0) for x in lses]  # so that 30,000 more is exact
+    near, shifted = (
+        with_gradients(
+            lambda o, s: merge_attention(o, s, return_lse=True, backend=backend), outputs, given,
+            torch.ones_like(outputs[0]), torch.zeros_like(lses[0]),
+        )
+        for given in (far, [x + 30_000 for x in far])
+    )  # fmt: skip
+    for i in (0, 2, 3, 4, 5):
+        torch.testing.assert_close(near[i], shifted[i], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_strides_and_large_lses(backend, backend_device):
     outputs, lses = make(device=backend_device(backend))
     odd = [
@@ -228,4 +245,34 @@ def test_errors_name_the_argument():
     fails(TypeError, r"outputs\[1\] must be torch.float32", outputs=[outputs[0], outputs[1].half()])
     fails(TypeError, r"lses\[0\] must be torch.float32", lses=[x.double() for x in lses])
     fails(ValueError, r"lses\[1\] must have shape \(2, 3, 37\)", lses=[lses[0], lses[1][:1]])
-    fails(NotImplementedError, "no triton backend", backend="triton")
+    fails(NotImplementedError, "no sdpa backend", backend="sdpa")
+
+
+# ---- the triton backend
+
+
+def test_triton_takes_head_sizes_up_to_1024(backend_device):
+    outputs, lses = make(T=1, D=1025, device=backend_device("triton"))
+    with pytest.raises(NotImplementedError, match="head sizes up to 1024, got 1025; use backend='reference'"):
+        merge_attention(outputs, lses, backend="triton")
+
+
+@pytest.mark.parametrize(("arch", "dtype"), [(80, torch.float32), (90, torch.bfloat16)], ids=str)
+def test_compiles_for_sm80_and_sm90(arch, dtype):
+    """No spills, and rows are read by 16 bytes."""
+    calls = [
+        Call(
+            "merge_attention",
+            tuple(
+                [meta(*shape, dtype=kind, grad=True) for _ in range(count)]
+                for shape, kind in (((2, 8, 1000, D), dtype), ((2, 8, 1000), torch.float32))
+            ),
+            {"return_lse": count == 2},
+            arch,
+        )
+        for count, D in ((2, 64), (4, 1024))
+    ]
+    reports = compile_calls(calls)
+    assert_clean(reports)
+    assert {r.name for r in reports} == {"fwd_kernel", "bwd_kernel"}
+    assert all("ld.global.v4.b32" in r.ptx.replace("ld.global.nc", "ld.global") for r in reports)

@@ -32,7 +32,7 @@ from cogview.cli import main
 from cogview.config import TrainConfig
 from cogview.model.transformer import CogView
 from cogview.training import distributed
-from cogview.training.transformer import TransformerTrainer, train
+from cogview.training.transformer import TrainingData, TransformerTrainer, train
 from tests.model.helpers import small_model
 from tests.model.test_training_transformer import CONFIG, dataset
 
@@ -46,6 +46,11 @@ SPOILT = 2  # the step of MIXED in which one rank has a loss that is not finite
 
 def model(seed: int) -> CogView:
     return small_model(seed, hidden_size=32, activation_checkpointing=True)
+
+
+def data() -> TrainingData:
+    """The same rows to train and to validate on: what counts is that all ranks together validate on all."""
+    return TrainingData(dataset(), dataset())
 
 
 def before_step(step: int, action: Callable[[], None]) -> None:
@@ -67,7 +72,7 @@ def signal_before_step(step: int, signum: int) -> None:
 def outcome(folder: Path, seed: int, config: TrainConfig = WANDERING) -> str | dict[str, list[float]]:
     """The history of a training, or the name of the signal that ended it. The seed must not matter."""
     try:
-        return train(model(seed), dataset(), config, folder, progress=False)
+        return train(model(seed), data(), config, folder, progress=False)
     except KeyboardInterrupt as interrupt:
         return str(interrupt)
 

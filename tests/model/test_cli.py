@@ -291,8 +291,9 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         capsys, "train-tokenizer", "--data", tmp_path / "absent", "--out", tmp_path / "r"
     )
     assert "cogview train-tokenizer" in mistake(capsys, "train", "--data", photos, "--out", tmp_path)
-    assert "unknown preset 'huge'; known presets: digits, small, card, tutorial, base, fashion" in mistake(
-        capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge"
+    assert (
+        "unknown preset 'huge'; known presets: digits, emoji, emoji-64, small, card, tutorial, base, fashion"
+        in mistake(capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge")
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
     (tmp_path / "bad.png").write_text("not an image")

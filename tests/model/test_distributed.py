@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cogview
 from cogview.cli import main
@@ -20,7 +21,7 @@ from cogview.files import load_tensors
 from cogview.training import distributed
 from cogview.training.transformer import train
 from tests.model.helpers import small_model
-from tests.model.ranks import WANDERING, dataset, model
+from tests.model.ranks import WANDERING, data, dataset, model
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,10 +55,21 @@ def result(folder):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """History and weights of a training that one process does at once."""
-    trained = model(0)
-    history = train(trained, dataset(), WANDERING, tmp_path_factory.mktemp("alone"), progress=False)
-    return history, trained.state_dict()
+    """History, weights and validation losses of a training that one process does at once."""
+    trained, folder = model(0), tmp_path_factory.mktemp("alone")
+    history = train(trained, data(), WANDERING, folder, progress=False)
+    return history, trained.state_dict(), validation_losses(folder)
+
+
+def validation_losses(folder):
+    """By kind and step, what TensorBoard has; of a step that was done twice, the last."""
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    kinds = ("image_loss", "text_loss")
+    return {
+        (kind, event.step): event.value
+        for kind in kinds
+        for event in events.Scalars(f"train/validation_{kind}")
+    }
 
 
 def test_a_killed_rank_restarts_all_and_a_signal_to_one_stops_all_after_the_same_step(folder, result):
@@ -84,10 +96,12 @@ def test_four_then_two_then_one_then_four_ranks_learn_what_one_process_learns(fo
     One third of the attention's input bias is that of the keys, whose gradient is 0 but for rounding, so that
     AdamW turns noise into steps. They matter to no output and are left out.
     """
-    history, weights = alone
+    history, weights, validation = alone
     for rank in result["four again"]:
         for name in history:
             assert rank["outcome"][name] == pytest.approx(history[name], rel=2e-6)
+    by_ranks = validation_losses(folder / "wandering")
+    assert {key: by_ranks[key] for key in validation} == pytest.approx(validation, rel=2e-6)
     saved = load_tensors(folder / "wandering/checkpoints/step-00000012/model.safetensors")
     assert saved.keys() == weights.keys()
     for name, weight in weights.items():
@@ -110,7 +124,8 @@ def test_in_float16_all_ranks_skip_a_step_and_halve_the_scale_together(folder, r
     assert together["skipped_steps"] == skipped and together["trainer"] == alone["trainer"]
     first, second = (rank["mixed errors"] for rank in result["two"])
     assert "step 2: loss nan, gradient norm nan; step skipped, as the loss was not finite\n" in first
-    assert len(first.splitlines()) == skipped + 1 and second == ""
+    assert "after 4 steps, validation: image_loss" in first
+    assert len(first.splitlines()) == skipped + 2 and second == ""
 
 
 def test_the_command_speaks_once_and_leaves_a_run_like_any_other(folder, result):

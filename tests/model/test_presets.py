@@ -44,6 +44,6 @@ def test_the_default_preset_follows_from_the_data():
 def test_an_unknown_preset_is_an_error_that_lists_the_known_ones():
     with pytest.raises(
         ValueError,
-        match=r"unknown preset 'huge'; known presets: digits, small, card, tutorial, base, fashion",
+        match=r"unknown preset 'huge'; known presets: digits, emoji, emoji-64, small, card, tutorial, base",
     ):
         get_preset("huge")

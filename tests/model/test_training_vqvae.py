@@ -60,3 +60,21 @@ def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
     train_image_tokenizer(model, DigitPairs(), config, tmp_path, progress=False)
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("codebook", ["straight-through", "gumbel", "fixed"])
+def test_every_way_to_a_codebook_learns_and_resumes(tmp_path, codebook):
+    config = dataclasses.replace(CONFIG, steps=60, checkpoint_every=60, codebook=codebook, color_weight=1.0)
+    model = tokenizer()
+    start = model.quantize_t.embed.detach().clone()
+    history = train_image_tokenizer(model, DigitPairs(), config, tmp_path, progress=False)
+    assert sum(history["reconstruction"][-5:]) < 0.8 * sum(history["reconstruction"][:5])
+    assert torch.equal(model.quantize_t.embed, start) == (codebook == "fixed")
+    other = tokenizer(seed=9)
+    assert train_image_tokenizer(other, DigitPairs(), config, tmp_path, progress=False) == history
+    assert torch.equal(other.quantize_t.embed, model.quantize_t.embed)
+
+
+def test_the_temperature_falls_to_its_last_value_at_half_of_the_training():
+    found = [cogview.training.vqvae.temperature(done) for done in (0, 0.25, 0.5, 0.9)]
+    assert found == pytest.approx([1, 0.25, 1 / 16, 1 / 16])

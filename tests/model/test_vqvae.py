@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,3 +110,68 @@ def test_evaluation_leaves_the_codebook_alone():
     before = tokenizer.quantize_t.embed.clone()
     tokenizer(torch.rand(2, 3, 16, 16))
     assert torch.equal(tokenizer.quantize_t.embed, before)
+
+
+def quantized(method, seed=0):
+    torch.manual_seed(seed)
+    quantizer = Quantizer(SMALL).train()
+    quantizer.learn_by(method)
+    z = torch.randn(40, 4, requires_grad=True)
+    before = quantizer.embed.detach().clone()
+    return quantizer, z, before, quantizer(z)
+
+
+@pytest.mark.parametrize("method", ["moving-average", "straight-through", "fixed"])
+def test_the_nearest_code_passes_its_gradient_straight_through(method):
+    quantizer, z, before, out = quantized(method)
+    assert torch.equal(out.codes, torch.cdist(z, before.t()).argmin(1))
+    torch.testing.assert_close(out.vectors.detach(), before.t()[out.codes])
+    gradient = torch.randn(40, 4)
+    assert torch.equal(torch.autograd.grad(out.vectors, z, gradient)[0], gradient)
+    moved = not torch.equal(quantizer.embed, before)
+    assert moved == (method == "moving-average")
+    assert quantizer.embed.requires_grad == out.codebook.requires_grad == (method == "straight-through")
+
+
+def test_the_codebook_loss_draws_each_code_to_its_vectors():
+    quantizer, z, before, out = quantized("straight-through")
+    out.codebook.backward()
+    for code in range(8):
+        chosen = z.detach()[out.codes == code]
+        expected = 2 * (before[:, code] - chosen).sum(0) / z.numel()
+        torch.testing.assert_close(quantizer.embed.grad[:, code], expected)
+    assert z.grad is None
+
+
+def test_gumbel_draws_by_distance_over_temperature_and_the_nearest_when_cold():
+    torch.manual_seed(0)
+    quantizer = Quantizer(SMALL).train()
+    quantizer.learn_by("gumbel")
+    z = torch.randn(4, requires_grad=True)
+    quantizer.temperature = 0.7
+    out = quantizer(z.expand(20_000, 4))
+    expected = torch.softmax(-torch.cdist(z[None], quantizer.embed.t()).square() / 0.7, 1)[0]
+    found = torch.bincount(out.codes, minlength=8) / 20_000
+    torch.testing.assert_close(found, expected.detach(), atol=0.02, rtol=0)
+    torch.testing.assert_close(out.vectors, quantizer.lookup(out.codes))
+    out.vectors.sum().backward()
+    assert float(z.grad.abs().sum()) > 0 and float(quantizer.embed.grad.abs().sum()) > 0
+    quantizer.temperature = 1e-6
+    many = torch.randn(50, 4)
+    assert torch.equal(quantizer(many).codes, quantizer.nearest(many))
+    quantizer.eval()
+    quantizer.temperature = 10.0
+    assert torch.equal(quantizer(many).codes, quantizer.nearest(many))
+
+
+def test_residual_blocks_let_a_code_know_its_neighbours():
+    config = dataclasses.replace(SMALL, residual_blocks=1)
+    image = torch.rand(1, 3, 16, 16)
+    other = image.clone()
+    other[..., 11:, :] = 1 - other[..., 11:, :]  # the strided convolutions of the second row end before
+    for shape, sees in ((SMALL, False), (config, True)):
+        torch.manual_seed(0)
+        tokenizer = ImageTokenizer(shape).eval()
+        at = [tokenizer.vectors(pixels)[0, 1, 1] for pixels in (image, other)]
+        assert torch.equal(*at) != sees
+        assert tokenizer.decode(tokenizer.encode(image)).shape == image.shape

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``cogview evaluate`` does: compare two sets of pictures, or what a run draws with a set.
+
+Source: CogView (arXiv:2105.13290), section 4.1 and Table 1: Frechet distances with both sets blurred,
+Inception Score, CapLoss. A set is a folder of pictures or the saved statistics of one. A run draws a picture
+for each caption of the set that it is compared with, and describes the pictures of that set.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tabulate import tabulate
+
+from cogview.data.folder import listing
+from cogview.device import default_device
+from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss
+from cogview.evaluation.evaluation_plot import save_distance_plot
+from cogview.evaluation.features import EfficientNetLite0Features, Features
+from cogview.evaluation.inception import InceptionFeatures
+from cogview.evaluation.pictures import PictureFolder
+from cogview.evaluation.set_statistics import (
+    BLUR_RADII,
+    STATISTICS_SUFFIX,
+    SetStatistics,
+    distances,
+    load_statistics,
+    picture_statistics,
+    require_comparable,
+)
+from cogview.files import StrPath, exists, write_json, write_text
+from cogview.run import Run, load_run
+from cogview.settings import MODEL_SETTINGS
+
+FIGURES, TABLE, PLOT = "evaluation.json", "evaluation.csv", "evaluation.png"
+REFERENCE = f"reference{STATISTICS_SUFFIX}"  # statistics of the second set
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare ``first``, a set of pictures or a run, with the set ``second``; results go to ``out``."""
+
+    first: StrPath
+    second: StrPath
+    out: StrPath
+    inception: Path | None = None  # the file of weights of the FID's network; None: EfficientNet-Lite0
+    radii: Sequence[float] = BLUR_RADII
+    side: int | None = None  # pictures are scaled and cropped to such squares; None: they must be of one size
+    scorer: StrPath | None = None  # run that gives CapLoss; None: first, if that is a run
+    candidates: int = 1  # pictures that a run draws of each caption, of which the best by CapLoss is taken
+    captions: int | None = None  # that a run draws, at most
+    seed: int = 0
+    splits: int = 10  # parts of the Inception Score
+    batch_size: int = 32
+    skip_bad: bool = False  # leave out pictures that cannot be read
+    device: str = field(default_factory=default_device)
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of the results; None where there is no such number."""
+
+    name: str
+    first: float | None = None
+    second: float | None = None
+    between: float | None = None
+
+
+def evaluate(options: Evaluate) -> list[Figure]:
+    """All figures; ``out`` then holds them as CSV, JSON and plot, and the statistics of the second set.
+
+    Raises:
+        FileNotFoundError: no such set, run or file of weights.
+        ValueError: a folder without pictures, or with some that cannot be read (all of them listed); sets of
+            different sizes or seen by different networks; a run, and no captions to draw.
+    """
+    first, second = Path(options.first), Path(options.second)
+    network = _network(options)
+    reference = _open(second, options, network)
+    of_run: list[Figure] = []
+    drawer = load_run(first, options.device) if exists(first / MODEL_SETTINGS) else None
+    scorer = drawer if options.scorer is None else load_run(options.scorer, options.device)
+    if drawer is not None:
+        first, of_run = _of_run(drawer, options)
+    opened = _open(first, options, network)
+    require_comparable((network.name, opened.side), (network.name, reference.side))
+    sets = [_statistics(each, options, network) for each in (opened, reference)]
+    figures = [*_of_sets(sets[0], sets[1], network), *of_run]
+    if scorer is not None:
+        losses = [
+            mean_cap_loss(scorer, path, progress=options.progress) if path.is_dir() else None
+            for path in (first, second)
+        ]
+        figures.append(Figure("CapLoss", *losses))
+    out = Path(options.out)
+    sets[1].save(out / REFERENCE)
+    _write(out, options, figures)
+    return figures
+
+
+def _network(options: Evaluate) -> Features:
+    if options.inception is not None:
+        return InceptionFeatures(options.inception).to(options.device)
+    return EfficientNetLite0Features().to(options.device)
+
+
+def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | SetStatistics:
+    """A set, with all that can be wrong with it found out."""
+    if path.suffix == STATISTICS_SUFFIX:
+        saved = load_statistics(path)
+        require_comparable((saved.network, 0), (network.name, 0))
+        return saved
+    pictures = PictureFolder(path, side=options.side, skip_bad=options.skip_bad, progress=options.progress)
+    if pictures.left_out:
+        left_out = f"{len(pictures.left_out)} pictures left out of {path}"
+        print(f"{left_out}: {listing(pictures.left_out)}", file=sys.stderr)
+    return pictures
+
+
+def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
+    """The folder of what the run draws, and how well it describes what it is compared with."""
+    task = RunTask(
+        options.second,
+        options.out,
+        options.candidates,
+        options.captions,
+        options.seed,
+        options.skip_bad,
+        options.progress,
+    )
+    match = describe_pictures(run, task)
+    figures = [
+        Figure("captions that match, share", second=match.exact),
+        Figure("characters of captions that match, share", second=match.characters),
+    ]
+    return draw_captions(run, options.first, task), figures
+
+
+def _statistics(opened: PictureFolder | SetStatistics, options: Evaluate, network: Features) -> SetStatistics:
+    if isinstance(opened, SetStatistics):
+        return opened
+    return picture_statistics(
+        opened,
+        network,
+        options.device,
+        radii=options.radii,
+        splits=options.splits,
+        batch_size=options.batch_size,
+        progress=options.progress,
+    )
+
+
+def _of_sets(first: SetStatistics, second: SetStatistics, network: Features) -> list[Figure]:
+    return [
+        Figure("pictures", first.count, second.count),
+        *(
+            Figure(f"{network.distance}, blur {radius:g}", between=distance)
+            for radius, distance in distances(first, second).items()
+        ),
+        Figure(network.score, first.score.mean, second.score.mean),
+        Figure(f"{network.score}, deviation over parts", first.score.deviation, second.score.deviation),
+    ]
+
+
+def _write(out: Path, options: Evaluate, figures: Sequence[Figure]) -> None:
+    names = {"first": str(options.first), "second": str(options.second)}
+    rows = io.StringIO()
+    table = csv.writer(rows, lineterminator="\n")
+    table.writerow(["figure", *names.values(), "between"])
+    table.writerows([figure.name, *_shown(figure)] for figure in figures)
+    write_text(out / TABLE, rows.getvalue())
+    write_json(out / FIGURES, {**names, "figures": [asdict(figure) for figure in figures]})
+    # The name of a distance ends with the radius of its blur.
+    heights = {
+        figure.name.rpartition(" ")[2]: figure.between for figure in figures if figure.between is not None
+    }
+    label = next(figure.name for figure in figures if figure.between is not None).rpartition(",")[0]
+    save_distance_plot(out / PLOT, f"{options.first} against {options.second}", label, heights)
+
+
+def _shown(figure: Figure) -> list[str]:
+    values = (figure.first, figure.second, figure.between)
+    return ["" if value is None else f"{value:.6g}" for value in values]
+
+
+def evaluation_table(figures: Sequence[Figure], options: Evaluate) -> str:
+    """What the command prints."""
+    heads = ["", Path(options.first).name, Path(options.second).name, "between"]
+    return tabulate([[figure.name, *_shown(figure)] for figure in figures], heads, disable_numparse=True)

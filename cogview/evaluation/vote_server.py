@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One page on this machine alone that shows the questions of a ballot and takes the votes.
+
+::
+
+    GET  /                      the page, vote.html
+    GET  /question              the next question, or the shares once there is none left
+    GET  /picture/NUMBER/PLACE  a picture of it; nothing tells from which folder it comes
+    POST /vote                  {"question": NUMBER, "place": PLACE}; answers as /question does
+"""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+import re
+import threading
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.resources import files
+from typing import Any
+
+from cogview.evaluation.vote import Ballot
+
+LOOPBACK = "127.0.0.1"
+LONGEST_VOTE = 1000  # bytes
+
+
+class VoteServer(ThreadingHTTPServer):
+    """Serves a ballot on the loopback address, in threads of its own; a context manager.
+
+    Args:
+        port: 0 takes a free one.
+
+    Raises:
+        OSError: the port is in use.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, ballot: Ballot, port: int = 0) -> None:
+        try:
+            super().__init__((LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise OSError(f"port {port} cannot be used: {error.strerror}; choose another --port") from None
+        self.ballot = ballot
+        self.lock = threading.Lock()
+        self.finished = threading.Event()  # set once the last vote has been answered
+        if ballot.next_question is None:
+            self.finished.set()
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{LOOPBACK}:{self.server_port}/"
+
+    def __enter__(self) -> VoteServer:
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def state(self) -> dict[str, Any]:
+        """What the page shows next."""
+        ballot = self.ballot
+        number = ballot.next_question
+        done = {"answered": len(ballot.votes), "of": len(ballot.questions)}
+        if number is None:
+            return {**done, "shares": [share._asdict() for share in ballot.shares()]}
+        question = ballot.questions[number]
+        pictures = [f"/picture/{number}/{place}" for place in range(len(question.pictures))]
+        return {**done, "question": number, "prompt": question.prompt, "pictures": pictures}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: VoteServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if not self._is_for_this_machine():
+            return
+        picture = re.fullmatch(r"/picture/(\d+)/(\d+)", self.path)
+        if self.path == "/":
+            page = files("cogview.evaluation").joinpath("vote.html").read_bytes()
+            self._answer(page, "text/html; charset=utf-8")
+        elif self.path == "/question":
+            with self.server.lock:
+                self._answer_json(self.server.state())
+        elif picture is not None:
+            self._answer_picture(int(picture[1]), int(picture[2]))
+        else:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def do_POST(self) -> None:
+        if not self._is_for_this_machine():
+            return
+        # Another site's page can post a form, but not JSON, without asking this server first.
+        if self.path != "/vote" or self.headers.get("Content-Type") != "application/json":
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        try:
+            length = int(self.headers.get("Content-Length", ""))
+            if not 0 < length <= LONGEST_VOTE:
+                raise ValueError("a vote has up to 1,000 bytes")
+            given = json.loads(self.rfile.read(length))
+            question, place = given["question"], given["place"]
+            if type(question) is not int or type(place) is not int:
+                raise ValueError("question and place are whole numbers")
+            with self.server.lock:
+                self.server.ballot.vote(question, place)
+                state = self.server.state()
+        except (ValueError, KeyError, TypeError) as error:
+            self.close_connection = True
+            self.send_error(HTTPStatus.BAD_REQUEST, str(error).encode("ascii", "replace").decode())
+            return
+        self._answer_json(state)
+        if "shares" in state:
+            self.server.finished.set()
+
+    def _is_for_this_machine(self) -> bool:
+        """A name of another site that was made to lead here is refused, so that no other site reads along."""
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host in (LOOPBACK, "localhost"):
+            return True
+        self.send_error(HTTPStatus.FORBIDDEN)
+        return False
+
+    def _answer_picture(self, number: int, place: int) -> None:
+        questions = self.server.ballot.questions
+        if number >= len(questions) or place >= len(questions[number].pictures):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        path = questions[number].pictures[place]
+        try:
+            self._answer(path.read_bytes(), mimetypes.guess_type(path)[0] or "application/octet-stream")
+        except OSError:
+            self.send_error(HTTPStatus.NOT_FOUND)
+
+    def _answer_json(self, content: dict[str, Any]) -> None:
+        self._answer(json.dumps(content, ensure_ascii=False).encode(), "application/json")
+
+    def _answer(self, content: bytes, kind: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """A line for each picture would hide what the command says."""

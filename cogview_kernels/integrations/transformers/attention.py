@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Three-region attention as an attention implementation of transformers.
+
+transformers asks an implementation for two functions: one makes the mask, once per forward pass, and one
+computes attention, in each layer. The mask must be a tensor of four dimensions, because only those pass
+through StaticCache, ``generate`` and ``torch.compile`` untouched. So ours is int64 ``[B, 1, 1, 1 + P]``: the
+number of tokens of each row, padding included, and the positions of its pivots. A row that begins with
+padding adds a last column, the position of its first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, prepare_padding_mask, sdpa_mask
+
+from cogview_kernels import ThreeRegionLayout, _checks, decode_attention, three_region_attention
+
+# What some models ask of attention beyond a mask, under the names by which they hand it over.
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
+
+
+def register(
+    name: str = "three_region",
+    *,
+    block_size: int = 128,
+    window_blocks: int = 6,
+    num_pivots: int = 768,
+    text_length: int = 0,
+    pivot_bias: float = 0.0,
+) -> None:
+    """Makes ``attn_implementation=name`` known to transformers, for every model that looks its attention up.
+
+    Causal self-attention then is :func:`cogview_kernels.three_region_attention`, and over a cache
+    :func:`cogview_kernels.decode_attention`. The layout is drawn once per forward pass, for all layers: the
+    first ``text_length`` tokens of each row and random other ones, none of them padding. Draws come from
+    PyTorch's default generator, so ``torch.manual_seed`` repeats them; with ``num_pivots == text_length``
+    nothing is random. Rows may be padded on the left or on the right. Cross-attention, sliding windows and
+    masks of four dimensions from the user go to SDPA as they are.
+
+    Args:
+        name: more than one may be registered, each with its own options.
+        block_size, window_blocks: the window, see :class:`cogview_kernels.ThreeRegionLayout`.
+        num_pivots: pivots a row, 0 or above.
+        text_length: at most ``num_pivots``.
+        pivot_bias: is added to the logits of far keys. ``math.log(T // num_pivots)`` is CogView's density
+            correction for sequences of T tokens.
+
+    Raises:
+        TypeError, ValueError: a range above is not met.
+
+    In a forward pass, NotImplementedError names what the attention cannot do: packed sequences and other
+    changes of the causal mask, softcap, sinks, position biases, dropout beside a filled cache.
+    """
+    implementation = ThreeRegionImplementation(
+        name, block_size, window_blocks, num_pivots, text_length, pivot_bias
+    )
+    AttentionInterface.register(name, implementation.attention)
+    AttentionMaskInterface.register(name, implementation.mask)
+
+
+@dataclass(frozen=True)
+class ThreeRegionImplementation:
+    """The two functions that transformers asks for, and the options they share; see :func:`register`."""
+
+    name: str
+    block_size: int
+    window_blocks: int
+    num_pivots: int
+    text_length: int
+    pivot_bias: float
+
+    def __post_init__(self) -> None:
+        op = "register"
+        for option, least in (("block_size", 1), ("window_blocks", 1), ("num_pivots", 0), ("text_length", 0)):
+            _checks.check_count(op, option, getattr(self, option), least)
+        if self.text_length > self.num_pivots:
+            raise ValueError(
+                f"{op}: text_length must be at most num_pivots, {self.num_pivots}, got {self.text_length}"
+            )
+        _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
+
+    def mask(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: Any = 0,  # of a StaticCache, a tensor
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        **others: Any,
+    ) -> Tensor | None:
+        """Lengths, pivots and starts of the rows as one tensor, or SDPA's mask for what is not causal."""
+        if others.get("local_size") is not None or "allow_is_bidirectional_skip" in others:
+            return sdpa_mask(
+                batch_size,
+                q_length,
+                kv_length,
+                q_offset,
+                kv_offset,
+                mask_function,
+                attention_mask,
+                device=device,
+                **{**others, "allow_is_causal_skip": False},
+            )
+        if mask_function is not causal_mask_function:
+            raise NotImplementedError(
+                f"{self.name}: the mask must be causal with padding alone; packed sequences, bidirectional "
+                "blocks and mask functions of a model's own need attn_implementation='sdpa'"
+            )
+        length = torch.full((batch_size,), q_length, dtype=torch.int64, device=device) + q_offset
+        valid = torch.arange(kv_length, device=device) < length[:, None]
+        starts = None
+        padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+        if padding is not None:
+            valid = valid & padding[:, :kv_length]
+            starts = _starts(valid)
+        text = valid & (valid.cumsum(1) <= self.text_length)
+        layout = ThreeRegionLayout.sample(text, self.num_pivots, density_correction=False, valid_mask=valid)
+        columns = [length[:, None], layout.pivots] + ([] if starts is None else [starts[:, None]])
+        return torch.cat(columns, 1)[:, None, None]
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        """``[B, H, T, D]`` in, ``[B, T, H, D]`` out, as transformers has it."""
+        is_causal = others.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and is_causal:
+            raise NotImplementedError(
+                f"{self.name}: {type(module).__name__} hands over no mask; "
+                "its model needs attn_implementation='sdpa'"
+            )
+        if attention_mask is None or attention_mask.dtype != torch.int64:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+            )
+        for option in _UNKNOWN:
+            if others.get(option) is not None:
+                raise NotImplementedError(
+                    f"{self.name}: attention has no {option}, which {type(module).__name__} asks for; "
+                    "use attn_implementation='eager'"
+                )
+        # Under autocast, tables of positions leave queries and keys in float32; SDPA casts them too.
+        q, k = query.to(value.dtype), key.to(value.dtype)
+        fields = attention_mask[:, 0, 0]
+        lengths, pivots = fields[:, 0], fields[:, 1 : 1 + self.num_pivots]
+        padded = fields.shape[1] > 1 + self.num_pivots
+        starts = fields[:, -1] if padded else None
+        if q.shape[2] != k.shape[2] and dropout:
+            raise NotImplementedError(
+                f"{self.name}: there is no dropout over a cache; call model.eval() first"
+            )
+        out = self._rows(q, k, value, lengths, pivots, starts, dropout_p=dropout, scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    def _rows(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lengths: Tensor,
+        pivots: Tensor,
+        starts: Tensor | None,
+        *,
+        dropout_p: float,
+        scale: float | None,
+    ) -> Tensor:
+        among_themselves = q.shape[2] == k.shape[2]
+        if starts is not None:
+            # Rows are moved to the left, so that each begins with its first token as if it were alone.
+            k, v = _moved(k, starts), _moved(v, starts)
+            q = _moved(q, starts) if among_themselves else q
+            lengths = lengths - starts
+            pivots = torch.where(pivots < 0, pivots, pivots - starts[:, None])
+        layout = ThreeRegionLayout(pivots, self.block_size, self.window_blocks, self.pivot_bias)
+        if not among_themselves:
+            return decode_attention(q, k, v, lengths, layout=layout, scale=scale)
+        out = cast(Tensor, three_region_attention(q, k, v, layout, scale=scale, dropout_p=dropout_p))
+        return out if starts is None else _moved(out, -starts)
+
+
+def _starts(valid: Tensor) -> Tensor | None:
+    """The first valid position of each row, or None where that is 0 in all rows and can be read."""
+    # As transformers does for its own masks: one look per forward pass, none while tracing.
+    if not torch.compiler.is_compiling() and bool(valid[:, 0].all()):
+        return None
+    return valid.int().argmax(1)
+
+
+def _moved(x: Tensor, by: Tensor) -> Tensor:
+    """``x[b, :, t + by[b]]`` at place t of row b of ``x`` ``[B, H, T, D]``; the ends are repeated."""
+    T = x.shape[2]
+    source = (torch.arange(T, device=x.device) + by[:, None]).clamp(0, T - 1)
+    return x.gather(2, source[:, None, :, None].expand_as(x))

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks
+from cogview_kernels.rms_norm.reference import rms_norm_reference
+
+_OP = "rms_norm"
+_BACKENDS = ("reference",)
+
+
+def _limit(backend: str, x: Tensor) -> str:
+    return ""
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = False,
+    pb_relax: str | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """RMSNorm over the last dimension, as Llama, OLMo, Gemma and GLM have it.
+
+    Equals, with ``y = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)``,
+
+    - ``(y * (weight_offset + weight.float())).to(x.dtype)``: Gemma with ``weight_offset=1``, OLMo with 0;
+    - ``(y.to(x.dtype) * (weight_offset + weight.float())).to(x.dtype)`` with ``round_before_weight=True``:
+      Llama and GLM. To the gradient the first rounding is the identity.
+
+    ``pb_relax`` divides ``x`` by an eighth of an absolute maximum beforehand, so that squares of large
+    activations do not overflow. In exact arithmetic that only turns ``eps`` into ``eps * (abs_max / 8)^2``:
+
+    - ``None``: 8, that is plain RMSNorm, the default;
+    - ``"row"``: ``x.abs().amax(-1, keepdim=True)``, a constant to the gradient;
+    - ``"tensor"``: ``x.abs().amax()``, likewise.
+
+    Args:
+        x: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference). Any strides; rows
+            that are not evenly spaced cost a copy.
+        weight: ``[C]`` or None, which stands for a factor of 1; the dtype of ``x`` or float32.
+        eps: positive.
+        weight_offset: what is added to ``weight``; without a weight it has no effect.
+        round_before_weight: whether the normalised row is rounded to the dtype of ``x`` before it is
+            multiplied by the weight. It changes nothing in float32.
+        pb_relax: None, "row" or "tensor", as above.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
+
+    Returns:
+        The shape and dtype of ``x``, also where ``weight`` is float32. Statistics are in float32.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape or range above is not met, or devices differ.
+        NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
+            "cuda"), a C above 4,096.
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467; ``pb_relax``: CogView, arXiv:2105.13290, section 2.4.
+    """
+    _checks.check_float(_OP, "x", x)
+    _checks.check_rows(_OP, "x", x)
+    _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
+    _checks.check_finite_number(_OP, "eps", eps, positive=True)
+    _checks.check_finite_number(_OP, "weight_offset", weight_offset)
+    _checks.check_choice(_OP, "round_before_weight", round_before_weight, (False, True))
+    _checks.check_choice(_OP, "pb_relax", pb_relax, (None, "row", "tensor"))
+    _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
+    return rms_norm_reference(
+        x,
+        weight,
+        eps=eps,
+        weight_offset=weight_offset,
+        round_before_weight=round_before_weight,
+        pb_relax=pb_relax,
+    )

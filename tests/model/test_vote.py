@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Votes: shuffled questions, a file that is gone on with, shares with intervals, and the page itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import urllib.error
+import urllib.request
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from cogview.cli import main
+from cogview.evaluation.vote import Ballot, wilson_interval
+from cogview.evaluation.vote_server import VoteServer
+
+TEXTS = [f"a picture of thing {number}" for number in range(12)]
+
+
+def save_drawn(folder, colour, texts=TEXTS):
+    """As ``cogview generate --out folder`` writes pictures: each with its text within, beside a sheet."""
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        about = PngInfo()
+        about.add_itxt("prompt", text)
+        Image.new("RGB", (16, 16), colour).save(folder / f"{number:04d}.png", pnginfo=about)
+    Image.new("RGB", (64, 16), colour).save(folder / "sheet.png")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return [save_drawn(tmp_path / colour, colour) for colour in ("red", "blue")]
+
+
+def test_questions_and_candidates_are_shuffled_the_same_way_for_the_same_seed(folders, tmp_path):
+    ballot = Ballot(folders, tmp_path, seed=0)
+    assert sorted(question.prompt for question in ballot.questions) == sorted(TEXTS)
+    assert [question.prompt for question in ballot.questions] != TEXTS
+    firsts = {question.folders[0] for question in ballot.questions}
+    assert firsts == {str(folder) for folder in folders}  # Neither always stands at the left.
+    for question in ballot.questions:
+        for picture, folder in zip(question.pictures, question.folders, strict=True):
+            assert str(picture.parent) == folder
+    assert ballot.questions == Ballot(folders, tmp_path, seed=0).questions
+    assert ballot.questions != Ballot(folders, tmp_path, seed=1).questions
+
+
+def test_a_vote_is_kept_at_once_and_a_ballot_goes_on(folders, tmp_path):
+    ballot = Ballot(folders, tmp_path)
+    ballot.vote(0, 1)
+    ballot.vote(0, 0)  # It has a vote already.
+    again = Ballot(folders, tmp_path)
+    assert again.votes == ballot.votes
+    assert again.votes[0].chosen == ballot.questions[0].folders[1]
+    assert again.next_question == 1
+    with pytest.raises(ValueError, match="has votes on other pictures; choose another --out"):
+        Ballot(folders[::-1], tmp_path)
+    for question, place in ((len(TEXTS), 0), (-1, 0), (1, 2), (1, -1)):
+        with pytest.raises(ValueError, match="must be from 0 to"):
+            ballot.vote(question, place)
+
+
+def test_shares_have_intervals(folders, tmp_path):
+    ballot = Ballot(folders, tmp_path)
+    for number, question in enumerate(ballot.questions):
+        wanted = str(folders[0] if number < 9 else folders[1])
+        ballot.vote(number, question.folders.index(wanted))
+    red, blue = ballot.shares()
+    assert (red.folder, red.votes, red.share) == (str(folders[0]), 9, 0.75)
+    # The ends of Wilson's interval are the shares from which what was seen lies just 1.96 deviations away.
+    for end in (red.low, red.high):
+        assert (0.75 - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / 12, rel=1e-9)
+    assert red.low < 0.75 < red.high
+    assert blue.share == 0.25
+    assert wilson_interval(0, 5)[1] == pytest.approx(0, abs=1e-12)
+    assert wilson_interval(5, 5)[2] == pytest.approx(1, abs=1e-12)
+    assert wilson_interval(0, 0)[1:] == (0, 1)
+
+
+def test_captions_or_names_stand_for_texts_that_are_not_within_the_files(tmp_path):
+    named, listed = tmp_path / "named", tmp_path / "listed"
+    named.mkdir()
+    listed.mkdir()
+    Image.new("RGB", (4, 4)).save(named / "a tiger.png")
+    Image.new("RGB", (4, 4)).save(listed / "1.png")
+    (listed / "captions.tsv").write_text("1.png\ta tiger")
+    (question,) = Ballot([named, listed], tmp_path).questions
+    assert question.prompt == "a tiger"
+    shutil.rmtree(listed)
+    listed.mkdir()
+    Image.new("RGB", (4, 4)).save(listed / "1.png")
+    with pytest.raises(ValueError, match="have no picture of the same text"):
+        Ballot([named, listed], tmp_path)
+
+
+def test_one_folder_is_no_choice(folders, tmp_path, capsys):
+    assert main(["evaluate", "--vote", str(folders[0]), "--out", str(tmp_path)]) == 2
+    assert "--vote compares two folders or more" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="two or more, each named once"):
+        Ballot([folders[0], folders[0]], tmp_path)
+
+
+class Page(HTMLParser):
+    """The ids of a page, and whether every element is closed."""
+
+    EMPTY = ("meta", "link", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for name, value in attrs if name == "id"]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def fetch(url, body=None, **headers):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return answer.headers["Content-Type"], answer.read()
+
+
+def test_the_server_gives_the_page_the_pictures_and_the_shares_and_takes_the_votes(folders, tmp_path):
+    ballot = Ballot(folders, tmp_path)
+    with VoteServer(ballot) as server:
+        page = Page(fetch(server.url)[1].decode())
+        assert not page.open
+        assert {"prompt", "pictures", "shares", "problem"} <= set(page.ids)
+        state = json.loads(fetch(f"{server.url}question")[1])
+        while "shares" not in state:
+            assert str(tmp_path) not in json.dumps(state)  # It does not tell which folder is which.
+            kind, picture = fetch(server.url + state["pictures"][0].lstrip("/"))
+            question = ballot.questions[state["question"]]
+            assert (kind, picture) == ("image/png", question.pictures[0].read_bytes())
+            assert state["prompt"] == question.prompt
+            vote = {"question": state["question"], "place": question.folders.index(str(folders[1]))}
+            state = json.loads(fetch(f"{server.url}vote", vote)[1])
+        assert server.finished.wait(10)
+    assert state["shares"][0]["folder"] == str(folders[1])
+    assert state["shares"][0]["votes"] == len(TEXTS)
+    assert len(json.loads((tmp_path / "votes.json").read_text())["votes"]) == len(TEXTS)
+
+
+def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_path):
+    with VoteServer(Ballot(folders, tmp_path)) as server:
+
+        def status(path, body=None, **headers):
+            with pytest.raises(urllib.error.HTTPError) as error:
+                fetch(server.url + path, body, **headers)
+            error.value.close()
+            return error.value.code
+
+        for vote in (
+            {"question": 99, "place": 0},
+            {"question": 0, "place": 5},
+            {"question": True, "place": 0},
+        ):
+            assert status("vote", vote) == 400
+        assert status("vote", [1]) == status("vote", {"place": 0}) == status("vote", "x" * 2000) == 400
+        assert status("vote", {"question": 0, "place": 0}, **{"Content-Type": "text/plain"}) == 404
+        assert status("question", Host="example.org:80") == status("vote", {}, Host="example.org") == 403
+        assert status("picture/0/9") == status("picture/99/0") == status("../votes.json") == 404
+        assert not server.ballot.votes
+        with pytest.raises(OSError, match=r"cannot be used: .*choose another --port"):
+            VoteServer(server.ballot, server.server_port)
+
+
+def test_people_vote_in_a_browser_by_click_and_by_key(folders, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("needs Chromium")
+    ballot = Ballot(folders, tmp_path)
+    with VoteServer(ballot) as server, sync_api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        try:
+            page = browser.new_page()
+            problems = []
+            page.on("console", lambda message: problems.append(message.text))
+            page.on("pageerror", lambda error: problems.append(str(error)))
+            page.goto(server.url)
+            for number, question in enumerate(ballot.questions):
+                page.wait_for_function(
+                    f"document.getElementById('count').textContent.startsWith('{number} ')"
+                )
+                assert page.inner_text("#prompt") == question.prompt
+                loaded = "[...document.images].every(image => image.complete && image.naturalWidth == 16)"
+                page.wait_for_function(loaded)
+                place = question.folders.index(str(folders[number % 2]))
+                if number % 3:
+                    page.keyboard.press(str(place + 1))
+                else:
+                    page.click(f"#pictures button:nth-child({place + 1})")
+            page.wait_for_selector("#shares td")
+            assert page.inner_text("#shares").count("50.0 %") == 2
+            assert server.finished.wait(10)
+            assert problems == []
+        finally:
+            browser.close()
+    assert [vote.chosen for vote in ballot.votes] == [str(folders[n % 2]) for n in range(len(TEXTS))]
