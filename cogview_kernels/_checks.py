@@ -110,6 +110,23 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
         raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
+def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
+    """``starts`` is None, or ``[B]`` integers beside ``other``, which is q."""
+    if starts is None:
+        return
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int64, torch.int32):
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise TypeError(f"{op}: starts must be an int32 or int64 tensor, got {got}")
+    if starts.shape != (B,):
+        raise ValueError(f"{op}: starts must have shape [{B}], got {tuple(starts.shape)}")
+    check_same_device(op, "starts", starts, "q", other)
+
+
+def starts_limit(backend: str, starts: Tensor | None) -> str:
+    """Why kernels cannot take ``starts``; empty where there are none."""
+    return "" if starts is None else f"the {backend} backend takes no starts; use backend='sdpa'"
+
+
 def check_count(op: str, name: str, value: int, least: int) -> None:
     if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")

@@ -494,7 +494,9 @@ def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
     results = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8), torch.empty(0, dtype=torch.int32)
     arguments = (*regions(layout), 1.0, 0.0, None, "cpu")
     with pytest.raises(ValueError, match=message):
-        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, *results, *arguments)
+        torch.ops.cogview_kernels.three_region_attention_backward(
+            x, None, x, x, x, *results, *arguments, True, True, True
+        )
 
 
 def test_cpu_refuses_large_heads(backend_device):
@@ -532,9 +534,9 @@ def test_opcheck(backend, backend_device):
         torch.ops.cogview_kernels.three_region_attention_backward,
     )
     out, lse, residuals = op(q, k, v, *arguments)
-    torch.library.opcheck(
-        backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, residuals, *arguments)
-    )
+    saved = torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, residuals
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(backward, (*saved, *arguments, *wanted))
     torch.library.opcheck(op, (*(x.requires_grad_() for x in (q, k, v)), *arguments))
 
 
