@@ -61,11 +61,12 @@ def layer_norm(
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
     """
-    if torch._C._is_any_autocast_enabled():
-        weight, bias = _checks.autocast_parameters((x,), (weight, bias))
     signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            weight, bias = _checks.autocast_parameters((x,), (weight, bias))
+            signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
         chosen = _backends.remember(signature, _checked(x, weight, bias, eps, pb_relax, backend))
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x

@@ -288,6 +288,7 @@ def _check_numbers(label_smoothing: float, softcap: float | None, z_loss: float,
     _checks.check_finite_number(_OP, "z_loss", z_loss)
     if not z_loss >= 0:
         raise ValueError(f"{_OP}: z_loss must be at least 0, got {z_loss}; try 1e-4")
+    _checks.check_finite_number(_OP, "extra_memory", extra_memory)
     if not extra_memory >= 0:
         raise ValueError(
             f"{_OP}: extra_memory must be a share of the logits' memory, 0 or more, got {extra_memory}; "

@@ -69,11 +69,12 @@ def sandwich_layer_norm(
     """
     parameters = (post_weight, post_bias, pre_weight, pre_bias)
     numbers = (eps, pb_relax, dropout_p, seed)
-    if torch._C._is_any_autocast_enabled():
-        parameters = _checks.autocast_parameters((branch, residual), parameters)
     signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            parameters = _checks.autocast_parameters((branch, residual), parameters)
+            signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
         chosen = _backends.remember(signature, _checked(branch, residual, parameters, numbers, backend))
     if branch.dtype != residual.dtype:
         dtype = torch.promote_types(branch.dtype, residual.dtype)
