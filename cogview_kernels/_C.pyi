@@ -168,6 +168,14 @@ def decode_attention_cpu(
     splits: tuple[int, int, _Address, _Address],
     threads: int,
 ) -> None: ...
+def decode_linear_cpu(
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor | None,
+    gelu: bool,
+    threads: int,
+) -> None: ...
 def local_attention_2d_fwd_cpu(
     inputs: tuple[_Strided, ...],
     out: _Strided,

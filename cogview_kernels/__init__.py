@@ -6,6 +6,7 @@ Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what c
 """
 
 from cogview_kernels.decode_attention import decode_attention
+from cogview_kernels.decode_linear import decode_linear
 from cogview_kernels.layer_norm import layer_norm
 from cogview_kernels.layout import ThreeRegionLayout, ThreeRegionPlan
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
@@ -21,6 +22,7 @@ __all__ = [
     "ThreeRegionLayout",
     "ThreeRegionPlan",
     "decode_attention",
+    "decode_linear",
     "layer_norm",
     "linear_cross_entropy",
     "local_attention_2d",

@@ -23,6 +23,7 @@ from torch._C._functorch import peek_interpreter_stack as _transform
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogview_kernels import _flops
@@ -30,7 +31,7 @@ from cogview_kernels import _flops
 _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = (Tensor, Parameter)
 # What the arguments of an op are, tensors apart: to ask for the type is faster than isinstance(x, Tensor).
 _SCALARS = frozenset((int, float, bool, str, type(None)))
 
@@ -115,9 +116,9 @@ class Op:
         has_memory = on_cpu = True
         for x in arguments:
             kind = type(x)
-            if kind in _SCALARS:
-                continue
-            if kind not in _PLAIN:
+            if kind is not Tensor and kind is not Parameter:
+                if kind in _SCALARS:
+                    continue
                 has_memory = False  # of a subclass, or a symbolic number, which only a tracer has
                 if not isinstance(x, Tensor):
                     continue

@@ -14,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "decode_attention/decode_attention.h"
+#include "decode_linear/decode_linear.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "local_attention_2d/local_attention_2d.h"
@@ -274,6 +275,13 @@ DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, Strid
             pointer<int>(std::get<3>(splits))};
 }
 
+// x [..., K], weight [O, K].
+DecodeLinear decode_linear(const PythonTensor& x, const PythonTensor& weight, const PythonTensor& bias,
+                           const PythonTensor& y, bool gelu) {
+    return {x.data, weight.data, bias.data, y.data, x.elements / x.last, x.last, weight.size[0],
+            weight.stride[0], gelu, x.dtype};
+}
+
 // The fields of Window, in their order.
 using WindowArguments = std::tuple<int, int, int, int, int, bool>;
 
@@ -408,6 +416,7 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
                                               "dtype",  "sorted_pivots", "workspace"};
 constexpr const char* kDecode[] = {"q",     "k_cache", "v_cache", "lengths", "out",
                                    "shape", "layout",  "scale",   "dtype",   "splits"};
+constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
@@ -457,6 +466,7 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
              [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
+    bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear, [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
              [] { return COGVIEW_PICK_ISA(local_attention_2d_fwd_cpu); });
     bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,

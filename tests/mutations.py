@@ -51,6 +51,7 @@ _TRITON_DECODE = (
     "decode_attention_triton test_dtypes or (test_edges_of_tiles_and_splits and (several or one-2))"
 )
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
+_CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
@@ -213,6 +214,20 @@ MUTATIONS = [
              "if HAS_MASK:\n        seen = seen &", "if HAS_MASK:\n        seen = seen |", _TRITON_LOCAL),
     Mutation("local-triton-no-delta", "cogview_kernels/local_attention_2d/*.py",
              "ds = p * (dp - delta[None, :])", "ds = p * dp", _TRITON_LOCAL),
+    # ---- decode_linear, CPU
+    Mutation("linear-cpu-last-part", "csrc/decode_linear/*",
+             "if (k < stop) step(", "if (k + 1 < stop) step(", _CPU_LINEAR),
+    Mutation("linear-cpu-long-rows", "csrc/decode_linear/*",
+             "start < K; start += kRun", "start < K; start += K", _CPU_LINEAR),
+    Mutation("linear-cpu-odd-row", "csrc/decode_linear/*",
+             "if (r < a.N)", "if (r + 1 < a.N)", _CPU_LINEAR),
+    Mutation("linear-cpu-last-outputs", "csrc/decode_linear/*",
+             "for (; o < end; ++o)", "for (; o + 1 < end; ++o)", _CPU_LINEAR),
+    Mutation("linear-cpu-chunk-of-bias", "csrc/decode_linear/*",
+             "load(bias + begin + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
+    Mutation("linear-cpu-negative-gelu", "csrc/decode_linear/*",
+             "(twice < 0.0f ? e : broadcast(1.0f))", "broadcast(1.0f)", _CPU_LINEAR),
+
     Mutation("merge-cpu-no-maximum", "csrc/merge_attention/*",
              "std::exp(a.lses[i][row] - top)", "std::exp(a.lses[i][row])", _CPU_MERGE),
     Mutation("merge-cpu-no-mean", "csrc/merge_attention/*",

@@ -33,12 +33,21 @@ from cogview.model.hub import HubModel
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
+    decode_linear,
     layer_norm,
     sandwich_layer_norm,
     three_region_attention,
 )
 
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
+
+
+def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
+    """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
+    if decoding:
+        return decode_linear(x, layer.weight, layer.bias, activation=activation)
+    y = layer(x)
+    return y if activation is None else F.gelu(y, approximate="tanh")
 
 
 class Attention(nn.Module):
@@ -55,15 +64,16 @@ class Attention(nn.Module):
         self, x: Tensor, layout: ThreeRegionLayout | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         B, T, C = x.shape
-        qkv = self.query_key_value(x).view(B, T, 3, self.num_heads, C // self.num_heads)
+        decoding = cache is not None and not cache.is_empty
+        qkv = _linear(self.query_key_value, x, decoding).view(B, T, 3, self.num_heads, C // self.num_heads)
         if cache is not None:
             keys, values = cache.write(layer, qkv[:, :, 1:])
-        if cache is not None and not cache.is_empty:
+        if cache is not None and decoding:
             q = qkv.select(2, 0).transpose(1, 2)
             out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
             out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
-        return self.dense(out.transpose(1, 2).reshape(B, T, C))
+        return _linear(self.dense, out.transpose(1, 2).reshape(B, T, C), decoding)
 
     def _among_themselves(self, qkv: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
         q, k, v = qkv  # each [B, H, T, D]
@@ -81,8 +91,8 @@ class MLP(nn.Module):
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size, dtype=DTYPE)
         self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size, dtype=DTYPE)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(x), approximate="tanh"))
+    def forward(self, x: Tensor, decoding: bool = False) -> Tensor:
+        return _linear(self.dense_4h_to_h, _linear(self.dense_h_to_4h, x, decoding, "gelu_tanh"), decoding)
 
 
 def _post_norm(config: ModelConfig) -> nn.LayerNorm | None:
@@ -128,7 +138,8 @@ class Layer(nn.Module):
         """Trunk and its input-normalised form in; the same two for the next layer out."""
         branch = self.attention(normed, layout, cache, index)
         x, normed = self._sandwich(branch, x, self.third_layernorm, self.post_attention_layernorm)
-        return self._sandwich(self.mlp(normed), x, self.fourth_layernorm, next_layernorm)
+        decoding = cache is not None and not cache.is_empty
+        return self._sandwich(self.mlp(normed, decoding), x, self.fourth_layernorm, next_layernorm)
 
 
 class Trunk(nn.Module):
@@ -181,7 +192,7 @@ class CogView(HubModel):
 
         Args:
             positions: ``[B, T]`` or ``[T]`` ids into the position table; by default they count from 0,
-                or from ``cache.lengths`` with a cache.
+                or as ``cache.positions`` has them.
             layout: None for dense causal attention, one layout for all layers, or one per layer.
             cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
                 by attention among the tokens themselves. Not in training mode.
@@ -191,7 +202,8 @@ class CogView(HubModel):
         """
         T = tokens.shape[1]
         trunk = self.transformer
-        if self.config.max_positions < T:
+        restarts = positions is not None or (cache is not None and cache.restart is not None)
+        if self.config.max_positions < T and not restarts:
             raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
         if layout is None or isinstance(layout, ThreeRegionLayout):
             layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
@@ -203,7 +215,7 @@ class CogView(HubModel):
             raise ValueError("cache is for generation: call model.eval() first")
         places = torch.arange(T, device=tokens.device) if cache is None else cache.begin(T)
         if positions is None:
-            positions = places
+            positions = places if cache is None else cache.positions(places)
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -228,7 +240,7 @@ class CogView(HubModel):
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
-        return hidden @ self.word_embeddings.weight[first:last].t()
+        return decode_linear(hidden, self.word_embeddings.weight[first:last])
 
     def sharding_units(self) -> list[list[nn.Module]]:
         """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.
