@@ -157,6 +157,12 @@ class Op:
             return self._apply(*arguments)
 
     def _dispatch(self, *arguments: Any) -> Any:
+        if any(type(x).__name__ == "DTensor" for x in arguments):
+            raise NotImplementedError(
+                f"{self.name.removesuffix('_backward')}: a DTensor has no sharding strategy here; let each "
+                "rank compute its part, sharded along the batch (attention: or the heads), inside "
+                "torch.distributed.tensor.experimental.local_map"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*arguments)
 

@@ -79,7 +79,8 @@ def decode_attention(
         q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
     # No limit of a backend but this one depends on more than shapes, dtypes and the device.
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
+    tensors = (q, k_cache, v_cache)
+    recorded = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
     inputs = q, k_cache, v_cache, lengths, *regions, starts
     signature = _backends.signature(_OP, *inputs, scale, recorded, backend)
     chosen = _backends.passed(signature)

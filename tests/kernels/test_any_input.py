@@ -73,16 +73,15 @@ def tensors(draw, shape, dtype, value="normal"):
 
 
 def compare(found, expected, inputs):
-    """Within what a dtype can tell; where the reference has an infinity or NaN, anything may be."""
+    """Within what a dtype can tell. Where an input or a result is not finite, shape and dtype alone."""
+    floats = [x.detach() for x in inputs if x.is_floating_point() and x.numel() > 0]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-        if a.is_meta:
+        if a.is_meta or not all(bool(x.isfinite().all()) for x in floats):
             continue
-        scale = max(
-            [1.0, *(float(x.detach().abs().max()) for x in inputs if x.is_floating_point() and x.numel())]
-        )
-        if not scale < 1e3:
-            return
+        scale = max([1.0, *(float(x.abs().max()) for x in floats)])
+        if scale > 1e3:
+            continue
         fine = b.isfinite()
         dtypes = {x.dtype for x in (a, *inputs)}
         tolerance = 1e-1 if torch.bfloat16 in dtypes else 2e-2 if torch.float16 in dtypes else 1e-3

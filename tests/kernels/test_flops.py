@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
+    decode_linear,
     linear_cross_entropy,
     local_attention_2d,
     three_region_attention,
@@ -84,6 +85,12 @@ def test_local_attention_counts_windows_cut_at_the_border(grid, causal):
     )
     one = 2 * H * D * (B * window.pairs + 5 * window.queries)
     assert counted == (2 * one, 5 * one)
+
+
+def test_decode_linear_counts_what_pytorch_does():
+    x, weight, bias = torch.randn(3, 8), torch.randn(11, 8), torch.randn(11)
+    ours, eager = flops(lambda: decode_linear(x, weight, bias)), flops(lambda: linear(x, weight, bias))
+    assert ours == eager == (2 * 3 * 8 * 11, 0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
