@@ -369,7 +369,9 @@ def test_opcheck(backend, which, backend_device):
     torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, "row", backend))
     tensors = [None if t is None else t.detach() for t in (torch.randn_like(x), x, weight, bias)]
     stats = torch.rand(2, 10, device=x.device)
-    torch.library.opcheck(ops.layer_norm_backward.default, (*tensors, stats, backend))
+    for needs_dweight in (True, False):
+        arguments = (*tensors, stats, backend, needs_dweight)
+        torch.library.opcheck(ops.layer_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -322,7 +322,7 @@ def test_opcheck(backend, backend_device):
     for dresidual_out, dnormed in (douts, (None, douts[1]), (douts[0], None)):
         torch.library.opcheck(
             ops.sandwich_layer_norm_backward.default,
-            (dresidual_out, dnormed, *tensors[:2], stats, *tensors[2:], 0.1, seed, backend),
+            (dresidual_out, dnormed, *tensors[:2], stats, *tensors[2:], 0.1, seed, backend, True, False),
         )
 
 
