@@ -47,6 +47,7 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     cache, length = torch.randn(1, 1, 32, 32), torch.tensor([20])
     vocabulary, target = torch.randn(100, 64), torch.tensor([7])
     sandwich = (row, row.clone(), weight, bias, weight.clone(), bias.clone())
+    linear = torch.randn(8, 64)
     return {
         "F.layer_norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (row, weight, bias)),
         "layer_norm": (k.layer_norm, (row, weight, bias)),
@@ -57,6 +58,7 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
             lambda a, b, c: k.three_region_attention(a, b, c, layout),
             (q, key, value),
         ),
+        "decode_linear": (lambda x: k.decode_linear(x, linear), (row,)),
         "decode_attention": (k.decode_attention, (q[:, :, :1], cache, cache.clone(), length)),
     }
 
