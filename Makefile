@@ -8,7 +8,7 @@ TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo pictures test seeds sanitize lint format bench bounds gpu-check wheel-check clean
+.PHONY: help setup build demo pictures test seeds sanitize lint format bench bounds gpu-check wheel-check docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -100,6 +100,11 @@ wheel-check: $(VENV)/.ready  ## build the wheel in isolation, install it in a cl
 	build/wheel/venv/bin/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt \
 	  "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" build/wheel/*.whl
 	cd build/wheel && venv/bin/python ../../tests/smoke.py
+
+docs: build  ## build the site from docs/ and the docstrings, into build/docs
+	$(PIP) install -q --no-compile -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W -b html -d build/docs-cache docs build/docs
+	@echo "[docs] open build/docs/index.html"
 
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build dist *.egg-info cogview_kernels/_C*.so .pytest_cache .mypy_cache .ruff_cache

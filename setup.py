@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds ``cogview_kernels._C`` with ninja. No PyTorch and no GPU is needed.
 
-The CPU part is always built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set, the rest once, so that
-one binary serves every processor and picks at run time. The CUDA part, ``csrc/<op>/*_cuda.cu``, is built when
-an nvcc is found.
+Where a C++ compiler is found, the CPU part is built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set,
+the rest once, so that one binary serves every processor and picks at run time. The CUDA part,
+``csrc/<op>/*_cuda.cu``, is built when an nvcc is found too.
 
 Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
@@ -32,6 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+CXX = os.environ.get("CXX", "g++")
 # One per binary-compatible family: 8.6 and 8.9 run what is built for 8.0, newer ones the PTX of the last.
 DEFAULT_CUDA_ARCHS = (70, 75, 80, 90)
 
@@ -100,6 +101,18 @@ def cuda_archs(nvcc: str) -> list[int]:
     return [a for a in DEFAULT_CUDA_ARCHS if a in known]
 
 
+def extensions() -> list[Extension]:
+    """None where there is no compiler: plain PyTorch and Triton remain, and ``info`` says so."""
+    if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1":
+        return []
+    if shutil.which(CXX.split()[0]) is None:
+        if "CXX" in os.environ or os.environ.get("COGVIEW_CUDA") == "1":
+            sys.exit(f"the C++ compiler {CXX} was not found: put it on PATH or set CXX")
+        print(f"cogview_kernels: no {CXX}, building without the compiled extension")
+        return []
+    return [Extension("cogview_kernels._C", [])]
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja and runs it, so that a rebuild compiles only what changed."""
 
@@ -113,7 +126,6 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         nvcc = find_nvcc()
-        cxx = os.environ.get("CXX", "g++")
         # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
         # compiles again what another command would compile, keeps them for an isolated build of the wheel.
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -128,7 +140,7 @@ class NinjaBuildExt(build_ext):
             edges.append(f"  flags = {' '.join([*flags, *sanitizer_flags(source)])}")
 
         rules.append(
-            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} -I{CSRC} $flags "
+            f"rule cxx\n  command = {CXX} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} -I{CSRC} $flags "
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
         )
         per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
@@ -143,14 +155,14 @@ class NinjaBuildExt(build_ext):
         if nvcc is None:
             print("cogview_kernels: no nvcc, building the CPU part only")
             sanitize = f"{SANITIZERS} " if SANITIZED_OPS else ""
-            link = f"{cxx} -shared -pthread {sanitize}-o $out $in -ldl"
+            link = f"{CXX} -shared -pthread {sanitize}-o $out $in -ldl"
         else:
             archs = cuda_archs(nvcc)
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
             host = (
-                f"-ccbin {cxx} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
+                f"-ccbin {CXX} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
                 "-Wno-deprecated-gpu-targets"
             )
             rules.append(
@@ -160,7 +172,7 @@ class NinjaBuildExt(build_ext):
             for source in sorted(CSRC.glob("*/*_cuda.cu")):
                 edge("nvcc", source, "")
             # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
-            link = f"{nvcc} -ccbin {cxx} -shared --cudart static -Xcompiler -pthread -o $out $in -ldl"
+            link = f"{nvcc} -ccbin {CXX} -shared --cudart static -Xcompiler -pthread -o $out $in -ldl"
 
         rules.append(f"rule link\n  command = {link}\n  description = link $out")
         inputs = " ".join(map(str, objects))
@@ -174,9 +186,4 @@ class NinjaBuildExt(build_ext):
         subprocess.run(command, check=True)
 
 
-setup(
-    ext_modules=[]
-    if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1"
-    else [Extension("cogview_kernels._C", [])],
-    cmdclass={"build_ext": NinjaBuildExt},
-)
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})

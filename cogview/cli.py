@@ -31,6 +31,7 @@ EXAMPLES = {
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
     "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
+    "super-resolve": "--run runs/enlarger drawn/*.png --out large",
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
     "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",

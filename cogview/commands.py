@@ -117,7 +117,8 @@ def finetune(given: options.Finetune) -> None:
         given.attention,
         given.caption or STYLE_CAPTION,
         device,
-        draw=sample_sheet,
+        # A model that learns to enlarge draws no pictures of texts.
+        draw=None if given.task == "super-resolution" else sample_sheet,
         workers=given.workers,
         skip_bad=given.skip_bad,
     )
@@ -129,6 +130,8 @@ def finetune(given: options.Finetune) -> None:
     print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
     if given.task == "captioning":
         _say_next("caption", "--run", given.out, "photo.png")
+    elif given.task == "super-resolution":
+        _say_next("super-resolve", "--run", given.out, "picture.png", "--out", "large.png")
     else:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
@@ -154,6 +157,14 @@ def infill(given: options.Infill) -> None:
     from cogview.drawing import draw_pictures
 
     draw_pictures(given, [given.text], lambda run: run.kept_codes(given.image, given.mask, given.keep_top))
+
+
+def super_resolve(given: options.SuperResolve) -> None:
+    """``cogview super-resolve``."""
+    from cogview.super_resolving import super_resolve
+
+    _require_files(given.images)
+    super_resolve(given)
 
 
 def caption(given: options.Caption) -> None:
@@ -356,15 +367,33 @@ def rank_curve(given: options.RankCurve) -> None:
 
 def study(given: options.Study) -> None:
     """``cogview study``."""
-    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
-
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
+    _STUDIES[given.name](given, changes)
+    print(f"written: {given.out}/{given.name}.png, .csv and .json")
+
+
+def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
+    from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
+
     size = dataclasses.replace(SIZES[given.size], **changes)
     records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
     print(stability_table(records))
     print(finding(records))
-    print(f"written: {given.out}/stability.png, .csv and .json")
+
+
+def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
+    from cogview.evaluation import tokenizer_study as study
+
+    size = study.SIZES[given.size]
+    size = dataclasses.replace(size, train=dataclasses.replace(size.train, **changes))
+    asked = study.TokenizerStudy(given.out, size, given.seeds, usable_device(given.device))
+    records = study.study_tokenizers(asked)
+    print(study.tokenizer_table(records))
+    print(study.tokenizer_finding(records))
+
+
+_STUDIES = {"stability": _study_stability, "tokenizers": _study_tokenizers}
 
 
 def _late_mean(values: Sequence[float]) -> float:

@@ -51,9 +51,8 @@ class ImageTokenizerConfig:
     code_dim: int = 256
     channels: int = 512
     stages: int = 3  # stride-2 convolutions, so an image shrinks by 2**stages
-    residual_blocks: int = (
-        0  # on the code grid, in encoder and decoder each: a code then knows its neighbours
-    )
+    residual_blocks: int = 0  # on the code grid, of encoder and decoder each: codes know their surroundings
+    patches: bool = False  # one convolution takes each code's cell, in place of the strided ones: cheaper
     image_size: int = 256
     pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
@@ -89,9 +88,7 @@ class ImageTokenizerTrainConfig:
     commitment: float = 0.25
     color_weight: float = 0.0  # of the error of each code's mean colour, beside that of the pixels
     codebook: CodebookMethod = "moving-average"
-    warmup_steps: int = (
-        0  # at first, without quantisation; the book then begins at what the encoder has learned
-    )
+    warmup_steps: int = 0  # without quantisation; the book then begins at what the encoder has learned
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0

@@ -155,9 +155,15 @@ class Finetune:
     captioning: to describe pictures, and so to rank them (rows in image-to-text order alone).
     style: to draw in the style of some pictures, which all get the same caption; afterwards, ask for
     "a tiger of line drawing style". The paper took 1,000 pictures of each style.
+    super-resolution: to enlarge pictures to twice the side, with "cogview super-resolve".
     """
 
-    task: Positional[Annotated[Literal["captioning", "style"], arg(metavar="captioning|style")]]
+    task: Positional[
+        Annotated[
+            Literal["captioning", "style", "super-resolution"],
+            arg(metavar="captioning|style|super-resolution"),
+        ]
+    ]
     """what for"""
     run: Annotated[Path, arg(metavar="RUN")]
     """run folder to begin with, which stays as it is; of released weights, what "cogview convert" wrote"""
@@ -314,6 +320,51 @@ class Infill(Drawing):
             raise ValueError(
                 f"--keep-top must be at least 0 and below 1 (0.5 is the upper half), got {self.keep_top:g}"
             )
+
+
+@dataclass(frozen=True)
+class SuperResolve:
+    """Draw pictures anew at twice the side.
+
+    The run is one of "cogview finetune super-resolution"; the pictures are best drawn by the run it began
+    with. They are scaled to the run's size and enlarged by nine windows that overlap by half.
+    """
+
+    images: Images
+    """image files"""
+    run: RunFolder
+    out: Annotated[str, arg(metavar="PATH")] = "large.png"
+    """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture and the sheet;
+    or - for standard output"""
+    text: Annotated[str, _shown("TEXT", "none")] = ""
+    """what the pictures show"""
+    from_half: Flag = False
+    """read the pictures at half the run's size, and draw them at the run's size, each as one window"""
+    compare: Flag = False
+    """take the pictures for the truth: shrink them first, and tell the PSNR beside that of bicubic scaling"""
+    seed: int = 0
+    """another seed, other details"""
+    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """below 1 safer, 0 always the likeliest code"""
+    parallel: int = 1
+    """codes that a step tries at once: the same pictures in fewer, larger steps"""
+    max_batch: int = 256
+    """pictures that are drawn together at most"""
+    force: Flag = False
+    """replace files that exist"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("IMAGE", self.images)
+        for name in ("parallel", "max_batch"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be at least 1, got {getattr(self, name)}")
+        if self.compare and self.out == "-":
+            raise ValueError("--compare and --out - both mean standard output; leave out one of them")
 
 
 @dataclass(frozen=True)
@@ -537,12 +588,13 @@ class RankCurve:
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
-    name: Positional[Annotated[Literal["stability"], arg(metavar="stability")]]
-    """stability: what keeps a deep training in float16 from overflowing"""
+    name: Positional[Annotated[Literal["stability", "tokenizers"], arg(metavar="stability|tokenizers")]]
+    """stability: what keeps a deep training in float16 from overflowing; tokenizers: whether four ways to
+    train an image tokenizer come to the same, even one with a fixed codebook"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
-    """small: 24 layers x 64, minutes on two CPU cores; paper: 64 layers x 1,024, for a GPU"""
+    """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
     seeds: int = 3
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None

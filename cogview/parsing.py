@@ -38,6 +38,7 @@ VERBS: dict[str, type] = {
     "plan": options.Plan,
     "generate": options.Generate,
     "infill": options.Infill,
+    "super-resolve": options.SuperResolve,
     "caption": options.Caption,
     "rerank": options.Rerank,
     "evaluate": options.Evaluate,

@@ -64,31 +64,39 @@ _PRESETS: dict[str, Preset] = {
             hidden_size=256,
             num_heads=8,
             init_std=0.04,
-            vocab_size=5120,
+            vocab_size=6144,
             max_positions=86,
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=3000,
+            steps=2000,
             batch_size=32,
             learning_rate=1.5e-3,
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
+            text_dropout=0.1,  # for --guidance
             checkpoint_every=100,
         ),
         image_tokenizer=ImageTokenizerConfig(
-            num_codes=1024,
-            code_dim=32,
-            channels=64,
+            num_codes=2048,
+            code_dim=48,  # the numbers of a cell of 4x4 pixels: training begins without a loss
+            channels=96,
             stages=2,
             residual_blocks=3,
+            patches=True,
             image_size=32,
             pixel_mean=(0.5, 0.5, 0.5),
             pixel_std=(0.5, 0.5, 0.5),
         ),
+        # With a commitment of 0.25, encoder outputs shrank to a line, and the book had little to tell apart.
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=1200, batch_size=64, learning_rate=2e-3, color_weight=5.0, checkpoint_every=100
+            steps=3000,
+            batch_size=64,
+            learning_rate=1e-3,
+            commitment=0.02,
+            color_weight=10.0,
+            checkpoint_every=100,
         ),
         text_pieces=4000,
         min_text_tokens=17,  # what the longest caption has
@@ -113,22 +121,29 @@ _PRESETS: dict[str, Preset] = {
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
+            text_dropout=0.1,  # for --guidance
             checkpoint_every=500,
             precision="bf16",
             log_every=10,
         ),
         image_tokenizer=ImageTokenizerConfig(
             num_codes=2048,
-            code_dim=64,
+            code_dim=48,
             channels=192,
             stages=2,
             residual_blocks=4,
+            patches=True,
             image_size=64,
             pixel_mean=(0.5, 0.5, 0.5),
             pixel_std=(0.5, 0.5, 0.5),
         ),
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=10_000, batch_size=64, learning_rate=1e-3, color_weight=5.0, checkpoint_every=500
+            steps=10_000,
+            batch_size=64,
+            learning_rate=1e-3,
+            commitment=0.02,
+            color_weight=10.0,
+            checkpoint_every=500,
         ),
         text_pieces=4000,
         min_text_tokens=17,
@@ -248,7 +263,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "emoji": "32 px, the built-in emoji: 5.3 million parameters, about an hour on two CPU cores",
+    "emoji": "32 px, the built-in emoji: 5.5 million parameters, est. an hour on two CPU cores",
     "emoji-64": "64 px, the built-in emoji: 41 million parameters, one GPU",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",

@@ -37,6 +37,7 @@ from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.generation.infill import keep_outside, keep_top, require_same_proportions
+from cogview.generation.super_resolution import Small, enlarge
 from cogview.generation.text_to_image import Candidates, Request, draw_candidates
 from cogview.images import picture_grid, to_picture, undrawn_is_white
 from cogview.model.memory import rows_that_fit
@@ -96,6 +97,7 @@ class Run:
     max_text_tokens: int
     caption_tokens: int | None = None  # of a caption at most; None: max_text_tokens
     text_dropout: float = 0.0  # share of rows that it was trained on without their text, for guidance
+    finetuned_for: str | None = None  # a task of ``cogview finetune``
 
     def generate(
         self,
@@ -338,15 +340,71 @@ class Run:
             ValueError: a file that is no image, or a tensor that is not ``[3, H, W]``.
             TypeError: an image that is neither a path nor a PIL picture nor a tensor.
         """
+        codes = self._codes(_listed_images(images), self.tokenizers.image.config.image_size).flatten(1)
+        return codes[0] if _is_one_image(images) else codes
+
+    def _codes(self, pictures: Sequence[Picture], size: int) -> Tensor:
+        """Codes ``[N, n, n]`` of pictures read at ``size`` pixels a side."""
         tokenizer = self.tokenizers.image
-        pictures = _listed_images(images)
-        parts = [torch.empty(0, tokenizer.config.codes_per_image, dtype=torch.int64)]
+        side = size // 2**tokenizer.config.stages
+        parts = [torch.empty(0, side, side, dtype=torch.int64)]
         for start in range(0, len(pictures), MAX_BATCH):
             chunk = pictures[start : start + MAX_BATCH]
-            pixels = torch.stack([pixels_of(picture, tokenizer.config.image_size) for picture in chunk])
-            parts.append(tokenizer.encode(pixels.to(tokenizer.mean)).flatten(1).cpu())
-        codes = torch.cat(parts)
-        return codes[0] if _is_one_image(images) else codes
+            pixels = torch.stack([pixels_of(picture, size) for picture in chunk])
+            parts.append(tokenizer.encode(pixels.to(tokenizer.mean)).cpu())
+        return torch.cat(parts)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the pictures that the run draws."""
+        return self.tokenizers.image.config.image_size
+
+    def super_resolve(
+        self,
+        images: Picture | Sequence[Picture],
+        texts: str | Sequence[str] | None = None,
+        *,
+        from_half: bool = False,
+        seed: int = 0,
+        options: DrawOptions | None = None,
+    ) -> Any:
+        """Pictures at twice the side, for a run of ``cogview finetune super-resolution``; PIL, or a list.
+
+        Args:
+            texts: what the pictures show, one text for all or one for each; None: nothing is said.
+            from_half: read the pictures at half the run's size and give them at the run's, rather than read
+                them at the run's size and give them at twice that.
+            seed: another one draws other details.
+            options: as :meth:`draw` takes them; by default the run's own.
+
+        Only what the run's image tokenizer can tell of a picture is enlarged: best are pictures that a run
+        with the same tokenizers drew. Another run gives a warning, as it never learned to enlarge.
+
+        Raises:
+            ValueError: as many texts as images are needed; a text as :meth:`generate` refuses it; a grid of
+                codes whose side 4 does not divide; and what :meth:`encode` raises.
+        """
+        pictures = _listed_images(images)
+        if self.finetuned_for != "super-resolution":
+            warnings.warn("the run was not finetuned for super-resolution", stacklevel=2)
+        config = self.tokenizers.image.config
+        low = self._codes(pictures, config.image_size // 2 if from_half else config.image_size)
+        pieces: list[Sequence[int]] = [()] * len(pictures)
+        if texts is not None:
+            several = [texts] * len(pictures) if isinstance(texts, str) else _listed(texts)
+            if len(several) != len(pictures):
+                raise ValueError(
+                    f"texts must be one or as many as images ({len(pictures)}), got {len(several)}"
+                )
+            pieces = list(self._known_pieces(several))
+        small = [Small(text, codes, seed) for text, codes in zip(pieces, low, strict=True)]
+        options = options or DrawOptions(self.sampling, max_batch=MAX_BATCH)
+        enlarged = []
+        for start in range(0, len(small), MAX_BATCH):
+            part = small[start : start + MAX_BATCH]
+            codes = enlarge(self.model, self.tokenizers.vocab, part, config.grid, options)
+            enlarged += _pictures(self.tokenizers.image.decode(codes))
+        return enlarged[0] if _is_one_image(images) else enlarged
 
     def decode(self, codes: Tensor) -> Any:
         """Codes as PIL pictures: one for ``[num_codes]``, lists of lists for each dimension before it.
@@ -420,6 +478,7 @@ def load_run(folder: StrPath, device: str | None = None, precision: Precision = 
         *(model, tokenizers, settings.sampling, settings.max_text_tokens),
         caption_tokens=settings.caption_tokens,
         text_dropout=settings.train.text_dropout,
+        finetuned_for=None if settings.finetuned is None else settings.finetuned.task,
     )
 
 

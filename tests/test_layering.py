@@ -109,7 +109,7 @@ FLOORS = [
     {"evaluation"},
     {"run", "convert"},
     {"demo", "options"},
-    {"drawing", "evaluate_run"},
+    {"drawing", "evaluate_run", "super_resolving"},
     {"evaluate"},
     {"commands"},
     {"parsing"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -43,6 +43,7 @@ from cogview.settings import build, plain
 from cogview.tokens.sequence import fit_text
 from cogview.tokens.text_tokenizer import UNKNOWN
 from cogview.tokens.tokenizers import Tokenizers
+from cogview.tokens.vqvae import ImageTokenizer
 
 CHUNK = 64  # images that are encoded together
 STATE = "writing.json"
@@ -63,11 +64,20 @@ class _State:
     captions: CaptionLengths = field(default_factory=CaptionLengths)
 
 
+Encode = Callable[[ImageTokenizer, Tensor], Tensor]  # pictures [N, 3, S, S] to codes [N, num_codes]
+
+
+def encode_whole(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
+    """The codes of each picture in raster order."""
+    return tokenizer.encode(images).flatten(1)
+
+
 class _Encoder:
     """Captions and pictures as rows."""
 
-    def __init__(self, tokenizers: Tokenizers, text_width: int) -> None:
+    def __init__(self, tokenizers: Tokenizers, text_width: int, encode: Encode) -> None:
         self.image = tokenizers.image.eval()
+        self.encode = encode
         self.device = next(self.image.parameters()).device
         # Captions repeat, above all those of the digits.
         self.texts = lru_cache(maxsize=1 << 14)(self._texts)
@@ -86,7 +96,7 @@ class _Encoder:
     def codes(self, pictures: Sequence[Tensor]) -> np.ndarray:
         """int32 ``[N, num_codes]``."""
         images = torch.stack(list(pictures)).to(self.device)
-        return self.image.encode(images).flatten(1).cpu().numpy().astype(np.int32)
+        return self.encode(self.image, images).cpu().numpy().astype(np.int32)
 
 
 class _Files:
@@ -149,11 +159,13 @@ def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Fi
     state.taken += len(chunk)
 
 
-def row_format(samples: Samples, tokenizers: Tokenizers, text_width: int) -> RowFormat:
-    """The format of the rows that ``samples`` give."""
+def row_format(
+    samples: Samples, tokenizers: Tokenizers, text_width: int, num_codes: int | None = None
+) -> RowFormat:
+    """The format of the rows that ``samples`` give; ``num_codes`` None: the codes of whole pictures."""
     return RowFormat(
         text_width,
-        tokenizers.image.config.codes_per_image,
+        tokenizers.image.config.codes_per_image if num_codes is None else num_codes,
         tokenizers.vocab.num_image_codes,
         tokenizers.vocab.num_text_pieces,
         fingerprint(samples),
@@ -188,6 +200,7 @@ def write_rows(
     folder: StrPath,
     wanted: RowFormat,
     *,
+    encode: Encode = encode_whole,
     workers: int = 4,
     replace: bool = False,
     progress: bool = True,
@@ -199,6 +212,7 @@ def write_rows(
 
     Args:
         wanted: :func:`row_format` of the same samples and tokenizers.
+        encode: what gives the codes of pictures.
         workers: threads that read pictures.
         replace: write anew what was made of other data or with other tokenizers, rather than refuse to.
 
@@ -215,7 +229,8 @@ def write_rows(
             (folder / name).unlink(missing_ok=True)
     if not (folder / HEAD).is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        _write(samples, _Encoder(tokenizers, wanted.text_width), folder, wanted, workers, progress)
+        encoder = _Encoder(tokenizers, wanted.text_width, encode)
+        _write(samples, encoder, folder, wanted, workers, progress)
     return open_rows(folder)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -44,12 +45,14 @@ class TokenDataset:
         length: tokens per row, padding included. A text loses what goes beyond it, an image nothing.
     """
 
+    frame_tokens = FRAME_TOKENS  # of a row, beside text and codes
+
     def __init__(self, vocab: Vocab, rows: TokenRows, length: int) -> None:
         self.vocab, self.rows, self.length = vocab, rows, length
-        self.max_text_tokens = length - FRAME_TOKENS - rows.num_codes
+        self.max_text_tokens = length - self.frame_tokens - rows.num_codes
         if self.max_text_tokens < 0:
             raise ValueError(
-                f"length={length} cannot hold {rows.num_codes} codes and {FRAME_TOKENS} framing tokens"
+                f"length={length} cannot hold {rows.num_codes} codes and {self.frame_tokens} framing tokens"
             )
 
     def __len__(self) -> int:
@@ -74,10 +77,14 @@ class TokenDataset:
         rows = []
         for index in batch_indices(seed, step, batch_size, len(self)):
             text, codes = self.rows.read(index, choice.random())
-            make_row = image_to_text_row if choice.random() < caption_fraction else text_to_image_row
-            rows.append(make_row(self.vocab, fit_text(text, self.max_text_tokens, truncate=True), codes))
+            is_caption = choice.random() < caption_fraction
+            rows.append(self.row(fit_text(text, self.max_text_tokens, truncate=True), codes, is_caption))
         rows = drop_texts(self.vocab, rows, text_dropout, derive_seed(seed, "text dropout", step))
         return make_batch(self.vocab, rows, self.length, text_weight)
+
+    def row(self, text: Sequence[int], codes: Sequence[int], is_caption: bool) -> list[int]:
+        """The tokens of a text and an image in one of the two orders."""
+        return (image_to_text_row if is_caption else text_to_image_row)(self.vocab, text, codes)
 
 
 def caption_lengths(pairs: Pairs, tokenizer: TextTokenizer) -> CaptionLengths:

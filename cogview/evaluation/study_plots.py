@@ -49,3 +49,31 @@ def save_stability_plot(path: StrPath, records: Sequence[dict[str, Any]]) -> Non
     limit = axes[1, 0].plot([], [], "k--", linewidth=1, label="float16's largest value, 65,504")
     figure.legend(handles=handles + limit, loc="outside lower center", ncols=3)
     save_figure(path, figure)
+
+
+def save_tokenizer_plot(path: StrPath, records: Sequence[dict[str, Any]]) -> None:
+    """L2 loss and codes used over the steps; one colour per method, a line per seed, in running means."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2)
+    names = list(dict.fromkeys(record["method"] for record in records))
+    panels = (("loss", "L2 loss (mean squared pixel error)"), ("codes_used", "codes used in a batch"))
+    for axis, (key, title) in zip(axes, panels, strict=True):
+        for record in records:
+            place = names.index(record["method"])
+            label = record["method"] if record["seed"] == 0 and key == "loss" else None
+            axis.plot(_smooth(record[key]), color=f"C{place}", linewidth=1.2, alpha=0.8, label=label)
+        axis.set_title(title)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_yscale("log")
+    figure.legend(loc="outside lower center", ncols=len(names))
+    save_figure(path, figure)
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Running means of the last steps."""
+    return [
+        sum(part) / len(part) for end in range(len(values)) if (part := values[max(0, end - 19) : end + 1])
+    ]

@@ -70,16 +70,25 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int, spare: int = 0) -> Rows:
+def prefill(
+    model: CogView,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    spare: int = 0,
+    restart: int | None = None,
+) -> Rows:
     """Read prompts of any lengths in one batch, with room for ``new_tokens`` more per row.
 
     Prompts that are alike are read once. ``spare``: further room, for guesses that may turn out wrong.
+    ``restart``: the token of each prompt at which positions begin at 0 again.
     ValueError if the longest prompt and the new tokens exceed the model's positions.
     """
     config, device = model.config, model.word_embeddings.weight.device
     longest = max(len(prompt) for prompt in prompts)
-    if longest + new_tokens > config.max_positions:
-        excess = longest + new_tokens - config.max_positions
+    restarts = [0 if restart is None else prompt.index(restart) for prompt in prompts]
+    counted = max(len(prompt) - first for prompt, first in zip(prompts, restarts, strict=True))
+    if max(counted + new_tokens, *restarts) > config.max_positions:
+        excess = max(counted + new_tokens, *restarts) - config.max_positions
         raise ValueError(
             f"the prompt has {longest} tokens and {new_tokens} are to follow, but the model has "
             f"{config.max_positions} positions; shorten the text by {excess}"
@@ -95,6 +104,9 @@ def prefill(model: CogView, prompts: Sequence[Sequence[int]], new_tokens: int, s
         device=device,
         dtype=model.word_embeddings.weight.dtype,
     )
+    if restart is not None:
+        restarts = [prompt.index(restart) for prompt in place]
+        cache.restart = torch.tensor(restarts, device=device)[:, None]
     # Padding stands behind the prompts, where causal attention never looks back at it.
     hidden = model(tokens.to(device), cache=cache)
     lengths = torch.tensor([len(prompt) for prompt in place], device=device)
@@ -279,7 +291,7 @@ class _GuessAndVerify(_OneByOne):
         """From one to ``parallel`` more tokens in every row; none in a row that is finished."""
         N, T = self.task.num_tokens, self.options.parallel
         inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
-        positions = self.cache.lengths[:, None] + self.window
+        positions = self.cache.positions(self.cache.lengths[:, None] + self.window)
         positions = positions.clamp(max=self.model.config.max_positions - 1)
         hidden = step(self.model, self.cache, inputs, positions)
         at = self.done + self.window

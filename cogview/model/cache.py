@@ -15,7 +15,8 @@ class KVCache:
     ``lengths`` (int64 ``[B]``) lives on the device, so a decoding step never waits for the host. No tensor
     is ever replaced, only written to, so that a captured CUDA graph stays valid. Rows may have different
     lengths: prompts are padded at the end, ``set_lengths`` gives the true lengths, and later tokens
-    overwrite the padding.
+    overwrite the padding. ``restart`` (int64 ``[B, 1]``) is the place of each row at which the ids of
+    positions begin at 0 again, if there is one.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class KVCache:
         # Zeros, not empty: masked keys still enter a product, and NaN times zero is NaN.
         self.buffer = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.restart: Tensor | None = None
         self.is_empty = True
         # By layer, so that a step does not take the buffer apart again: [B, H, S, D] twice, and the two
         # together with the dimensions in the order in which a projection has them, [B, S, 2, H, D].
@@ -61,6 +63,12 @@ class KVCache:
             self._slots = self._slots + torch.arange(count, device=self.lengths.device)
         self.lengths_after = self.lengths + count
         return self._slots
+
+    def positions(self, places: Tensor) -> Tensor:
+        """The ids of positions at places ``[B, T]`` of the rows."""
+        if self.restart is None:
+            return places
+        return torch.where(places >= self.restart, places - self.restart, places)
 
     def write(self, layer: int, keys_and_values: Tensor) -> tuple[Tensor, Tensor]:
         """Put ``[B, T, 2, H, D]`` behind what the rows hold; ``advance`` makes them count.
@@ -99,6 +107,7 @@ class KVCache:
         index = torch.tensor(rows, device=self.buffer.device)
         copy.buffer[:, :, :, :, : self.capacity] = self.buffer.index_select(2, index)
         copy.lengths.copy_(self.lengths[index])
+        copy.restart = None if self.restart is None else self.restart[index]
         copy.is_empty = self.is_empty
         return copy
 
@@ -106,3 +115,5 @@ class KVCache:
         """Row i becomes what row ``rows[i]`` was, in place. Before position ``first`` they must be alike."""
         self.buffer[:, :, :, :, first:] = self.buffer[:, :, :, :, first:].index_select(2, rows)
         self.lengths.copy_(self.lengths[rows])
+        if self.restart is not None:
+            self.restart.copy_(self.restart[rows])

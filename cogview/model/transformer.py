@@ -45,7 +45,7 @@ DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.
 def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
     """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
     if decoding:
-        return cast(Tensor, decode_linear(x, layer.weight, layer.bias, activation=activation))
+        return decode_linear(x, layer.weight, layer.bias, activation=activation)
     y = layer(x)
     return y if activation is None else F.gelu(y, approximate="tanh")
 
@@ -192,7 +192,7 @@ class CogView(HubModel):
 
         Args:
             positions: ``[B, T]`` or ``[T]`` ids into the position table; by default they count from 0,
-                or from ``cache.lengths`` with a cache.
+                or as ``cache.positions`` has them.
             layout: None for dense causal attention, one layout for all layers, or one per layer.
             cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
                 by attention among the tokens themselves. Not in training mode.
@@ -202,7 +202,8 @@ class CogView(HubModel):
         """
         T = tokens.shape[1]
         trunk = self.transformer
-        if self.config.max_positions < T:
+        restarts = positions is not None or (cache is not None and cache.restart is not None)
+        if self.config.max_positions < T and not restarts:
             raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
         if layout is None or isinstance(layout, ThreeRegionLayout):
             layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
@@ -214,7 +215,7 @@ class CogView(HubModel):
             raise ValueError("cache is for generation: call model.eval() first")
         places = torch.arange(T, device=tokens.device) if cache is None else cache.begin(T)
         if positions is None:
-            positions = places
+            positions = places if cache is None else cache.positions(places)
 
         x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -239,7 +240,7 @@ class CogView(HubModel):
 
     def logits(self, hidden: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         """Logits ``[..., last - first]`` of the ids ``first .. last - 1`` (all by default)."""
-        return cast(Tensor, decode_linear(hidden, self.word_embeddings.weight[first:last]))
+        return decode_linear(hidden, self.word_embeddings.weight[first:last])
 
     def sharding_units(self) -> list[list[nn.Module]]:
         """What to give to FSDP's ``fully_shard`` one by one, before the model: the branches of each layer.

@@ -5,9 +5,12 @@ Templates of the released code (CogView, arXiv:2105.13290)::
 
     text to image    ROI1 text SIZE BOI1 codes EOI1                 PAD ...
     image to text    SIZE BOI1 codes EOI1 ROI1 text SEP             PAD ...
+    enlargement      ROI1 text SIZE BOI1 low EOI1 ROI2 POS0 SIZE BOI2 high EOI2    PAD ...
 
+In an enlargement both SIZE tokens are that of the high codes, and POS0 never varies, as in the released code.
 The released captioner has no end token and always emits 20 text tokens; rows trained here end with SEP
-so that a caption can stop by itself. Positions are absolute and count from the start of the row.
+so that a caption can stop by itself. Positions are absolute and count from the start of the row, and from 0
+again at ROI2.
 Letters: B rows, T inputs per row (one fewer than tokens).
 """
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor
 from cogview.tokens.vocab import Vocab
 
 FRAME_TOKENS = 5  # ROI1, SIZE, BOI1, EOI1 and, in image-to-text order, SEP
+ENLARGEMENT_FRAME_TOKENS = 9  # ROI1, SIZE, BOI1, EOI1, ROI2, POS0, SIZE, BOI2, EOI2
 
 
 def _text_ids(vocab: Vocab, pieces: Sequence[int]) -> list[int]:
@@ -60,6 +65,22 @@ def image_to_text_prompt(vocab: Vocab, codes: Sequence[int]) -> list[int]:
 def image_to_text_row(vocab: Vocab, pieces: Sequence[int], codes: Sequence[int]) -> list[int]:
     """``SIZE BOI1 codes EOI1 ROI1 text SEP`` from piece ids and codebook indices."""
     return [*image_to_text_prompt(vocab, codes), *_text_ids(vocab, pieces), vocab.command("SEP")]
+
+
+def enlargement_prompt(vocab: Vocab, pieces: Sequence[int], low: Sequence[int], num_codes: int) -> list[int]:
+    """``ROI1 text SIZE BOI1 low EOI1 ROI2 POS0 SIZE BOI2``, after which ``num_codes`` codes are generated."""
+    size = vocab.size_token(num_codes)
+    before = [vocab.command("ROI1"), *_text_ids(vocab, pieces), size, vocab.command("BOI1")]
+    between = [vocab.command("EOI1"), vocab.command("ROI2"), vocab.command("POS0"), size]
+    return [*before, *_image_ids(vocab, low), *between, vocab.command("BOI2")]
+
+
+def enlargement_row(
+    vocab: Vocab, pieces: Sequence[int], low: Sequence[int], high: Sequence[int]
+) -> list[int]:
+    """``ROI1 text SIZE BOI1 low EOI1 ROI2 POS0 SIZE BOI2 high EOI2``: one picture on two grids."""
+    prompt = enlargement_prompt(vocab, pieces, low, len(high))
+    return [*prompt, *_image_ids(vocab, high), vocab.command("EOI2")]
 
 
 def drop_texts(vocab: Vocab, rows: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:
@@ -105,19 +126,29 @@ class Batch:
     weight: Tensor  # float32
     text_mask: Tensor  # bool: input is neither image code nor PAD, hence always a pivot
     valid_mask: Tensor  # bool: input is not PAD
+    positions: Tensor | None = None  # int64 ids of positions; None: every input's place in its row
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
-        tensors = [self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask]
-        if torch.device(device).type == "cuda":
+        is_cuda = torch.device(device).type == "cuda"
+
+        def moved(tensor: Tensor | None) -> Any:
+            if tensor is None:
+                return None
             # Only from pinned memory does a copy run beside the host.
-            tensors = [tensor if tensor.is_cuda else tensor.pin_memory() for tensor in tensors]
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+            tensor = tensor.pin_memory() if is_cuda and not tensor.is_cuda else tensor
+            return tensor.to(device, non_blocking=True)
+
+        return Batch(*map(moved, self._tensors()))
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask, self.positions)
 
     def split(self, parts: int) -> list[Batch]:
         """The rows in order, in ``parts`` batches that differ by one row at most."""
-        tensors = (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask)
-        pieces = [tensor.tensor_split(parts) for tensor in tensors]
+        pieces: list[Any] = [
+            (None,) * parts if tensor is None else tensor.tensor_split(parts) for tensor in self._tensors()
+        ]
         return [Batch(*part) for part in zip(*pieces, strict=True)]
 
 
@@ -139,4 +170,14 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
     valid = inputs != vocab.pad
     one, text = torch.tensor([1.0, text_weight], dtype=torch.float32)
     weight = torch.where(image, one, text) * (targets != vocab.pad)
-    return Batch(inputs, targets, weight, valid & ~image, valid)
+    positions = _positions(inputs, vocab.command("ROI2"))
+    return Batch(inputs, targets, weight, valid & ~image, valid, positions)
+
+
+def _positions(tokens: Tensor, restart: int) -> Tensor | None:
+    """Places ``[B, T]`` that count from 0 again at the token ``restart``; None if no row has it."""
+    is_after = (tokens == restart).cumsum(1) > 0
+    if not bool(is_after.any()):
+        return None
+    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    return torch.where(is_after, places - (~is_after).sum(1, keepdim=True), places)

@@ -20,31 +20,44 @@ DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokeni
 
 
 class ResidualBlock(nn.Module):
-    """``x + conv1x1(relu(conv3x3(relu(x))))``, the block of the first VQ-VAE (arXiv:1711.00937)."""
+    """``x + conv1x1(relu(conv3x3(relu(x))))``, the block of the first VQ-VAE (arXiv:1711.00937).
+
+    It begins as the identity.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 1, dtype=DTYPE),
-        )
+        inner = nn.Conv2d(channels, channels, 3, padding=1, dtype=DTYPE)
+        last = nn.Conv2d(channels, channels, 1, dtype=DTYPE)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.blocks = nn.Sequential(nn.ReLU(), inner, nn.ReLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.blocks(x)
 
 
 class Encoder(nn.Module):
-    """``stages`` stride-2 convolutions with ReLU, residual blocks, a 1x1 convolution to the code size."""
+    """To the code grid by ``stages`` stride-2 convolutions with ReLU, or by one convolution of its cells.
+
+    Residual blocks follow, if there are any, and a 1x1 convolution to the code size.
+    """
 
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
-        for _ in range(config.stages):
-            layers += [nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE), nn.ReLU()]
+        if config.patches:
+            cell = 2**config.stages
+            layers.append(nn.Conv2d(channels, config.channels, cell, stride=cell, dtype=DTYPE))
             channels = config.channels
+        else:
+            for _ in range(config.stages):
+                layers += [
+                    nn.Conv2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
+                    nn.ReLU(),
+                ]
+                channels = config.channels
         layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
         self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, config.code_dim, 1, dtype=DTYPE))
 
@@ -63,13 +76,18 @@ class Decoder(nn.Module):
             layers.append(nn.Conv2d(channels, config.channels, 3, padding=1, dtype=DTYPE))
             channels = config.channels
             layers += [ResidualBlock(channels) for _ in range(config.residual_blocks)]
-        for _ in range(config.stages):
-            layers += [
-                nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
-                nn.ReLU(),
-            ]
-            channels = config.channels
-        self.blocks = nn.Sequential(*layers, nn.Conv2d(channels, 3, 1, dtype=DTYPE))
+        if config.patches:
+            cell = 2**config.stages
+            layers.append(nn.ConvTranspose2d(channels, 3, cell, stride=cell, dtype=DTYPE))
+        else:
+            for _ in range(config.stages):
+                layers += [
+                    nn.ConvTranspose2d(channels, config.channels, 4, stride=2, padding=1, dtype=DTYPE),
+                    nn.ReLU(),
+                ]
+                channels = config.channels
+            layers.append(nn.Conv2d(channels, 3, 1, dtype=DTYPE))
+        self.blocks = nn.Sequential(*layers)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.blocks(codes)
@@ -88,8 +106,9 @@ class Quantizer(nn.Module):
     """Nearest code by squared distance, and the four ways of the paper (section 2.2) to learn the book.
 
     - ``"moving-average"``: the book follows the encoder by moving averages. A code that on average serves
-      fewer than ``revive_below`` vectors a step restarts at a random encoder output; in the first step that
-      is nearly all of them. Without it most of a small book is never used.
+      fewer than ``revive_below`` vectors a step, and less than a 16th of an even share of them, restarts at
+      a random encoder output; in the first step that is nearly all of them. Without it most of a small book
+      is never used.
     - ``"straight-through"``: a loss of its own draws each code to its vectors (arXiv:1711.00937).
     - ``"gumbel"``: in training, codes are drawn with probability softmax(-distance / temperature) by
       Gumbel's trick, and the gradient is that of the softmax. The trainer lowers ``temperature``.
@@ -178,7 +197,7 @@ class Quantizer(nn.Module):
         self.cluster_size.lerp_(counts, 1 - self.decay)
         self.embed_avg.lerp_(sums, 1 - self.decay)
 
-        dead = self.cluster_size < self.revive_below
+        dead = self.cluster_size < min(self.revive_below, len(z) / (16 * num_codes))
         fresh = z[torch.randint(len(z), (num_codes,), device=z.device)].t()
         self.embed_avg.copy_(torch.where(dead, fresh, self.embed_avg))
         self.cluster_size.masked_fill_(dead, 1.0)
@@ -212,9 +231,39 @@ class ImageTokenizer(nn.Module):
         self.enc_b = Encoder(config)
         self.quantize_t = Quantizer(config)
         self.dec = Decoder(config)
+        if config.patches:
+            self._begin_with_patches()
         # Not part of the state dict of the released tokenizer.
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def _begin_with_patches(self) -> None:
+        """Let a code's vector be its cell's pixels at first, turned, and the decoder turn them back.
+
+        Encoder and decoder are the identity then, as far as ``channels`` and ``code_dim`` have room for the
+        pixels. Training has to learn from there only what a codebook loses.
+        """
+        first, last = self.enc_b.blocks[0], self.enc_b.blocks[-1]
+        back, out = self.dec.blocks[0], self.dec.blocks[-1]
+        assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+        assert isinstance(back, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(out, nn.ConvTranspose2d)
+        for layer in (first, last, back, out):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+        nn.init.orthogonal_(first.weight)
+        nn.init.orthogonal_(last.weight)
+        to_code = last.weight.flatten(1)  # [code_dim, channels]
+        from_cell = first.weight.flatten(1)  # [channels, pixels of a cell]
+        if to_code.shape[0] >= from_cell.shape[1]:
+            turn = nn.init.orthogonal_(torch.empty(to_code.shape[0], from_cell.shape[1], dtype=DTYPE))
+            to_code.copy_(turn @ from_cell.t())
+        if back is out:
+            out.weight.copy_((to_code @ from_cell).view_as(out.weight))
+        else:
+            back.weight.zero_()
+            back.weight[:, :, 1, 1] = to_code.t()
+            out.weight.copy_(first.weight)
 
     def vectors(self, images: Tensor) -> Tensor:
         """What the encoder makes of images ``[B, 3, H, W]``, before it is quantised: ``[B, h, w, D]``."""

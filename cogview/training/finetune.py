@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the paper does with a pretrained model: finetune it to caption and rank, and to draw in a style.
+"""What the paper does with a pretrained model: finetuning to caption and rank, for a style, to enlarge.
 
 Source: CogView, arXiv:2105.13290, section 3 and its appendix on finetuning. A task begins with the latest
 weights of a run, which may be a converted one without an optimizer, and writes a new run of the same shape.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cogview.config import ModelConfig, Preset, ThreeRegionConfig
+from cogview.data.row_kinds import ENLARGEMENTS, PICTURES, RowKind
 from cogview.device import default_device
 from cogview.files import StrPath, exists
 from cogview.presets import implied_preset
@@ -63,13 +64,27 @@ def finetune_style(options: Finetune) -> History:
     return _finetune("style", options, options.caption, caption_fraction=0.0)
 
 
+def finetune_super_resolution(options: Finetune) -> History:
+    """Rows of one picture on two grids, the high codes after the low ones: the run enlarges pictures.
+
+    ``data`` are pictures, best of twice the size that the run's tokenizer takes; see
+    :mod:`cogview.data.enlargements`. A tenth of the rows loses its text, so that pictures without one can be
+    enlarged. Returns and raises what :func:`finetune_captioning` does, and ValueError for rows of tokens in
+    place of pictures, or for a grid of codes whose side 4 does not divide.
+    """
+    return _finetune("super-resolution", options, kind=ENLARGEMENTS, caption_fraction=0.0, text_dropout=0.1)
+
+
 TASKS: dict[str, Callable[[Finetune], History]] = {
     "captioning": finetune_captioning,
     "style": finetune_style,
+    "super-resolution": finetune_super_resolution,
 }
 
 
-def _finetune(task: str, options: Finetune, caption: str | None = None, **train: Any) -> History:
+def _finetune(
+    task: str, options: Finetune, caption: str | None = None, kind: RowKind = PICTURES, **train: Any
+) -> History:
     if exists(options.out) and exists(options.run) and os.path.samefile(options.out, options.run):
         raise ValueError(f"out must be another folder than run, got {options.out} for both")
     return train_model(
@@ -83,6 +98,7 @@ def _finetune(task: str, options: Finetune, caption: str | None = None, **train:
             workers=options.workers,
             skip_bad=options.skip_bad,
             finetuned=Finetuned(task, os.fspath(options.run), caption),
+            kind=kind,
         )
     )
 

@@ -23,10 +23,10 @@ import torch
 from cogview.config import Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
+from cogview.data.row_kinds import PICTURES, RowKind
 from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
-from cogview.data.samples import PairSamples
-from cogview.data.tokens import TokenDataset, caption_lengths
+from cogview.data.tokens import caption_lengths
 from cogview.device import default_device
 from cogview.files import StrPath, exists, read_json, save_tensors, write_bytes, write_json
 from cogview.model.transformer import CogView
@@ -212,6 +212,7 @@ class TrainModel:
     workers: int = 0  # processes that make batches ahead; 0 makes them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
     finetuned: Finetuned | None = None  # the run whose weights and tokenizers are begun with
+    kind: RowKind = PICTURES  # what the rows hold of each picture
 
     def __post_init__(self) -> None:
         require_workers(0, self.workers)
@@ -248,6 +249,7 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     if preset.train.compile_layers:
         require_compiler(options.device)
     tokenizers = load_tokenizers(source, options.device)
+    options.kind.num_codes(tokenizers.image.config)  # refuses a grid that has no such rows
     data = _open_data(options, tokenizers)
     lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)
     plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, lengths)
@@ -295,9 +297,11 @@ def _dataset(
     rows: Rows, options: TrainModel, preset: Preset, tokenizers: Tokenizers, plan: ModelPlan
 ) -> TrainingData:
     training, validation = split_rows(rows, preset.train.validation)
+    length = options.kind.row_length(tokenizers.image.config, plan.max_text_tokens)
+    dataset = options.kind.dataset
     return TrainingData(
-        TokenDataset(tokenizers.vocab, training, plan.row_length),
-        TokenDataset(tokenizers.vocab, validation, plan.row_length) if validation is not None else None,
+        dataset(tokenizers.vocab, training, length),
+        dataset(tokenizers.vocab, validation, length) if validation is not None else None,
         options.workers,
     )
 
@@ -318,6 +322,8 @@ def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
         return pictures_with(options.finetuned.caption, options.data)
     if not is_rows(options.data):
         return open_pairs(options.data, skip_bad=options.skip_bad)
+    if options.kind is not PICTURES:
+        raise ValueError(f"{options.data} holds rows of tokens; this training needs the pictures themselves")
     rows = open_rows(options.data)
     if rows.head.format.tokenizers != tokenizers.fingerprint:
         raise ValueError(
@@ -329,15 +335,21 @@ def _open_data(options: TrainModel, tokenizers: Tokenizers) -> Pairs | Rows:
 
 def _rows_of(pairs: Pairs, options: TrainModel, tokenizers: Tokenizers, text_width: int) -> Rows:
     """The rows of pictures, which are encoded once: a run that goes on finds them in its folder."""
-    folder, samples = Path(options.out) / TRAINING_ROWS, PairSamples(pairs)
-    wanted = row_format(samples, tokenizers, text_width)
+    kind = options.kind
+    folder, samples = Path(options.out) / TRAINING_ROWS, kind.samples(pairs)
+    wanted = row_format(samples, tokenizers, text_width, kind.num_codes(tokenizers.image.config))
     if not distributed.is_first():
         while not has_rows(folder, wanted):
             time.sleep(1)  # That takes longer than ranks wait for one another.
         return open_rows(folder)
     if not options.skip_bad and not has_rows(folder, wanted):
         pairs.check(tokenizers.image.config.image_size, progress=options.progress)
-    rows = write_rows(samples, tokenizers, folder, wanted, replace=True, progress=options.progress)
+    rows = write_rows(
+        *(samples, tokenizers, folder, wanted),
+        encode=kind.encode,
+        replace=True,
+        progress=options.progress,
+    )
     _tell_left_out(rows.head.skipped, folder, options)
     return rows
 

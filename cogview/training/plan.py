@@ -54,11 +54,6 @@ class ModelPlan:
     max_text_tokens: int
     notes: tuple[str, ...]
 
-    @property
-    def row_length(self) -> int:
-        """Tokens of a row, padding included."""
-        return self.config.max_positions
-
 
 def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: CaptionLengths) -> ModelPlan:
     """The preset's transformer over the vocabulary of a run's tokenizers, with room for its captions.

@@ -96,7 +96,7 @@ def losses_of(
     gradient in float32 under autocast.
     """
     whole = batch if whole is None else whole
-    hidden = model(batch.tokens, layout=layouts)
+    hidden = model(batch.tokens, positions=batch.positions, layout=layouts)
     with torch.autocast(hidden.device.type, enabled=False) if wide_head else nullcontext():
         loss, token_losses = linear_cross_entropy(
             hidden,

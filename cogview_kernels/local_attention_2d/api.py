@@ -86,9 +86,9 @@ def local_attention_2d(
         TypeError: a dtype or type above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cpu" and
-            "triton": no float64, D up to 256, of "triton" 128). Without
-            ``backend`` "sdpa" steps in, or where that cannot, "reference"; GPUs older than sm_80, a V100 too,
-            have these two. Also a derivative that kernels do not have: of second order, or in forward mode.
+            "triton": no float64, D up to 256). Without ``backend`` "sdpa" steps in, or where that cannot,
+            "reference"; GPUs older than sm_80, a V100 too, have these two. Also a derivative that kernels do
+            not have: of second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).

@@ -42,6 +42,11 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     stages: int
+    # Registers a thread, where ptxas would spill some for the sake of another block.
+    maxnreg: int | None = None
+
+    def options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "STAGES": self.stages, "maxnreg": self.maxnreg}
 
 
 # By head size padded to a power of two, at most: fwd, dq, dkv (the extra keys' too). Chosen among what
@@ -49,16 +54,19 @@ class Config(NamedTuple):
 _SM80_16_BIT = {
     64: (Config(64, 32, 4, 2), Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
     128: (Config(64, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    256: (Config(64, 32, 8, 1), Config(64, 16, 8, 1), Config(32, 32, 8, 1)),
 }
 _SM90_16_BIT = {
     64: (Config(64, 32, 4, 2), Config(64, 64, 4, 2), Config(32, 64, 8, 2)),
     128: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(32, 64, 8, 1)),
+    256: (Config(128, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
 _32_BIT = {
     64: (Config(64, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 2)),
     128: (Config(32, 16, 8, 1), Config(16, 16, 8, 1), Config(32, 32, 8, 1)),
+    # dq spills with any tile: a thread keeps a row of q and one of dout.
+    256: (Config(16, 16, 8, 1), Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
 }
-LARGEST_HEAD = 128
 _KERNELS = ("fwd", "dq", "dkv")
 _WIDE = 8  # columns of a patch, at most
 
@@ -118,10 +126,6 @@ def _is_tf32(q: Tensor) -> bool:
 
 def limit(backend: str, q: Tensor, keys: Keys, window: Window) -> str:
     """Why the kernels cannot take a call, and the way out; empty when they can."""
-    if q.shape[3] > LARGEST_HEAD:
-        return (
-            f"the triton backend takes head sizes up to {LARGEST_HEAD}, got {q.shape[3]}; use backend='sdpa'"
-        )
     return native.limit(backend, q, keys, window)
 
 
@@ -133,7 +137,7 @@ def _wide(width: int, block: int) -> int:
     return min(block, triton.next_power_of_2(max(1, width)))
 
 
-def _tiles_of_queries(window: Window, chosen: Config) -> dict[str, int]:
+def _tiles_of_queries(window: Window, chosen: Config) -> dict[str, Any]:
     """Of the kernels whose programs have a patch of queries each."""
     wide_m = _wide(min(_WIDE, window.width * window.query_scale), chosen.block_m)
     cells = triton.cdiv(wide_m, window.query_scale) + 2 * window.column_radius
@@ -142,12 +146,11 @@ def _tiles_of_queries(window: Window, chosen: Config) -> dict[str, int]:
         "WIDE_M": wide_m,
         "BLOCK_N": chosen.block_n,
         "WIDE_N": _wide(min(cells, window.width), chosen.block_n),
-        "num_warps": chosen.num_warps,
-        "STAGES": chosen.stages,
+        **chosen.options(),
     }
 
 
-def _tiles_of_keys(window: Window, chosen: Config) -> dict[str, int]:
+def _tiles_of_keys(window: Window, chosen: Config) -> dict[str, Any]:
     """Of the kernel whose programs have a patch of keys each."""
     wide_n = _wide(min(_WIDE, window.width), chosen.block_n)
     seeing = (wide_n + 2 * window.column_radius) * window.query_scale
@@ -156,8 +159,7 @@ def _tiles_of_keys(window: Window, chosen: Config) -> dict[str, int]:
         "WIDE_M": _wide(min(seeing, window.width * window.query_scale), chosen.block_m),
         "BLOCK_N": chosen.block_n,
         "WIDE_N": wide_n,
-        "num_warps": chosen.num_warps,
-        "STAGES": chosen.stages,
+        **chosen.options(),
     }
 
 
@@ -173,7 +175,7 @@ def _mask(keys: Keys) -> Tensor | None:
     return None if keys.extra_mask is None else keys.extra_mask.contiguous().view(torch.uint8)
 
 
-def _grid_of_queries(call: _Call, tiles: dict[str, int]) -> tuple[int]:
+def _grid_of_queries(call: _Call, tiles: dict[str, Any]) -> tuple[int]:
     B, H = call.q.shape[:2]
     s = call.window.query_scale
     rows, columns = call.window.height * s, call.window.width * s
@@ -261,7 +263,7 @@ def _plan_backward(
     dkv_extra = Launch(
         dkv_extra_kernel, (triton.cdiv(E, chosen.block_n) * B * heads,), numbers,
         HAS_MASK=extra["HAS_MASK"], **call.flags(),
-        BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, num_warps=chosen.num_warps, STAGES=chosen.stages,
+        BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n, **chosen.options(),
     )  # fmt: skip
     return _Backward(dq, dkv, dkv_extra)
 

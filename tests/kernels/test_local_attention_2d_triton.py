@@ -19,6 +19,11 @@ MASKED = {"causal": True, "extra_mask": torch.empty(2, 64, dtype=torch.bool, dev
 DROPOUT = {"dropout_p": 0.1, "seed": 3, **MASKED}
 
 
+def test_the_largest_head():
+    """In 16 bits; float32 takes the compiler a minute."""
+    assert_clean(compile_calls([call(90, 256, torch.bfloat16, **MASKED)]))
+
+
 @pytest.mark.parametrize(
     ("arch", "dtype", "options"), [(80, torch.float16, DROPOUT), (90, torch.bfloat16, {})]
 )

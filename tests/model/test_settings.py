@@ -16,6 +16,7 @@ from cogview.settings import (
     MAY_CHANGE,
     MODEL_SETTINGS,
     TOKENIZER_SETTINGS,
+    Finetuned,
     ModelSettings,
     TokenizerSettings,
     _flat,
@@ -96,7 +97,8 @@ def test_how_a_run_is_computed_may_change_when_it_goes_on(tmp_path):
 
 def test_the_list_of_what_may_change_names_settings_that_exist():
     preset = PRESETS["digits"]
-    model = ModelSettings("digits", preset.model, preset.sampling, 5, preset.train)
+    shape = ("digits", preset.model, preset.sampling, 5, preset.train)
+    model = ModelSettings(*shape, finetuned=Finetuned("captioning", "runs/photos"))
     known = set()
     for settings in (tokenizer_settings(), model, preset):
         known |= set(_flat(plain(settings)))

@@ -8,7 +8,7 @@ import cogview.data.order
 import cogview.training.vqvae
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.digits import DigitPairs
-from cogview.tokens.vqvae import ImageTokenizer
+from cogview.tokens.vqvae import ImageTokenizer, Quantizer
 from cogview.training.vqvae import train_image_tokenizer
 
 SHAPE = ImageTokenizerConfig(
@@ -78,3 +78,16 @@ def test_every_way_to_a_codebook_learns_and_resumes(tmp_path, codebook):
 def test_the_temperature_falls_to_its_last_value_at_half_of_the_training():
     found = [cogview.training.vqvae.temperature(done) for done in (0, 0.25, 0.5, 0.9)]
     assert found == pytest.approx([1, 0.25, 1 / 16, 1 / 16])
+
+
+def test_the_book_begins_where_the_encoder_is_after_the_warm_up(tmp_path, monkeypatch):
+    begun = []
+    real = Quantizer.begin_at
+    monkeypatch.setattr(Quantizer, "begin_at", lambda self, z: (begun.append(z.shape), real(self, z)))
+    config = dataclasses.replace(CONFIG, warmup_steps=5)
+    model = tokenizer()
+    start = model.quantize_t.embed.detach().clone()
+    train_image_tokenizer(model, DigitPairs(), dataclasses.replace(config, steps=5), tmp_path, progress=False)
+    assert torch.equal(model.quantize_t.embed, start) and not begun
+    train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path, progress=False)  # It goes on.
+    assert begun == [(8, 4, 4, 8)]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import ImageTokenizerConfig
-from cogview.tokens.vqvae import ImageTokenizer, Quantizer
+from cogview.tokens.vqvae import ImageTokenizer, Quantizer, ResidualBlock
 
 SMALL = ImageTokenizerConfig(num_codes=8, code_dim=4, channels=6, stages=2, image_size=16)
 
@@ -165,13 +165,40 @@ def test_gumbel_draws_by_distance_over_temperature_and_the_nearest_when_cold():
 
 
 def test_residual_blocks_let_a_code_know_its_neighbours():
-    config = dataclasses.replace(SMALL, residual_blocks=1)
+    config = dataclasses.replace(SMALL, residual_blocks=1, patches=True)
     image = torch.rand(1, 3, 16, 16)
     other = image.clone()
-    other[..., 11:, :] = 1 - other[..., 11:, :]  # the strided convolutions of the second row end before
+    other[..., 11:, :] = 1 - other[..., 11:, :]  # Convolutions of the second row of cells end before.
     for shape, sees in ((SMALL, False), (config, True)):
         torch.manual_seed(0)
         tokenizer = ImageTokenizer(shape).eval()
+        for block in (part for part in tokenizer.modules() if isinstance(part, ResidualBlock)):
+            torch.nn.init.normal_(block.blocks[3].weight)  # They begin as the identity.
         at = [tokenizer.vectors(pixels)[0, 1, 1] for pixels in (image, other)]
         assert torch.equal(*at) != sees
         assert tokenizer.decode(tokenizer.encode(image)).shape == image.shape
+
+
+def test_without_quantisation_the_vectors_are_decoded_and_the_book_stays():
+    tokenizer = ImageTokenizer(SMALL).train()
+    before, images = tokenizer.quantize_t.embed.clone(), torch.rand(2, 3, 16, 16)
+    out = tokenizer(images, quantise=False)
+    torch.testing.assert_close(out.images, tokenizer._decode(tokenizer.vectors(images)))
+    assert torch.equal(tokenizer.quantize_t.embed, before) and float(out.commitment) == 0
+    z = torch.randn(3, 5, 4)
+    tokenizer.quantize_t.begin_at(z)
+    rows = {tuple(row) for row in z.reshape(-1, 4).tolist()}
+    assert all(tuple(code) in rows for code in tokenizer.quantize_t.embed.t().tolist())
+    assert torch.equal(tokenizer.quantize_t.embed_avg, tokenizer.quantize_t.embed)
+
+
+@pytest.mark.parametrize("residual_blocks", [0, 2])
+def test_a_tokenizer_of_patches_begins_without_a_loss_where_its_codes_have_room(residual_blocks):
+    config = dataclasses.replace(
+        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks
+    )
+    images = torch.rand(2, 3, 16, 24)
+    out = ImageTokenizer(config)(images, quantise=False)
+    torch.testing.assert_close(out.images, images, atol=1e-5, rtol=0)
+    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))(images, quantise=False)
+    assert 0 < F.mse_loss(narrow.images, images).item() < float(images.var())

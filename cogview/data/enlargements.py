@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures on two grids, from which a model learns to enlarge: the low codes, then the high ones.
+
+The high codes are those of a square of the tokenizer's size, the low ones those of the same square at half
+its size. The released data builder cuts such squares out of pictures of twice the size, at a grid of three by
+three places, four a picture (CogView, arXiv:2105.13290, section on super-resolution). Those places are the
+windows of :mod:`cogview.generation.super_resolution`. Here each picture is shown as a whole, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogview.config import ImageTokenizerConfig
+from cogview.data.pairs import Pairs
+from cogview.data.samples import Sample
+from cogview.data.tokens import TokenDataset
+from cogview.tokens.sequence import ENLARGEMENT_FRAME_TOKENS, enlargement_row
+from cogview.tokens.vqvae import ImageTokenizer
+
+CROPS = 4  # of a picture, beside the whole of it
+PLACES = 9  # three by three
+
+
+def num_codes(tokenizer: ImageTokenizerConfig) -> int:
+    """Low and high codes of a square. ValueError for a grid that has no quarters."""
+    if tokenizer.grid % 4:
+        raise ValueError(
+            f"super-resolution needs a grid of codes whose side 4 divides, got {tokenizer.grid} x "
+            f"{tokenizer.grid}"
+        )
+    return tokenizer.codes_per_image // 4 + tokenizer.codes_per_image
+
+
+def encode_twice(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
+    """Squares ``[N, 3, S, S]`` to the codes of their halves, then those of themselves."""
+    return torch.cat([tokenizer.encode(part).flatten(1) for part in (F.avg_pool2d(images, 2), images)], dim=1)
+
+
+class EnlargementSamples:
+    """Each picture of ``pairs`` as a whole and as four crops of twice the size, one part."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs = pairs
+        self.parts = ("",)
+        self.num_images = (1 + CROPS) * len(pairs)
+        self.left_out = pairs.absent
+
+    def part(self, number: int, first: int) -> Iterator[Sample]:
+        """See :class:`cogview.data.samples.Samples`."""
+        for index in range(first, self.num_images):
+            yield self._sample(*divmod(index, 1 + CROPS))
+
+    def _sample(self, picture: int, crop: int) -> Sample:
+        pairs = self.pairs
+        # Neighbours take different places in turn, so that all nine occur alike.
+        place = (CROPS * picture + crop - 1) % PLACES
+
+        def read(size: int) -> Tensor:
+            if crop == 0:
+                return pairs.image(picture, size)
+            top, left = (part * size // 2 for part in divmod(place, 3))
+            return pairs.image(picture, 2 * size)[:, top : top + size, left : left + size]
+
+        # Crops count as copies of their picture: none is validated on that another was trained on.
+        origin = pairs.origin(picture) or pairs.name(picture)
+        return Sample(pairs.name(picture), pairs.captions(picture), read, origin)
+
+    def identity(self) -> Iterator[bytes]:
+        """See :func:`cogview.data.fingerprint.fingerprint`."""
+        yield b"enlargements"
+        yield from self.pairs.identity()
+
+
+class EnlargementDataset(TokenDataset):
+    """Rows of a text, low codes and high codes."""
+
+    frame_tokens = ENLARGEMENT_FRAME_TOKENS
+
+    def row(self, text: Sequence[int], codes: Sequence[int], is_caption: bool) -> list[int]:
+        """The tokens of an enlargement, whatever the order."""
+        low = len(codes) // 5  # a quarter of the high ones
+        return enlargement_row(self.vocab, text, codes[:low], codes[low:])

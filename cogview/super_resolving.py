@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``cogview super-resolve`` does: enlarge, write, and compare with other ways to enlarge."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cogview import options
+from cogview.data.image_files import pixels_of
+from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
+from cogview.generation.engine import DrawOptions
+from cogview.generation.super_resolution import codes_to_draw, drawn_by
+from cogview.outlet import Outlet
+from cogview.progress import Progress
+from cogview.run import Run, load_run
+
+
+def super_resolve(given: options.SuperResolve) -> None:
+    """Enlarge the pictures of the command line and write them."""
+    outlet = Outlet(given.out, given.force)
+    run = load_run(given.run, given.device, given.precision)
+    size = run.image_size if given.from_half else 2 * run.image_size
+    outlet.check_size([len(given.images)], size)
+    small: list[Path] | list[Tensor] = list(given.images)
+    truth = None
+    if given.compare:
+        truth = torch.stack([pixels_of(path, size) for path in given.images])
+        small = list(F.avg_pool2d(truth, 2))
+    sampling = run.sampling
+    if given.temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=given.temperature)
+    side = run.tokenizers.image.config.grid
+    low = side // 2 if given.from_half else side
+    with Progress(len(small) * codes_to_draw(low, side), "enlarge", unit="code") as bar:
+        drawing = DrawOptions(
+            sampling, max_batch=given.max_batch, parallel=given.parallel, on_step=bar.update
+        )
+        pictures = run.super_resolve(
+            small, given.text or None, from_half=given.from_half, seed=given.seed, options=drawing
+        )
+    about = {"prompt": given.text, "seed": given.seed}
+    for path, picture in zip(given.images, pictures, strict=True):
+        outlet.write_picture(path.stem, picture, about)
+    outlet.write_sheet([pictures], about)
+    if truth is not None:
+        enlarged = torch.stack([pixels_of(picture, size) for picture in pictures])
+        _print_comparison(run, truth, enlarged, drawn_by(low, side))
+    if not outlet.is_standard_output:
+        print(f"written: {outlet.name}")
+
+
+def _print_comparison(run: Run, truth: Tensor, enlarged: Tensor, windows: Tensor) -> None:
+    """Mean PSNR of the pictures, of bicubic scaling, and of what the image tokenizer keeps of the truth."""
+    bicubic = F.interpolate(F.avg_pool2d(truth, 2), scale_factor=2, mode="bicubic").clamp(0, 1)
+    tokenizer = run.tokenizers.image
+    kept = tokenizer.decode(tokenizer.encode(truth.to(tokenizer.mean))).to(truth)
+    ways = {"enlarged": enlarged, "bicubic": bicubic, "codes of the truth": kept}
+    print("PSNR: " + ", ".join(f"{name} {peak_signal_to_noise(x, truth):.2f} dB" for name, x in ways.items()))
+    if bool(windows.any()):
+        contrast = seam_contrast(enlarged, windows) / seam_contrast(kept, windows)
+        print(f"steps across the windows' edges: {contrast:.2f} times those in the codes of the truth")

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as ``nn.Module``: parameters with PyTorch's names, shapes and first values."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cogview_kernels import _checks
+from cogview_kernels.layout import ThreeRegionLayout
+from cogview_kernels.linear_cross_entropy import linear_cross_entropy
+from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
+from cogview_kernels.sandwich_rms_norm import sandwich_rms_norm
+from cogview_kernels.three_region_attention import three_region_attention
+
+__all__ = ["LinearCrossEntropy", "SandwichLayerNorm", "SandwichRMSNorm", "ThreeRegionAttention"]
+
+
+class ThreeRegionAttention(nn.Module):
+    """Self-attention with its projections, of which those of q, k and v are packed into one.
+
+    Equals, with parameters of the same names and shapes, so that ``load_state_dict`` takes either's::
+
+        attention = nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)
+        hidden = ~layout.dense_mask(T).repeat_interleave(num_heads, 0)
+        attention(x, x, x, attn_mask=hidden, need_weights=False)[0]
+
+    for a layout whose ``pivot_bias`` is 0. Between the projections is :func:`three_region_attention`.
+
+    Args:
+        embed_dim: a multiple of ``num_heads``.
+        num_heads: positive.
+        dropout: in [0, 1), of the joint probabilities, in training mode.
+        bias: whether both projections have one.
+        device, dtype: of the parameters.
+
+    ``forward(x, layout)`` takes and gives ``[B, T, embed_dim]``; the packed projection is read in place.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        _checks.check_count(op, "num_heads", num_heads, 1)
+        _checks.check_count(op, "embed_dim", embed_dim, 1)
+        if embed_dim % num_heads:
+            raise ValueError(f"{op}: embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
+        _checks.check_dropout(op, dropout, None, "x", torch.empty(0))
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **options))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim, **options)) if bias else None
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.MultiheadAttention`` begins."""
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        self.out_proj.reset_parameters()
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, layout: ThreeRegionLayout) -> Tensor:
+        B, T, C = x.shape
+        qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        dropout_p = self.dropout if self.training else 0.0
+        out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+        return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+class SandwichLayerNorm(nn.Module):
+    """The end of one Sandwich-LayerNorm branch and the start of the next, :func:`sandwich_layer_norm`.
+
+    Equals, with ``post`` and ``pre`` of type ``nn.LayerNorm(normalized_size, eps)``, PB-Relax apart::
+
+        residual_out = residual + post(F.dropout(branch, dropout))
+        normed = pre(residual_out)
+
+    Args:
+        normalized_size: C of ``[..., C]``.
+        eps, pb_relax: see :func:`cogview_kernels.layer_norm`.
+        dropout: in [0, 1), of the branch, in training mode.
+        device, dtype: of the parameters.
+
+    ``forward(branch, residual)`` gives ``(residual_out, normed)``.
+    """
+
+    def __init__(
+        self,
+        normalized_size: int,
+        eps: float = 1e-5,
+        pb_relax: str | None = "row",
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_count(type(self).__name__, "normalized_size", normalized_size, 1)
+        self.pb_relax, self.dropout = pb_relax, dropout
+        self.post = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
+        self.pre = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
+
+    def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        parameters = (self.post.weight, self.post.bias, self.pre.weight, self.pre.bias)
+        return sandwich_layer_norm(
+            branch,
+            residual,
+            *parameters,
+            eps=self.post.eps,
+            pb_relax=self.pb_relax,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+
+    def extra_repr(self) -> str:
+        return f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
+
+
+class SandwichRMSNorm(nn.Module):
+    """The same with RMSNorm, :func:`sandwich_rms_norm`, as in Gemma 2 and 3, GLM-4 and OLMo 2.
+
+    Equals, with ``post`` and ``pre`` of type ``nn.RMSNorm(normalized_size, eps)``::
+
+        residual_out = residual + post(F.dropout(branch, dropout))
+        normed = pre(residual_out)
+
+    Args:
+        normalized_size: C of ``[..., C]``.
+        eps: positive.
+        weight_offset: is added to both weights; the weights begin at ``1 - weight_offset`` (Gemma: 1, and 0).
+        round_before_weight: see :func:`cogview_kernels.rms_norm` (GLM: True).
+        dropout: in [0, 1), of the branch, in training mode.
+        device, dtype: of the parameters.
+
+    ``forward(branch, residual)`` gives ``(residual_out, normed)``.
+    """
+
+    def __init__(
+        self,
+        normalized_size: int,
+        eps: float = 1e-6,
+        weight_offset: float = 0.0,
+        round_before_weight: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _checks.check_count(type(self).__name__, "normalized_size", normalized_size, 1)
+        self.weight_offset, self.round_before_weight = weight_offset, round_before_weight
+        self.dropout = dropout
+        self.post = nn.RMSNorm(normalized_size, eps, device=device, dtype=dtype)
+        self.pre = nn.RMSNorm(normalized_size, eps, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for norm in (self.post, self.pre):
+            nn.init.constant_(norm.weight, 1 - self.weight_offset)
+
+    def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual_out, normed = sandwich_rms_norm(
+            branch,
+            residual,
+            self.post.weight,
+            self.pre.weight,
+            eps=cast(float, self.post.eps),
+            weight_offset=self.weight_offset,
+            round_before_weight=self.round_before_weight,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return residual_out, cast(Tensor, normed)
+
+    def extra_repr(self) -> str:
+        return (
+            f"weight_offset={self.weight_offset}, round_before_weight={self.round_before_weight}, "
+            f"dropout={self.dropout}"
+        )
+
+
+class LinearCrossEntropy(nn.Module):
+    """A head and its loss in one, :func:`linear_cross_entropy`; the logits are never held.
+
+    Equals, with ``head`` of type ``nn.Linear(in_features, num_classes, bias)``, whose parameters it has::
+
+        F.cross_entropy(head(hidden).flatten(0, -2), target.flatten(), **options)
+
+    Args:
+        in_features: C of ``hidden`` ``[..., C]``.
+        num_classes: V.
+        bias: whether the head has one.
+        device, dtype: of the parameters.
+        options: keyword arguments of :func:`cogview_kernels.linear_cross_entropy`, the same at every call.
+
+    ``forward(hidden, target)`` gives what that function gives. Where the head is tied to an embedding,
+    ``head.weight = embedding.weight`` afterwards.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        op = type(self).__name__
+        _checks.check_count(op, "in_features", in_features, 1)
+        _checks.check_count(op, "num_classes", num_classes, 1)
+        self.options = options
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As ``nn.Linear`` begins: uniform within ``1 / sqrt(in_features)``."""
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Any:
+        return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **self.options)
+
+    def extra_repr(self) -> str:
+        V, C = self.weight.shape
+        return f"{C}, {V}, bias={self.bias is not None}"

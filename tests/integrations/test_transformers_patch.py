@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``patch``: each model that it knows computes the same with it and without; ``unpatch`` takes it back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from cogview_kernels.integrations.transformers import patch, unpatch
+
+V, T = 50, 11
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "attn_implementation": "eager",
+}
+
+
+def gemma2():
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(head_dim=8, **SIZES))
+
+
+def gemma3():
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(head_dim=8, final_logit_softcapping=5.0, **SIZES)
+    )
+
+
+def glm4():
+    return transformers.Glm4ForCausalLM(transformers.Glm4Config(head_dim=8, **SIZES))
+
+
+def glm_image():
+    text = {"vision_vocab_size": V, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]}}
+    config = transformers.GlmImageConfig(
+        text_config={**SIZES, **text},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "patch_size": 2,
+            "image_size": 8,
+        },
+        vq_config={"embed_dim": 8, "num_embeddings": 16, "latent_channels": 8},
+        image_token_id=45,
+        image_start_token_id=46,
+        image_end_token_id=47,
+    )
+    return transformers.GlmImageForConditionalGeneration(config)
+
+
+def olmo2():
+    return transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES))
+
+
+MODELS = pytest.mark.parametrize("make", [gemma2, gemma3, glm4, glm_image, olmo2])
+
+
+def tiny(make):
+    """In training mode, in float32, with norms that matter."""
+    model = make().float().train()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 44, (2, T))
+
+
+def step(model, ids, **options):
+    model.zero_grad()
+    labels = ids.clone()
+    labels[0, :4] = -100
+    out = model(ids, labels=labels, output_hidden_states=True, **options)
+    out.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return out, gradients
+
+
+@MODELS
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 7}], ids=["mean", "num_items_in_batch"])
+def test_hidden_states_loss_and_gradients_are_the_same(make, options, ids):
+    model = tiny(make)
+    expected, expected_gradients = step(model, ids, **options)
+    patch(model)
+    got, gradients = step(model, ids, **options)
+    assert got.logits is None and type(got) is type(expected)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert len(got.hidden_states) == 3
+    for ours, theirs in zip(got.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@MODELS
+def test_in_bfloat16_the_branch_rounds_no_more_than_the_model_does(make, ids):
+    model = tiny(make).eval()
+    exact = copy.deepcopy(model)(ids).logits
+    model.bfloat16()
+    expected = (model(ids).logits - exact).norm()
+    patch(model)
+    assert (model(ids).logits - exact).norm() < 1.5 * expected
+
+
+@MODELS
+def test_in_bfloat16_a_norm_rounds_where_the_model_does(make):
+    """Where the weight is multiplied makes a difference to the last bit of a quarter of all elements."""
+    model = tiny(make).bfloat16()
+    norm = next(m for name, m in model.named_modules() if name.endswith("layers.1.post_attention_layernorm"))
+    x = torch.randn(500, 32, dtype=torch.bfloat16)
+    expected = norm(x)
+    patch(model)
+    assert (norm(x) == expected).float().mean() > 0.97
+
+
+@MODELS
+def test_unpatch_leaves_nothing_behind(make, ids):
+    model = tiny(make)
+    before, patched_modules = model.eval()(ids, labels=ids), 0
+    patch(model)
+    patched_modules = sum("forward" in vars(module) for module in model.modules())
+    assert patched_modules > 2 * 3
+    evaluated = model(ids, labels=ids)
+    torch.testing.assert_close(evaluated.logits, before.logits, rtol=1e-4, atol=1e-5)
+    unpatch(model)
+    unpatch(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(ids, labels=ids).loss, before.loss)
+
+
+def test_norms_alone_and_loss_alone(ids):
+    model = tiny(olmo2)
+    patch(model, linear_cross_entropy=False)
+    assert model(ids, labels=ids).logits is not None
+    unpatch(model)
+    patch(model, sandwich_norm=False)
+    assert model(ids, labels=ids).logits is None
+    assert sum("forward" in vars(module) for module in model.modules()) == 1
+
+
+def test_a_deep_copy_is_patched_and_its_own(ids):
+    model = tiny(gemma2)
+    patch(model)
+    loss = model(ids, labels=ids).loss
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(other(ids, labels=ids).loss, loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant, ids):
+    model = tiny(gemma3)
+    _, expected = step(model, ids)
+    patch(model)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    _, gradients = step(model, ids, use_cache=False)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_generation_and_saving_go_on(ids, tmp_path):
+    model = tiny(glm4).eval()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **options)
+    patch(model)
+    assert torch.equal(model.generate(ids, **options), expected)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(loaded.generate(ids, **options), expected)
+
+
+def test_what_it_does_not_know_is_an_error_and_changes_nothing(monkeypatch):
+    config = transformers.LlamaConfig(**SIZES)
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM is not one of .* Gemma2, Gemma3, Glm4"):
+        patch(transformers.LlamaForCausalLM(config))
+    model = tiny(gemma2)
+    with pytest.raises(NotImplementedError, match="needs a Gemma2ForCausalLM, got Gemma2Model"):
+        patch(model.model)
+    patch(model)
+    with pytest.raises(ValueError, match="replaced by patch; call unpatch first"):
+        patch(model)
+    unpatch(model)
+    model.loss_function = lambda *arguments, **options: None
+    with pytest.raises(NotImplementedError, match="this model's loss is"):
+        patch(model)
+    del model._loss_function
+
+    def other(self, x):
+        return x * self.weight
+
+    monkeypatch.setattr(type(model.model.norm), "forward", other)
+    with pytest.raises(NotImplementedError, match=r"Gemma2RMSNorm of transformers .* is not written as in"):
+        patch(model)
+    assert not any("forward" in vars(module) for module in model.modules())

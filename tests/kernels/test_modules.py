@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops as modules are those of PyTorch: same parameters, same results, same gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cogview_kernels import ThreeRegionLayout
+from cogview_kernels.modules import (
+    LinearCrossEntropy,
+    SandwichLayerNorm,
+    SandwichRMSNorm,
+    ThreeRegionAttention,
+)
+
+
+def of(module, *inputs, outputs):
+    """What a module gives, then the gradients of its inputs and parameters by name."""
+    made = outputs(module(*inputs))
+    weights = [torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out) for out in made]
+    loss = sum((out * weight).sum() for out, weight in zip(made, weights, strict=True))
+    named = dict(sorted(module.named_parameters()))
+    gradients = torch.autograd.grad(loss, [*inputs, *named.values()])
+    return [*made, *gradients]
+
+
+def assert_alike(ours, theirs):
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_is_multihead_attention_under_the_layout(bias):
+    B, T, C, H = 2, 19, 32, 4
+    x = torch.randn(B, T, C, requires_grad=True)
+    layout = ThreeRegionLayout(torch.tensor([[0, 3, 9], [1, 2, -1]]), block_size=4, window_blocks=2)
+    theirs = nn.MultiheadAttention(C, H, bias=bias, batch_first=True)
+    ours = ThreeRegionAttention(C, H, bias=bias)
+    assert {name: p.shape for name, p in ours.named_parameters()} == {
+        name: p.shape for name, p in theirs.named_parameters()
+    }
+    ours.load_state_dict(theirs.state_dict())
+    hidden = ~layout.dense_mask(T).repeat_interleave(H, 0)
+    dense = lambda made: [made[0]]  # noqa: E731
+    theirs_call = Calls(theirs, lambda m, x: m(x, x, x, attn_mask=hidden, need_weights=False))
+    ours_call = Calls(ours, lambda m, x: m(x, layout))
+    assert_alike(of(ours_call, x, outputs=lambda made: [made]), of(theirs_call, x, outputs=dense))
+
+
+class Calls(nn.Module):
+    def __init__(self, module, call):
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs):
+        return self.call(self.module, *inputs)
+
+
+def test_attention_drops_in_training_alone():
+    x = torch.randn(1, 8, 16)
+    layout = ThreeRegionLayout(torch.zeros(1, 0, dtype=torch.int64), block_size=4, window_blocks=2)
+    attention = ThreeRegionAttention(16, 2, dropout=0.5)
+    assert not torch.equal(attention(x, layout), attention(x, layout))
+    attention.eval()
+    assert torch.equal(attention(x, layout), attention(x, layout))
+
+
+class Apart(nn.Module):
+    """The two norms, called one after the other."""
+
+    def __init__(self, post, pre):
+        super().__init__()
+        self.post, self.pre = post, pre
+
+    def forward(self, branch, residual):
+        residual = residual + self.post(branch)
+        return residual, self.pre(residual)
+
+
+@pytest.mark.parametrize(
+    ("ours", "norm"),
+    [
+        (lambda C: SandwichLayerNorm(C, pb_relax=None), nn.LayerNorm),
+        (lambda C: SandwichRMSNorm(C), lambda C: nn.RMSNorm(C, 1e-6)),
+    ],
+    ids=["layer_norm", "rms_norm"],
+)
+def test_sandwich_norms_are_two_norms_and_a_sum(ours, norm):
+    C = 24
+    inputs = [torch.randn(3, 5, C, requires_grad=True) for _ in range(2)]
+    apart, module = Apart(norm(C), norm(C)), ours(C)
+    for parameter in apart.parameters():
+        nn.init.normal_(parameter)
+    module.load_state_dict(apart.state_dict())
+    assert_alike(of(module, *inputs, outputs=list), of(apart, *inputs, outputs=list))
+
+
+def test_a_weight_with_an_offset_begins_as_one():
+    branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    plain, gemma = SandwichRMSNorm(8), SandwichRMSNorm(8, weight_offset=1.0)
+    assert bool((gemma.post.weight == 0).all())
+    for got, expected in zip(gemma(branch, residual), plain(branch, residual), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_loss_is_that_of_a_linear_head(bias):
+    hidden = torch.randn(2, 7, 12, requires_grad=True)
+    target = torch.randint(0, 31, (2, 7))
+    target[0, 0] = -100
+    head = nn.Linear(12, 31, bias=bias)
+    ours = LinearCrossEntropy(12, 31, bias=bias, label_smoothing=0.1)
+    ours.load_state_dict(head.state_dict())
+    loss = lambda m, x: F.cross_entropy(m(x).flatten(0, -2), target.flatten(), label_smoothing=0.1)  # noqa: E731
+    theirs = Calls(head, loss)
+    single = lambda made: [made]  # noqa: E731
+    assert_alike(
+        of(Calls(ours, lambda m, x: m(x, target)), hidden, outputs=single), of(theirs, hidden, outputs=single)
+    )
+
+
+def test_sizes_that_cannot_be_are_errors():
+    with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, 3, got 16"):
+        ThreeRegionAttention(16, 3)
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        LinearCrossEntropy(8, 0)
+    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1"):
+        ThreeRegionAttention(16, 2, dropout=1.0)

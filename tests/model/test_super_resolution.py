@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Super-resolution: the released windows and template, batches, finetuning, the command, and its figures."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from cogview.cli import main
+from cogview.config import ImageTokenizerConfig, SamplingConfig
+from cogview.data.enlargements import num_codes
+from cogview.data.rows import open_rows
+from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
+from cogview.generation.engine import DrawOptions
+from cogview.generation.sampling import Noise, choose
+from cogview.generation.super_resolution import Small, codes_to_draw, drawn_by, enlarge, windows_of
+from cogview.run import load_run
+from cogview.seeding import derive_seed
+from cogview.tokens.sequence import ENLARGEMENT_FRAME_TOKENS, enlargement_row, make_batch, text_to_image_row
+from cogview.training.finetune import Finetune, finetune_super_resolution
+from tests.model.helpers import VOCAB, small_model
+
+SIDE = 4
+SAMPLING = SamplingConfig(temperature=0.8)
+
+
+# ---- windows and template
+
+
+def test_the_windows_are_those_of_the_released_code():
+    expected = [(0, 0, 18), (0, 1, 30), (0, 2, 30), (1, 1, 30), (1, 0, 30), (1, 2, 30), (2, 0, 32)]
+    expected += [(2, 1, 32), (2, 2, 32)]
+    assert windows_of(32, 32) == [(16 * i, 16 * j, rows) for i, j, rows in expected]
+    counts = drawn_by(32, 32).flatten().bincount().tolist()
+    assert counts == [576, 672, 480, 512, 448, 256, 576, 288, 288]  # 4096 in all
+    assert codes_to_draw(32, 32) == 32 * (18 + 5 * 30 + 3 * 32)
+
+
+@pytest.mark.parametrize("side", [4, 8, 16, 20])
+def test_windows_of_any_side_draw_every_code(side):
+    assert sorted(set(drawn_by(side, side).flatten().tolist())) == list(range(9))
+    assert windows_of(side // 2, side) == [(0, 0, side)]
+
+
+def test_sides_that_have_no_windows():
+    with pytest.raises(ValueError, match="whose side 4 divides, got 6"):
+        windows_of(6, 6)
+    with pytest.raises(ValueError, match="4 x 4 or 8 x 8, got 5 x 5"):
+        windows_of(5, 8)
+    with pytest.raises(ValueError, match="got 3 x 3"):
+        num_codes(ImageTokenizerConfig(image_size=24))
+
+
+def test_positions_begin_anew_at_roi2():
+    row = enlargement_row(VOCAB, [7, 8], [0, 1, 2, 3], list(range(16)))
+    assert len(row) == ENLARGEMENT_FRAME_TOKENS + 2 + 4 + 16
+    names = (
+        "ROI1",
+        None,
+        None,
+        "TINY",
+        "BOI1",
+        None,
+        None,
+        None,
+        None,
+        "EOI1",
+        "ROI2",
+        "POS0",
+        "TINY",
+        "BOI2",
+    )
+    assert all(name is None or row[i] == VOCAB.command(name) for i, name in enumerate(names))
+    assert row[-1] == VOCAB.command("EOI2")
+    plain = text_to_image_row(VOCAB, [7], [0, 1, 2, 3])
+    batch = make_batch(VOCAB, [row, plain], len(row) + 2)
+    assert batch.positions[0].tolist() == [*range(10), *range(len(row) + 1 - 10)]
+    assert batch.positions[1].tolist() == list(range(len(row) + 1))
+    assert torch.equal(batch.split(2)[1].to("cpu").positions, batch.positions[1:])
+    assert make_batch(VOCAB, [plain], 20).positions is None
+
+
+# ---- drawing
+
+
+def pictures(low=SIDE, texts=((1, 2, 3), (), (4,))):
+    torch.manual_seed(1)
+    return [Small(text, torch.randint(0, 16, (low, low)), seed) for seed, text in enumerate(texts)]
+
+
+def one_code_at_a_time(model, picture, side):
+    """The definition: no cache, no batch; the whole row is read anew for every code."""
+    low = len(picture.codes)
+    high = torch.full((2 * low, 2 * low), -1)
+    for number, (top, left, rows) in enumerate(windows_of(low, side)):
+        noise = Noise(torch.tensor([derive_seed(picture.seed, number)]), rows * side, VOCAB.num_image_codes)
+        given = picture.codes[top // 2 : (top + side) // 2, left // 2 : (left + side) // 2].flatten().tolist()
+        drawn = []
+        for i in range(rows * side):
+            place = (top + i // side, left + i % side)
+            if high[place] < 0:
+                row = enlargement_row(
+                    VOCAB, picture.pieces, given, [*drawn, *[0] * (side * side - len(drawn))]
+                )
+                restart = row.index(VOCAB.command("ROI2"))
+                row = row[: restart + 4 + len(drawn)]
+                positions = torch.tensor([*range(restart), *range(len(row) - restart)])
+                with torch.no_grad():
+                    hidden = model(torch.tensor([row]), positions=positions)[:, -1]
+                logits = model.logits(hidden, 0, VOCAB.num_image_codes)[None]
+                high[place] = choose(logits, SAMPLING, noise, torch.tensor([[i]]))
+            drawn.append(int(high[place]))
+    return high
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize("low", [SIDE // 2, SIDE])
+def test_a_batch_draws_what_each_picture_would_draw_alone(low, parallel):
+    model = small_model(scale=3.0, max_positions=24)
+    steps = []
+    options = DrawOptions(SAMPLING, parallel=parallel, on_step=steps.append)
+    small = pictures(low)
+    found = enlarge(model, VOCAB, small, SIDE, options)
+    for picture, codes in zip(small, found, strict=True):
+        assert torch.equal(codes, one_code_at_a_time(model, picture, SIDE))
+    assert len(set(found.flatten().tolist())) > 3
+    assert sum(steps) == len(small) * codes_to_draw(low, SIDE)
+
+
+def test_the_outcome_depends_on_seed_and_text_alone():
+    model = small_model(scale=3.0, max_positions=24)
+    small = pictures()
+    draw = lambda some, **options: enlarge(model, VOCAB, some, SIDE, DrawOptions(SAMPLING, **options))  # noqa: E731
+    together = draw(small)
+    assert torch.equal(together, draw(small, max_batch=2))
+    assert torch.equal(together[1:2], draw(small[1:2]))
+    assert not torch.equal(draw([small[0]]), draw([small[0]._replace(seed=9)]))
+    assert not torch.equal(draw([small[0]], guidance=3.0), draw([small[0]]))
+    assert bool((together >= 0).all())
+
+
+# ---- finetuning and the command
+
+
+@pytest.fixture(scope="module")
+def enlarger(run_folder, tmp_path_factory):
+    """A run that was finetuned for two steps, and its pictures."""
+    folder = tmp_path_factory.mktemp("enlarger")
+    torch.manual_seed(3)
+    (folder / "photos").mkdir()
+    for index in range(3):
+        pixels = (torch.rand(33, 40, 3) * 255).byte().numpy()
+        Image.fromarray(pixels).save(folder / "photos" / f"{index}.png")
+    lines = [f"{index}.png\ta handwritten seven" for index in range(3)]
+    (folder / "photos" / "captions.tsv").write_text("\n".join(lines))
+    few = {"steps": 2, "batch_size": 4, "checkpoint_every": 1, "validation": 0.4}
+    options = {"device": "cpu", "progress": False}
+    history = finetune_super_resolution(
+        Finetune(run_folder, folder / "photos", folder / "run", few, **options)
+    )
+    assert len(history["image_loss"]) == 2 and all(map(math.isfinite, history["image_loss"]))
+    return folder
+
+
+def test_rows_hold_the_codes_of_a_square_and_of_its_half(enlarger):
+    run, rows = load_run(enlarger / "run", "cpu"), open_rows(enlarger / "run" / "rows")
+    assert len(rows) == 3 * 5
+    tokenizer, size = run.tokenizers.image, run.image_size
+    from cogview.data.pairs import open_pairs
+
+    pairs = open_pairs(enlarger / "photos")
+    twice = pairs.image(1, 2 * size)
+    squares = [pairs.image(1, size)]
+    for place in (4, 5, 6, 7):
+        top, left = place // 3 * size // 2, place % 3 * size // 2
+        squares.append(twice[:, top : top + size, left : left + size])
+    for index, square in enumerate(squares):
+        _, codes = rows.read(5 + index)
+        low = tokenizer.encode(F.avg_pool2d(square[None], 2)).flatten()
+        assert codes == [*low.tolist(), *tokenizer.encode(square[None]).flatten().tolist()]
+
+
+def test_a_run_enlarges_pictures_of_either_size(enlarger):
+    run = load_run(enlarger / "run", "cpu")
+    photos = sorted((enlarger / "photos").glob("*.png"))
+    large = run.super_resolve(photos, "a handwritten seven")
+    assert [picture.size for picture in large] == [(32, 32)] * 3
+    assert run.super_resolve(photos[0], from_half=True).size == (16, 16)
+    assert run.super_resolve([]) == []
+    with pytest.raises(ValueError, match=r"as many as images \(3\), got 2"):
+        run.super_resolve(photos, ["a", "b"])
+
+
+def test_a_run_that_never_learned_to_enlarge_says_so(run_folder, enlarger):
+    run = load_run(run_folder, "cpu")
+    with pytest.warns(UserWarning, match="not finetuned for super-resolution"):
+        run.super_resolve(enlarger / "photos" / "0.png", from_half=True)
+
+
+def test_the_command_compares_and_writes(enlarger, tmp_path, capsys):
+    out = tmp_path / "large"
+    words = ["super-resolve", str(enlarger / "photos" / "0.png"), "--run", str(enlarger / "run")]
+    assert main([*words, "--out", str(out), "--compare", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "PSNR: enlarged" in said and "bicubic" in said and "edges" in said
+    assert Image.open(out / "0.png").size == (32, 32)
+    assert main([*words, "--out", str(out)]) == 2
+    assert "has pictures already" in capsys.readouterr().err
+
+
+# ---- figures
+
+
+def test_peak_signal_to_noise():
+    truth = torch.rand(2, 3, 4, 4) * 0.5
+    assert peak_signal_to_noise(truth + 0.1, truth) == pytest.approx(20, abs=1e-4)
+    assert peak_signal_to_noise(truth, truth) == math.inf
+
+
+def test_seams_are_steps_between_windows():
+    windows = torch.zeros(4, 4, dtype=torch.int64)
+    windows[2:] = 1
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8)
+    assert seam_contrast(ramp + ramp.transpose(2, 3), windows) == pytest.approx(1)
+    broken = (ramp + ramp.transpose(2, 3)).clone()
+    broken[:, :, 4:] += 3
+    assert seam_contrast(broken, windows) == pytest.approx(4)
