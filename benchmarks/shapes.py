@@ -130,6 +130,20 @@ class LossShape:
 
 
 @dataclass(frozen=True)
+class LinearShape:
+    """N rows through ``layers`` matrices of O outputs and K inputs."""
+
+    name: str
+    N: int
+    K: int
+    O: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.N} x {self.K} x {self.O}, {self.layers} layers"
+
+
+@dataclass(frozen=True)
 class DecodeShape:
     """One new query a sequence against a cache of S keys: all of them, or those of three regions."""
 
@@ -251,6 +265,13 @@ DECODE = ShapesOf(
     cpu=tuple(replace(shape, H=8) for shape in _DECODE),
     tiny=(DecodeShape("tiny", B=2, H=2, S=96, D=32, regions=TINY),),
 )
+
+_LINEAR = (
+    LinearShape("up", N=1, K=768, O=3072, layers=12),
+    LinearShape("down", N=1, K=3072, O=768, layers=12),
+    LinearShape("up-8", N=8, K=768, O=3072, layers=12),
+)
+LINEAR = ShapesOf(gpu=(), cpu=_LINEAR, tiny=(LinearShape("tiny", N=2, K=40, O=24, layers=2),))
 
 # Plain PyTorch would pay more for dropout and PB-Relax. Weights are as large as in the released model.
 _PLAIN = {"dropout": 0.0, "pb_relax": None}

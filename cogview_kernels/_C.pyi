@@ -214,10 +214,8 @@ def decode_attention_cpu(
     v_cache: _Strided,
     lengths: _Integers,
     out: _Strided,
-    shape: tuple[int, int, int, int, int, int],
     layout: _Layout,
     scale: float,
-    dtype: int,
     splits: tuple[int, int, _Address, _Address],
     threads: int,
 ) -> None: ...
@@ -433,10 +431,8 @@ def decode_attention_cuda(
     v_cache: _Strided,
     lengths: _Integers,
     out: _Strided,
-    shape: tuple[int, int, int, int, int, int],
     layout: _Layout,
     scale: float,
-    dtype: int,
     splits: tuple[int, int, _Address, _Address],
     stream: int,
 ) -> None: ...

@@ -324,16 +324,18 @@ AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Addre
             pointer<float>(workspace[2])};
 }
 
-// shape: in the order of DecodeShape; splits (CUDA): keys of a block, blocks of a row, where they leave their
+// q [B, H, Tq, D], caches [B, Hkv, S, D]; splits (CUDA): keys of a block, blocks of a row, where they leave their
 // parts, their counters.
-DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, StridedAddress v_cache,
-                                 IntegerAddress lengths, StridedAddress out, std::array<int, 6> shape,
-                                 LayoutArguments layout, float scale, int dtype,
+DecodeAttention decode_arguments(const PythonTensor& q, const PythonTensor& k_cache,
+                                 const PythonTensor& v_cache, const PythonTensor& lengths,
+                                 const PythonTensor& out, const LayoutArguments& layout, float scale,
                                  std::tuple<int, int, Address, Address> splits) {
-    return {{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
-            layout_within(shape[4], layout),
+    const auto& [B, H, Tq, D] = q.size;
+    const int64_t Hkv = k_cache.size[1], S = k_cache.size[2];
+    return {{int(B), int(H), int(Hkv), int(Tq), int(S), int(D)},
+            layout_within(S, layout),
             scale,
-            DType(dtype),
+            q.dtype,
             strided_input(q),
             strided_input(k_cache),
             strided_input(v_cache),
@@ -492,8 +494,8 @@ constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out"
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
                                               "shape",  "layout",        "scale",    "dropout",
                                               "dtype",  "sorted_pivots", "workspace"};
-constexpr const char* kDecode[] = {"q",     "k_cache", "v_cache", "lengths", "out",
-                                   "shape", "layout",  "scale",   "dtype",   "splits"};
+constexpr const char* kDecode[] = {"q",   "k_cache", "v_cache", "lengths",
+                                   "out", "layout",  "scale",   "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
