@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
@@ -45,7 +46,8 @@ def rms_norm(
     Args:
         x: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference). Any strides; rows
             that are not evenly spaced cost a copy.
-        weight: ``[C]`` or None, which stands for a factor of 1; the dtype of ``x`` or float32.
+        weight: ``[C]`` or None, which stands for a factor of 1; the dtype of ``x`` or float32
+            (under autocast any).
         eps: positive.
         weight_offset: what is added to ``weight``; without a weight it has no effect.
         round_before_weight: whether the normalised row is rounded to the dtype of ``x`` before it is
@@ -69,6 +71,9 @@ def rms_norm(
     signature = _backends.signature(_OP, x, weight, *options, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            (weight,) = _checks.autocast_parameters((x,), (weight,))
+            signature = _backends.signature(_OP, x, weight, *options, backend)
         chosen = _backends.remember(signature, _checked(x, weight, *options, backend))
     if chosen == "reference":
         return rms_norm_reference(

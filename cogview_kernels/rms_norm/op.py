@@ -63,15 +63,21 @@ def _fill(
         backend_module(backend).forward(x.contiguous(), y, affine, stats, options, backend)
 
 
-def _gradients(x: Tensor, weight: Tensor | None) -> tuple[Tensor, Affine]:
+def _gradients(x: Tensor, weight: Tensor | None, needs_dweight: bool) -> tuple[Tensor, Affine]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, Affine(weight, None).gradients()
+    return dx, Affine(weight if needs_dweight else None, None).gradients()
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, stats: Tensor, weight_offset: float, backend: str
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    weight_offset: float,
+    backend: str,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    dx, gradients = _gradients(x, weight)
+    dx, gradients = _gradients(x, weight, needs_dweight)
     if x.numel() > 0:
         rows = dy.contiguous(), x.contiguous(), dx
         weight = None if weight is None else weight.contiguous()
@@ -81,8 +87,8 @@ def _backward(
     return dx, gradients.outputs(stats)[0]
 
 
-def _backward_fake(dy, x, weight, stats, *rest):
-    dx, gradients = _gradients(x, weight)
+def _backward_fake(dy, x, weight, stats, weight_offset, backend, needs_dweight):
+    dx, gradients = _gradients(x, weight, needs_dweight)
     return dx, gradients.outputs(stats)[0]
 
 
@@ -93,8 +99,9 @@ def _save(ctx, arguments, outputs):
 
 def _differentiate(ctx, saved, dy, _):
     x, weight, stats = saved
-    dx, dweight = rms_norm_backward_op(dy, x, weight, stats, ctx.weight_offset, ctx.backend)
-    return dx, None if weight is None else dweight, None, None, None, None, None
+    needs_dweight = ctx.needs_input_grad[1]
+    dx, dweight = rms_norm_backward_op(dy, x, weight, stats, ctx.weight_offset, ctx.backend, needs_dweight)
+    return dx, dweight if needs_dweight else None, None, None, None, None, None
 
 
 rms_norm_op = Op(
@@ -107,8 +114,8 @@ rms_norm_op = Op(
     unsaved=_without_stats,
 )
 rms_norm_backward_op = Op(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, float weight_offset, str backend)"
-    " -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, float weight_offset, str backend,"
+    " bool needs_dweight) -> (Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

@@ -46,7 +46,8 @@ def sandwich_rms_norm(
         branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
             reference). A 16-bit branch on a float32 residual, as under autocast, is read as it is; other
             dtypes that differ are promoted.
-        post_weight: ``[C]`` or None, for the norm on the branch; the dtype of ``branch`` or float32.
+        post_weight: ``[C]`` or None, for the norm on the branch; the dtype of ``branch`` or float32
+            (under autocast any).
         pre_weight: the same for the norm that the next branch starts with; None leaves that norm out.
         eps: positive.
         weight_offset: what is added to both weights.
@@ -77,6 +78,11 @@ def sandwich_rms_norm(
     signature = _backends.signature(_OP, branch, residual, *weights, *options, dropout_p, seed, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            weights = _checks.autocast_parameters((branch, residual), weights)
+            signature = _backends.signature(
+                _OP, branch, residual, *weights, *options, dropout_p, seed, backend
+            )
         given = (branch, residual, weights, options, (dropout_p, seed), backend)
         chosen = _backends.remember(signature, _checked(*given))
     branch, residual = _promoted(branch, residual)
@@ -84,8 +90,7 @@ def sandwich_rms_norm(
         return sandwich_rms_norm_reference(
             branch,
             residual,
-            post_weight,
-            pre_weight,
+            *weights,
             eps=eps,
             weight_offset=weight_offset,
             round_before_weight=round_before_weight,

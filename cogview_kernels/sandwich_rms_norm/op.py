@@ -86,13 +86,14 @@ def _fill(
 
 
 def _gradients(
-    branch: Tensor, residual_out: Tensor | None, norms: Norms
+    branch: Tensor, residual_out: Tensor | None, wanted: Norms
 ) -> tuple[Tensor, Tensor | None, Norms]:
+    """Room for those of the rows and of the ``wanted`` weights."""
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     dresidual = None
     if residual_out is not None:
         dresidual = torch.empty_like(residual_out, memory_format=torch.contiguous_format)
-    return dbranch, dresidual, Norms(norms.post.gradients(), norms.pre.gradients())
+    return dbranch, dresidual, Norms(wanted.post.gradients(), wanted.pre.gradients())
 
 
 def _outputs(
@@ -115,9 +116,12 @@ def _backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    needs_dpost_weight: bool,
+    needs_dpre_weight: bool,
 ) -> tuple[Tensor, ...]:
     norms = _norms(post_weight, pre_weight)
-    dbranch, dresidual, gradients = _gradients(branch, residual_out, norms)
+    wanted = _norms(post_weight if needs_dpost_weight else None, pre_weight if needs_dpre_weight else None)
+    dbranch, dresidual, gradients = _gradients(branch, residual_out, wanted)
     if branch.numel() > 0:
         rows = BackwardRows(
             None if dresidual_out is None else dresidual_out.contiguous(),
@@ -137,7 +141,9 @@ def _backward(
 
 
 def _backward_fake(dresidual_out, dnormed, branch, residual_out, stats, post_weight, pre_weight, *rest):
-    return _outputs(*_gradients(branch, residual_out, _norms(post_weight, pre_weight)), stats)
+    *_, needs_dpost_weight, needs_dpre_weight = rest
+    wanted = _norms(post_weight if needs_dpost_weight else None, pre_weight if needs_dpre_weight else None)
+    return _outputs(*_gradients(branch, residual_out, wanted), stats)
 
 
 def _save(ctx, arguments, outputs):
@@ -150,15 +156,15 @@ def _save(ctx, arguments, outputs):
 
 def _differentiate(ctx, saved, dresidual_out, dnormed, _):
     *tensors, seed = saved
-    residual_out, post_weight, pre_weight = tensors[1], tensors[3], tensors[4]
+    residual_out, needed = tensors[1], ctx.needs_input_grad[2:4]
     if residual_out is None:
         dnormed = None  # there is no such output
     dbranch, dresidual, dpost, dpre = sandwich_rms_norm_backward_op(
-        dresidual_out, dnormed, *tensors, ctx.weight_offset, ctx.dropout_p, seed, ctx.backend
+        dresidual_out, dnormed, *tensors, ctx.weight_offset, ctx.dropout_p, seed, ctx.backend, *needed
     )
     if residual_out is None:
         dresidual = dresidual_out
-    dweights = None if post_weight is None else dpost, None if pre_weight is None else dpre
+    dweights = dpost if needed[0] else None, dpre if needed[1] else None
     return dbranch, dresidual, *dweights, *(None,) * 7
 
 
@@ -175,7 +181,8 @@ sandwich_rms_norm_op = Op(
 sandwich_rms_norm_backward_op = Op(
     "sandwich_rms_norm_backward(Tensor? dresidual_out, Tensor? dnormed, Tensor branch, Tensor? residual_out,"
     " Tensor stats, Tensor? post_weight, Tensor? pre_weight, float weight_offset, float dropout_p,"
-    " Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? seed, str backend, bool needs_dpost_weight, bool needs_dpre_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

@@ -12,7 +12,9 @@ from cogview_kernels import (
     decode_attention,
     layer_norm,
     local_attention_2d,
+    rms_norm,
     sandwich_layer_norm,
+    sandwich_rms_norm,
     three_region_attention,
 )
 
@@ -84,8 +86,13 @@ def test_norms_take_parameters_of_another_dtype(backend):
     with torch.autocast("cpu", torch.bfloat16):
         normed = layer_norm(x, weight, bias, backend=backend)
         both = sandwich_layer_norm(x, x, weight, bias, weight, bias, backend=backend)
+        rms = rms_norm(x, weight, backend=backend)
+        both_rms = sandwich_rms_norm(x.bfloat16(), x, bias, weight, backend=backend)
     torch.testing.assert_close(normed, layer_norm(x, weight.float(), bias.float()))
     wide = weight.float(), bias.float()
+    torch.testing.assert_close(rms, rms_norm(x, wide[0]))
+    expected = sandwich_rms_norm(x.bfloat16(), x, wide[1], wide[0], backend=backend)
+    torch.testing.assert_close(both_rms, expected)
     torch.testing.assert_close(both, sandwich_layer_norm(x, x, *wide, *wide))
     with pytest.raises(TypeError, match=r"weight must be torch\.float32"):
         layer_norm(x, weight, bias, backend=backend)

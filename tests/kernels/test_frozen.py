@@ -8,9 +8,18 @@ from itertools import product
 import pytest
 import torch
 
-from cogview_kernels import ThreeRegionLayout, layer_norm, sandwich_layer_norm, three_region_attention
+from cogview_kernels import (
+    ThreeRegionLayout,
+    layer_norm,
+    rms_norm,
+    sandwich_layer_norm,
+    sandwich_rms_norm,
+    three_region_attention,
+)
 from cogview_kernels.layer_norm.op import layer_norm_backward_op
+from cogview_kernels.rms_norm.op import rms_norm_backward_op
 from cogview_kernels.sandwich_layer_norm.op import sandwich_layer_norm_backward_op
+from cogview_kernels.sandwich_rms_norm.op import sandwich_rms_norm_backward_op
 from cogview_kernels.three_region_attention.op import three_region_attention_backward_op
 
 
@@ -57,6 +66,12 @@ def test_frozen_parameters_of_norms(backend, backend_device, monkeypatch):
     call = lambda w, b, c, d: sandwich_layer_norm(rows, rows, w, b, c, d, backend=backend)  # noqa: E731
     parameters = weight, bias, weight + 1, bias + 1
     for wanted, made in check_each_choice(call, parameters, sandwich_layer_norm_backward_op, monkeypatch):
+        assert tuple(x.numel() > 0 for x in made[2:]) == wanted
+    call = lambda x, w: rms_norm(x, w, backend=backend)  # noqa: E731
+    for wanted, made in check_each_choice(call, (rows, weight), rms_norm_backward_op, monkeypatch):
+        assert (made[1].numel() > 0) == wanted[1]
+    call = lambda w, c: sandwich_rms_norm(rows, rows, w, c, backend=backend)  # noqa: E731
+    for wanted, made in check_each_choice(call, (weight, bias), sandwich_rms_norm_backward_op, monkeypatch):
         assert tuple(x.numel() > 0 for x in made[2:]) == wanted
 
 

@@ -289,7 +289,9 @@ def test_opcheck(backend, which, backend_device):
     torch.library.opcheck(ops.rms_norm.default, (x, weight, 1e-6, 1.0, True, "row", backend))
     tensors = [None if t is None else t.detach() for t in (torch.randn_like(x), x, weight)]
     stats = torch.rand(1, 10, device=x.device)
-    torch.library.opcheck(ops.rms_norm_backward.default, (*tensors, stats, 1.0, backend))
+    for needs_dweight in (True, False):
+        arguments = (*tensors, stats, 1.0, backend, needs_dweight)
+        torch.library.opcheck(ops.rms_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -302,9 +302,8 @@ def test_opcheck(backend, dtypes, backend_device):
         given = [douts, (None, douts[1]), (douts[0], None)] if pre is not None else [(douts[0], None)]
         for dresidual_out, dnormed in given:
             rows = (dresidual_out, dnormed, branch, residual_out if pre is not None else None)
-            torch.library.opcheck(
-                ops.sandwich_rms_norm_backward.default, (*rows, stats, post, pre, 1.0, 0.1, seed, backend)
-            )
+            arguments = (*rows, stats, post, pre, 1.0, 0.1, seed, backend, True, False)
+            torch.library.opcheck(ops.sandwich_rms_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("case", ["past_a_vector", "four_vectors_and_a_bit"])
