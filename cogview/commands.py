@@ -118,7 +118,7 @@ def finetune(given: options.Finetune) -> None:
         given.caption or STYLE_CAPTION,
         device,
         # A model that learns to enlarge draws no pictures of texts.
-        draw=None if given.task == "super-resolution" else sample_sheet,
+        draw=None if given.task.endswith("super-resolution") else sample_sheet,
         workers=given.workers,
         skip_bad=given.skip_bad,
     )
@@ -130,7 +130,7 @@ def finetune(given: options.Finetune) -> None:
     print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
     if given.task == "captioning":
         _say_next("caption", "--run", given.out, "photo.png")
-    elif given.task == "super-resolution":
+    elif given.task.endswith("super-resolution"):
         _say_next("super-resolve", "--run", given.out, "picture.png", "--out", "large.png")
     else:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")

@@ -156,12 +156,13 @@ class Finetune:
     style: to draw in the style of some pictures, which all get the same caption; afterwards, ask for
     "a tiger of line drawing style". The paper took 1,000 pictures of each style.
     super-resolution: to enlarge pictures to twice the side, with "cogview super-resolve".
+    local-super-resolution: the same by CogView2's local attention, a whole picture in six rounds.
     """
 
     task: Positional[
         Annotated[
-            Literal["captioning", "style", "super-resolution"],
-            arg(metavar="captioning|style|super-resolution"),
+            Literal["captioning", "style", "super-resolution", "local-super-resolution"],
+            arg(metavar="captioning|style|super-resolution|local-super-resolution"),
         ]
     ]
     """what for"""
@@ -326,8 +327,9 @@ class Infill(Drawing):
 class SuperResolve:
     """Draw pictures anew at twice the side.
 
-    The run is one of "cogview finetune super-resolution"; the pictures are best drawn by the run it began
-    with. They are scaled to the run's size and enlarged by nine windows that overlap by half.
+    The run is one of "cogview finetune super-resolution", which enlarges by nine windows that overlap by
+    half, or of "cogview finetune local-super-resolution". Best are pictures that the run drew with which it
+    began.
     """
 
     images: Images

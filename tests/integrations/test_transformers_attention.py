@@ -137,6 +137,15 @@ def test_sparse_generation_depends_neither_on_the_cache_nor_on_padding(make, ids
 
 
 @MODELS
+def test_a_prompt_in_two_parts(make, ids):
+    model = make().eval()
+    model.set_attn_implementation(SINKS)
+    first = model(ids[:, :9], use_cache=True)
+    second = model(ids[:, 9:], cache=first.cache).logits
+    torch.testing.assert_close(second, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-6)
+
+
+@MODELS
 def test_trainer_fine_tunes(make, tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -168,6 +177,15 @@ def test_trainer_fine_tunes(make, tmp_path):
         assert of_one[-1] < 0.8 * of_one[0]
 
 
+def test_it_compiles_without_a_graph_break(ids):
+    model = llama().eval()
+    model.set_attn_implementation(SINKS)
+    call = lambda ids, mask: model(ids, attention_mask=mask, use_cache=False).logits  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    mask = padding("left")
+    torch.testing.assert_close(compiled(ids, mask), call(ids, mask), rtol=1e-4, atol=1e-6)
+
+
 def test_dropout_is_drawn_anew_and_only_in_training(ids):
     model = llama(attention_dropout=0.5).train()
     model.set_attn_implementation(WIDE)
@@ -197,6 +215,8 @@ def test_what_it_cannot_do_is_an_error(ids):
         model(ids, position_ids=packed, use_cache=False)
     with pytest.raises(NotImplementedError, match="attention has no softcap"):
         model(ids, softcap=30.0)
+    with pytest.raises(TypeError, match=r"must be boolean or floating, got torch.int64 \(3, 1, 21, 21\)"):
+        model(ids, attention_mask=torch.ones(3, 1, T, T, dtype=torch.int64))
     with pytest.raises(ValueError, match="text_length must be at most num_pivots, 6, got 7"):
         register("broken", num_pivots=6, text_length=7)
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):

@@ -56,7 +56,8 @@ def register(
         TypeError, ValueError: a range above is not met.
 
     In a forward pass, NotImplementedError names what the attention cannot do: packed sequences and other
-    changes of the causal mask, softcap, sinks, position biases, dropout beside a filled cache.
+    changes of the causal mask, softcap, sinks, position biases, dropout beside a filled cache. Under
+    ``torch.compile`` an ``attention_mask`` is needed, since transformers otherwise assumes packed sequences.
     """
     implementation = ThreeRegionImplementation(
         name, block_size, window_blocks, num_pivots, text_length, pivot_bias
@@ -112,9 +113,11 @@ class ThreeRegionImplementation:
                 **{**others, "allow_is_causal_skip": False},
             )
         if mask_function is not causal_mask_function:
+            # While tracing, transformers cannot look at positions and takes every batch for a packed one.
+            traced = "; while tracing, pass an attention_mask" if torch.compiler.is_compiling() else ""
             raise NotImplementedError(
                 f"{self.name}: the mask must be causal with padding alone; packed sequences, bidirectional "
-                "blocks and mask functions of a model's own need attn_implementation='sdpa'"
+                f"blocks and mask functions of a model's own need attn_implementation='sdpa'{traced}"
             )
         length = torch.full((batch_size,), q_length, dtype=torch.int64, device=device) + q_offset
         valid = torch.arange(kv_length, device=device) < length[:, None]
@@ -159,6 +162,11 @@ class ThreeRegionImplementation:
                 )
         # Under autocast, tables of positions leave queries and keys in float32; SDPA casts them too.
         q, k = query.to(value.dtype), key.to(value.dtype)
+        if attention_mask.shape[1:3] != (1, 1) or attention_mask.shape[3] - self.num_pivots not in (1, 2):
+            raise TypeError(
+                f"{self.name}: attention_mask of four dimensions must be boolean or floating, "
+                f"got torch.int64 {tuple(attention_mask.shape)}"
+            )
         fields = attention_mask[:, 0, 0]
         lengths, pivots = fields[:, 0], fields[:, 1 : 1 + self.num_pivots]
         padded = fields.shape[1] > 1 + self.num_pivots
