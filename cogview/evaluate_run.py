@@ -87,10 +87,22 @@ def rebuild_pictures(run: Run, task: RunTask) -> Path:
         for start in range(0, len(files), READ_TOGETHER):
             chunk = files[start : start + READ_TOGETHER]
             for file, picture in zip(chunk, run.decode(run.encode(list(chunk))), strict=True):
-                name = file.relative_to(task.data)
-                write_bytes((folder / name).with_name(f"{file.name}.png"), png_bytes(picture))
+                write_bytes(folder / _rebuilt_name(file, task), png_bytes(picture))
             bar.update(len(chunk))
+    captions = read_captions(Path(task.data)) if _has_captions(Path(task.data)) else {}
+    names = {file.relative_to(task.data).as_posix(): _rebuilt_name(file, task) for file in files}
+    listed = {names[name]: texts for name, texts in captions.items() if name in names}
+    if listed:
+        write_text(folder / "captions.json", json.dumps(listed, ensure_ascii=False, indent=0))
     return folder
+
+
+def _rebuilt_name(file: Path, task: RunTask) -> str:
+    return f"{file.relative_to(task.data).as_posix()}.png"
+
+
+def _has_captions(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("captions.tsv", "captions.json"))
 
 
 def _best(run: Run, texts: list[str], places: list[int], task: RunTask) -> list[Drawing]:
@@ -119,7 +131,7 @@ def describe_pictures(run: Run, task: RunTask) -> CaptionMatch:
 
 def mean_cap_loss(run: Run, folder: Path, *, progress: bool = True) -> float | None:
     """CapLoss of the first caption of each picture, on average; None for a set without captions."""
-    if not any((folder / name).is_file() for name in ("captions.tsv", "captions.json")):
+    if not _has_captions(folder):
         return None
     captions = read_captions(folder)
     files = [file for file in picture_files(folder) if file.relative_to(folder).as_posix() in captions]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -77,6 +78,12 @@ class FeatureStatistics:
         return statistics
 
 
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """``torch.linalg.eigh``, which did not converge on a blurred set of fewer pictures than features."""
+    values, vectors = scipy.linalg.eigh(matrix.numpy(), driver="evr")
+    return torch.from_numpy(values), torch.from_numpy(vectors)
+
+
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """``|m1 - m2|^2 + trace(S1 + S2 - 2 (S1 S2)^(1/2))`` of means ``m`` and covariances ``S``.
 
@@ -89,9 +96,9 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
             f"both sets must have features of one network, got {len(first.mean)} and {len(second.mean)} "
             "numbers a picture"
         )
-    values, vectors = torch.linalg.eigh(first.covariance)
+    values, vectors = _eigh(first.covariance)
     root = vectors * values.clamp(min=0).sqrt()
-    common = torch.linalg.eigvalsh(root.T @ second.covariance @ root).clamp(min=0).sqrt().sum()
+    common = _eigh(root.T @ second.covariance @ root)[0].clamp(min=0).sqrt().sum()
     apart = (first.mean - second.mean).square().sum()
     distance = apart + first.covariance.trace() + second.covariance.trace() - 2 * common
     return max(distance.item(), 0.0)

@@ -15,10 +15,13 @@ from PIL import Image, ImageFilter
 import cogview.evaluate
 from cogview.cli import main
 from cogview.evaluate import Evaluate, evaluate
+from cogview.evaluate_run import RunTask, _best
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.pictures import PictureFolder, blurred
 from cogview.evaluation.set_statistics import load_statistics
+from cogview.generation.engine import DrawOptions
 from cogview.run import load_run
+from cogview.seeding import derive_seed
 
 
 class Means:
@@ -124,6 +127,15 @@ def test_a_run_draws_the_captions_of_a_folder_and_describes_its_pictures(run_fol
         compare(run_folder, real, out, radii=(0,), candidates=2, captions=4, seed=1)
 
 
+def test_the_best_candidate_by_cap_loss_is_taken(run_folder):
+    run, text = load_run(run_folder, "cpu"), "a handwritten one"
+    (best,) = _best(run, [text], [0], RunTask("", "", candidates=5))
+    drawn = run.draw(run.requests([text], [derive_seed(0, 0)]), 5, DrawOptions(run.sampling))
+    losses = [drawing.loss for batch in drawn for _, drawing in batch]
+    assert best.loss == pytest.approx(min(losses))
+    assert losses[0] > min(losses)  # Else the first one would do.
+
+
 def test_a_run_is_not_drawn_from_before_its_pictures_can_be_compared(run_folder, tmp_path):
     large, small = save_pictures(tmp_path / "large", side=32), save_pictures(tmp_path / "small")
     out = tmp_path / "out"
@@ -140,8 +152,11 @@ def test_a_run_is_not_drawn_from_before_its_pictures_can_be_compared(run_folder,
 def test_a_run_rebuilds_pictures_through_its_tokenizer(run_folder, tmp_path):
     real = save_pictures(tmp_path / "real", count=6)
     out = tmp_path / "out"
+    (real / "captions.tsv").write_text("2.png\ta handwritten two\n5.png\ta handwritten one")
     figures = compare(run_folder, real, out, radii=(0,), rebuild=True, captions=5)
     assert figures["pictures"].first == 5
+    assert json.loads((out / "rebuilt" / "captions.json").read_text()) == {"2.png.png": ["a handwritten two"]}
+    assert figures["CapLoss"].first > 0
     run = load_run(run_folder, "cpu")
     expected = run.decode(run.encode(real / "2.png"))
     with Image.open(out / "rebuilt" / "2.png.png") as rebuilt:

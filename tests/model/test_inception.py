@@ -49,6 +49,8 @@ def test_features_and_logits_are_those_of_torch_fidelity(network):
     torch.testing.assert_close(
         largest.values, torch.tensor([0.4764, 0.4706, 0.4624, 0.4268]), atol=2e-4, rtol=0
     )
+    # The last block's pool, which takes the maximum.
+    assert features[0, -192:].mean().item() == pytest.approx(0.1186748, rel=1e-4)
     assert features.mean().item() == pytest.approx(0.0569376, rel=1e-4)
     logits = network.class_logits(features)
     assert logits.argmax().item() == 66
