@@ -25,6 +25,7 @@ from cogview.seeding import derive_seed
 from cogview.tokens.sequence import (
     ENLARGEMENT_FRAME_TOKENS,
     enlargement_row,
+    local_enlargement_prefix,
     make_batch,
     masked_codes,
     text_to_image_row,
@@ -284,6 +285,22 @@ def test_hidden_codes_are_what_is_learned():
     texts = (batch.text_mask & (batch.tokens < VOCAB.command_start)).sum(1)
     assert set(texts.tolist()) == {0, 2}
     assert torch.equal(batch.split(4)[3].weight, batch.weight[48:]) and batch.split(4)[0].grid is batch.grid
+
+
+def test_each_round_draws_from_what_earlier_rounds_drew():
+    model, picture = small_model(scale=3.0), pictures()[0]
+    found = enlarge_locally(model, VOCAB, [picture], 5, DrawOptions(SAMPLING))[0].flatten()
+    prefix = local_enlargement_prefix(VOCAB, 5, picture.pieces, picture.codes.flatten().tolist())
+    grid, rounds = LocalGrid(SIDE, len(prefix)), rounds_of(2 * SIDE).flatten()
+    noise = Noise(torch.tensor([picture.seed]), 64, VOCAB.num_image_codes)
+    for number in range(6):
+        codes = torch.where(rounds < number, found, masked_codes(VOCAB, 2 * SIDE))
+        row = torch.cat([torch.tensor(prefix), codes])[None]
+        with torch.no_grad():
+            hidden = model(row, positions=grid.positions(), layout=grid)[0]
+        for cell in (rounds == number).nonzero()[:, 0].tolist():
+            logits = model.logits(hidden[grid.prefix + cell], 0, VOCAB.num_image_codes)
+            assert found[cell] == choose(logits[None, None], SAMPLING, noise, torch.tensor([[cell]]))
 
 
 def test_local_pictures_do_not_depend_on_their_batch():
