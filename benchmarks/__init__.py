@@ -5,10 +5,13 @@
 OPS = (
     "three_region_attention",
     "sandwich_layer_norm",
+    "sandwich_rms_norm",
     "linear_cross_entropy",
     "stable_softmax",
     "layer_norm",
+    "rms_norm",
     "decode_attention",
     "local_attention_2d",
 )
-BENCHMARKS = (*OPS, "training_step")
+# The first of the others has a kernel on the CPU alone.
+BENCHMARKS = (*OPS, "decode_linear", "training_step")

@@ -25,12 +25,17 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     weight = (torch.randn(V, C, device=device) * C**-0.5).to(case.dtype)
     target = torch.randint(V, (N,), device=device)
     dloss = torch.ones((), device=device)
-    return Inputs({"hidden": hidden, "weight": weight, "target": target}, ("hidden", "weight"), (dloss,))
+    values = {"hidden": hidden, "weight": weight, "target": target, "options": {}}
+    if not case.shape.options:
+        return Inputs(values, ("hidden", "weight"), (dloss,))
+    values["bias"] = torch.randn(V, device=device).to(case.dtype)
+    values["options"] = cross_entropy.OPTIONS
+    return Inputs(values, ("hidden", "weight", "bias"), (dloss,))
 
 
 def truth(inputs: Inputs, case: Case):
     wide = inputs.float_copy()
-    return wide, lambda: linear_cross_entropy(wide.hidden, wide.weight, wide.target, backend="reference")
+    return wide, lambda: call(functools.partial(linear_cross_entropy, backend="reference"), wide)
 
 
 def work(case: Case, inputs: Inputs) -> Work:
@@ -40,7 +45,7 @@ def work(case: Case, inputs: Inputs) -> Work:
 
 
 def call(op, x: Inputs):
-    return op(x.hidden, x.weight, x.target)
+    return op(x.hidden, x.weight, x.target, bias=x.values.get("bias"), **x.options)
 
 
 def in_memory(share: float) -> Variant:

@@ -47,10 +47,13 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     cache, length = torch.randn(1, 1, 32, 32), torch.tensor([20])
     vocabulary, target = torch.randn(100, 64), torch.tensor([7])
     sandwich = (row, row.clone(), weight, bias, weight.clone(), bias.clone())
-    return {
+    linear = torch.randn(8, 64)
+    found = {
         "F.layer_norm": (lambda x, w, b: F.layer_norm(x, (64,), w, b), (row, weight, bias)),
         "layer_norm": (k.layer_norm, (row, weight, bias)),
         "sandwich_layer_norm": (k.sandwich_layer_norm, sandwich),
+        "rms_norm": (k.rms_norm, (row, weight)),
+        "sandwich_rms_norm": (k.sandwich_rms_norm, (row, row.clone(), weight, weight.clone())),
         "stable_softmax": (k.stable_softmax, (row,)),
         "linear_cross_entropy": (k.linear_cross_entropy, (row, vocabulary, target)),
         "three_region_attention": (
@@ -59,6 +62,9 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         ),
         "decode_attention": (k.decode_attention, (q[:, :, :1], cache, cache.clone(), length)),
     }
+    if hasattr(k, "decode_linear"):  # older checkouts have none
+        found["decode_linear"] = (lambda x: k.decode_linear(x, linear), (row,))
+    return found
 
 
 def measure() -> Times:

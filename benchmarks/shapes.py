@@ -122,9 +122,25 @@ class LossShape:
     N: int
     C: int
     V: int
+    options: bool = False
+    """A bias, soft capping, z-loss and label smoothing besides."""
 
     def __str__(self) -> str:
-        return f"{self.N} x {self.C} x {self.V}"
+        return f"{self.N} x {self.C} x {self.V}" + (" with all options" if self.options else "")
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """N rows through ``layers`` matrices of O outputs and K inputs."""
+
+    name: str
+    N: int
+    K: int
+    O: int
+    layers: int
+
+    def __str__(self) -> str:
+        return f"{self.N} x {self.K} x {self.O}, {self.layers} layers"
 
 
 @dataclass(frozen=True)
@@ -225,13 +241,17 @@ SOFTMAX = ShapesOf(
 )
 
 LOSS = ShapesOf(
-    gpu=(LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),),
+    gpu=(
+        LossShape("cogview", N=8 * LENGTH, C=WIDTH, V=VOCABULARY),
+        LossShape("options", N=8 * LENGTH, C=WIDTH, V=VOCABULARY, options=True),
+    ),
     cpu=(
         LossShape("vocabulary", N=512, C=512, V=VOCABULARY),
         # A quarter of the GPU's tokens and of its width.
         LossShape("quarter", N=2 * LENGTH, C=WIDTH // 4, V=VOCABULARY),
+        LossShape("options", N=512, C=512, V=VOCABULARY, options=True),
     ),
-    tiny=(LossShape("tiny", N=12, C=16, V=100),),
+    tiny=(LossShape("tiny", N=12, C=16, V=100), LossShape("options", N=12, C=16, V=100, options=True)),
 )
 
 _DECODE = (
@@ -245,6 +265,13 @@ DECODE = ShapesOf(
     cpu=tuple(replace(shape, H=8) for shape in _DECODE),
     tiny=(DecodeShape("tiny", B=2, H=2, S=96, D=32, regions=TINY),),
 )
+
+_LINEAR = (
+    LinearShape("up", N=1, K=768, O=3072, layers=12),
+    LinearShape("down", N=1, K=3072, O=768, layers=12),
+    LinearShape("up-8", N=8, K=768, O=3072, layers=12),
+)
+LINEAR = ShapesOf(gpu=(), cpu=_LINEAR, tiny=(LinearShape("tiny", N=2, K=40, O=24, layers=2),))
 
 # Plain PyTorch would pay more for dropout and PB-Relax. Weights are as large as in the released model.
 _PLAIN = {"dropout": 0.0, "pb_relax": None}

@@ -118,7 +118,7 @@ def finetune(given: options.Finetune) -> None:
         given.caption or STYLE_CAPTION,
         device,
         # A model that learns to enlarge draws no pictures of texts.
-        draw=None if given.task == "super-resolution" else sample_sheet,
+        draw=None if given.task.endswith("super-resolution") else sample_sheet,
         workers=given.workers,
         skip_bad=given.skip_bad,
     )
@@ -130,7 +130,7 @@ def finetune(given: options.Finetune) -> None:
     print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
     if given.task == "captioning":
         _say_next("caption", "--run", given.out, "photo.png")
-    elif given.task == "super-resolution":
+    elif given.task.endswith("super-resolution"):
         _say_next("super-resolve", "--run", given.out, "picture.png", "--out", "large.png")
     else:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
@@ -233,6 +233,7 @@ def evaluate(given: options.Evaluate) -> None:
         given.run,
         given.num,
         given.captions,
+        given.rebuild,
         given.seed,
         given.splits,
         given.batch_size,
@@ -359,7 +360,7 @@ def rank_curve(given: options.RankCurve) -> None:
     """``cogview rank-curve``."""
     from cogview.demo.ranking import Ranking, ranking_table, study_ranking
 
-    names = ("run", "out", "captioner", "candidates", "draws", "seed")
+    names = ("run", "out", "captioner", "candidates", "prompts", "seed")
     asked = {name: getattr(given, name) for name in names}
     print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
     print(f"written: {given.out}/rank_curve.png, .csv and .json")

@@ -19,7 +19,7 @@ from tabulate import tabulate
 
 from cogview.data.folder import listing
 from cogview.device import default_device
-from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss
+from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss, rebuild_pictures
 from cogview.evaluation.evaluation_plot import save_distance_plot
 from cogview.evaluation.features import EfficientNetLite0Features, Features
 from cogview.evaluation.inception import InceptionFeatures
@@ -36,6 +36,7 @@ from cogview.evaluation.set_statistics import (
 from cogview.files import StrPath, exists, write_json, write_text
 from cogview.run import Run, load_run
 from cogview.settings import MODEL_SETTINGS
+from cogview.training.start import Start
 
 FIGURES, TABLE, PLOT = "evaluation.json", "evaluation.csv", "evaluation.png"
 REFERENCE = f"reference{STATISTICS_SUFFIX}"  # statistics of the second set
@@ -53,7 +54,8 @@ class Evaluate:
     side: int | None = None  # pictures are scaled and cropped to such squares; None: they must be of one size
     scorer: StrPath | None = None  # run that gives CapLoss; None: first, if that is a run
     candidates: int = 1  # pictures that a run draws of each caption, of which the best by CapLoss is taken
-    captions: int | None = None  # that a run draws, at most
+    captions: int | None = None  # that a run draws, or pictures that it rebuilds, at most
+    rebuild: bool = False  # a run rebuilds the pictures of second, rather than draw their captions
     seed: int = 0
     splits: int = 10  # parts of the Inception Score
     batch_size: int = 32
@@ -87,6 +89,7 @@ def evaluate(options: Evaluate) -> list[Figure]:
     drawer = load_run(first, options.device) if exists(first / MODEL_SETTINGS) else None
     scorer = drawer if options.scorer is None else load_run(options.scorer, options.device)
     if drawer is not None:
+        _require_folder_of(drawer, reference, options, network)
         first, of_run = _of_run(drawer, options)
     opened = _open(first, options, network)
     require_comparable((network.name, opened.side), (network.name, reference.side))
@@ -123,8 +126,19 @@ def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | S
     return pictures
 
 
+def _require_folder_of(
+    run: Run, reference: PictureFolder | SetStatistics, options: Evaluate, network: Features
+) -> None:
+    """What would be wrong with what the run draws, before it draws."""
+    if isinstance(reference, SetStatistics):
+        raise ValueError(f"a run is compared with a folder of pictures, got the statistics {options.second}")
+    if options.side is None:
+        side = run.tokenizers.image.config.image_size
+        require_comparable((network.name, side), (network.name, reference.side))
+
+
 def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
-    """The folder of what the run draws, and how well it describes what it is compared with."""
+    """The folder of what the run draws or rebuilds, and how well it describes the other pictures."""
     task = RunTask(
         options.second,
         options.out,
@@ -134,12 +148,15 @@ def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
         options.skip_bad,
         options.progress,
     )
+    if options.rebuild:
+        return rebuild_pictures(run, task), []
     match = describe_pictures(run, task)
     figures = [
         Figure("captions that match, share", second=match.exact),
         Figure("characters of captions that match, share", second=match.characters),
     ]
-    return draw_captions(run, options.first, task), figures
+    weights = Start(options.first, run.tokenizers.fingerprint).fingerprint
+    return draw_captions(run, weights, task), figures
 
 
 def _statistics(opened: PictureFolder | SetStatistics, options: Evaluate, network: Features) -> SetStatistics:

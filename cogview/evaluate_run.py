@@ -22,6 +22,7 @@ from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 
 DRAWN, DRAWN_SETTINGS = "drawn", "drawn.json"
+REBUILT = "rebuilt"
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,22 @@ class RunTask:
 class DrawnSettings:
     """What the pictures in ``drawn`` were drawn with: others would not be the same set."""
 
-    run: str
+    weights: str  # fingerprint of the run's
     captions: list[str]
     candidates: int
     seed: int
 
 
-def draw_captions(run: Run, name: StrPath, task: RunTask) -> Path:
+def draw_captions(run: Run, weights: str, task: RunTask) -> Path:
     """A picture of each caption, the best of its candidates, as a folder of PNG files with their captions.
 
-    Pictures that an interrupted call has drawn are kept. ValueError if they were drawn with other settings.
+    ``weights`` is the fingerprint of the run's. Pictures that an interrupted call has drawn are kept.
+    ValueError if they were drawn with other settings.
     """
     pairs, count = task.pairs()
     texts = [pairs.captions(index)[0] for index in range(count)]
     folder = Path(task.out) / DRAWN
-    settings = DrawnSettings(str(name), texts, task.candidates, task.seed)
+    settings = DrawnSettings(weights, texts, task.candidates, task.seed)
     claim_settings(Path(task.out) / DRAWN_SETTINGS, settings)
     paths = [folder / f"{place:06d}.png" for place in range(count)]
     missing = [place for place, path in enumerate(paths) if not path.exists()]
@@ -74,6 +76,20 @@ def draw_captions(run: Run, name: StrPath, task: RunTask) -> Path:
             bar.update(len(places))
     listed = {path.name: text for path, text in zip(paths, texts, strict=True)}
     write_text(folder / "captions.json", json.dumps(listed, ensure_ascii=False, indent=0))
+    return folder
+
+
+def rebuild_pictures(run: Run, task: RunTask) -> Path:
+    """The pictures through the image tokenizer and back, as a folder: no drawing can be better."""
+    files = picture_files(task.data)[: task.captions]
+    folder = Path(task.out) / REBUILT
+    with Progress(len(files), "rebuild", unit="image", enabled=task.progress) as bar:
+        for start in range(0, len(files), READ_TOGETHER):
+            chunk = files[start : start + READ_TOGETHER]
+            for file, picture in zip(chunk, run.decode(run.encode(list(chunk))), strict=True):
+                name = file.relative_to(task.data)
+                write_bytes((folder / name).with_name(f"{file.name}.png"), png_bytes(picture))
+            bar.update(len(chunk))
     return folder
 
 

@@ -156,12 +156,13 @@ class Finetune:
     style: to draw in the style of some pictures, which all get the same caption; afterwards, ask for
     "a tiger of line drawing style". The paper took 1,000 pictures of each style.
     super-resolution: to enlarge pictures to twice the side, with "cogview super-resolve".
+    local-super-resolution: the same by CogView2's local attention, a whole picture in six rounds.
     """
 
     task: Positional[
         Annotated[
-            Literal["captioning", "style", "super-resolution"],
-            arg(metavar="captioning|style|super-resolution"),
+            Literal["captioning", "style", "super-resolution", "local-super-resolution"],
+            arg(metavar="captioning|style|super-resolution|local-super-resolution"),
         ]
     ]
     """what for"""
@@ -326,8 +327,9 @@ class Infill(Drawing):
 class SuperResolve:
     """Draw pictures anew at twice the side.
 
-    The run is one of "cogview finetune super-resolution"; the pictures are best drawn by the run it began
-    with. They are scaled to the run's size and enlarged by nine windows that overlap by half.
+    The run is one of "cogview finetune super-resolution", which enlarges by nine windows that overlap by
+    half, or of "cogview finetune local-super-resolution". Best are pictures that the run drew with which it
+    began.
     """
 
     images: Images
@@ -441,6 +443,8 @@ class Evaluate:
     """serve a page that takes votes on the pictures of two or more folders"""
     port: int = 8765
     """of that page, on this machine alone; 0 takes a free one"""
+    rebuild: Flag = False
+    """the run A passes the pictures of B through its image tokenizer, which bounds what it can draw"""
     seed: int = 0
     """of what the run A draws, and of the order in which --vote shows pictures"""
     splits: int = 10
@@ -564,24 +568,24 @@ class RankCurve:
     """
 
     run: Annotated[Path, arg(metavar="RUN")]
-    """run on the built-in digits, which a judge can read"""
+    """run on the built-in digits or emoji, which a judge can read"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; what is drawn is kept, so that the same command goes on"""
     captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
     """run of "cogview finetune captioning" that ranks the same candidates as well"""
     candidates: int = 60
     """pictures of each prompt"""
-    draws: int = 2
-    """times that each of the 60 prompts is drawn"""
+    prompts: int = 120
+    """texts that are drawn, at most"""
     seed: int = 0
     """of everything random"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        for name in ("candidates", "draws"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("candidates", 1), ("prompts", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.generation.infill import keep_outside, keep_top, require_same_proportions
+from cogview.generation.local_super_resolution import enlarge_locally
 from cogview.generation.super_resolution import Small, enlarge
 from cogview.generation.text_to_image import Candidates, Request, draw_candidates
 from cogview.images import picture_grid, to_picture, undrawn_is_white
@@ -368,7 +369,9 @@ class Run:
         seed: int = 0,
         options: DrawOptions | None = None,
     ) -> Any:
-        """Pictures at twice the side, for a run of ``cogview finetune super-resolution``; PIL, or a list.
+        """Pictures at twice the side; PIL, or a list.
+
+        For a run of ``cogview finetune super-resolution`` or ``local-super-resolution``.
 
         Args:
             texts: what the pictures show, one text for all or one for each; None: nothing is said.
@@ -385,7 +388,10 @@ class Run:
                 codes whose side 4 does not divide; and what :meth:`encode` raises.
         """
         pictures = _listed_images(images)
-        if self.finetuned_for != "super-resolution":
+        is_local = self.finetuned_for == "local-super-resolution"
+        if is_local and from_half:
+            raise ValueError("from_half must be False for a run of local-super-resolution, got True")
+        if not is_local and self.finetuned_for != "super-resolution":
             warnings.warn("the run was not finetuned for super-resolution", stacklevel=2)
         config = self.tokenizers.image.config
         low = self._codes(pictures, config.image_size // 2 if from_half else config.image_size)
@@ -402,7 +408,12 @@ class Run:
         enlarged = []
         for start in range(0, len(small), MAX_BATCH):
             part = small[start : start + MAX_BATCH]
-            codes = enlarge(self.model, self.tokenizers.vocab, part, config.grid, options)
+            if is_local:
+                codes = enlarge_locally(
+                    self.model, self.tokenizers.vocab, part, self.max_text_tokens, options
+                )
+            else:
+                codes = enlarge(self.model, self.tokenizers.vocab, part, config.grid, options)
             enlarged += _pictures(self.tokenizers.image.decode(codes))
         return enlarged[0] if _is_one_image(images) else enlarged
 

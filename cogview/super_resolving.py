@@ -36,7 +36,9 @@ def super_resolve(given: options.SuperResolve) -> None:
         sampling = dataclasses.replace(sampling, temperature=given.temperature)
     side = run.tokenizers.image.config.grid
     low = side // 2 if given.from_half else side
-    with Progress(len(small) * codes_to_draw(low, side), "enlarge", unit="code") as bar:
+    is_local = run.finetuned_for == "local-super-resolution"
+    each = 4 * low**2 if is_local else codes_to_draw(low, side)
+    with Progress(len(small) * each, "enlarge", unit="code") as bar:
         drawing = DrawOptions(
             sampling, max_batch=given.max_batch, parallel=given.parallel, on_step=bar.update
         )
@@ -49,7 +51,8 @@ def super_resolve(given: options.SuperResolve) -> None:
     outlet.write_sheet([pictures], about)
     if truth is not None:
         enlarged = torch.stack([pixels_of(picture, size) for picture in pictures])
-        _print_comparison(run, truth, enlarged, drawn_by(low, side))
+        windows = torch.zeros(1, 1) if is_local else drawn_by(low, side)
+        _print_comparison(run, truth, enlarged, windows)
     if not outlet.is_standard_output:
         print(f"written: {outlet.name}")
 

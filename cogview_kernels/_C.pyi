@@ -23,6 +23,8 @@ _Window: TypeAlias = tuple[int, int, int, int, int, bool]
 _RowShape: TypeAlias = Tensor | None
 _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
+# eps, the mode of PB-Relax, what is added to weights, whether rows are rounded before they are multiplied.
+_RmsOptions: TypeAlias = tuple[float, int, float, bool]
 # Address, stride of a row, ids, tokens, dtype.
 _Logits: TypeAlias = tuple[_Address, int, int, int, int, _Address, float, int]
 
@@ -107,6 +109,57 @@ def sandwich_layer_norm_bwd_cpu(
     workspace: _Workspace,
     threads: int,
 ) -> None: ...
+def rms_norm_fwd_cpu(
+    x: _Address,
+    y: _Address,
+    weight: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    options: _RmsOptions,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def rms_norm_bwd_cpu(
+    dy: _Address,
+    x: _Address,
+    dx: _Address,
+    weight: _Parameter,
+    weight_offset: float,
+    dweight: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def sandwich_rms_norm_fwd_cpu(
+    branch: Tensor | None,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    options: _RmsOptions,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
+def sandwich_rms_norm_bwd_cpu(
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: Tensor | None,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    weight_offset: float,
+    gradients: tuple[_Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    threads: int,
+) -> None: ...
 def linear_cross_entropy_reduce_cpu(
     logits: _Logits,
     target: _Address,
@@ -161,10 +214,8 @@ def decode_attention_cpu(
     v_cache: _Strided,
     lengths: _Integers,
     out: _Strided,
-    shape: tuple[int, int, int, int, int, int],
     layout: _Layout,
     scale: float,
-    dtype: int,
     splits: tuple[int, int, _Address, _Address],
     threads: int,
 ) -> None: ...
@@ -295,6 +346,57 @@ def sandwich_layer_norm_bwd_cuda(
     workspace: _Workspace,
     stream: _Address,
 ) -> None: ...
+def rms_norm_fwd_cuda(
+    x: _Address,
+    y: _Address,
+    weight: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    options: _RmsOptions,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def rms_norm_bwd_cuda(
+    dy: _Address,
+    x: _Address,
+    dx: _Address,
+    weight: _Parameter,
+    weight_offset: float,
+    dweight: _Parameter,
+    stats: _Address,
+    shape: _RowShape,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def sandwich_rms_norm_fwd_cuda(
+    branch: Tensor | None,
+    residual: _Address,
+    residual_out: _Address,
+    normed: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    options: _RmsOptions,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
+def sandwich_rms_norm_bwd_cuda(
+    dresidual_out: _Address,
+    dnormed: _Address,
+    branch: Tensor | None,
+    residual_out: _Address,
+    dbranch: _Address,
+    dresidual: _Address,
+    weights: tuple[_Parameter, _Parameter],
+    weight_offset: float,
+    gradients: tuple[_Parameter, _Parameter],
+    stats: _Address,
+    shape: _RowShape,
+    dropout: _Dropout,
+    workspace: _Workspace,
+    stream: _Address,
+) -> None: ...
 def three_region_attention_fwd_cuda(
     q: _Strided,
     k: _Strided,
@@ -329,10 +431,8 @@ def decode_attention_cuda(
     v_cache: _Strided,
     lengths: _Integers,
     out: _Strided,
-    shape: tuple[int, int, int, int, int, int],
     layout: _Layout,
     scale: float,
-    dtype: int,
     splits: tuple[int, int, _Address, _Address],
     stream: int,
 ) -> None: ...

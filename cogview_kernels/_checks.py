@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# A tracer keeps sizes, and numbers that follow from them, as symbols.
+_INTS = (int, torch.SymInt)
+_NUMBERS = (*_INTS, float, torch.SymFloat)
 
 # PyTorch raises when asked for autocast on other devices, such as meta. Asked here, once: torch.compile of
 # PyTorch 2.11 cannot trace the question.
@@ -32,9 +40,10 @@ def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Ten
 
 
 def check_finite_number(op: str, name: str, value: float, *, positive: bool = False) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    # Not math.isfinite, which cannot be traced: a number that changes is a symbol to torch.compile.
+    if not -math.inf < value < math.inf or (positive and value <= 0):
         kind = "a positive finite number" if positive else "a finite number"
         raise ValueError(f"{op}: {name} must be {kind}, got {value}")
 
@@ -61,6 +70,8 @@ def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, 
     """``x`` is None, or ``[C]`` in the dtype of the activations ``other`` or in float32."""
     if x is None:
         return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
     if x.dim() != 1 or x.shape[0] != other.shape[-1]:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(other.shape[-1:])}, the last dimension of {other_name}, "
@@ -76,6 +87,16 @@ def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, 
 def check_choice(op: str, name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_rms_options(
+    op: str, eps: float, weight_offset: float, round_before_weight: bool, pb_relax: str | None
+) -> None:
+    """What :func:`cogview_kernels.rms_norm` says of these."""
+    check_finite_number(op, "eps", eps, positive=True)
+    check_finite_number(op, "weight_offset", weight_offset)
+    check_choice(op, "round_before_weight", round_before_weight, (False, True))
+    check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
 
 
 def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str, other: Tensor) -> None:
@@ -99,8 +120,25 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
         raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
+def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
+    """``starts`` is None, or ``[B]`` integers beside ``other``, which is q."""
+    if starts is None:
+        return
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int64, torch.int32):
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise TypeError(f"{op}: starts must be an int32 or int64 tensor, got {got}")
+    if starts.shape != (B,):
+        raise ValueError(f"{op}: starts must have shape [{B}], got {tuple(starts.shape)}")
+    check_same_device(op, "starts", starts, "q", other)
+
+
+def starts_limit(backend: str, starts: Tensor | None) -> str:
+    """Why kernels cannot take ``starts``; empty where there are none."""
+    return "" if starts is None else f"the {backend} backend takes no starts; use backend='sdpa'"
+
+
 def check_count(op: str, name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
@@ -115,4 +153,37 @@ def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
 
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for ``device``."""
+    if not torch._C._is_any_autocast_enabled():  # the usual case, at a tenth of the price
+        return False
     return device.type in _AUTOCAST and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """For the references, whose products are in the dtype that they are given."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else contextlib.nullcontext()
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as autocast gives them to a matrix product: floats but float64 in its dtype."""
+    return tuple(
+        x.to(torch.get_autocast_dtype(x.device.type))
+        if isinstance(x, Tensor)
+        and x.dtype.is_floating_point
+        and x.dtype != torch.float64
+        and is_autocast(x.device)
+        else x
+        for x in tensors
+    )
+
+
+def autocast_parameters(activations: Sequence[Any], parameters: Sequence[Any]) -> tuple[Any, ...]:
+    """A norm's parameters, those of another dtype than that of the activations in float32."""
+    if not all(isinstance(x, Tensor) and is_autocast(x.device) for x in activations):
+        return tuple(parameters)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in activations))
+    return tuple(
+        p.to(torch.promote_types(dtype, torch.float32))
+        if isinstance(p, Tensor) and p.dtype.is_floating_point and p.dtype != dtype
+        else p
+        for p in parameters
+    )

@@ -20,9 +20,13 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch._C._functorch import peek_interpreter_stack as _transform
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cogview_kernels import _flops
 
 _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
@@ -67,6 +71,7 @@ class Op:
         backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
             ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
             NotImplementedError: so are second derivatives, since the ops that backward passes call have none.
+        flops: what PyTorch's counter of FLOPs counts for a call; nothing without it, see ``_flops``.
     """
 
     def __init__(
@@ -77,17 +82,23 @@ class Op:
         save: Callable[[Any, Sequence[Any], Any], Sequence[Tensor | None]] | None = None,
         backward: Callable[..., Sequence[Any]] | None = None,
         unsaved: Callable[..., Any] | None = None,
+        flops: _flops.Formula | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
         self._unsaved = unsaved or kernel
         _library.define(schema, tags=_TAGS)
-        self._overload = getattr(torch.ops.cogview_kernels, self.name).default
+        packet = getattr(torch.ops.cogview_kernels, self.name)
+        self._overload = packet.default
         self._function = _make_function(self, save, backward)
         self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
         _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
-        _library.impl(self.name, self._function.apply, "Autograd")
+        _library.impl(self.name, self._at_the_autograd_key, "Autograd")
         torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
+        rule = _call_for_each(self._overload)
+        torch.library.register_vmap(f"cogview_kernels::{self.name}", rule, lib=_library)
+        if flops is not None:
+            _flops.register(packet, flops)
 
     def __call__(self, *arguments: Any) -> Any:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
@@ -138,7 +149,20 @@ class Op:
         # Function.apply binds its arguments by inspect.signature, for 60 us; _apply is what it calls then.
         return (self._function.apply if is_transformed() else self._apply)(*arguments)
 
+    def _at_the_autograd_key(self, *arguments: Any) -> Any:
+        """Of the op called by its name, which torch.func has then given its level: not Function.apply."""
+        if _transform() is None:
+            return self._apply(*arguments)
+        with enable_single_level_autograd_function():
+            return self._apply(*arguments)
+
     def _dispatch(self, *arguments: Any) -> Any:
+        if any(type(x).__name__ == "DTensor" for x in arguments):
+            raise NotImplementedError(
+                f"{self.name.removesuffix('_backward')}: a DTensor has no sharding strategy here; let each "
+                "rank compute its part, sharded along the batch (attention: or the heads), inside "
+                "torch.distributed.tensor.experimental.local_map"
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return self._overload(*arguments)
 
@@ -164,12 +188,35 @@ def _is_batched(x: Tensor) -> bool:
     return torch._C._dispatch_keys(x).has(torch._C.DispatchKey.AutogradOther)
 
 
+class _ToTheDispatcher(TorchDispatchMode):
+    """Inside, every op goes through the dispatcher, which calls it for each element of a batched gradient."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
 def _no_derivative(name: str, kind: str) -> NotImplementedError:
     op = name.removesuffix("_backward")
     kind = "second derivatives" if op != name else kind
     return NotImplementedError(
         f"{op}: its kernels have no {kind}; use backend='reference', which is plain PyTorch"
     )
+
+
+def _call_for_each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule for ``torch.func.vmap``: one call for each element of the mapped dimension."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
+        dims = tuple(zip(arguments, in_dims, strict=True))
+        calls = [
+            function(*(x if dim is None else x.select(dim, i) for x, dim in dims))
+            for i in range(info.batch_size)
+        ]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
+        return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+
+    return rule
 
 
 def _make_function(
@@ -194,30 +241,18 @@ def _make_function(
                 return (None,) * len(ctx.needs_input_grad)
             if backward is None:
                 raise _no_derivative(op.name, "gradient")
-            if any(d is not None and _is_batched(d) for d in doutputs):
-                raise _no_derivative(op.name, "gradient under is_grads_batched=True")
             # What a transform of torch.func saved may still be wrapped by it when it has ended.
-            return backward(ctx, unwrap_dead_wrappers(ctx.saved_tensors), *doutputs)
+            saved = unwrap_dead_wrappers(ctx.saved_tensors)
+            if any(d is not None and _is_batched(d) for d in doutputs):
+                with _ToTheDispatcher():
+                    return backward(ctx, saved, *doutputs)
+            return backward(ctx, saved, *doutputs)
 
         @staticmethod
         def jvp(ctx: Any, *_: Any) -> Any:
             raise _no_derivative(op.name, "forward-mode derivative")
 
-        @staticmethod
-        def vmap(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
-            """One call for each element of the mapped dimension."""
-            calls = [
-                op(
-                    *(
-                        x if dim is None else x.select(dim, i)
-                        for x, dim in zip(arguments, in_dims, strict=True)
-                    )
-                )
-                for i in range(info.batch_size)
-            ]
-            if isinstance(calls[0], Tensor):
-                return torch.stack(calls), 0
-            return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
+        vmap = staticmethod(_call_for_each(op))
 
     Function.__name__ = Function.__qualname__ = "".join(word.title() for word in op.name.split("_"))
     return Function

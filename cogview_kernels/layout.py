@@ -8,11 +8,13 @@ once for C++ and CUDA, in csrc/common/regions.h, and once for Triton, in ``_regi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from cogview_kernels import _checks, _torch_ops
 
@@ -74,6 +76,13 @@ class ThreeRegionLayout:
         block_size: positive.
         window_blocks: positive.
         pivot_bias: finite.
+        density: how many positions a far pivot stands for, at least 1: its logarithm is added to
+            ``pivot_bias``. Under ``torch.compile`` an integer may follow from the sequence length, where a
+            float would cost a compilation per length.
+
+    A layout is a pytree node, whose leaf is ``pivots``: it may be an input of what ``torch.export`` exports,
+    and ``tree_map`` and data loaders reach its tensor. It can be copied, pickled, and loaded with
+    ``torch.load(weights_only=True)``, which checks it as the constructor does.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and its released code.
     """
@@ -82,6 +91,7 @@ class ThreeRegionLayout:
     block_size: int = 128
     window_blocks: int = 6
     pivot_bias: float = 0.0
+    density: int = 1
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -97,6 +107,7 @@ class ThreeRegionLayout:
         _checks.check_count(op, "block_size", self.block_size, 1)
         _checks.check_count(op, "window_blocks", self.window_blocks, 1)
         _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
+        _checks.check_count(op, "density", self.density, 1)
 
     @classmethod
     def sample(
@@ -121,7 +132,8 @@ class ThreeRegionLayout:
             num_pivots: pivots a sample. Where fewer valid positions exist, -1 fills the rest.
             block_size, window_blocks: the window, as in :class:`ThreeRegionLayout`.
             density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that
-                the random pivots stand for the positions left out; False gives 0.
+                the random pivots stand for the positions left out; False gives 0. Under ``torch.compile`` it
+                is the layout's ``density`` that says so.
             valid_mask: boolean ``[B, T]``; the random pivots are drawn uniformly, without replacement, among
                 its True positions that are not text. None: among all.
             generator: of the masks' device; None takes PyTorch's default one.
@@ -159,26 +171,48 @@ class ThreeRegionLayout:
             torch._assert_async(fits.all(), message)
 
         # Text ranks above every draw from [0, 1), what is not valid below.
-        rank = torch.rand(B, T, dtype=torch.float32, device=text_mask.device, generator=generator)
+        # torch.compile refuses even generator=None where a size is a symbol.
+        chosen: dict[str, Any] = {} if generator is None else {"generator": generator}
+        rank = torch.rand(B, T, dtype=torch.float32, device=text_mask.device, **chosen)
         if valid_mask is not None:
             rank = rank.masked_fill(~valid_mask, -1.0)
         rank, pivots = rank.masked_fill(text_mask, 2.0).topk(min(num_pivots, T), dim=1)
         pivots = pivots.masked_fill(rank < 0, -1)
         if num_pivots > T:
             pivots = torch.nn.functional.pad(pivots, (0, num_pivots - T), value=-1)
-        bias = math.log(T // num_pivots) if density_correction and T > num_pivots > 0 else 0.0
-        return cls(pivots, block_size, window_blocks, bias)
+        density = T // num_pivots if density_correction and T > num_pivots > 0 else 1
+        if torch.compiler.is_compiling() or isinstance(T, torch.SymInt):
+            return cls(pivots, block_size, window_blocks, density=density)
+        return cls(pivots, block_size, window_blocks, math.log(density))
 
     @classmethod
     def unchecked(
-        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float
+        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float, density: int = 1
     ) -> ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
         members = layout.__dict__  # past the dataclass, which is frozen
-        members["pivots"], members["pivot_bias"] = pivots, pivot_bias
+        if density != 1:  # kernels know of one number
+            pivot_bias += math.log(density)
+        members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, 1
         members["block_size"], members["window_blocks"] = block_size, window_blocks
         return layout
+
+    def far_bias(self, like: Tensor) -> Tensor:
+        """What is added to the logits of far keys, in plain PyTorch: 0-d, dtype and device of ``like``."""
+        wide = torch.promote_types(like.dtype, torch.float32)
+        log_density = torch.full((), self.density, dtype=wide, device=like.device).log()
+        return (self.pivot_bias + log_density).to(like.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was pickled may come from anybody: kernels divide by ``block_size``."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> ThreeRegionLayout:
+        """On another device; itself where it lies there already."""
+        pivots = self.pivots.to(device=device, non_blocking=non_blocking)
+        return self if pivots is self.pivots else replace(self, pivots=pivots)
 
     def window(self, num_keys: int) -> tuple[int, int]:
         """``(block_size, window_blocks)``, cut down where it changes nothing: no product overflows."""
@@ -231,25 +265,46 @@ class ThreeRegionLayout:
         size = self.block_size
         pivots = self.pivots.cpu().long()
         B = max(1, pivots.shape[0])
-        keys = tiles = 0
+        tiles = 0
         blocks = -(-T // size)
         for block in range(blocks):
             start = block * size
             window = max(0, window_start(start, size, self.window_blocks))
-            rows = min(T, start + size) - start
             far = ((pivots >= 0) & (pivots < window)).sum(1)
-            keys += int(far.sum()) * rows + B * (rows * (start - window) + rows * (rows + 1) // 2)
             tiles += int(((far + size - 1) // size).sum()) + B * min(self.window_blocks, block + 1)
         causal_tiles = blocks * (blocks + 1) // 2
         gathered = tiles / B
         return ThreeRegionPlan(
-            keys_per_query=keys / B / T,
+            keys_per_query=self.pairs(T, pivots.tolist()) / B / T,
             causal_keys_per_query=(T + 1) / 2,
             tiles_per_query_block=gathered / blocks,
             gathered_tiles=gathered,
             causal_tiles=causal_tiles,
             predicted_gain=causal_tiles / (gathered + _BLOCK_OVERHEAD * blocks),
         )
+
+    def pairs(self, T: int, pivots: list[list[int]] | None) -> int:
+        """How many pairs of a query and a key are seen at length ``T``, over all samples.
+
+        ``pivots`` are the layout's values. Where there are none, as in a fake tensor, as many are counted as
+        pivots see on average that are spread evenly.
+        """
+        size, window_blocks = self.window(T)
+        B, P = self.pivots.shape
+        near = 0
+        for start in range(0, T, size):
+            window = max(0, window_start(start, size, window_blocks))
+            rows = min(T, start + size) - start
+            near += rows * (start - window) + rows * (rows + 1) // 2
+
+        def queries_past(key: int) -> int:
+            return max(0, T - (key // size + window_blocks) * size)
+
+        if pivots is None:
+            far = B * min(P, T) * sum(map(queries_past, range(T))) // max(T, 1)
+        else:
+            far = sum(queries_past(p) for sample in pivots for p in sample if p >= 0)
+        return B * near + far
 
     def check_pivots(self, op: str, num_keys: int) -> None:
         """Where they can be read: pivots lie in [-1, ``num_keys``) and, -1 apart, differ within a sample."""
@@ -268,3 +323,36 @@ class ThreeRegionLayout:
                 f"{op}: layout.pivots must be unique within a sample, "
                 f"got {int(ordered[:, 1:][repeated][0])} twice"
             )
+
+
+# ---- the layout as a pytree node: its tensor is a leaf, its numbers are the context
+
+
+def _numbers(layout: ThreeRegionLayout) -> list[Any]:
+    return [layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density]
+
+
+def _flatten(layout: ThreeRegionLayout) -> tuple[list[Any], list[Any]]:
+    return [layout.pivots], _numbers(layout)
+
+
+def _flatten_with_keys(layout: ThreeRegionLayout) -> tuple[list[tuple[Any, Any]], list[Any]]:
+    return [(_pytree.GetAttrKey("pivots"), layout.pivots)], _numbers(layout)
+
+
+def _unflatten(leaves: Iterable[Any], numbers: list[Any]) -> ThreeRegionLayout:
+    # A leaf may be anything by now, so nothing is checked.
+    layout = object.__new__(ThreeRegionLayout)
+    names = ("pivots", "block_size", "window_blocks", "pivot_bias", "density")
+    layout.__dict__.update(zip(names, (*leaves, *numbers), strict=True))
+    return layout
+
+
+_pytree.register_pytree_node(
+    ThreeRegionLayout,
+    _flatten,
+    _unflatten,
+    flatten_with_keys_fn=_flatten_with_keys,
+    serialized_type_name="cogview_kernels.ThreeRegionLayout",
+)
+torch.serialization.add_safe_globals([ThreeRegionLayout])

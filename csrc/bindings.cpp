@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The only file that knows Python, with python_tensor.h, which reads tensors, so that the extension depends on
-// no PyTorch version. Of some tensors the address alone crosses. cogview_kernels/<op>/native.py allocates.
+// The only file that knows Python, with python_tensor.h, which reads tensors, so that the extension depends
+// on no PyTorch version. Of some tensors the address alone crosses. cogview_kernels/<op>/native.py allocates.
 // An object crosses as a tuple of its fields. cogview_kernels/_C.pyi names and types every argument.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -20,7 +20,9 @@
 #include "local_attention_2d/local_attention_2d.h"
 #include "merge_attention/merge_attention.h"
 #include "python_tensor.h"
+#include "rms_norm/rms_norm.h"
 #include "sandwich_layer_norm/sandwich_layer_norm.h"
+#include "sandwich_rms_norm/sandwich_rms_norm.h"
 #include "stable_softmax/stable_softmax.h"
 #include "three_region_attention/three_region_attention.h"
 
@@ -60,7 +62,14 @@ RowShape row_shape(const PythonTensor& x) {
 using NormArguments = std::pair<float, int>;
 
 NormOptions norm_options(NormArguments x) {
-    return {x.first, PbRelax(x.second)};
+    return {x.first, PbRelax(x.second), 0.0f, false};
+}
+
+// eps, mode of PB-Relax, what is added to weights, whether rows are rounded before they are multiplied.
+using RmsArguments = std::tuple<float, int, float, bool>;
+
+NormOptions rms_options(RmsArguments x) {
+    return {std::get<0>(x), PbRelax(std::get<1>(x)), std::get<2>(x), std::get<3>(x)};
 }
 
 // Where the workspace of CUDA's persistent blocks lies, and their number; (0, 0) for the CPU.
@@ -70,25 +79,40 @@ BlockWorkspace block_workspace(WorkspaceArguments x) {
     return {pointer<float>(x.first), x.second};
 }
 
-LayerNormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
-                                    Address stats, RowShapeArguments shape, NormArguments options,
-                                    WorkspaceArguments workspace) {
+NormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
+                               Address stats, RowShapeArguments shape, NormArguments options,
+                               WorkspaceArguments workspace) {
     return {pointer<void>(x),          pointer<void>(y), {parameter(weight), parameter(bias)},
             pointer<float>(stats),     row_shape(shape), norm_options(options),
             block_workspace(workspace)};
 }
 
-LayerNormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
-                                      ParameterAddress dweight, ParameterAddress dbias, Address stats,
-                                      RowShapeArguments shape, WorkspaceArguments workspace) {
+NormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
+                                 ParameterAddress dweight, ParameterAddress dbias, Address stats,
+                                 RowShapeArguments shape, WorkspaceArguments workspace) {
     return {pointer<void>(dy),
             pointer<void>(x),
             pointer<void>(dx),
             parameter(weight),
+            0.0f,
             {parameter(dweight), parameter(dbias)},
             pointer<float>(stats),
             row_shape(shape),
             block_workspace(workspace)};
+}
+
+NormForward rms_norm_forward(Address x, Address y, ParameterAddress weight, Address stats,
+                             RowShapeArguments shape, RmsArguments options, WorkspaceArguments workspace) {
+    return {pointer<void>(x), pointer<void>(y),     {parameter(weight), {}},   pointer<float>(stats),
+            row_shape(shape), rms_options(options), block_workspace(workspace)};
+}
+
+NormBackward rms_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
+                               float weight_offset, ParameterAddress dweight, Address stats,
+                               RowShapeArguments shape, WorkspaceArguments workspace) {
+    return {pointer<void>(dy),     pointer<void>(x), pointer<void>(dx),
+            parameter(weight),     weight_offset,    {parameter(dweight), {}},
+            pointer<float>(stats), row_shape(shape), block_workspace(workspace)};
 }
 
 // The parameters are those of the post norm, then of the pre norm: weight, bias, weight, bias.
@@ -104,6 +128,7 @@ SandwichForward sandwich_forward(Address branch, Address residual, Address resid
             {parameter(parameters[2]), parameter(parameters[3])},
             pointer<float>(stats),
             row_shape(shape),
+            row_shape(shape).dtype,
             norm_options(options),
             dropout(drop),
             block_workspace(workspace)};
@@ -123,10 +148,55 @@ SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Addre
             pointer<void>(dresidual),
             parameter(weights[0]),
             parameter(weights[1]),
+            0.0f,
             {parameter(gradients[0]), parameter(gradients[1])},
             {parameter(gradients[2]), parameter(gradients[3])},
             pointer<float>(stats),
             row_shape(shape),
+            row_shape(shape).dtype,
+            dropout(drop),
+            block_workspace(workspace)};
+}
+
+// weights: of the post norm, then of the pre norm.
+SandwichForward sandwich_rms_forward(PythonTensor branch, Address residual, Address residual_out,
+                                     Address normed, std::array<ParameterAddress, 2> weights, Address stats,
+                                     RowShapeArguments shape, RmsArguments options, DropoutArguments drop,
+                                     WorkspaceArguments workspace) {
+    return {branch.data,
+            pointer<void>(residual),
+            pointer<void>(residual_out),
+            pointer<void>(normed),
+            {parameter(weights[0]), {}},
+            {parameter(weights[1]), {}},
+            pointer<float>(stats),
+            row_shape(shape),
+            branch.dtype,
+            rms_options(options),
+            dropout(drop),
+            block_workspace(workspace)};
+}
+
+SandwichBackward sandwich_rms_backward(Address dresidual_out, Address dnormed, PythonTensor branch,
+                                       Address residual_out, Address dbranch, Address dresidual,
+                                       std::array<ParameterAddress, 2> weights, float weight_offset,
+                                       std::array<ParameterAddress, 2> gradients, Address stats,
+                                       RowShapeArguments shape, DropoutArguments drop,
+                                       WorkspaceArguments workspace) {
+    return {pointer<void>(dresidual_out),
+            pointer<void>(dnormed),
+            branch.data,
+            pointer<void>(residual_out),
+            pointer<void>(dbranch),
+            pointer<void>(dresidual),
+            parameter(weights[0]),
+            parameter(weights[1]),
+            weight_offset,
+            {parameter(gradients[0]), {}},
+            {parameter(gradients[1]), {}},
+            pointer<float>(stats),
+            row_shape(shape),
+            branch.dtype,
             dropout(drop),
             block_workspace(workspace)};
 }
@@ -254,16 +324,18 @@ AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Addre
             pointer<float>(workspace[2])};
 }
 
-// shape: in the order of DecodeShape; splits (CUDA): keys of a block, blocks of a row, where they leave their
+// q [B, H, Tq, D], caches [B, Hkv, S, D]; splits (CUDA): keys of a block, blocks of a row, where they leave their
 // parts, their counters.
-DecodeAttention decode_arguments(StridedAddress q, StridedAddress k_cache, StridedAddress v_cache,
-                                 IntegerAddress lengths, StridedAddress out, std::array<int, 6> shape,
-                                 LayoutArguments layout, float scale, int dtype,
+DecodeAttention decode_arguments(const PythonTensor& q, const PythonTensor& k_cache,
+                                 const PythonTensor& v_cache, const PythonTensor& lengths,
+                                 const PythonTensor& out, const LayoutArguments& layout, float scale,
                                  std::tuple<int, int, Address, Address> splits) {
-    return {{shape[0], shape[1], shape[2], shape[3], shape[4], shape[5]},
-            layout_within(shape[4], layout),
+    const auto& [B, H, Tq, D] = q.size;
+    const int64_t Hkv = k_cache.size[1], S = k_cache.size[2];
+    return {{int(B), int(H), int(Hkv), int(Tq), int(S), int(D)},
+            layout_within(S, layout),
             scale,
-            DType(dtype),
+            q.dtype,
             strided_input(q),
             strided_input(k_cache),
             strided_input(v_cache),
@@ -401,11 +473,19 @@ constexpr const char* kLayerNormForward[] = {"x",     "y",     "weight",  "bias"
                                              "stats", "shape", "options", "workspace"};
 constexpr const char* kLayerNormBackward[] = {"dy",    "x",     "dx",    "weight",   "dweight",
                                               "dbias", "stats", "shape", "workspace"};
+constexpr const char* kRmsNormForward[] = {"x", "y", "weight", "stats", "shape", "options", "workspace"};
+constexpr const char* kRmsNormBackward[] = {"dy",      "x",     "dx",    "weight",   "weight_offset",
+                                            "dweight", "stats", "shape", "workspace"};
 constexpr const char* kSandwichForward[] = {"branch", "residual", "residual_out", "normed",  "parameters",
                                             "stats",  "shape",    "options",      "dropout", "workspace"};
 constexpr const char* kSandwichBackward[] = {"dresidual_out", "dnormed",   "branch",  "residual_out",
                                              "dbranch",       "dresidual", "weights", "gradients",
                                              "stats",         "shape",     "dropout", "workspace"};
+constexpr const char* kSandwichRmsForward[] = {"branch", "residual", "residual_out", "normed",  "weights",
+                                               "stats",  "shape",    "options",      "dropout", "workspace"};
+constexpr const char* kSandwichRmsBackward[] = {
+    "dresidual_out", "dnormed",   "branch", "residual_out", "dbranch", "dresidual", "weights",
+    "weight_offset", "gradients", "stats",  "shape",        "dropout", "workspace"};
 constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
 constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
                                      "logit_max", "total",     "dbias"};
@@ -414,8 +494,8 @@ constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out"
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
                                               "shape",  "layout",        "scale",    "dropout",
                                               "dtype",  "sorted_pivots", "workspace"};
-constexpr const char* kDecode[] = {"q",     "k_cache", "v_cache", "lengths", "out",
-                                   "shape", "layout",  "scale",   "dtype",   "splits"};
+constexpr const char* kDecode[] = {"q",   "k_cache", "v_cache", "lengths",
+                                   "out", "layout",  "scale",   "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
@@ -448,6 +528,14 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu); });
     bind_cpu(m, "sandwich_layer_norm_bwd_cpu", sandwich_backward, kSandwichBackward,
              [] { return COGVIEW_PICK_ISA(sandwich_layer_norm_bwd_cpu); });
+    bind_cpu(m, "rms_norm_fwd_cpu", rms_norm_forward, kRmsNormForward,
+             [] { return COGVIEW_PICK_ISA(rms_norm_fwd_cpu); });
+    bind_cpu(m, "rms_norm_bwd_cpu", rms_norm_backward, kRmsNormBackward,
+             [] { return COGVIEW_PICK_ISA(rms_norm_bwd_cpu); });
+    bind_cpu(m, "sandwich_rms_norm_fwd_cpu", sandwich_rms_forward, kSandwichRmsForward,
+             [] { return COGVIEW_PICK_ISA(sandwich_rms_norm_fwd_cpu); });
+    bind_cpu(m, "sandwich_rms_norm_bwd_cpu", sandwich_rms_backward, kSandwichRmsBackward,
+             [] { return COGVIEW_PICK_ISA(sandwich_rms_norm_bwd_cpu); });
     bind_cpu(m, "linear_cross_entropy_reduce_cpu", cross_entropy_reduce, kReduce,
              [] { return COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu); });
     bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient, kGradient,
@@ -484,6 +572,12 @@ PYBIND11_MODULE(_C, m) {
               sandwich_layer_norm_fwd_cuda);
     bind_cuda(m, "sandwich_layer_norm_bwd_cuda", sandwich_backward, kSandwichBackward,
               sandwich_layer_norm_bwd_cuda);
+    bind_cuda(m, "rms_norm_fwd_cuda", rms_norm_forward, kRmsNormForward, rms_norm_fwd_cuda);
+    bind_cuda(m, "rms_norm_bwd_cuda", rms_norm_backward, kRmsNormBackward, rms_norm_bwd_cuda);
+    bind_cuda(m, "sandwich_rms_norm_fwd_cuda", sandwich_rms_forward, kSandwichRmsForward,
+              sandwich_rms_norm_fwd_cuda);
+    bind_cuda(m, "sandwich_rms_norm_bwd_cuda", sandwich_rms_backward, kSandwichRmsBackward,
+              sandwich_rms_norm_bwd_cuda);
     bind_cuda(m, "three_region_attention_fwd_cuda", attention_forward, kAttentionForward,
               three_region_attention_fwd_cuda);
     bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward, kAttentionBackward,

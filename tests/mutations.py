@@ -66,12 +66,20 @@ _TRITON_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and
 _TRITON_SANDWICH = "sandwich_layer_norm test_forward_and_backward and triton and not two_tiles"
 _CUDA_NORM = "layer_norm (test_forward_and_backward or test_constant_rows) and cuda"
 _CUDA_SANDWICH = "sandwich_layer_norm test_forward_and_backward and cuda"
+_CPU_RMS = "rms_norm (test_forward_and_backward or test_where or test_extreme_rows) and cpu"
+_CPU_SANDWICH_RMS = "sandwich_rms_norm (test_forward_and_backward or test_a_narrow) and cpu"
+_TRITON_RMS = "rms_norm (test_forward_and_backward or test_where) and triton and not two_tiles"
+_TRITON_SANDWICH_RMS = "sandwich_rms_norm test_forward_and_backward and triton and not two_tiles"
+_CUDA_RMS = "rms_norm (test_forward_and_backward or test_where) and cuda"
+_CUDA_SANDWICH_RMS = "sandwich_rms_norm (test_forward_and_backward or test_a_narrow) and cuda"
 _CPU_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cpu"
 _TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and triton"
 _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
 _CPU_XENT = "linear_cross_entropy (test_forward_and_backward or test_one_chunk or test_steps) and cpu"
+_CPU_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and cpu"
 _CHUNKED_XENT = "linear_cross_entropy (test_forward_and_backward or loss_scale) and chunked"
 _TRITON_XENT = "linear_cross_entropy (test_forward_and_backward or test_steps) and triton"
+_TRITON_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and triton"
 
 MUTATIONS = [
     # ---- three_region_attention, CPU
@@ -285,7 +293,7 @@ MUTATIONS = [
              "if (is_last) *counter = 0;", "", _CUDA_DECODE),
     # ---- layer_norm and sandwich_layer_norm, CPU
     Mutation("norm-cpu-mean-correction", "csrc/norms/row.h",
-             "const float mean = first + correction;", "const float mean = first;", _CPU_NORM),
+             "mean = first + correction;", "mean = first;", _CPU_NORM),
     Mutation("norm-cpu-eps", "csrc/norms/row.h", "eps * relaxed * relaxed", "eps", _CPU_NORM),
     Mutation("norm-cpu-rstd-of-low-precision", "csrc/norms/row.h",
              "1.0f / __builtin_sqrtf(variance)", "1.000001f / __builtin_sqrtf(variance)", _CPU_NORM),
@@ -300,9 +308,10 @@ MUTATIONS = [
              "abs_max = own > abs_max ? own : abs_max;", "abs_max = own;", _CPU_NORM),
     Mutation("sandwich-cpu-keep-scale", "csrc/norms/row.h",
              "? x * dropout.keep_scale : VecF{}", "? x : VecF{}", _CPU_SANDWICH),
-    Mutation("sandwich-cpu-unrounded-residual", "csrc/sandwich_layer_norm/*_cpu.cpp",
-             "rounded<T>(only(sum, tag))", "only(sum, tag)", _CPU_SANDWICH),
-    Mutation("sandwich-cpu-direct-gradient", "csrc/sandwich_layer_norm/*_cpu.cpp",
+    Mutation("sandwich-cpu-unrounded-residual", "csrc/norms/sandwich_cpu.h",
+             "rounded<T>(only(load(residual + j, tag) + y, tag))", "only(load(residual + j, tag) + y, tag)",
+             _CPU_SANDWICH),
+    Mutation("sandwich-cpu-direct-gradient", "csrc/norms/sandwich_cpu.h",
              "if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);", "", _CPU_SANDWICH),
     # ---- layer_norm and sandwich_layer_norm, Triton and CUDA
     Mutation("norm-triton-mean-correction", "cogview_kernels/**/*.py",
@@ -313,14 +322,52 @@ MUTATIONS = [
     Mutation("norm-triton-last-partial", "cogview_kernels/**/*.py",
              "for start in range(0, P, BLOCK_P):\n        p = start", 
              "for start in range(0, P, BLOCK_P):\n        p = 1 + start", _TRITON_NORM),
-    Mutation("sandwich-triton-dropout-of-the-gradient", "cogview_kernels/sandwich_layer_norm/*.py",
+    Mutation("sandwich-triton-dropout-of-the-gradient", "cogview_kernels/_norms/*.py",
              "dx = drop(dx, row, columns, seed, keep_threshold, keep_scale)", "dx = dx", _TRITON_SANDWICH),
     Mutation("norm-cuda-mean-correction", "csrc/*/*.cuh",
              "const float correction = sums.x * inverse;", "const float correction = 0.0f;", _CUDA_NORM),
     Mutation("sandwich-cuda-keep-scale", "csrc/*/*.cuh",
              "? x.of[i] * dropout.keep_scale", "? x.of[i]", _CUDA_SANDWICH),
-    Mutation("sandwich-cuda-direct-gradient", "csrc/sandwich_layer_norm/*.cuh",
+    Mutation("sandwich-cuda-direct-gradient", "csrc/norms/sandwich.cuh",
              "trunk.of[i] += direct.of[i];", "trunk.of[i] += 0.0f;", _CUDA_SANDWICH),
+    # ---- rms_norm and sandwich_rms_norm: what they do not share with LayerNorm
+    Mutation("rms-cpu-sum-for-squares", "csrc/norms/row.h",
+             "kKind == NormKind::kLayer ? v : v * v", "v", _CPU_RMS),
+    Mutation("rms-cpu-rounded-to-float", "csrc/norms/row.h",
+             "affine.round_before_weight ? rounded<T>(y) : y", "y", _CPU_RMS),
+    Mutation("rms-cpu-no-hat", "csrc/norms/row.h",
+             ": g - xhat * means.hat);", ": g);", _CPU_RMS),
+    Mutation("rms-cpu-offset-of-the-gradient", "csrc/norms/single_cpu.h",
+             "widen_parameter(a.weight, C, 1.0f, a.weight_offset,",
+             "widen_parameter(a.weight, C, 1.0f, 0.0f,", _CPU_RMS),
+    Mutation("rms-cpu-second-norms-statistics", "csrc/norms/norm.h",
+             "return {0.0f, stats[norm * rows + r]};", "return {0.0f, stats[r]};", _CPU_SANDWICH_RMS),
+    Mutation("rms-cpu-slots-of-gradients", "csrc/norms/sandwich_cpu.h",
+             "to[kNorm == 2 ? slot : 2 * slot]", "to[slot]", _CPU_SANDWICH_RMS),
+    Mutation("rms-cpu-offset-of-the-second-gradient", "csrc/norms/sandwich_cpu.h",
+             "widen_parameter(a.pre_weight, C, 1.0f, a.weight_offset,",
+             "widen_parameter(a.pre_weight, C, 1.0f, 0.0f,", _CPU_SANDWICH_RMS),
+    Mutation("rms-triton-no-hat", "cogview_kernels/_norms/*.py",
+             "dx += (rstd * (g[i] - xhat[i] * hat),)", "dx += (rstd * g[i],)", _TRITON_RMS),
+    Mutation("rms-triton-rounding", "cogview_kernels/_norms/*.py",
+             "x = round_row(x, C, columns, dtype)", "x = x", _TRITON_RMS),
+    Mutation("rms-triton-offset", "cogview_kernels/_norms/*.py",
+             "x = add_rows(x, fill_row(added, columns))", "x = x", _TRITON_RMS),
+    Mutation("rms-triton-relaxed", "cogview_kernels/_norms/*.py",
+             "scale, _ = _powers_of_two(abs_max)\n        relaxed = abs_max * scale * 0.125",
+             "scale, _ = _powers_of_two(abs_max)\n        relaxed = 1.0", 
+             "rms_norm (test_extreme_rows or test_float32) and triton"),
+    Mutation("rms-triton-second-norms-statistics", "cogview_kernels/_norms/*.py",
+             "rstd = tl.load(stats_ptr + offset(R, norm) + row)", "rstd = tl.load(stats_ptr + row)",
+             _TRITON_SANDWICH_RMS),
+    Mutation("rms-cuda-no-hat", "csrc/norms/block.cuh",
+             "s.rstd * (g.of[i] - xhat.of[i] * (sums.y * inverse))", "s.rstd * g.of[i]", _CUDA_RMS),
+    Mutation("rms-cuda-rounding", "csrc/norms/block.cuh",
+             "x = rounded<T>(x);", "x = x;", _CUDA_RMS),
+    Mutation("rms-cuda-offset", "csrc/norms/block.cuh", "x.of[i] += offset;", "x.of[i] += 0.0f;", _CUDA_RMS),
+    Mutation("rms-cuda-slots-of-gradients", "csrc/norms/sandwich.cuh",
+             "store_partial(partial + kNorm * C, dpre_weight, C);", "store_partial(partial, dpre_weight, C);",
+             _CUDA_SANDWICH_RMS),
     # ---- stable_softmax
     Mutation("softmax-cpu-causal", "csrc/stable_softmax/*_cpu.cpp",
              "std::min(a.N, t + 1)", "std::min(a.N, t + 2)", _CPU_SOFTMAX),
@@ -341,28 +388,52 @@ MUTATIONS = [
              "a.sum * exp2f(factor * (a.row_max - row_max))", "a.sum", _CUDA_SOFTMAX),
     # ---- linear_cross_entropy
     Mutation("xent-cpu-no-rescale", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "load(total + j) * exp_negative(before - max)", "load(total + j)", _CPU_XENT),
+             "load(part.total + j) * exp_negative(before - safe)", "load(part.total + j)", _CPU_XENT),
     Mutation("xent-cpu-target", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "exp_negative(broadcast(x))[0] - a.coefficient[j]", "exp_negative(broadcast(x))[0]", _CPU_XENT),
+             "with(off + factors.at_target.data[j])", "with(off)", _CPU_XENT),
     Mutation("xent-cpu-last-part", "csrc/linear_cross_entropy/*_cpu.cpp",
-             "for (int64_t p = 0; p < parts; ++p) {\n            // Kahan",
-             "for (int64_t p = 0; p + 1 < parts; ++p) {\n            // Kahan", _CPU_XENT),
+             "for (int64_t p = 0; p < count; ++p) {\n            // Kahan",
+             "for (int64_t p = 0; p + 1 < count; ++p) {\n            // Kahan", _CPU_XENT),
+    Mutation("xent-cpu-ids-before-the-piece", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "known = a.logits.first > 0;", "known = 0;", _CPU_XENT),
+    Mutation("xent-cpu-slope-of-the-cap", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "return g * (1.0f - t * t);", "return g;", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-smoothing-in-another-piece", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "float(ids[p + 1] - ids[p]) * shift", "0.0f * shift", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-target-missing-in-dbias", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "reduce_sum(row_sum) + dbias[r - begin]", "reduce_sum(row_sum)", _CPU_XENT_OPTIONS),
+    Mutation("xent-cpu-last-of-equal-logits", "csrc/linear_cross_entropy/*_cpu.cpp",
+             "for (int64_t r = rows; r-- > 0;)", "for (int64_t r = 0; r < rows; ++r)",
+             "linear_cross_entropy test_predicted_tokens and cpu"),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
-             "coefficient = coefficient * factor", "coefficient = coefficient * factor * 2",
+             "coefficient=part.coefficient * factor", "coefficient=part.coefficient * factor * 2",
              _CHUNKED_XENT),
     Mutation("xent-used-up-rows-are-read", "cogview_kernels/linear_cross_entropy/*.py",
              "last if ids.start < used_up else earlier", "earlier", "linear_cross_entropy kept_in_a_buffer"),
     Mutation("xent-chunks-of-16-bits-are-summed", "cogview_kernels/linear_cross_entropy/*.py",
-             "N if room >= V * N else min", "min", "linear_cross_entropy fit_in_one_chunk"),
+             "if room >= V * N:", "if False:", "linear_cross_entropy fit_in_one_chunk"),
+    Mutation("xent-gradient-of-z-loss", "cogview_kernels/linear_cross_entropy/*.py",
+             "(1 + 2 * objective.z_loss *", "(1 + objective.z_loss *",
+             "linear_cross_entropy test_options and chunked"),
+    Mutation("xent-z-loss-past-float16", "cogview_kernels/linear_cross_entropy/*.py",
+             ".clamp(max=most) - excess", ".clamp(max=most)", "linear_cross_entropy large_z_loss"),
+    Mutation("xent-frozen-weight-has-a-gradient", "cogview_kernels/linear_cross_entropy/*.py",
+             "summed and dweight, summed", "summed, summed", "linear_cross_entropy frozen_takes_no"),
     Mutation("xent-triton-no-rescale", "cogview_kernels/linear_cross_entropy/*.py",
              "total = total * tl.exp2((logit_max - safe) * LOG2E) +", "total = total +", _TRITON_XENT),
     Mutation("xent-triton-merge", "cogview_kernels/linear_cross_entropy/*.py",
              "tl.sum(totals * tl.exp2((maxima - safe[None, :]) * LOG2E), axis=0)", "tl.sum(totals, axis=0)",
              _TRITON_XENT),
+    Mutation("xent-triton-ids-before-the-piece", "cogview_kernels/linear_cross_entropy/*.py",
+             "total += known_total *", "total += 0.0 *", _TRITON_XENT),
     Mutation("xent-triton-target", "cogview_kernels/linear_cross_entropy/*.py",
-             "p - coefficient[None, :], p)", "p, p)", _TRITON_XENT),
+             "p - at_target[None, :], p)", "p, p)", _TRITON_XENT),
+    Mutation("xent-triton-slope-of-the-cap", "cogview_kernels/linear_cross_entropy/*.py",
+             "g *= 1.0 - t * t", "g *= 1.0", _TRITON_XENT_OPTIONS),
+    Mutation("xent-triton-smoothing", "cogview_kernels/linear_cross_entropy/*.py",
+             "p -= (coefficient * id_share)[None, :]", "p -= 0.0", _TRITON_XENT_OPTIONS),
 ]  # fmt: skip
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,19 +12,44 @@ from torch import Tensor
 from benchmarks.definitions import FORWARD, Case, Forward, Inputs, Variant
 from benchmarks.rivals import needs
 
+# Gemma 2's cap, PaLM's z-loss.
+OPTIONS = {"softcap": 30.0, "z_loss": 1e-4, "label_smoothing": 0.1}
 
-def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+
+def eager(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Logits in the working dtype, the softmax in float32, as mixed-precision training does it."""
-    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+    logits = F.linear(hidden, weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+    return loss + z_loss * logits.logsumexp(-1).square().mean() if z_loss else loss
 
 
 def _eager(x: Inputs, case: Case) -> Forward:
-    return lambda: eager(x.hidden, x.weight, x.target)
+    return lambda: eager(x.hidden, x.weight, x.target, x.values.get("bias"), **x.options)
 
 
 def _compiled(x: Inputs, case: Case) -> Forward:
     function = torch.compile(eager, dynamic=False)
-    return lambda: function(x.hidden, x.weight, x.target)
+    return lambda: function(x.hidden, x.weight, x.target, x.values.get("bias"), **x.options)
+
+
+def _plain(why_not: Callable[[Case, torch.device], str]) -> Callable[[Case, torch.device], str]:
+    """``why_not`` of a rival that does not have all the options."""
+
+    def also(case: Case, device: torch.device) -> str:
+        return "has no z-loss or no soft capping" if case.shape.options else why_not(case, device)
+
+    return also
 
 
 def _fused_why_not(case: Case, device: torch.device) -> str:
@@ -40,7 +67,12 @@ def _fused(x: Inputs, case: Case) -> Forward:
 def _liger(x: Inputs, case: Case) -> Forward:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda: liger_fused_linear_cross_entropy(x.hidden, x.weight, x.target)
+    options = dict(x.options)
+    if options:
+        options["lse_square_scale"] = options.pop("z_loss")
+    return lambda: liger_fused_linear_cross_entropy(
+        x.hidden, x.weight, x.target, bias=x.values.get("bias"), **options
+    )
 
 
 def _cut(implementation: str):
@@ -69,11 +101,11 @@ def _matrix_products(x: Inputs, case: Case) -> Forward:
     return forward
 
 
-_cut_why_not = needs("cut_cross_entropy", gpu=True)
+_cut_why_not = _plain(needs("cut_cross_entropy", gpu=True))
 VARIANTS = (
     Variant("eager", _eager),
     Variant("torch.compile", _compiled),
-    Variant("F.linear_cross_entropy", _fused, why_not=_fused_why_not),
+    Variant("F.linear_cross_entropy", _fused, why_not=_plain(_fused_why_not)),
     Variant("Liger", _liger, why_not=needs("liger_kernel", gpu=True)),
     Variant("Cut Cross-Entropy", _cut("cce"), why_not=_cut_why_not, note="drops small gradients"),
     Variant("Cut Cross-Entropy, exact", _cut("cce_exact"), why_not=_cut_why_not),

@@ -9,17 +9,31 @@ windows of :mod:`cogview.generation.super_resolution`. Here each picture is show
 
 from __future__ import annotations
 
+import dataclasses
+import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cogview.config import ImageTokenizerConfig
+from cogview.data.order import batch_indices
 from cogview.data.pairs import Pairs
-from cogview.data.samples import Sample
+from cogview.data.samples import PairSamples, Sample
 from cogview.data.tokens import TokenDataset
-from cogview.tokens.sequence import ENLARGEMENT_FRAME_TOKENS, enlargement_row
+from cogview.model.local_grid import LocalGrid
+from cogview.seeding import derive_seed
+from cogview.tokens.sequence import (
+    ENLARGEMENT_FRAME_TOKENS,
+    LOCAL_FRAME_TOKENS,
+    Batch,
+    enlargement_row,
+    fit_text,
+    local_enlargement_prefix,
+    masked_codes,
+)
 from cogview.tokens.vqvae import ImageTokenizer
 
 CROPS = 4  # of a picture, beside the whole of it
@@ -85,3 +99,70 @@ class EnlargementDataset(TokenDataset):
         """The tokens of an enlargement, whatever the order."""
         low = len(codes) // 5  # a quarter of the high ones
         return enlargement_row(self.vocab, text, codes[:low], codes[low:])
+
+
+def num_local_codes(tokenizer: ImageTokenizerConfig) -> int:
+    """Codes of a picture at the tokenizer's size and at twice that."""
+    return 5 * tokenizer.codes_per_image
+
+
+class DoubleSamples(PairSamples):
+    """All of ``pairs`` at twice the size that is asked for."""
+
+    def part(self, number: int, first: int) -> Iterator[Sample]:
+        """See :class:`cogview.data.samples.Samples`."""
+        for index, sample in enumerate(super().part(number, first), start=first):
+            yield dataclasses.replace(sample, read=partial(self._read, index))
+
+    def _read(self, index: int, size: int) -> Tensor:
+        return self.pairs.image(index, 2 * size)
+
+    def identity(self) -> Iterator[bytes]:
+        """See :func:`cogview.data.fingerprint.fingerprint`."""
+        yield b"at twice the size"
+        yield from self.pairs.identity()
+
+
+class LocalDataset(TokenDataset):
+    """Rows of low codes, a text and high codes, of which a random share is hidden: the model fills it in.
+
+    Source of the training by masks: MaskGIT, arXiv:2202.04200, section 3.1. Here the share of codes that are
+    hidden is uniform, at least one code.
+    """
+
+    frame_tokens = LOCAL_FRAME_TOKENS
+
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        *,
+        text_weight: float,
+        caption_fraction: float,
+        seed: int,
+        text_dropout: float = 0.0,
+    ) -> Batch:
+        """See :meth:`TokenDataset.batch`; there is one order only, and all that is learned are codes."""
+        choice = random.Random(derive_seed(seed, "rows", step))
+        generator = torch.Generator().manual_seed(derive_seed(seed, "hidden codes", step))
+        num_low = self.rows.num_codes // 5
+        prefixes, high = [], []
+        for index in batch_indices(seed, step, batch_size, len(self)):
+            text, codes = self.rows.read(index, choice.random())
+            text = (
+                [] if choice.random() < text_dropout else fit_text(text, self.max_text_tokens, truncate=True)
+            )
+            prefixes.append(local_enlargement_prefix(self.vocab, self.max_text_tokens, text, codes[:num_low]))
+            high.append(codes[num_low:])
+        prefix, known = torch.tensor(prefixes), torch.tensor(high)
+        order = torch.rand(known.shape, generator=generator).argsort(1)
+        hidden = order <= torch.rand(len(known), 1, generator=generator) * (known.shape[1] - 1)
+        grid = LocalGrid(round(num_low**0.5), prefix.shape[1])
+        tokens = torch.cat([prefix, torch.where(hidden, masked_codes(self.vocab, 2 * grid.low), known)], 1)
+        targets = torch.cat([torch.full_like(prefix, self.vocab.pad), known], 1)
+        weight = torch.cat([torch.zeros(prefix.shape), hidden.float()], 1)
+        valid = tokens != self.vocab.pad
+        text_mask = valid & (tokens >= self.vocab.num_image_codes)
+        text_mask[:, grid.prefix :] = False
+        positions = grid.positions().expand(tokens.shape)
+        return Batch(tokens, targets, weight, text_mask, valid, positions, grid)

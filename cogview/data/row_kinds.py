@@ -35,3 +35,9 @@ ENLARGEMENTS = RowKind(
     enlargements.num_codes,
     enlargements.EnlargementDataset,
 )
+LOCAL_ENLARGEMENTS = RowKind(
+    enlargements.DoubleSamples,
+    enlargements.encode_twice,
+    enlargements.num_local_codes,
+    enlargements.LocalDataset,
+)

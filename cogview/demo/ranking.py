@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rank curve of a run on the digits: draw many candidates of each prompt, rank, judge, compare."""
+"""The rank curve of a run: draw many candidates of each prompt, rank them, judge them, compare."""
 
 from __future__ import annotations
 
@@ -13,28 +13,24 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from cogview.data.digits import DigitPairs
-from cogview.demo.judge import Judge
 from cogview.demo.plots import save_rank_curve
-from cogview.demo.report import Prompt, all_prompts
+from cogview.demo.quiz import Quiz, quiz_of
+from cogview.demo.run import DrawPlan, draw_prompts
 from cogview.device import default_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.features import EfficientNetLite0Features, Features
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.rank_curve import COUNTS, CurvePoint, costs_of_pickers, rank_curve
-from cogview.files import StrPath, load_tensors, save_tensors, write_json, write_text
-from cogview.generation.engine import DrawOptions
-from cogview.generation.text_to_image import generate_codes
+from cogview.files import StrPath, write_json, write_text
 from cogview.progress import Progress
-from cogview.run import MAX_BATCH, Run, load_run
-from cogview.seeding import derive_seed
+from cogview.run import Run, load_run
 from cogview.settings import claim_settings, load_tokenizer_settings
 from cogview.tokens.tokenizers import fingerprint_tokenizers
 from cogview.training.start import Start
 
 CURVE = "rank_curve"  # .png, .csv and .json
 SETTINGS = "rank_curve_settings.json"
-DRAWS = "draws"
+TOGETHER = 32  # pictures that the network sees at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class Ranking:
     out: StrPath
     captioner: StrPath | None = None
     candidates: int = 60  # of each prompt, as in the paper
-    draws: int = 2  # times that every prompt is drawn; 10 digits x 6 phrasings x 2 = 120 prompts
+    prompts: int = 120  # at most
     seed: int = 0
     device: str = field(default_factory=default_device)
     progress: bool = True
@@ -57,7 +53,7 @@ class RankingSettings:
 
     weights: str  # fingerprint of the run's
     candidates: int
-    draws: int
+    prompts: list[str]
     seed: int
 
 
@@ -68,96 +64,70 @@ def study_ranking(options: Ranking, network: Features | None = None) -> list[Cur
         network: gives the features of the distance; None takes EfficientNet-Lite0.
 
     Raises:
-        ValueError: a run that has not learned the digits, which is what the judge knows; a captioner with
-            other tokenizers; a folder that was started with other settings.
+        ValueError: a run on data that no judge can read; a captioner with other tokenizers; a folder that was
+            started with other settings.
     """
     out = Path(options.out)
-    data = load_tokenizer_settings(options.run).data
-    if data != "digits":
-        raise ValueError(f"run must be one on the digits, which the judge can read, got one on {data}")
+    settings = load_tokenizer_settings(options.run)
+    quiz = quiz_of(settings.data, settings.image_tokenizer.image_size, options.prompts)
     tokenizers = fingerprint_tokenizers(options.run)
     if options.captioner is not None and fingerprint_tokenizers(options.captioner) != tokenizers:
         raise ValueError(
             f"captioner must have the tokenizers of {options.run}, {options.captioner} has others"
         )
     run = load_run(options.run, options.device)
-    weights = Start(options.run, tokenizers).fingerprint
-    claim_settings(out / SETTINGS, RankingSettings(weights, options.candidates, options.draws, options.seed))
-    prompts = all_prompts(options.draws)
-    codes = _candidates(options, run, prompts)
-    losses = {"CapLoss": _losses(run, prompts, codes)}
+    weights, texts = Start(options.run, tokenizers).fingerprint, [prompt.text for prompt in quiz.prompts]
+    claim_settings(out / SETTINGS, RankingSettings(weights, options.candidates, texts, options.seed))
+    plan = DrawPlan(out, options.seed, options.candidates, options.progress)
+    codes, own_losses = draw_prompts(plan, run, quiz.prompts)
+    losses = {"CapLoss": own_losses}
     if options.captioner is not None:
         captioner = load_run(options.captioner, options.device)
-        losses["CapLoss of the captioner"] = _losses(captioner, prompts, codes)
-    is_right = _is_right(run, prompts, codes)
-    distance = _Distance(run, codes, network or EfficientNetLite0Features().to(options.device))
+        losses["CapLoss of the captioner"] = _losses(captioner, quiz, codes)
+    is_right = torch.stack([quiz.is_right(place, run.pixels(own).cpu()) for place, own in enumerate(codes)])
+    distance = _Distance(run, codes, quiz, network or EfficientNetLite0Features().to(options.device))
     costs = costs_of_pickers(losses, is_right, options.seed)
     points = len(costs) * sum(count <= options.candidates for count in COUNTS)
     with Progress(points, "rank curve", unit="point", enabled=options.progress) as bar:
         curve = rank_curve(costs, is_right, distance, tell=bar.update)
-    _write(out, curve, len(prompts), distance.network.distance)
+    _write(out, curve, len(texts), distance.network.distance)
     return curve
 
 
-def _candidates(options: Ranking, run: Run, prompts: Sequence[Prompt]) -> Tensor:
-    """Codes ``[P, M, num_codes]``; each draw of all prompts is a file, so that it is made once."""
-    codes = []
-    total = len(prompts) * options.candidates * run.num_codes
-    with Progress(total, "draw", unit="code", enabled=options.progress) as bar:
-        for draw in range(options.draws):
-            path = Path(options.out) / DRAWS / f"draw-{draw}.safetensors"
-            texts = [run.pieces(prompt.text) for prompt in prompts if prompt.draw == draw]
-            if path.exists():
-                bar.update(len(texts) * options.candidates * run.num_codes)
-            else:
-                drawn = generate_codes(
-                    run.model,
-                    run.tokenizers.vocab,
-                    texts,
-                    run.num_codes,
-                    num_candidates=options.candidates,
-                    seeds=[derive_seed(options.seed, "ranking", draw, place) for place in range(len(texts))],
-                    options=DrawOptions(run.sampling, max_batch=MAX_BATCH, on_step=bar.update),
-                )
-                save_tensors(path, {"codes": drawn})
-            codes.append(load_tensors(path)["codes"])
-    return torch.cat(codes)
-
-
-def _losses(run: Run, prompts: Sequence[Prompt], codes: Tensor) -> Tensor:
+def _losses(run: Run, quiz: Quiz, codes: Tensor) -> Tensor:
     """CapLoss ``[P, M]``."""
     losses = [
         caption_loss(run.model, run.tokenizers.vocab, own, [run.pieces(prompt.text)] * len(own)).cpu()
-        for prompt, own in zip(prompts, codes, strict=True)
+        for prompt, own in zip(quiz.prompts, codes, strict=True)
     ]
     return torch.stack(losses)
 
 
-def _is_right(run: Run, prompts: Sequence[Prompt], codes: Tensor) -> Tensor:
-    judge = Judge()
-    seen = torch.stack([judge(run.pixels(own).cpu()) for own in codes])
-    return seen == torch.tensor([prompt.digit for prompt in prompts])[:, None]
-
-
 class _Distance:
-    """The Frechet distance between picks and the real scans that the run was trained on."""
+    """The Frechet distance between picks and the real pictures of the quiz."""
 
-    def __init__(self, run: Run, codes: Tensor, network: Features) -> None:
+    def __init__(self, run: Run, codes: Tensor, quiz: Quiz, network: Features) -> None:
         self.run, self.codes, self.network = run, codes, network
-        pairs, size = DigitPairs("train"), run.tokenizers.image.config.image_size
+        # Pickers often agree, so the features of a candidate are kept once they are known.
+        self._known = torch.zeros(codes.shape[:2], dtype=torch.bool)
+        self._kept = torch.empty(*codes.shape[:2], network.width, dtype=torch.float32)
         self.real = FeatureStatistics(network.width)
-        for start in range(0, len(pairs), MAX_BATCH):
-            numbers = range(start, min(start + MAX_BATCH, len(pairs)))
-            self.real.update(self._features(torch.stack([pairs.image(number, size) for number in numbers])))
+        for images in quiz.real():
+            self.real.update(self._features(images))
 
     def _features(self, images: Tensor) -> Tensor:
+        device = self.run.model.word_embeddings.weight.device
         with torch.inference_mode():
-            return torch.cat([self.network(part.to(self.codes.device)) for part in images.split(32)])
+            return torch.cat([self.network(part.to(device)) for part in images.split(TOGETHER)])
 
     def __call__(self, places: Tensor) -> float:
+        rows = torch.arange(len(places))
+        new = rows[~self._known[rows, places]]
+        if len(new):
+            self._kept[new, places[new]] = self._features(self.run.pixels(self.codes[new, places[new]])).cpu()
+            self._known[new, places[new]] = True
         picked = FeatureStatistics(self.network.width)
-        codes = self.codes[torch.arange(len(places)), places]
-        picked.update(self._features(self.run.pixels(codes)))
+        picked.update(self._kept[rows, places])
         return frechet_distance(self.real, picked)
 
 

@@ -34,7 +34,7 @@ from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.vqvae import train_image_tokenizer
+from cogview.training.vqvae import new_image_tokenizer, train_image_tokenizer
 
 METHODS: tuple[CodebookMethod, ...] = typing.get_args(CodebookMethod)
 SIMILAR = 0.1  # The worst method is at most so much above the best one where all are "at a similar level".
@@ -77,9 +77,7 @@ SIZES: dict[str, TokenizerSize] = {
             keep=1,
         ),
     ),
-    "paper": TokenizerSize(
-        _EMOJI.image_tokenizer, dataclasses.replace(_EMOJI.image_tokenizer_train, warmup_steps=1)
-    ),
+    "paper": TokenizerSize(_EMOJI.image_tokenizer, _EMOJI.image_tokenizer_train),
 }
 
 
@@ -126,8 +124,8 @@ def study_tokenizers(options: TokenizerStudy) -> list[dict[str, Any]]:
         {
             "method": method,
             "seed": seed,
-            "loss": history["reconstruction"],
-            "codes_used": history["codes_used"],
+            "loss": history["reconstruction"][options.size.train.warmup_steps :],
+            "codes_used": history["codes_used"][options.size.train.warmup_steps :],
             **_quality(judge, held_out, real, *rebuilt[method, seed]),
         }
         for (method, seed), (_, history) in trained.items()
@@ -155,7 +153,7 @@ def _train(
     weights, history = folder / "image_tokenizer.safetensors", folder / "history.json"
     size = options.size
     torch.manual_seed(derive_seed(seed, "study of tokenizers"))
-    tokenizer = ImageTokenizer(size.shape).to(options.device)
+    tokenizer = new_image_tokenizer(size.shape, size.train).to(options.device)
     if not weights.exists():
         config = dataclasses.replace(size.train, codebook=method, seed=seed)
         if options.progress:

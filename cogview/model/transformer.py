@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from cogview.config import ModelConfig
 from cogview.model.cache import KVCache
 from cogview.model.hub import HubModel
+from cogview.model.local_grid import LocalGrid
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
@@ -39,6 +40,7 @@ from cogview_kernels import (
     three_region_attention,
 )
 
+Layout = ThreeRegionLayout | LocalGrid  # which keys each query sees
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
 
 
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, dtype=DTYPE)
 
     def forward(
-        self, x: Tensor, layout: ThreeRegionLayout | None, cache: KVCache | None = None, layer: int = 0
+        self, x: Tensor, layout: Layout | None, cache: KVCache | None = None, layer: int = 0
     ) -> Tensor:
         B, T, C = x.shape
         decoding = cache is not None and not cache.is_empty
@@ -70,14 +72,18 @@ class Attention(nn.Module):
             keys, values = cache.write(layer, qkv[:, :, 1:])
         if cache is not None and decoding:
             q = qkv.select(2, 0).transpose(1, 2)
+            if isinstance(layout, LocalGrid):
+                raise ValueError("layout must be no LocalGrid where there is a cache")
             out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
             out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
         return _linear(self.dense, out.transpose(1, 2).reshape(B, T, C), decoding)
 
-    def _among_themselves(self, qkv: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
+    def _among_themselves(self, qkv: Tensor, layout: Layout | None) -> Tensor:
         q, k, v = qkv  # each [B, H, T, D]
         dropout_p = self.dropout if self.training else 0.0
+        if isinstance(layout, LocalGrid):
+            return layout.attend(q, k, v, dropout_p)
         if layout is not None:
             return cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
@@ -131,7 +137,7 @@ class Layer(nn.Module):
         x: Tensor,
         normed: Tensor,
         next_layernorm: nn.LayerNorm,
-        layout: ThreeRegionLayout | None,
+        layout: Layout | None,
         cache: KVCache | None = None,
         index: int = 0,
     ) -> tuple[Tensor, Tensor]:
@@ -185,7 +191,7 @@ class CogView(HubModel):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        layout: ThreeRegionLayout | Sequence[ThreeRegionLayout] | None = None,
+        layout: Layout | Sequence[ThreeRegionLayout] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Final hidden states ``[B, T, C]`` of tokens ``[B, T]`` (int64 ids below ``vocab_size``).
@@ -193,7 +199,8 @@ class CogView(HubModel):
         Args:
             positions: ``[B, T]`` or ``[T]`` ids into the position table; by default they count from 0,
                 or as ``cache.positions`` has them.
-            layout: None for dense causal attention, one layout for all layers, or one per layer.
+            layout: None for dense causal attention, one layout for all layers, or one per layer; a
+                :class:`LocalGrid` for rows with two grids of one picture, without a cache.
             cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
                 by attention among the tokens themselves. Not in training mode.
 
@@ -205,8 +212,8 @@ class CogView(HubModel):
         restarts = positions is not None or (cache is not None and cache.restart is not None)
         if self.config.max_positions < T and not restarts:
             raise ValueError(f"tokens must have at most {self.config.max_positions} columns, got {T}")
-        if layout is None or isinstance(layout, ThreeRegionLayout):
-            layouts: Sequence[ThreeRegionLayout | None] = [layout] * len(trunk.layers)
+        if layout is None or isinstance(layout, (ThreeRegionLayout, LocalGrid)):
+            layouts: Sequence[Layout | None] = [layout] * len(trunk.layers)
         else:
             layouts = layout
         if len(layouts) != len(trunk.layers):

@@ -7,6 +7,10 @@ Templates of the released code (CogView, arXiv:2105.13290)::
     image to text    SIZE BOI1 codes EOI1 ROI1 text SEP             PAD ...
     enlargement      ROI1 text SIZE BOI1 low EOI1 ROI2 POS0 SIZE BOI2 high EOI2    PAD ...
 
+and for CogView2's attention, whose rows have fixed places (see ``LocalGrid``)::
+
+    local            SIZE BOI1 low EOI1 ROI1 text PAD ...  high
+
 In an enlargement both SIZE tokens are that of the high codes, and POS0 never varies, as in the released code.
 The released captioner has no end token and always emits 20 text tokens; rows trained here end with SEP
 so that a caption can stop by itself. Positions are absolute and count from the start of the row, and from 0
@@ -18,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ from torch import Tensor
 
 from cogview.tokens.vocab import Vocab
 
+LOCAL_FRAME_TOKENS = 4  # SIZE, BOI1, EOI1, ROI1
 FRAME_TOKENS = 5  # ROI1, SIZE, BOI1, EOI1 and, in image-to-text order, SEP
 ENLARGEMENT_FRAME_TOKENS = 9  # ROI1, SIZE, BOI1, EOI1, ROI2, POS0, SIZE, BOI2, EOI2
 
@@ -83,6 +88,21 @@ def enlargement_row(
     return [*prompt, *_image_ids(vocab, high), vocab.command("EOI2")]
 
 
+def local_enlargement_prefix(vocab: Vocab, room: int, pieces: Sequence[int], low: Sequence[int]) -> list[int]:
+    """``SIZE BOI1 low EOI1 ROI1 text PAD ...`` with ``room`` tokens for the text; high codes follow."""
+    row = [*image_to_text_prompt(vocab, low), *_text_ids(vocab, pieces)]
+    return [*row, *[vocab.pad] * (room - len(pieces))]
+
+
+def masked_codes(vocab: Vocab, side: int) -> Tensor:
+    """What stands for codes of a fine grid that are not known, int64 ``[side * side]``.
+
+    POS1 to POS4 tell the four codes apart that lie over one coarse code and share its position.
+    """
+    y, x = torch.arange(side)[:, None] % 2, torch.arange(side) % 2
+    return (vocab.command("POS1") + 2 * y + x).flatten()
+
+
 def drop_texts(vocab: Vocab, rows: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:
     """The rows, of which ``share`` of those in text-to-image order lose their text; each falls to chance.
 
@@ -127,6 +147,7 @@ class Batch:
     text_mask: Tensor  # bool: input is neither image code nor PAD, hence always a pivot
     valid_mask: Tensor  # bool: input is not PAD
     positions: Tensor | None = None  # int64 ids of positions; None: every input's place in its row
+    grid: Any = None  # the model's ``LocalGrid``, if rows hold a coarse and a fine grid of one picture
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``; the host does not wait for a copy to a GPU."""
@@ -139,9 +160,9 @@ class Batch:
             tensor = tensor.pin_memory() if is_cuda and not tensor.is_cuda else tensor
             return tensor.to(device, non_blocking=True)
 
-        return Batch(*map(moved, self._tensors()))
+        return replace(Batch(*map(moved, self._tensors())), grid=self.grid)
 
-    def _tensors(self) -> tuple[Tensor | None, ...]:
+    def _tensors(self) -> tuple[Any, ...]:
         return (self.tokens, self.targets, self.weight, self.text_mask, self.valid_mask, self.positions)
 
     def split(self, parts: int) -> list[Batch]:
@@ -149,7 +170,7 @@ class Batch:
         pieces: list[Any] = [
             (None,) * parts if tensor is None else tensor.tensor_split(parts) for tensor in self._tensors()
         ]
-        return [Batch(*part) for part in zip(*pieces, strict=True)]
+        return [replace(Batch(*part), grid=self.grid) for part in zip(*pieces, strict=True)]
 
 
 def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_weight: float = 1.0) -> Batch:

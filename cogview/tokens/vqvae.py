@@ -144,9 +144,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, z: Tensor) -> None:
-        """Start the book at random ones of the vectors ``[..., D]``."""
-        flat = z.reshape(-1, z.shape[-1])
-        chosen = flat[torch.randint(len(flat), (self.embed.shape[1],), device=z.device)].t()
+        """Start the book at random ones of the vectors ``[..., D]``, at no two that are equal if it can.
+
+        White paper alone may be half of all vectors.
+        """
+        distinct = torch.unique(z.reshape(-1, z.shape[-1]), dim=0)
+        num_codes = self.embed.shape[1]
+        order = torch.randperm(len(distinct), device=z.device)
+        chosen = distinct[order[torch.arange(num_codes, device=z.device) % len(distinct)]].t()
         self.embed.copy_(chosen)
         self.embed_avg.copy_(chosen)
         self.cluster_size.fill_(1.0)
@@ -231,18 +236,18 @@ class ImageTokenizer(nn.Module):
         self.enc_b = Encoder(config)
         self.quantize_t = Quantizer(config)
         self.dec = Decoder(config)
-        if config.patches:
-            self._begin_with_patches()
         # Not part of the state dict of the released tokenizer.
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
 
     @torch.no_grad()
-    def _begin_with_patches(self) -> None:
-        """Let a code's vector be its cell's pixels at first, turned, and the decoder turn them back.
+    def begin_with_patches(self, color_weight: float = 0.0) -> None:
+        """Let a code's vector be its cell's pixels, turned, and the decoder turn them back.
 
         Encoder and decoder are the identity then, as far as ``channels`` and ``code_dim`` have room for the
-        pixels. Training has to learn from there only what a codebook loses.
+        pixels: training has to learn only what a codebook loses. A squared distance between vectors is the
+        sum of the pixels' squared errors and ``color_weight`` times that part of it which is the mean
+        colour's, so the nearest code is the one of least loss. For a new tokenizer with ``config.patches``.
         """
         first, last = self.enc_b.blocks[0], self.enc_b.blocks[-1]
         back, out = self.dec.blocks[0], self.dec.blocks[-1]
@@ -253,16 +258,21 @@ class ImageTokenizer(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.orthogonal_(first.weight)
         nn.init.orthogonal_(last.weight)
-        to_code = last.weight.flatten(1)  # [code_dim, channels]
         from_cell = first.weight.flatten(1)  # [channels, pixels of a cell]
-        if to_code.shape[0] >= from_cell.shape[1]:
-            turn = nn.init.orthogonal_(torch.empty(to_code.shape[0], from_cell.shape[1], dtype=DTYPE))
-            to_code.copy_(turn @ from_cell.t())
+        to_code = from_code = last.weight.flatten(1)  # [code_dim, channels]
+        pixels = from_cell.shape[1]
+        if len(to_code) >= pixels:
+            turn = nn.init.orthogonal_(torch.empty(len(to_code), pixels, dtype=DTYPE))
+            means = torch.block_diag(*[torch.full((pixels // 3, pixels // 3), 3 / pixels)] * 3).to(turn)
+            factor = (1 + color_weight) ** 0.5
+            to_code = turn @ (torch.eye(pixels).to(turn) + (factor - 1) * means) @ from_cell.t()
+            from_code = turn @ (torch.eye(pixels).to(turn) + (1 / factor - 1) * means) @ from_cell.t()
+            last.weight.copy_(to_code.view_as(last.weight))
         if back is out:
-            out.weight.copy_((to_code @ from_cell).view_as(out.weight))
+            out.weight.copy_((from_code @ from_cell).view_as(out.weight))
         else:
             back.weight.zero_()
-            back.weight[:, :, 1, 1] = to_code.t()
+            back.weight[:, :, 1, 1] = from_code.t()
             out.weight.copy_(first.weight)
 
     def vectors(self, images: Tensor) -> Tensor:

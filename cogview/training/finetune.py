@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cogview.config import ModelConfig, Preset, ThreeRegionConfig
-from cogview.data.row_kinds import ENLARGEMENTS, PICTURES, RowKind
+from cogview.data.row_kinds import ENLARGEMENTS, LOCAL_ENLARGEMENTS, PICTURES, RowKind
 from cogview.device import default_device
 from cogview.files import StrPath, exists
 from cogview.presets import implied_preset
@@ -75,10 +75,23 @@ def finetune_super_resolution(options: Finetune) -> History:
     return _finetune("super-resolution", options, kind=ENLARGEMENTS, caption_fraction=0.0, text_dropout=0.1)
 
 
+def finetune_local_super_resolution(options: Finetune) -> History:
+    """Pictures at the run's size and at twice that, under CogView2's local attention: the run fills in codes.
+
+    See :class:`cogview.model.local_grid.LocalGrid`. ``data`` are pictures, best of twice the size that the
+    run's tokenizer takes. Of the losses only that of image codes means anything. Returns and raises what
+    :func:`finetune_super_resolution` does, but for any grid.
+    """
+    return _finetune(
+        "local-super-resolution", options, kind=LOCAL_ENLARGEMENTS, caption_fraction=0.0, text_dropout=0.1
+    )
+
+
 TASKS: dict[str, Callable[[Finetune], History]] = {
     "captioning": finetune_captioning,
     "style": finetune_style,
     "super-resolution": finetune_super_resolution,
+    "local-super-resolution": finetune_local_super_resolution,
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from cogview.config import Preset, require_workers
+from cogview.config import ModelConfig, Preset, require_workers
 from cogview.data.fingerprint import fingerprint
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.data.row_kinds import PICTURES, RowKind
@@ -49,7 +49,6 @@ from cogview.settings import (
 )
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
-from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.compilation import require_compiler
@@ -59,7 +58,7 @@ from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitt
 from cogview.training.precision import Precision
 from cogview.training.start import Start
 from cogview.training.transformer import TrainingData, train
-from cogview.training.vqvae import ImageTokenizerTrainer, train_image_tokenizer
+from cogview.training.vqvae import ImageTokenizerTrainer, new_image_tokenizer, train_image_tokenizer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
 TRAINING_ROWS = "rows"  # of pictures that are trained on, in the run folder
@@ -180,7 +179,8 @@ def _train_image_tokenizer(
 ) -> None:
     out = Path(options.out)
     torch.manual_seed(derive_seed(preset.image_tokenizer_train.seed, "init image tokenizer"))
-    tokenizer = ImageTokenizer(preset.image_tokenizer).to(options.device)
+    tokenizer = new_image_tokenizer(preset.image_tokenizer, preset.image_tokenizer_train)
+    tokenizer = tokenizer.to(options.device)
     history = train_image_tokenizer(
         tokenizer,
         pairs,
@@ -274,8 +274,7 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         start.copy_tokenizers(out)
     rows = data if isinstance(data, Rows) else _rows_of(data, options, tokenizers, plan.max_text_tokens)
     dataset = _dataset(rows, options, preset, tokenizers, plan)
-    torch.manual_seed(derive_seed(preset.train.seed, "init model"))
-    model = CogView(plan.config).to(options.device)
+    model = _model(plan.config, preset, options.device)
     if start is not None and saved is None:
         start.load_weights(model)
     if distributed.is_first():
@@ -291,6 +290,11 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         draw=None if draw is None else partial(draw, model),
         progress=options.progress,
     )
+
+
+def _model(config: ModelConfig, preset: Preset, device: str) -> CogView:
+    torch.manual_seed(derive_seed(preset.train.seed, "init model"))
+    return CogView(config).to(device)
 
 
 def _dataset(

@@ -53,7 +53,7 @@ def sample_layouts(
     pivots. The released code gives rows of less text more of them; in image-to-text order the model then
     reads the length of the coming text off their number, and is lost without it when it captions.
     """
-    if config.three_region is None:
+    if config.three_region is None or batch.grid is not None:
         return None
     return [
         ThreeRegionLayout.sample(
@@ -96,7 +96,7 @@ def losses_of(
     gradient in float32 under autocast.
     """
     whole = batch if whole is None else whole
-    hidden = model(batch.tokens, positions=batch.positions, layout=layouts)
+    hidden = model(batch.tokens, positions=batch.positions, layout=batch.grid or layouts)
     with torch.autocast(hidden.device.type, enabled=False) if wide_head else nullcontext():
         loss, token_losses = linear_cross_entropy(
             hidden,

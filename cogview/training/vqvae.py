@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cogview.config import ImageTokenizerTrainConfig
+from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.loading import training_images
 from cogview.data.order import StepBatches
 from cogview.data.pairs import Pairs
@@ -88,6 +88,14 @@ class ImageTokenizerTrainer(Trainer):
 
     def shown(self, values: Mapping[str, float]) -> str:
         return f"mse {values['reconstruction']:.5f}, codes {values['codes_used']:.0f}"
+
+
+def new_image_tokenizer(shape: ImageTokenizerConfig, config: ImageTokenizerTrainConfig) -> ImageTokenizer:
+    """A tokenizer that is ready to be trained; it follows from PyTorch's global generator."""
+    tokenizer = ImageTokenizer(shape)
+    if shape.patches:
+        tokenizer.begin_with_patches(config.color_weight)
+    return tokenizer
 
 
 def train_image_tokenizer(

@@ -17,8 +17,13 @@ GPU_MAX_WIDTH = 4096
 
 
 class NormOptions(NamedTuple):
+    """The last two are of RMSNorm alone: what is added to weights, and whether a normalised row is rounded to
+    its dtype before it is multiplied by them."""
+
     eps: float
     pb_relax: str | None
+    weight_offset: float = 0.0
+    round_before_weight: bool = False
 
 
 class Affine(NamedTuple):
@@ -51,6 +56,44 @@ class Affine(NamedTuple):
         return tuple(like.new_empty(0) if p is None else p for p in self)
 
 
+class Norms(NamedTuple):
+    """What the norm on the branch has, and the norm on the new residual; or their gradients."""
+
+    post: Affine
+    pre: Affine
+
+    def contiguous(self) -> Norms:
+        return Norms(self.post.contiguous(), self.pre.contiguous())
+
+
+class ForwardRows(NamedTuple):
+    """Of a sandwich. RMSNorm's may end with the addition: then there is no ``normed``."""
+
+    branch: Tensor
+    residual: Tensor
+    residual_out: Tensor
+    normed: Tensor | None
+
+
+class BackwardRows(NamedTuple):
+    """Of a sandwich. Either of the first two may be None, which stands for zeros. Where the sandwich ends
+    with the addition, there is neither ``residual_out`` nor ``dresidual``, which is ``dresidual_out`` then.
+    """
+
+    dresidual_out: Tensor | None
+    dnormed: Tensor | None
+    branch: Tensor
+    residual_out: Tensor | None
+    dbranch: Tensor
+    dresidual: Tensor | None
+
+    def trunk(self) -> Tensor:
+        """Rows of the residual's dtype, which is not always that of the branch."""
+        rows = self.dresidual_out if self.dresidual is None else self.dresidual
+        assert rows is not None
+        return rows
+
+
 def limit(backend: str, name: str, x: Tensor) -> str:
     """Why the kernels of ``backend`` cannot take the rows of ``x``; empty when they can."""
     if backend != "cpu" and x.shape[-1] > GPU_MAX_WIDTH:
@@ -66,6 +109,11 @@ def limit(backend: str, name: str, x: Tensor) -> str:
 
 def options(given: NormOptions) -> tuple[float, int]:
     return given.eps, PB_RELAX_CODES[given.pb_relax]
+
+
+def rms_options(given: NormOptions) -> tuple[float, int, float, bool]:
+    eps, pb_relax, weight_offset, round_before_weight = given
+    return eps, PB_RELAX_CODES[pb_relax], weight_offset, round_before_weight
 
 
 def blocks(x: Tensor) -> int:

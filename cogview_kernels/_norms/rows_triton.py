@@ -111,13 +111,37 @@ def fill_row(value: tl.constexpr, columns):
 
 
 @triton.jit
-def load_parameter(pointer, C: tl.constexpr, columns, fill: tl.constexpr):
-    """A weight or bias in float32, ``fill`` where there is none."""
+def load_parameter(pointer, C: tl.constexpr, columns, fill: tl.constexpr, added: tl.constexpr = 0.0):
+    """A weight or bias in float32, plus ``added``; ``fill`` where there is none."""
     if pointer is None:
         x = fill_row(fill, columns)
     else:
         x = load_row(pointer, 0, C, columns)
+        if added != 0.0:
+            x = add_rows(x, fill_row(added, columns))
     return x
+
+
+@triton.jit
+def save_statistics(stats_ptr, norm: tl.constexpr, row, R, mean, rstd, RMS: tl.constexpr):
+    """Those of a row in the first or second norm of [norms, R] or [norms, 2, R] statistics."""
+    if RMS:
+        tl.store(stats_ptr + offset(R, norm) + row, rstd)
+    else:
+        tl.store(stats_ptr + offset(R, 2 * norm) + row, mean)
+        tl.store(stats_ptr + offset(R, 2 * norm + 1) + row, rstd)
+
+
+@triton.jit
+def load_statistics(stats_ptr, norm: tl.constexpr, row, R, RMS: tl.constexpr):
+    """``(mean, rstd)``"""
+    if RMS:
+        mean = 0.0
+        rstd = tl.load(stats_ptr + offset(R, norm) + row)
+    else:
+        mean = tl.load(stats_ptr + offset(R, 2 * norm) + row)
+        rstd = tl.load(stats_ptr + offset(R, 2 * norm + 1) + row)
+    return mean, rstd
 
 
 @triton.jit
@@ -129,19 +153,22 @@ def add_rows(a, b):
 
 
 @triton.jit
-def affine(x, weight, bias):
-    y = ()
-    for i in tl.static_range(len(x)):
-        y += (x[i] * weight[i] + bias[i],)
-    return y
-
-
-@triton.jit
 def round_row(x, C: tl.constexpr, columns, dtype: tl.constexpr):
     """To ``dtype``, as float32 still; 0 past C."""
     y = ()
     for i in tl.static_range(len(columns)):
         y += (round_to(tl.where(columns[i] < C, x[i], 0.0), dtype),)
+    return y
+
+
+@triton.jit
+def affine(x, weight, bias, C: tl.constexpr, columns, ROUND: tl.constexpr, dtype: tl.constexpr):
+    """``x * weight + bias``; with ROUND ``x`` is rounded to ``dtype`` first."""
+    if ROUND:
+        x = round_row(x, C, columns, dtype)
+    y = ()
+    for i in tl.static_range(len(x)):
+        y += (x[i] * weight[i] + bias[i],)
     return y
 
 
@@ -184,11 +211,62 @@ def load_abs_max(abs_maxima_ptr, COUNT):
 
 
 @triton.jit
-def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.constexpr):
-    """``(xhat, mean, rstd)`` of a row, with ``rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2)``.
+def _powers_of_two(abs_max):
+    """``(scale, 1 / scale)``, where ``abs_max * scale`` is near 1."""
+    exponent = abs_max.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(exponent, 1), 253)
+    scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    return scale, (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _reciprocal_root(variance):
+    """``1 / sqrt(variance)``, 0 of 0."""
+    rstd = tl.where(variance == 0.0, 0.0, tl.rsqrt(variance))
+    # A step of Newton's: the GPU's approximation is off by an ulp, which every element would be too.
+    return rstd + rstd * (0.5 - variance * rstd * rstd * 0.5)
+
+
+@triton.jit
+def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.constexpr, RMS: tl.constexpr):
+    """``(xhat, mean, rstd)`` of a row; of RMSNorm the mean is 0. xhat is not 0 past C."""
+    if RMS:
+        xhat, mean, rstd = _normalise_by_rms(x, C, tensor_abs_max, eps, PB_RELAX)
+    else:
+        xhat, mean, rstd = _normalise_by_mean(x, C, columns, tensor_abs_max, eps, PB_RELAX)
+    return xhat, mean, rstd
+
+
+@triton.jit
+def _normalise_by_rms(x, C: tl.constexpr, tensor_abs_max, eps, PB_RELAX: tl.constexpr):
+    """``rstd = 1 / sqrt(mean of squares + eps * (abs_max / 8)^2)``, of the row times a power of two."""
+    if PB_RELAX == 0:
+        scale, relaxed = 1.0, 1.0
+    else:
+        abs_max = tensor_abs_max
+        if PB_RELAX == 1:
+            abs_max = tl.max(abs_max_of_pieces(x), axis=0)
+        scale, _ = _powers_of_two(abs_max)
+        relaxed = abs_max * scale * 0.125
+    scaled = ()
+    squares = ()
+    for i in tl.static_range(len(x)):
+        value = x[i] * scale
+        scaled += (value,)
+        squares += (value * value,)
+    rstd = _reciprocal_root(tl.sum(sum_of_pieces(squares), axis=0) / C + eps * relaxed * relaxed)
+    xhat = ()
+    for i in tl.static_range(len(x)):
+        xhat += (scaled[i] * rstd,)
+    return xhat, 0.0, tl.minimum(rstd * scale, 3.4028234e38)
+
+
+@triton.jit
+def _normalise_by_mean(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.constexpr):
+    """``rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2)``.
 
     Squares are of the row times a power of two that brings abs_max near 1: no overflow. The centred values'
-    own mean undoes the rounding of the first one, so constant rows come out right. xhat is not 0 past C."""
+    own mean undoes the rounding of the first one, so constant rows come out right."""
     sums = sum_of_pieces(x)
     if PB_RELAX == 1:
         largest = abs_max_of_pieces(x)
@@ -203,10 +281,7 @@ def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.con
         mean = total / C
         scale, unscale, relaxed = 1.0, 1.0, 1.0
     else:
-        exponent = abs_max.to(tl.int32, bitcast=True) >> 23
-        exponent = tl.minimum(tl.maximum(exponent, 1), 253)
-        scale = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-        unscale = (exponent << 23).to(tl.float32, bitcast=True)
+        scale, unscale = _powers_of_two(abs_max)
         relaxed = abs_max * scale * 0.125
         if tl.abs(total) < 1e37:
             mean = total * scale / C
@@ -224,10 +299,7 @@ def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.con
         squares += (value * value,)
     rest, square = sum_pair(sum_of_pieces(centred), sum_of_pieces(squares))
     rest = rest / C
-    variance = tl.maximum(square / C - rest * rest, 0.0) + eps * relaxed * relaxed
-    rstd = tl.where(variance == 0.0, 0.0, tl.rsqrt(variance))
-    # A step of Newton's: the GPU's approximation is off by an ulp, which every element would be too.
-    rstd += rstd * (0.5 - variance * rstd * rstd * 0.5)
+    rstd = _reciprocal_root(tl.maximum(square / C - rest * rest, 0.0) + eps * relaxed * relaxed)
     xhat = ()
     for i in tl.static_range(len(x)):
         xhat += ((centred[i] - rest) * rstd,)
@@ -235,22 +307,31 @@ def normalise(x, C: tl.constexpr, columns, tensor_abs_max, eps, PB_RELAX: tl.con
 
 
 @triton.jit
-def gradient_through(dy, x, mean, rstd, weight, C: tl.constexpr, columns):
-    """``(dx, dy * xhat)`` with ``g = dy * weight``: ``dx = rstd * (g - mean(g) - xhat * mean(g * xhat))``."""
+def gradient_through(dy, x, mean, rstd, weight, C: tl.constexpr, columns, RMS: tl.constexpr):
+    """``(dx, dy * xhat)`` with ``g = dy * weight``: ``dx = rstd * (g - mean(g) - xhat * mean(g * xhat))``,
+    for RMSNorm without ``mean(g)``."""
     xhat = ()
     g = ()
     hats = ()
     product = ()
     for i in tl.static_range(len(x)):
-        xhat += (tl.where(columns[i] < C, (x[i] - mean) * rstd, 0.0),)
+        if RMS:
+            xhat += (x[i] * rstd,)
+        else:
+            xhat += (tl.where(columns[i] < C, (x[i] - mean) * rstd, 0.0),)
         g += (dy[i] * weight[i],)
         hats += (g[i] * xhat[i],)
         product += (dy[i] * xhat[i],)
-    plain, hat = sum_pair(sum_of_pieces(g), sum_of_pieces(hats))
-    plain, hat = plain / C, hat / C
     dx = ()
-    for i in tl.static_range(len(x)):
-        dx += (tl.where(columns[i] < C, rstd * (g[i] - plain - xhat[i] * hat), 0.0),)
+    if RMS:
+        hat = tl.sum(sum_of_pieces(hats), axis=0) / C
+        for i in tl.static_range(len(x)):
+            dx += (rstd * (g[i] - xhat[i] * hat),)
+    else:
+        plain, hat = sum_pair(sum_of_pieces(g), sum_of_pieces(hats))
+        plain, hat = plain / C, hat / C
+        for i in tl.static_range(len(x)):
+            dx += (tl.where(columns[i] < C, rstd * (g[i] - plain - xhat[i] * hat), 0.0),)
     return dx, product
 
 
@@ -344,4 +425,4 @@ def launch_reduce_partials(partials: Tensor, *outs: Tensor | None) -> None:
     if all(out is None for out in outs):
         return
     shape = tuple(partials.shape)
-    _reduce_partials_plans.get(shape, *shape)(partials, *(*outs, None, None)[:4])
+    _reduce_partials_plans.get(shape, *shape)(partials, *(*outs, None, None, None)[:4])

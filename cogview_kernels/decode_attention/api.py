@@ -17,10 +17,12 @@ _BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
+def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor | None) -> str:
     if backend in ("sdpa", "reference"):
         return ""
-    return backend_module(backend).limit(backend, q, k_cache, v_cache)
+    return _checks.starts_limit(backend, starts) or backend_module(backend).limit(
+        backend, q, k_cache, v_cache
+    )
 
 
 def decode_attention(
@@ -30,6 +32,7 @@ def decode_attention(
     lengths: Tensor,
     *,
     layout: ThreeRegionLayout | None = None,
+    starts: Tensor | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -48,10 +51,13 @@ def decode_attention(
     Args:
         q: ``[B, H, Tq, D]``; float32, float16, bfloat16 or float64. Its keys and values are cached already.
         k_cache, v_cache: ``[B, Hkv, S, D]``, dtype and device of ``q``; H is a multiple of Hkv. What lies at
-            or past ``lengths`` has no influence, whatever it is.
+            or past ``lengths`` has no influence, whatever it is. Autocast casts q and the caches, as for
+            ``scaled_dot_product_attention``: keep the caches in its dtype, or each call copies them.
         lengths: int32 or int64 ``[B]`` on the device of ``q``: positions written so far, those of ``q``
             included, in ``[0, S]``. A query before position 0 gets zeros.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
+        starts: int32 or int64 ``[B]`` on the device of ``q``, for padding on the left: keys before a
+            sample's start have no influence, whatever they are, and a query before it gets zeros.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for device and arguments.
 
@@ -63,36 +69,42 @@ def decode_attention(
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
         NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no derivative, no
-            float64, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in where a
-            gradient is needed, not for derivatives in forward mode.
+            float64, no starts, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in
+            for starts and where a gradient is needed, not for derivatives in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
     """
+    if torch._C._is_any_autocast_enabled():
+        q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
     # No limit of a backend but this one depends on more than shapes, dtypes and the device.
-    recorded = torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad)
-    signature = _backends.signature(_OP, q, k_cache, v_cache, lengths, *regions, scale, recorded, backend)
+    tensors = (q, k_cache, v_cache)
+    recorded = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
+    inputs = q, k_cache, v_cache, lengths, *regions, starts
+    signature = _backends.signature(_OP, *inputs, scale, recorded, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k_cache, v_cache, lengths, layout)
+        _checks.check_starts(_OP, starts, q.shape[0], q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
-        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache, starts)
         _backends.remember(signature, chosen)
     _check_values(lengths, layout, k_cache.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if k_cache.shape[2] == 0:
         return torch.zeros_like(q)
     if chosen == "sdpa":
-        return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale)
+        return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale, starts)
     if chosen == "reference":
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
-        return decode_attention_reference(
-            q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale
-        ).to(q.dtype)
+        with _checks.no_autocast(q.device):
+            return decode_attention_reference(
+                q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale, starts
+            ).to(q.dtype)
     if layout is None:
-        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, scale, chosen)
+        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, scale, chosen)
     return decode_attention_op(
         q,
         k_cache,
@@ -102,6 +114,7 @@ def decode_attention(
         layout.block_size,
         layout.window_blocks,
         float(layout.pivot_bias),
+        layout.density,
         scale,
         chosen,
     )

@@ -51,10 +51,10 @@ def forward(
     backend: str,
 ) -> None:
     """Fills ``out``. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out`` throughout."""
-    B, H, Tq, D = q.shape
-    Hkv, S = k_cache.shape[1:3]
+    S = k_cache.shape[2]
     splits = (0, 0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
     if backend == "cuda":
+        B, H, Tq, D = q.shape
         q, k_cache, v_cache = aligned(q), aligned(k_cache), aligned(v_cache)
         keys = _most_keys(Tq, S, layout)
         parts = min(_MOST_SPLITS, -(-keys // _CHUNK))
@@ -69,9 +69,7 @@ def forward(
         v_cache,
         lengths,
         out,
-        (B, H, Hkv, Tq, S, D),
         causal_layout(S) if layout is None else native_layout(layout, layout.pivots),
         scale,
-        _extension.DTYPE_CODES[q.dtype],
         splits,
     )

@@ -8,10 +8,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cogview_kernels import _flops
 from cogview_kernels._attention import with_rows
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.decode_attention import native
-from cogview_kernels.layout import ThreeRegionLayout
+from cogview_kernels.layout import ThreeRegionLayout, window_start
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -24,13 +25,14 @@ def backend_module(backend: str) -> ModuleType:
 
 
 def _forward(
-    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, scale, backend
+    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, density, scale, backend
 ) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() > 0:
         layout = None
         if pivots is not None:
-            layout = ThreeRegionLayout.unchecked(pivots.contiguous(), block_size, window_blocks, pivot_bias)
+            pivots = pivots.contiguous()
+            layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
         inputs = with_rows(q), with_rows(k_cache), with_rows(v_cache), lengths.contiguous()
         backend_module(backend).forward(*inputs, layout, scale, out, backend)
     return out
@@ -40,9 +42,27 @@ def _empty_output(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
+def _flops_of(of, _):
+    q, S = of["q"], of["k_cache"].shape[2]
+    B, H, Tq, D = q.shape
+    lengths = _flops.values(of["lengths"]) or [S] * B
+    pivots = None if of["pivots"] is None else (_flops.values(of["pivots"]) or [[]] * B)
+    pairs = 0
+    for b, length in enumerate(lengths):
+        for query in range(max(0, length - Tq), length):
+            start = 0
+            if pivots is not None:
+                start = max(0, window_start(query, of["block_size"], of["window_blocks"]))
+                pairs += sum(0 <= pivot < start for pivot in pivots[b])
+            pairs += query + 1 - start
+    return 4 * pairs * H * D
+
+
 decode_attention_op = Op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, "
-    "int block_size, int window_blocks, float pivot_bias, float scale, str backend) -> Tensor",
+    "int block_size, int window_blocks, float pivot_bias, SymInt density, float scale, str backend)"
+    " -> Tensor",
     kernel=_forward,
     fake=_empty_output,
+    flops=_flops_of,
 )

@@ -22,6 +22,7 @@ def forward(
     lengths: Tensor,
     layout: ThreeRegionLayout | None,
     scale: float,
+    starts: Tensor | None = None,
 ) -> Tensor:
     """See :func:`cogview_kernels.decode_attention`; computed in the dtype of ``q``."""
     S = k_cache.shape[2]
@@ -37,14 +38,16 @@ def forward(
             index = index[:, None, :, None].expand(-1, k_cache.shape[1], -1, k_cache.shape[3])
             keys, values = k_cache.gather(2, index), v_cache.gather(2, index)
         seen = near | far
-    # A query before position 0 sees nothing: it is given every key, so that no row is empty, then zeroed.
-    blind = query[..., None] < 0
+    first: Tensor | int = 0 if starts is None else starts.clamp(min=0)[:, None, None]
+    seen = seen & (key >= first)
+    # A query before the first key sees nothing: it is given every key, so that no row is empty, then zeroed.
+    blind = query[..., None] < first
     # What lies past the end may be anything, NaN included, which no weight of 0 would remove.
-    unwritten = ((key < 0) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
+    unwritten = ((key < first) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
     keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
     mask = (seen | blind)[:, None]
-    if layout is not None and layout.pivot_bias != 0:
-        mask = (far.to(q.dtype) * layout.pivot_bias)[:, None].masked_fill(~mask, -torch.inf)
+    if layout is not None and (layout.pivot_bias != 0 or layout.density != 1):
+        mask = (far.to(q.dtype) * layout.far_bias(q))[:, None].masked_fill(~mask, -torch.inf)
     out = scaled_dot_product_attention(
         q, keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k_cache.shape[1]
     )

@@ -33,4 +33,5 @@ decode_linear_op = Op(
     "decode_linear(Tensor x, Tensor weight, Tensor? bias, str? activation, str backend) -> Tensor",
     kernel=_forward,
     fake=_empty_output,
+    flops=lambda of, _: 2 * of["x"].numel() * of["weight"].shape[0],
 )

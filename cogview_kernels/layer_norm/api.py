@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
@@ -42,7 +43,7 @@ def layer_norm(
     Args:
         x: ``[..., C]``; float32, float16 or bfloat16 (float64 by the reference). Any strides; rows
             that are not evenly spaced cost a copy.
-        weight, bias: ``[C]`` or None; the dtype of ``x`` or float32.
+        weight, bias: ``[C]`` or None; the dtype of ``x`` or float32 (under autocast any).
         eps: positive.
         pb_relax: "row", "tensor" or None, as above.
         backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
@@ -63,6 +64,9 @@ def layer_norm(
     signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            weight, bias = _checks.autocast_parameters((x,), (weight, bias))
+            signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
         chosen = _backends.remember(signature, _checked(x, weight, bias, eps, pb_relax, backend))
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x

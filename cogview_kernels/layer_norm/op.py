@@ -62,13 +62,18 @@ def _fill(
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor, backend: str
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    backend: str,
+    needs_dweight: bool,
 ) -> tuple[Tensor, ...]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    affine = Affine(weight, bias)
-    gradients = affine.gradients()
+    gradients = Affine(weight if needs_dweight else None, bias).gradients()
     if x.numel() > 0:
-        weight = affine.contiguous().weight
+        weight = Affine(weight, None).contiguous().weight
         module = backend_module(backend)
         module.backward(dy.contiguous(), x.contiguous(), dx, weight, gradients, stats, backend)
     else:
@@ -76,9 +81,9 @@ def _backward(
     return dx, *gradients.outputs(stats)
 
 
-def _backward_fake(dy, x, weight, bias, stats, backend):
+def _backward_fake(dy, x, weight, bias, stats, backend, needs_dweight):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, *Affine(weight, bias).gradients().outputs(stats)
+    return dx, *Affine(weight if needs_dweight else None, bias).gradients().outputs(stats)
 
 
 def _save(ctx, arguments, outputs):
@@ -88,8 +93,12 @@ def _save(ctx, arguments, outputs):
 
 def _differentiate(ctx, saved, dy, _):
     x, weight, bias, stats = saved
-    dx, dweight, dbias = layer_norm_backward_op(dy, x, weight, bias, stats, ctx.backend)
-    return dx, None if weight is None else dweight, None if bias is None else dbias, None, None, None
+    # A bias is wanted only for the sake of its gradient.
+    _, needs_dweight, needs_dbias, *_ = ctx.needs_input_grad
+    dx, dweight, dbias = layer_norm_backward_op(
+        dy, x, weight, bias if needs_dbias else None, stats, ctx.backend, needs_dweight
+    )
+    return dx, dweight if needs_dweight else None, dbias if needs_dbias else None, None, None, None
 
 
 layer_norm_op = Op(
@@ -102,8 +111,8 @@ layer_norm_op = Op(
     unsaved=_without_stats,
 )
 layer_norm_backward_op = Op(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, str backend,"
+    " bool needs_dweight) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

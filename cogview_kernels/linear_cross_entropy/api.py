@@ -146,9 +146,10 @@ def linear_cross_entropy(
             ``reduction="none"`` makes the logits a second time.
         return_predicted_tokens: also return the id of each token's largest logit, for its accuracy. It takes
             no further product.
-        extra_memory: the share of the logits' memory that may be held beyond the gradients; a small piece, at
-            most 3 %, is in any case. With less memory more logits are made twice. For 8,704 tokens, C = 2,560
-            and V = 58,240, whose logits take 1.0 GB in 16 bits, the price of both directions on a GPU is::
+        extra_memory: the share of the logits' memory that may be held beyond the gradients; a piece of 28 MB
+            (56 MB in float32, on the CPU 112) is in any case. With less memory more logits are made twice.
+            For 8,704 tokens, C = 2,560 and V = 58,240, whose logits take 1.0 GB in 16 bits, the price of both
+            directions on a GPU is::
 
                 extra_memory     0      0.12   0.5    1
                 MB beyond          29    119    507  1,014
@@ -188,17 +189,18 @@ def linear_cross_entropy(
     chosen = _backends.choose(_OP, _BACKENDS, backend, hidden.device, _limit, hidden)
     if chosen == "reference":
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        loss, losses, predicted = linear_cross_entropy_reference(
-            hidden.to(wide),
-            weight.to(wide),
-            target,
-            bias=None if bias is None else bias.to(wide),
-            token_weight=token_weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            objective=objective,
-            vocab_range=(start, stop),
-        )
+        with _checks.no_autocast(hidden.device):
+            loss, losses, predicted = linear_cross_entropy_reference(
+                hidden.to(wide),
+                weight.to(wide),
+                target,
+                bias=None if bias is None else bias.to(wide),
+                token_weight=token_weight,
+                reduction=reduction,
+                ignore_index=ignore_index,
+                objective=objective,
+                vocab_range=(start, stop),
+            )
     else:
         coefficient, nothing_counts = _coefficients(target, token_weight, ignore_index, reduction)
         loss, losses, predicted, *_ = linear_cross_entropy_op(
@@ -287,6 +289,7 @@ def _check_numbers(label_smoothing: float, softcap: float | None, z_loss: float,
     _checks.check_finite_number(_OP, "z_loss", z_loss)
     if not z_loss >= 0:
         raise ValueError(f"{_OP}: z_loss must be at least 0, got {z_loss}; try 1e-4")
+    _checks.check_finite_number(_OP, "extra_memory", extra_memory)
     if not extra_memory >= 0:
         raise ValueError(
             f"{_OP}: extra_memory must be a share of the logits' memory, 0 or more, got {extra_memory}; "

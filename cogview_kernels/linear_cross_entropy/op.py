@@ -172,6 +172,7 @@ def _may_overwrite(gradient: Tensor) -> bool:
         type(gradient) is Tensor
         and not torch.is_grad_enabled()
         and not is_transformed()
+        and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
 
@@ -189,6 +190,23 @@ def _differentiate(ctx, saved, dloss, *_):
     return *asked_for, *(None,) * 14
 
 
+def _one_product(hidden: Tensor, start: int, stop: int) -> int:
+    return 2 * hidden.shape[0] * (stop - start) * hidden.shape[1]
+
+
+def _forward_flops(of, _):
+    gradients = of["dhidden"] + of["dweight"] if of["summed"] else 0
+    return (1 + gradients) * _one_product(of["hidden"], of["start"], of["stop"])
+
+
+def _backward_flops(of, _):
+    """Nothing where the forward pass made the gradients."""
+    if of["hidden"] is None:
+        return 0
+    products = 1 + of["want_hidden"] + of["want_weight"]
+    return products * _one_product(of["hidden"], of["start"], of["stop"])
+
+
 _OBJECTIVE = "int start, int stop, float label_smoothing, float softcap, float z_loss"
 
 linear_cross_entropy_op = Op(
@@ -200,6 +218,7 @@ linear_cross_entropy_op = Op(
     fake=_fake,
     save=_save,
     backward=_differentiate,
+    flops=_forward_flops,
 )
 linear_cross_entropy_backward_op = Op(
     "linear_cross_entropy_backward(Tensor dloss, Tensor? hidden, Tensor? weight, Tensor? bias,"
@@ -208,4 +227,5 @@ linear_cross_entropy_backward_op = Op(
     " float extra_memory, str backend) -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
+    flops=_backward_flops,
 )

@@ -63,7 +63,8 @@ def local_attention_2d(
             float32, float16, bfloat16 or float64 (which "sdpa" and "reference" take).
         k, v: ``[B, Hkv, grid[0] * grid[1], D]`` in raster order, dtype and device of ``q``; H is a multiple
             of Hkv, and query head h reads key head ``h // (H // Hkv)``. Any strides with the last dimension
-            contiguous.
+            contiguous. Under autocast q, k, v and the extra keys may have any of these dtypes, and are cast
+            as for ``scaled_dot_product_attention``.
         grid: rows and columns of the keys, at least 1 each.
         kernel_size: rows and columns of the window, odd.
         query_scale: how many times finer the grid of queries is, at least 1.
@@ -94,6 +95,8 @@ def local_attention_2d(
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).
     """
     window = _window(grid, kernel_size, query_scale, causal)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v, extra_k, extra_v = _checks.autocast(q, k, v, extra_k, extra_v)
     _check_tensors(q, k, v, window)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
@@ -125,9 +128,10 @@ def local_attention_2d(
         return sdpa.forward(q, keys, window, scale)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     dropout = _dropout.Dropout.of(dropout_p, seed)
-    out, lse = local_attention_2d_reference(
-        q.to(wide), keys.map(lambda x: x.to(wide)), window, scale, dropout
-    )
+    with _checks.no_autocast(q.device):
+        out, lse = local_attention_2d_reference(
+            q.to(wide), keys.map(lambda x: x.to(wide)), window, scale, dropout
+        )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 

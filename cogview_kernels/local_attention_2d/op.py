@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cogview_kernels import _flops
 from cogview_kernels._attention import empty_in_order_of, with_rows
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._torch_ops import Op
@@ -20,7 +21,7 @@ from cogview_kernels.local_attention_2d.window import Keys, Window
 
 _KEYS = "Tensor k, Tensor v, Tensor extra_k, Tensor extra_v, Tensor? extra_mask"
 _FLAT = (
-    "int height, int width, int kernel_height, int kernel_width, int query_scale, bool causal, "
+    "SymInt height, SymInt width, int kernel_height, int kernel_width, int query_scale, bool causal, "
     "float scale, float dropout_p, Tensor? seed, str backend"
 )
 
@@ -96,12 +97,28 @@ def _differentiate(ctx, saved, dout, dlse, _):
     return *gradients, *(None,) * 11
 
 
+def _pairs(of):
+    """Visible pairs of a query and a key, over all heads."""
+    B, H, T, _ = of["q"].shape
+    extra = B * of["extra_k"].shape[2]
+    if of["extra_mask"] is not None and (mask := _flops.values(of["extra_mask"])) is not None:
+        extra = sum(map(sum, mask))
+    names = ("height", "width", "kernel_height", "kernel_width", "query_scale", "causal")
+    return H * (B * Window(*(of[name] for name in names)).pairs + T * extra)
+
+
+def _backward_flops(of, gradients):
+    dq, dk, dv, *_ = gradients
+    return _flops.attention_backward(_pairs(of), of["q"].shape[3], (dq, dk, dv))
+
+
 local_attention_2d_op = Op(
     f"local_attention_2d(Tensor q, {_KEYS}, {_FLAT}) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
     fake=_empty_outputs,
     save=_save,
     backward=_differentiate,
+    flops=lambda of, _: 4 * _pairs(of) * of["q"].shape[3],
 )
 local_attention_2d_backward_op = Op(
     f"local_attention_2d_backward(Tensor dout, Tensor? dlse, Tensor q, {_KEYS}, Tensor out, Tensor lse, "
@@ -109,4 +126,5 @@ local_attention_2d_backward_op = Op(
     f"{_FLAT}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
+    flops=_backward_flops,
 )

@@ -25,10 +25,11 @@ def limit(dropout_p: float, return_lse: bool) -> str:
 
 def forward(q: Tensor, keys: Keys, window: Window, scale: float) -> Tensor:
     """See :func:`cogview_kernels.local_attention_2d`; in the dtype of ``q``."""
-    rows = window.height if window.keys <= DENSE_KEYS else min(window.height, window.kernel_height)
+    if window.keys <= DENSE_KEYS:
+        return _strip(q, keys, window, scale, (0, window.height))
+    rows = min(window.height, window.kernel_height)
     strips = range(0, window.height, rows)
-    parts = [_strip(q, keys, window, scale, (y, min(y + rows, window.height))) for y in strips]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return torch.cat([_strip(q, keys, window, scale, (y, min(y + rows, window.height))) for y in strips], 2)
 
 
 def _strip(q: Tensor, keys: Keys, window: Window, scale: float, cell_rows: tuple[int, int]) -> Tensor:

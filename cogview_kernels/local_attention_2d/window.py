@@ -41,6 +41,22 @@ class Window:
     def column_radius(self) -> int:
         return min(self.kernel_width // 2, self.width)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of a query and a key of the grid are seen."""
+        rows, columns = self.row_radius, self.column_radius
+        above, before = (
+            sum(min(i, radius) for i in range(size))
+            for size, radius in ((self.height, rows), (self.width, columns))
+        )
+        # By symmetry as many cells of a line lie after a cell, within its window, as lie before.
+        seen_columns = self.width + 2 * before
+        if self.causal:
+            seen = above * seen_columns + self.height * (self.width + before)
+        else:
+            seen = (self.height + 2 * above) * seen_columns
+        return seen * self.query_scale**2
+
     def key_rows(self, first: int, stop: int) -> tuple[int, int]:
         """The first row and the end of the rows of keys that queries of the cells' rows [first, stop) see."""
         after = 0 if self.causal else self.row_radius

@@ -6,14 +6,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
+from cogview_kernels.rms_norm.op import backend_module, rms_norm_op
 from cogview_kernels.rms_norm.reference import rms_norm_reference
 
 _OP = "rms_norm"
-_BACKENDS = ("reference",)
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def _limit(backend: str, x: Tensor) -> str:
-    return ""
+    return "" if backend == "reference" else backend_module(backend).limit(backend, x)
 
 
 def rms_norm(
@@ -64,19 +65,36 @@ def rms_norm(
 
     Source: Zhang and Sennrich, arXiv:1910.07467; ``pb_relax``: CogView, arXiv:2105.13290, section 2.4.
     """
+    options = (eps, weight_offset, round_before_weight, pb_relax)
+    signature = _backends.signature(_OP, x, weight, *options, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        chosen = _backends.remember(signature, _checked(x, weight, *options, backend))
+    if chosen == "reference":
+        return rms_norm_reference(
+            x,
+            weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            round_before_weight=round_before_weight,
+            pb_relax=pb_relax,
+        )
+    numbers = float(eps), float(weight_offset), bool(round_before_weight)
+    return rms_norm_op.without_saved(x, weight, *numbers, pb_relax, chosen)[0]
+
+
+def _checked(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    pb_relax: str | None,
+    backend: str | None,
+) -> str:
+    """The backend that takes the call, which passes every check."""
     _checks.check_float(_OP, "x", x)
     _checks.check_rows(_OP, "x", x)
     _checks.check_norm_parameter(_OP, "weight", weight, "x", x)
-    _checks.check_finite_number(_OP, "eps", eps, positive=True)
-    _checks.check_finite_number(_OP, "weight_offset", weight_offset)
-    _checks.check_choice(_OP, "round_before_weight", round_before_weight, (False, True))
-    _checks.check_choice(_OP, "pb_relax", pb_relax, (None, "row", "tensor"))
-    _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)
-    return rms_norm_reference(
-        x,
-        weight,
-        eps=eps,
-        weight_offset=weight_offset,
-        round_before_weight=round_before_weight,
-        pb_relax=pb_relax,
-    )
+    _checks.check_rms_options(_OP, eps, weight_offset, round_before_weight, pb_relax)
+    return _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x)

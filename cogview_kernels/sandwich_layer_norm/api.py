@@ -45,7 +45,7 @@ def sandwich_layer_norm(
         branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
             reference). Where their dtypes differ, as under autocast, both are promoted.
         post_weight, post_bias: ``[C]`` or None, for the LayerNorm on the branch; the dtype of the
-            activations or float32.
+            activations or float32 (under autocast any).
         pre_weight, pre_bias: the same for the LayerNorm that the next branch starts with.
         eps: positive.
         pb_relax: "row", "tensor" or None.
@@ -72,6 +72,9 @@ def sandwich_layer_norm(
     signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
+        if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
+            parameters = _checks.autocast_parameters((branch, residual), parameters)
+            signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
         chosen = _backends.remember(signature, _checked(branch, residual, parameters, numbers, backend))
     if branch.dtype != residual.dtype:
         dtype = torch.promote_types(branch.dtype, residual.dtype)

@@ -3,39 +3,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from cogview_kernels import _extension
 from cogview_kernels._dropout import Dropout, native_arguments
 from cogview_kernels._norms import rows as shared
-from cogview_kernels._norms.rows import Affine, NormOptions
-
-
-class Norms(NamedTuple):
-    """What the norm on the branch has, and the norm on the new residual; or their gradients."""
-
-    post: Affine
-    pre: Affine
-
-
-class ForwardRows(NamedTuple):
-    branch: Tensor
-    residual: Tensor
-    residual_out: Tensor
-    normed: Tensor
-
-
-class BackwardRows(NamedTuple):
-    """Either of the first two may be None, which stands for zeros."""
-
-    dresidual_out: Tensor | None
-    dnormed: Tensor | None
-    branch: Tensor
-    residual_out: Tensor
-    dbranch: Tensor
-    dresidual: Tensor
+from cogview_kernels._norms.rows import BackwardRows, ForwardRows, NormOptions, Norms
 
 
 def limit(backend: str, branch: Tensor) -> str:
@@ -58,7 +31,7 @@ def forward(
     _extension.call(
         "sandwich_layer_norm_fwd",
         backend,
-        *(x.data_ptr() for x in rows),
+        *(0 if x is None else x.data_ptr() for x in rows),
         [p for norm in norms for p in norm],
         0 if stats is None else stats.data_ptr(),
         rows.branch,

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from cogview_kernels._dropout import Dropout
-from cogview_kernels._norms.rows import Affine, NormOptions
+from cogview_kernels._norms.rows import Affine, BackwardRows, ForwardRows, NormOptions, Norms
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.sandwich_layer_norm import native
-from cogview_kernels.sandwich_layer_norm.native import BackwardRows, ForwardRows, Norms
 
 
 def backend_module(backend: str) -> ModuleType:
@@ -86,11 +85,16 @@ def _backward(
     dropout_p: float,
     seed: Tensor | None,
     backend: str,
+    needs_dpost_weight: bool,
+    needs_dpre_weight: bool,
 ) -> tuple[Tensor, ...]:
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
     dresidual = torch.empty_like(dbranch)
     post, pre = Affine(post_weight, post_bias), Affine(pre_weight, pre_bias)
-    gradients = Norms(post.gradients(), pre.gradients())
+    gradients = Norms(
+        Affine(post_weight if needs_dpost_weight else None, post_bias).gradients(),
+        Affine(pre_weight if needs_dpre_weight else None, pre_bias).gradients(),
+    )
     if branch.numel() > 0:
         rows = BackwardRows(
             None if dresidual_out is None else dresidual_out.contiguous(),
@@ -111,9 +115,10 @@ def _backward(
 def _backward_fake(
     dresidual_out, dnormed, branch, residual_out, stats, post_weight, post_bias, pre_weight, pre_bias, *rest
 ):
+    *_, needs_dpost_weight, needs_dpre_weight = rest
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    dpost = Affine(post_weight, post_bias).gradients().outputs(stats)
-    dpre = Affine(pre_weight, pre_bias).gradients().outputs(stats)
+    dpost = Affine(post_weight if needs_dpost_weight else None, post_bias).gradients().outputs(stats)
+    dpre = Affine(pre_weight if needs_dpre_weight else None, pre_bias).gradients().outputs(stats)
     return dbranch, torch.empty_like(dbranch), *dpost, *dpre
 
 
@@ -124,12 +129,15 @@ def _save(ctx, arguments, outputs):
 
 
 def _differentiate(ctx, saved, dresidual_out, dnormed, _):
-    *tensors, seed = saved
+    *tensors, post_weight, post_bias, pre_weight, pre_bias, seed = saved
+    needed = ctx.needs_input_grad[2:6]
+    # A bias is wanted only for the sake of its gradient.
+    parameters = post_weight, post_bias if needed[1] else None, pre_weight, pre_bias if needed[3] else None
     dbranch, dresidual, *gradients = sandwich_layer_norm_backward_op(
-        dresidual_out, dnormed, *tensors, ctx.dropout_p, seed, ctx.backend
+        dresidual_out, dnormed, *tensors, *parameters, ctx.dropout_p, seed, ctx.backend, needed[0], needed[2]
     )
-    parameters = zip(tensors[3:], gradients, strict=True)
-    return dbranch, dresidual, *(None if p is None else d for p, d in parameters), *(None,) * 5
+    gradients = (d if wanted else None for d, wanted in zip(gradients, needed, strict=True))
+    return dbranch, dresidual, *gradients, *(None,) * 5
 
 
 sandwich_layer_norm_op = Op(
@@ -145,7 +153,8 @@ sandwich_layer_norm_op = Op(
 sandwich_layer_norm_backward_op = Op(
     "sandwich_layer_norm_backward(Tensor? dresidual_out, Tensor? dnormed, Tensor branch, Tensor residual_out,"
     " Tensor stats, Tensor? post_weight, Tensor? post_bias, Tensor? pre_weight, Tensor? pre_bias,"
-    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " float dropout_p, Tensor? seed, str backend, bool needs_dpost_weight, bool needs_dpre_weight)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_backward_fake,
 )

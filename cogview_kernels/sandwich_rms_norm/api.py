@@ -6,15 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels.sandwich_rms_norm.op import backend_module, sandwich_rms_norm_op
 from cogview_kernels.sandwich_rms_norm.reference import sandwich_rms_norm_reference
 
 _OP = "sandwich_rms_norm"
-_BACKENDS = ("reference",)
+_BACKENDS = ("triton", "cuda", "cpu", "reference")
 
 
 def _limit(backend: str, branch: Tensor) -> str:
-    return ""
+    return "" if backend == "reference" else backend_module(backend).limit(backend, branch)
 
 
 def sandwich_rms_norm(
@@ -71,6 +72,52 @@ def sandwich_rms_norm(
 
     Source: Gemma 2, arXiv:2408.00118, section 2; CogView, arXiv:2105.13290, section 2.4.
     """
+    weights = (post_weight, pre_weight)
+    options = (eps, weight_offset, round_before_weight, pb_relax)
+    signature = _backends.signature(_OP, branch, residual, *weights, *options, dropout_p, seed, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        given = (branch, residual, weights, options, (dropout_p, seed), backend)
+        chosen = _backends.remember(signature, _checked(*given))
+    branch, residual = _promoted(branch, residual)
+    if chosen == "reference":
+        return sandwich_rms_norm_reference(
+            branch,
+            residual,
+            post_weight,
+            pre_weight,
+            eps=eps,
+            weight_offset=weight_offset,
+            round_before_weight=round_before_weight,
+            pb_relax=pb_relax,
+            dropout_p=dropout_p,
+            seed=seed,
+        )
+    seed = _dropout.as_seed(dropout_p, seed)
+    numbers = float(eps), float(weight_offset), bool(round_before_weight)
+    residual_out, normed, _ = sandwich_rms_norm_op.without_saved(
+        branch, residual, *weights, *numbers, pb_relax, float(dropout_p), seed, chosen
+    )
+    return residual_out, None if pre_weight is None else normed
+
+
+def _promoted(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one dtype, or a branch of 16 bits beside a residual in float32."""
+    if branch.dtype == residual.dtype:
+        return branch, residual
+    residual = residual.to(torch.promote_types(branch.dtype, residual.dtype))
+    return branch if residual.dtype == torch.float32 else branch.to(residual.dtype), residual
+
+
+def _checked(
+    branch: Tensor,
+    residual: Tensor,
+    weights: tuple[Tensor | None, Tensor | None],
+    options: tuple[float, float, bool, str | None],
+    dropout: tuple[float, int | Tensor | None],
+    backend: str | None,
+) -> str:
+    """The backend that takes the call, which passes every check."""
     _checks.check_float(_OP, "branch", branch)
     _checks.check_float(_OP, "residual", residual)
     _checks.check_rows(_OP, "branch", branch)
@@ -80,27 +127,9 @@ def sandwich_rms_norm(
             f"got {tuple(residual.shape)}"
         )
     _checks.check_same_device(_OP, "residual", residual, "branch", branch)
-    if branch.dtype != residual.dtype:
-        residual = residual.to(torch.promote_types(branch.dtype, residual.dtype))
-        if residual.dtype != torch.float32:
-            branch = branch.to(residual.dtype)
-    _checks.check_norm_parameter(_OP, "post_weight", post_weight, "branch", branch)
-    _checks.check_norm_parameter(_OP, "pre_weight", pre_weight, "branch", branch)
-    _checks.check_finite_number(_OP, "eps", eps, positive=True)
-    _checks.check_finite_number(_OP, "weight_offset", weight_offset)
-    _checks.check_choice(_OP, "round_before_weight", round_before_weight, (False, True))
-    _checks.check_choice(_OP, "pb_relax", pb_relax, (None, "row", "tensor"))
-    _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
-    _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)
-    return sandwich_rms_norm_reference(
-        branch,
-        residual,
-        post_weight,
-        pre_weight,
-        eps=eps,
-        weight_offset=weight_offset,
-        round_before_weight=round_before_weight,
-        pb_relax=pb_relax,
-        dropout_p=dropout_p,
-        seed=seed,
-    )
+    branch, residual = _promoted(branch, residual)
+    _checks.check_norm_parameter(_OP, "post_weight", weights[0], "branch", branch)
+    _checks.check_norm_parameter(_OP, "pre_weight", weights[1], "branch", branch)
+    _checks.check_rms_options(_OP, *options)
+    _checks.check_dropout(_OP, *dropout, "branch", branch)
+    return _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)

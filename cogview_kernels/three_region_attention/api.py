@@ -16,12 +16,12 @@ _OP = "three_region_attention"
 _BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
 
 
-def _limit(backend: str, q: Tensor, dropout_p: float, return_lse: bool) -> str:
+def _limit(backend: str, q: Tensor, starts: Tensor | None, dropout_p: float, return_lse: bool) -> str:
     if backend == "reference":
         return ""
     if backend == "sdpa":
         return sdpa.limit(dropout_p, return_lse)
-    return backend_module(backend).limit(backend, q)
+    return _checks.starts_limit(backend, starts) or backend_module(backend).limit(backend, q)
 
 
 def three_region_attention(
@@ -30,6 +30,7 @@ def three_region_attention(
     v: Tensor,
     layout: ThreeRegionLayout,
     *,
+    starts: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
@@ -51,8 +52,12 @@ def three_region_attention(
         q: ``[B, H, T, D]``; float32, float16, bfloat16 or float64 (which "sdpa" and "reference" take).
         k, v: ``[B, Hkv, T, D]``, dtype and device of ``q``; H is a multiple of Hkv, and query head h reads
             key head ``h // (H // Hkv)``. Any strides with the last dimension contiguous: views into a packed
-            ``[B, T, 3, H, D]`` projection are read in place.
+            ``[B, T, 3, H, D]`` projection are read in place. Under autocast q, k and v may have any of these
+            dtypes, and float32 is cast as for ``scaled_dot_product_attention``.
         layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``.
+        starts: int32 or int64 ``[B]`` on the device of ``q``, for padding on the left: keys before a
+            sample's start are not seen, and queries before it see nothing: their output is 0, their lse -inf.
+            Pivots and blocks are counted from position 0 all the same.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
             ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
@@ -70,23 +75,26 @@ def three_region_attention(
         ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
             the CPU alone: reading them on a GPU would wait for it.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cuda": float16 and
-            D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256). Without ``backend`` "sdpa"
-            steps in, or where that cannot, "reference". Also a derivative that kernels do not have: of
-            second order, or in forward mode.
+            D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256; all three: no starts).
+            Without ``backend`` "sdpa" steps in, or where that cannot, "reference". Also a derivative that
+            kernels do not have: of second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
     """
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = _checks.autocast(q, k, v)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
     numbers = (scale, dropout_p, seed, return_lse)
-    signature = _backends.signature(_OP, q, k, v, *regions, *numbers, backend)
+    signature = _backends.signature(_OP, q, k, v, *regions, starts, *numbers, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k, v, layout)
+        _checks.check_starts(_OP, starts, q.shape[0], q)
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
-        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, starts, dropout_p, return_lse)
         _backends.remember(signature, chosen)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed)
@@ -99,6 +107,7 @@ def three_region_attention(
             layout.block_size,
             layout.window_blocks,
             float(layout.pivot_bias),
+            layout.density,
             scale,
             dropout_p,
             seed,
@@ -107,11 +116,13 @@ def three_region_attention(
         return (out, lse) if return_lse else out
     layout.check_pivots(_OP, q.shape[2])
     if chosen == "sdpa":
-        return sdpa.forward(q, k, v, layout, scale)
+        return sdpa.forward(q, k, v, layout, scale, starts)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    out, lse = three_region_attention_reference(
-        q.to(wide), k.to(wide), v.to(wide), layout, scale, _dropout.Dropout.of(dropout_p, seed)
-    )
+    with _checks.no_autocast(q.device):
+        dropout = _dropout.Dropout.of(dropout_p, seed)
+        out, lse = three_region_attention_reference(
+            q.to(wide), k.to(wide), v.to(wide), layout, scale, dropout, starts
+        )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels._attention import aligned, native_layout
+from cogview_kernels._attention import aligned, empty_in_order_of, native_layout
 from cogview_kernels._dropout import Dropout, native_arguments
 from cogview_kernels.layout import ThreeRegionLayout
 
@@ -56,6 +56,15 @@ def _shared(q, k, layout, pivots, scale, dropout, sorted_pivots):
     )
 
 
+def both_or_neither(
+    k: Tensor, v: Tensor, dk: Tensor | None, dv: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Room for a gradient that is not wanted, where kernels make both of k and v at once."""
+    if dk is None and dv is None:
+        return None, None
+    return empty_in_order_of(k) if dk is None else dk, empty_in_order_of(v) if dv is None else dv
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -94,11 +103,14 @@ def backward(
     dropout: Dropout | None,
     saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     backend: str,
 ) -> None:
-    """Fills ``gradients``, of q, k and v. ``saved`` and ``doutputs``: of out and lse. Rows are contiguous."""
+    """Fills ``gradients``, of q, k and v; None is not wanted. ``saved`` and ``doutputs``: of out and lse.
+    Rows are contiguous."""
     (out, lse, _), (dout, dlse) = saved, doutputs
+    if backend == "cuda":
+        gradients = gradients[0], *both_or_neither(k, v, *gradients[1:])
     if backend == "cuda":
         q, k, v, out, dout = map(aligned, (q, k, v, out, dout))
     pivots = layout.pivots.contiguous()

@@ -8,10 +8,12 @@ again (``residuals``, int32, of a length that only the backend knows): probabili
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from cogview_kernels import _flops
 from cogview_kernels._attention import empty_in_order_of, with_rows
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._torch_ops import Op
@@ -19,7 +21,7 @@ from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import native
 
 _FLAT = (
-    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, float scale, "
+    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, SymInt density, float scale, "
     "float dropout_p, Tensor? seed, str backend"
 )
 
@@ -45,16 +47,21 @@ def _empty_outputs(
 
 
 def _empty_gradients(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv)``."""
-    return empty_in_order_of(q), empty_in_order_of(k), empty_in_order_of(v)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv)``; one that is not wanted has no elements."""
+    wanted = rest[-3:]
+    return tuple(
+        empty_in_order_of(x) if w else x.new_empty(0) for x, w in zip((q, k, v), wanted, strict=True)
+    )
 
 
-def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend):
+def _forward(
+    q, k, v, pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend,
+):  # fmt: skip
     out, lse, residuals = _empty_outputs(q, k, v, pivots, block_size, window_blocks, backend)
     if out.numel() > 0:
-        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
         dropout = Dropout.of(dropout_p, seed) if dropout_p else None
         inputs = with_rows(q), with_rows(k), with_rows(v)
         backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, residuals, backend)
@@ -63,18 +70,18 @@ def _forward(q, k, v, pivots, block_size, window_blocks, pivot_bias, scale, drop
 
 def _backward(
     dout, dlse, q, k, v, out, lse, residuals,
-    pivots, block_size, window_blocks, pivot_bias, scale, dropout_p, seed, backend,
+    pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend, *wanted,
 ):  # fmt: skip
-    gradients = _empty_gradients(dout, dlse, q, k, v)
-    if q.numel() == 0:
-        dq, dk, dv = gradients
-        return dq, dk.zero_(), dv.zero_()
-    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias)
+    gradients = _empty_gradients(dout, dlse, q, k, v, *wanted)
+    if q.numel() == 0 or not any(wanted):
+        return tuple(x.zero_() for x in gradients)
+    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
-    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, gradients, backend)
+    made = tuple(x if w else None for x, w in zip(gradients, wanted, strict=True))
+    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, made, backend)
     return gradients
 
 
@@ -87,10 +94,17 @@ def _differentiate(ctx, saved, dout, dlse, _):
     q, k, v, out, lse, residuals, pivots, seed = saved
     if dout is None:
         dout = torch.zeros_like(out)
+    wanted = ctx.needs_input_grad[:3]
     gradients = three_region_attention_backward_op(
-        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend
+        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend, *wanted
     )
-    return *gradients, *(None,) * 8
+    return *(x if w else None for x, w in zip(gradients, wanted, strict=True)), *(None,) * 9
+
+
+def _pairs(of):
+    """Visible pairs of a query and a key, over all heads."""
+    layout = ThreeRegionLayout.unchecked(of["pivots"], of["block_size"], of["window_blocks"], 0.0)
+    return of["q"].shape[1] * layout.pairs(of["q"].shape[2], _flops.values(of["pivots"]))
 
 
 three_region_attention_op = Op(
@@ -99,10 +113,13 @@ three_region_attention_op = Op(
     fake=_empty_outputs,
     save=_save,
     backward=_differentiate,
+    flops=lambda of, _: 4 * _pairs(of) * of["q"].shape[3],
 )
 three_region_attention_backward_op = Op(
     "three_region_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"Tensor lse, Tensor residuals, {_FLAT}) -> (Tensor, Tensor, Tensor)",
+    f"Tensor lse, Tensor residuals, {_FLAT}, bool needs_dq, bool needs_dk, bool needs_dv)"
+    " -> (Tensor, Tensor, Tensor)",
     kernel=_backward,
     fake=_empty_gradients,
+    flops=lambda of, gradients: _flops.attention_backward(_pairs(of), of["q"].shape[3], gradients),
 )

@@ -17,6 +17,7 @@ def three_region_attention_reference(
     layout: ThreeRegionLayout,
     scale: float,
     dropout: Dropout | None = None,
+    starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`cogview_kernels.three_region_attention`; ``(out, lse)`` in the dtype of ``q``."""
     B, H, T, _ = q.shape
@@ -25,8 +26,15 @@ def three_region_attention_reference(
     position = torch.arange(T, device=q.device)
     window, far = layout.regions(position, T)
     logits = (q * scale) @ k.transpose(-1, -2)
-    logits = logits + far[:, None].to(q.dtype) * layout.pivot_bias
-    logits = logits.masked_fill(~(window | far)[:, None], -torch.inf)
+    logits = logits + far[:, None].to(q.dtype) * layout.far_bias(q)
+    seen = (window | far)[:, None]
+    blind = None
+    if starts is not None:
+        seen = seen & (position >= starts[:, None, None, None])
+        # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
+        blind = (position < starts[:, None])[:, None, :, None]
+        seen = seen | blind
+    logits = logits.masked_fill(~seen, -torch.inf)
     lse = logits.logsumexp(-1)
     # Not exp(logits - lse): where logits are huge, lse has lost its log(sum) to rounding.
     probs = logits.softmax(-1)
@@ -34,4 +42,6 @@ def three_region_attention_reference(
         sample, head = torch.arange(B, device=q.device), torch.arange(H, device=q.device)
         r0, r1 = dropout.words(position, head[:, None], sample[:, None, None])
         probs = probs * keep_mask(dropout, (r0[..., None], r1[..., None]), position) / (1 - dropout.p)
-    return probs @ v, lse
+    if blind is None:
+        return probs @ v, lse
+    return (probs @ v).masked_fill(blind, 0), lse.masked_fill(blind[..., 0], -torch.inf)

@@ -24,8 +24,12 @@ def limit(dropout_p: float, return_lse: bool) -> str:
     return missing and f"the sdpa backend has no {missing}; use backend='reference'"
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, starts: Tensor | None = None
+) -> Tensor:
     """See :func:`cogview_kernels.three_region_attention`; in the dtype of ``q``."""
+    if starts is not None:
+        return _from_starts(q, k, v, layout, scale, starts)
     T = q.shape[2]
     block_size, window_blocks = layout.window(T)
     gqa = q.shape[1] != k.shape[1]
@@ -33,10 +37,26 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: f
         return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
         window, far = layout.regions(torch.arange(T, device=q.device), T)
-        mask = torch.zeros(far.shape, dtype=q.dtype, device=q.device).masked_fill(far, layout.pivot_bias)
+        mask = far.to(q.dtype) * layout.far_bias(q)
         mask = mask.masked_fill(~(window | far), -torch.inf)[:, None]
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
     return _by_blocks(q, k, v, layout, scale)
+
+
+def _from_starts(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, starts: Tensor
+) -> Tensor:
+    """One masked call: the rows of samples that start apart do not fall into blocks together."""
+    position = torch.arange(q.shape[2], device=q.device)
+    window, far = layout.regions(position, q.shape[2])
+    # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
+    blind = (position < starts[:, None])[..., None]
+    seen = ((window | far) & (position >= starts[:, None, None])) | blind
+    mask = (far.to(q.dtype) * layout.far_bias(q)).masked_fill(~seen, -torch.inf)[:, None]
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.masked_fill(blind[:, None], 0)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:
@@ -57,6 +77,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale
     else:
         far_counts = [min(P, window) for window in windows]
 
+    far_bias = layout.far_bias(q)
     first = slice(0, block_size * window_blocks)
     parts = [
         scaled_dot_product_attention(
@@ -65,7 +86,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale
     ]
     for start, window, count in zip(starts, windows, far_counts, strict=True):
         stop = min(T, start + block_size)
-        far = torch.full((B, 1, 1, count), layout.pivot_bias, dtype=q.dtype, device=q.device)
+        far = far_bias.expand(B, 1, 1, count)
         far = far.masked_fill(sorted_pivots[:, None, None, :count] >= window, -torch.inf)
         diagonal = torch.full((stop - start, stop - window), -torch.inf, dtype=q.dtype, device=q.device)
         near = diagonal.triu(start - window + 1)

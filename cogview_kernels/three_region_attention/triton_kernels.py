@@ -217,9 +217,9 @@ class _Backward(NamedTuple):
     """The launches, the shapes of what they share (:func:`bwd_rows_kernel`) and of the far gradients."""
 
     rows: Launch
-    dq: Launch
+    dq: Launch | None
     dkv_far: Launch | None
-    dkv: Launch
+    dkv: Launch | None
     stats_shape: tuple[int, ...]
     words_shape: tuple[int, ...]
     far_shape: tuple[int, ...]
@@ -230,7 +230,7 @@ def _plan_backward(
     dq_scale: float,
     saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> _Backward:
     q, k, v, layout, scale, dropout = call
     (out, lse, residuals), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
@@ -252,6 +252,7 @@ def _plan_backward(
     )  # fmt: skip
 
     def dq_launch(config: Config) -> Launch:
+        assert dq is not None
         numbers = (*inputs, *dq.stride()[:3], *common, dq_scale, factor, bias, keep_threshold, keep_scale)
         grid = (triton.cdiv(T, config.block_m) * B * H,)
         return Launch(dq_kernel, grid, numbers, HAS_FAR=sizes.has_far, **flags, **_tiles(config))
@@ -262,6 +263,7 @@ def _plan_backward(
         return Launch(dkv_far_kernel, grid, numbers, **flags, **_tiles(config))
 
     def dkv_launch(config: Config) -> Launch:
+        assert dk is not None and dv is not None
         numbers = (
             *inputs, *dk.stride()[:3], *dv.stride()[:3], *common, scale, factor, keep_threshold, keep_scale
         )  # fmt: skip
@@ -275,16 +277,18 @@ def _plan_backward(
     )
     # What tuning launches the kernels on.
     stats, words = _empty_stats(lse, stats_shape, words_shape, dropout)
-    far = k.new_empty(far_shape if sizes.has_far else (2, 0))
+    far = k.new_empty(far_shape if sizes.has_far and dk is not None else (2, 0))
     rows(out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=seed)
     before = (q, k, v, dout, residuals, stats, words)
     return _Backward(
         rows,
-        _chosen("dq", call, dq_launch, lambda launch: launch(*before, dq)),
-        _chosen("dkv_far", call, dkv_far_launch, lambda launch: launch(*before, *far))
-        if sizes.has_far
-        else None,
-        _chosen("dkv", call, dkv_launch, lambda launch: launch(*before, *far, dk, dv)),
+        None if dq is None else _chosen("dq", call, dq_launch, lambda launch: launch(*before, dq)),
+        None
+        if dk is None or not sizes.has_far
+        else _chosen("dkv_far", call, dkv_far_launch, lambda launch: launch(*before, *far)),
+        None
+        if dk is None
+        else _chosen("dkv", call, dkv_launch, lambda launch: launch(*before, *far, dk, dv)),
         stats_shape,
         words_shape,
         tuple(far.shape),
@@ -310,19 +314,22 @@ def backward(
     dropout: Dropout | None,
     saved: tuple[Tensor, Tensor, Tensor],
     doutputs: tuple[Tensor, Tensor | None],
-    gradients: tuple[Tensor, Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
     _: str,
 ) -> None:
-    """Fills ``gradients``, of q, k and v. ``saved``: out, lse and residuals; ``doutputs``: of out and lse.
+    """Fills ``gradients``, of q, k and v; None is not wanted. ``saved``: out, lse and residuals;
+    ``doutputs``: of out and lse.
 
-    Rows are contiguous. Four launches, three where no key is far."""
-    (out, lse, residuals), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
+    Rows are contiguous. Four launches, three where no key is far, fewer where a gradient is not wanted."""
+    (out, lse, residuals), (dout, dlse), (dq, *dkv) = saved, doutputs, gradients
+    dk, dv = native.both_or_neither(k, v, *dkv)
+    gradients = dq, dk, dv
     dq_scale = scale
     if scale < 0:
         # Scores stay what they were; dq belongs to -q, and its sign is turned back by dq_scale.
         q, scale = -q, -scale
     call = _Call(q, k, v, layout, scale, dropout)
-    strides = (out.stride(), dout.stride(), dq.stride(), dk.stride(), dv.stride())
+    strides = (out.stride(), dout.stride(), *(None if x is None else x.stride() for x in gradients))
     key = (call.key(), dq_scale, dlse is None, strides)
     plan = _backward_plans.get(key, call, dq_scale, saved, doutputs, gradients)
     stats, words = _empty_stats(lse, plan.stats_shape, plan.words_shape, dropout)
@@ -331,10 +338,12 @@ def backward(
         out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=dropout_arguments(dropout)[0]
     )
     before = (q, k, v, dout, residuals, stats, words)
-    plan.dq(*before, dq)
+    if plan.dq is not None:
+        plan.dq(*before, dq)
     if plan.dkv_far is not None:
         plan.dkv_far(*before, dk_far, dv_far)
-    plan.dkv(*before, dk_far, dv_far, dk, dv)
+    if plan.dkv is not None:
+        plan.dkv(*before, dk_far, dv_far, dk, dv)
 
 
 def _factor(scale: float) -> float:

@@ -92,6 +92,16 @@ __device__ inline Row load_parameter(Parameter p, int C, float fill) {
     return x;
 }
 
+// The weight of a norm: 1 where there is none. RMSNorm adds an offset.
+template <NormKind kKind>
+__device__ inline Row load_weight(Parameter p, int C, float offset) {
+    Row x = load_parameter(p, C, 1.0f);
+    if (kKind == NormKind::kRms && p.data != nullptr)
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) x.of[i] += offset;
+    return x;
+}
+
 // ---- reductions over the block
 
 // One pair of values at a time. Two sets of shared memory take turns: who writes one has passed the barrier
@@ -146,15 +156,13 @@ __device__ inline float load_abs_max(const float* abs_maxima, int64_t blocks, Bl
     return reduction.max_and_sum(abs_max, 0.0f).x;
 }
 
-// ---- LayerNorm
+// ---- norms
 
-struct Statistics {
-    float mean, rstd;
-};
-
-// x becomes xhat = (x - mean) * rstd, rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2). Squares are of the
-// row times a power of two that brings abs_max near 1, so they do not overflow; the centred values' own
-// mean undoes the rounding of the first one, so constant rows come out right.
+// x becomes xhat = (x - mean) * rstd, rstd = 1 / sqrt(variance + eps * (abs_max / 8)^2); RMSNorm has no mean
+// and takes the mean of squares in place of the variance. Squares are of the row times a power of two that
+// brings abs_max near 1, so they do not overflow; the centred values' own mean undoes the rounding of the
+// first one, so constant rows come out right.
+template <NormKind kKind>
 __device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float tensor_abs_max, float eps,
                                        BlockReduction& reduction) {
     float scale = 1.0f, unscale = 1.0f, relaxed = 1.0f;
@@ -167,13 +175,25 @@ __device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float te
         unscale = __int_as_float(exponent << 23);
         relaxed = abs_max * scale * 0.125f;
     }
+    const float inverse = 1.0f / float(C);
     float sum = 0.0f;
+    if (kKind == NormKind::kRms) {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            x.of[i] *= scale;
+            sum += x.of[i] * x.of[i];
+        }
+        const float squares = reduction.sums(sum, 0.0f).x * inverse + eps * relaxed * relaxed;
+        const float rstd = squares == 0.0f ? 0.0f : 1.0f / sqrtf(squares);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) x.of[i] *= rstd;
+        return {0.0f, fminf(rstd * scale, 3.402823466e38f)};
+    }
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
         x.of[i] *= scale;
         sum += x.of[i];
     }
-    const float inverse = 1.0f / float(C);
     const float first = reduction.sums(sum, 0.0f).x * inverse;
     float rest = 0.0f, squares = 0.0f;
 #pragma unroll
@@ -193,32 +213,43 @@ __device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float te
     return {(first + correction) * unscale, fminf(rstd * scale, 3.402823466e38f)};
 }
 
-__device__ inline Row affine(const Row& x, const Row& weight, const Row& bias) {
+// A normalised row times weight plus bias; RMSNorm's is rounded to T first where `round` says so.
+template <NormKind kKind, typename T>
+__device__ inline Row affine(Row x, const Row& weight, const Row& bias, bool round) {
     Row y;
+    if (kKind == NormKind::kRms && round) x = rounded<T>(x);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) y.of[i] = x.of[i] * weight.of[i] + bias.of[i];
     return y;
 }
 
 // dy becomes dx = rstd * (g - mean(g) - xhat * mean(g * xhat)), g = dy * weight; adds dy * xhat and dy.
+// RMSNorm has neither mean(g) nor dbias.
+template <NormKind kKind>
 __device__ inline void gradient_through(Row& dy, const Row& x, Statistics s, const Row& weight, int C,
                                         Row& dweight, Row& dbias, BlockReduction& reduction) {
     float plain = 0.0f, hat = 0.0f;
     Row xhat, g;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        xhat.of[i] = first_column() + i < C ? (x.of[i] - s.mean) * s.rstd : 0.0f;
+        xhat.of[i] = kKind == NormKind::kRms  ? x.of[i] * s.rstd
+                     : first_column() + i < C ? (x.of[i] - s.mean) * s.rstd
+                                              : 0.0f;
         g.of[i] = dy.of[i] * weight.of[i];
         dweight.of[i] += dy.of[i] * xhat.of[i];
-        dbias.of[i] += dy.of[i];
-        plain += g.of[i];
+        if (kKind == NormKind::kLayer) {
+            dbias.of[i] += dy.of[i];
+            plain += g.of[i];
+        }
         hat += g.of[i] * xhat.of[i];
     }
     const float2 sums = reduction.sums(plain, hat);
     const float inverse = 1.0f / float(C);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i)
-        dy.of[i] = s.rstd * (g.of[i] - sums.x * inverse - xhat.of[i] * (sums.y * inverse));
+        dy.of[i] = kKind == NormKind::kRms
+                       ? s.rstd * (g.of[i] - xhat.of[i] * (sums.y * inverse))
+                       : s.rstd * (g.of[i] - sums.x * inverse - xhat.of[i] * (sums.y * inverse));
 }
 
 // x * scale where the element of this row survives, else 0.
@@ -233,7 +264,7 @@ __device__ inline void drop(Row& x, const Dropout& dropout, int64_t row) {
     }
 }
 
-// ---- kernels of both ops
+// ---- kernels of all norm ops
 
 // abs_maxima[block] = max |x after dropout| over the block's rows. Bytes: rows * C elements read.
 template <typename T>

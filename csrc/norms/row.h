@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // A norm of one row on the CPU. Only *_cpu.cpp files include this; internal linkage as in common/vec.h.
 //
-// Statistics are taken from a row of floats that stays in the L1 cache: the mean, then centred squares, and
-// the centred values' own mean to undo the first one's rounding, so that constant rows come out right.
+// Statistics are taken from a row of floats that stays in the L1 cache. LayerNorm: the mean, then centred
+// squares, and the centred values' own mean to undo the first one's rounding, so that constant rows come out
+// right. RMSNorm: squares, as the row is read.
 #pragma once
 
 #include <type_traits>
@@ -31,13 +32,13 @@ inline int64_t backward_chunk(int64_t rows) {
     return at_least(16, (rows + kPartials - 1) / kPartials);
 }
 
-// A weight or bias as floats; `fill` where there is none.
-inline void widen_parameter(Parameter p, int64_t C, float fill, float* to) {
+// A weight or bias as floats, plus `added`; `fill` where there is none.
+inline void widen_parameter(Parameter p, int64_t C, float fill, float added, float* to) {
     for (int64_t j = 0; j < C; ++j) to[j] = fill;
     if (p.data == nullptr) return;
     COGVIEW_DISPATCH_DTYPE(p.dtype, {
         const scalar_t* from = static_cast<const scalar_t*>(p.data);
-        for_each_vector(C, [&](int64_t j, auto tag) { store(to + j, load(from + j, tag), tag); });
+        for_each_vector(C, [&](int64_t j, auto tag) { store(to + j, load(from + j, tag) + added, tag); });
     });
 }
 
@@ -118,17 +119,23 @@ inline VecF drop(VecF x, const Dropout& dropout, RowWords row, int64_t j) {
 // ---- statistics
 
 struct Moments {
-    float sum, abs_max;
+    float sum, abs_max;  // RMSNorm: the sum of squares
 };
 
-// row[0, C) = x after dropout, with its sum and absolute maximum.
-template <bool kDropout, typename T>
+// What a value adds to Moments::sum.
+template <NormKind kKind>
+inline VecF moment(VecF v) {
+    return kKind == NormKind::kLayer ? v : v * v;
+}
+
+// row[0, C) = x after dropout, with its moments.
+template <NormKind kKind, bool kDropout, typename T>
 inline Moments widen_row(const T* x, int64_t C, const Dropout& dropout, RowWords words, float* row) {
     const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
         VecF v = load(x + j, tag);
         if (kDropout) v = drop(v, dropout, words, j);
         store(row + j, v, tag);
-        t.sum[0] += v;
+        t.sum[0] += moment<kKind>(v);
         t.largest = maximum(magnitude(v), t.largest);
     });
     return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
@@ -159,15 +166,11 @@ inline float tensor_abs_max(const T* x, int64_t rows, int64_t C, const Dropout& 
     return abs_max;
 }
 
-struct Statistics {
-    float mean, rstd;
-};
-
-// Mean and 1 / sqrt(variance + eps * (abs_max / 8)^2) of row[0, C); `abs_max` is 8 for plain LayerNorm. Rows
-// whose squares float cannot hold are first scaled in place by a power of two (LayerNorm does not change):
-// the returned statistics are those of the scaled row, `saved` those of the row as it was. Meanwhile the row
-// at `next` is fetched.
-template <typename T>
+// Mean and 1 / sqrt(variance + eps * (abs_max / 8)^2) of row[0, C), for RMSNorm with the mean of squares in
+// place of the variance; `abs_max` is 8 without PB-Relax. Rows whose squares float cannot hold are first
+// scaled in place by a power of two (the norm does not change): the returned statistics are those of the
+// scaled row, `saved` those of the row as it was. Meanwhile LayerNorm fetches the row at `next`.
+template <NormKind kKind, typename T>
 inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_max, float eps, const T* next,
                              Statistics* saved) {
     float scale = 1.0f;
@@ -178,21 +181,24 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_m
         const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
             const VecF v = load(row + j, tag) * scale;
             store(row + j, v, tag);
-            t.sum[0] += v;
+            t.sum[0] += moment<kKind>(v);
         });
         moments.sum = reduce_sum(total.sum[0]);
     }
     const float inverse = 1.0f / float(C);
     const float first = moments.sum * inverse;
-    const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
-        const VecF d = only(load(row + j, tag) - first, tag);
-        t.sum[0] += d;
-        t.sum[1] += d * d;
-        prefetch(next + j);
-    });
-    const float correction = reduce_sum(total.sum[0]) * inverse;
-    const float mean = first + correction;
-    const float spread = reduce_sum(total.sum[1]) * inverse - correction * correction;
+    float mean = 0.0f, spread = first;
+    if constexpr (kKind == NormKind::kLayer) {
+        const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
+            const VecF d = only(load(row + j, tag) - first, tag);
+            t.sum[0] += d;
+            t.sum[1] += d * d;
+            prefetch(next + j);
+        });
+        const float correction = reduce_sum(total.sum[0]) * inverse;
+        mean = first + correction;
+        spread = reduce_sum(total.sum[1]) * inverse - correction * correction;
+    }
     const float relaxed = abs_max * scale * 0.125f;
     const float variance = (spread > 0.0f || spread != spread ? spread : 0.0f) + eps * relaxed * relaxed;
     const float rstd = variance > 0.0f || variance != variance ? 1.0f / __builtin_sqrtf(variance) : 0.0f;
@@ -202,49 +208,65 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_m
     return {mean, rstd};
 }
 
-// Of row r, for the backward pass, where one may follow: stats [2, rows] is nullptr where none does.
-inline void save_statistics(Statistics s, float* stats, int64_t rows, int64_t r) {
-    if (stats == nullptr) return;
-    stats[r] = s.mean;
-    stats[rows + r] = s.rstd;
+// What a row's values, normalised, are multiplied by and added to; RMSNorm adds nothing.
+struct WideAffine {
+    const float *weight, *bias;
+    bool round_before_weight;
+};
+
+// (x - mean) * rstd * weight + bias for the values of columns j to j + lane; T is the dtype of the row.
+template <NormKind kKind, typename T, typename Tag>
+inline VecF normalised(VecF x, Statistics s, const WideAffine& affine, int64_t j, Tag tag) {
+    if constexpr (kKind == NormKind::kLayer)
+        return (x - s.mean) * s.rstd * load(affine.weight + j, tag) + load(affine.bias + j, tag);
+    const VecF y = x * s.rstd;
+    return (affine.round_before_weight ? rounded<T>(y) : y) * load(affine.weight + j, tag);
 }
 
-// out[0, C) = (row - mean) * rstd * weight + bias
-template <typename T>
-inline void normalise_row(const float* row, Statistics s, const float* weight, const float* bias, int64_t C,
-                          T* out, bool streaming) {
+// out[0, C) = the row, normalised
+template <NormKind kKind, typename T>
+inline void normalise_row(const float* row, Statistics s, const WideAffine& affine, int64_t C, T* out,
+                          bool streaming) {
     for_each_vector(C, [&](int64_t j, auto tag) {
-        const VecF y = (load(row + j, tag) - s.mean) * s.rstd;
-        put(out + j, y * load(weight + j, tag) + load(bias + j, tag), tag, streaming);
+        put(out + j, normalised<kKind, T>(load(row + j, tag), s, affine, j, tag), tag, streaming);
     });
 }
 
 // ---- gradients
 
 // Adds a row's dy * xhat and dy to partial sums (where there are any), and returns, in `hat` and `scaled`,
-// xhat = (x - mean) * rstd and dy * weight, with the means that dx = rstd * (scaled - mean0 - xhat * mean1)
-// needs.
+// xhat = (x - mean) * rstd and dy * weight, with the means that dx = rstd * (scaled - plain - xhat * hat)
+// needs. RMSNorm has neither `plain` nor dbias.
 struct GradientMeans {
     float plain, hat;
 };
 
-template <typename LoadX, typename LoadDy>
+template <NormKind kKind, typename LoadX, typename LoadDy>
 inline GradientMeans gradient_means(int64_t C, const LoadX& load_x, const LoadDy& load_dy, Statistics s,
                                     const float* weight, float* dweight, float* dbias, float* hat,
                                     float* scaled) {
     const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
         const VecF dy = load_dy(j, tag);
-        const VecF xhat = only((load_x(j, tag) - s.mean) * s.rstd, tag);
+        const VecF x = load_x(j, tag);
+        const VecF xhat = kKind == NormKind::kLayer ? only((x - s.mean) * s.rstd, tag) : x * s.rstd;
         const VecF g = dy * load(weight + j, tag);
         store(dweight + j, load(dweight + j, tag) + dy * xhat, tag);
-        store(dbias + j, load(dbias + j, tag) + dy, tag);
+        if (kKind == NormKind::kLayer) store(dbias + j, load(dbias + j, tag) + dy, tag);
         store(hat + j, xhat, tag);
         store(scaled + j, g, tag);
-        t.sum[0] += g;
+        if (kKind == NormKind::kLayer) t.sum[0] += g;
         t.sum[1] += g * xhat;
     });
     const float inverse = 1.0f / float(C);
     return {reduce_sum(total.sum[0]) * inverse, reduce_sum(total.sum[1]) * inverse};
+}
+
+// One vector of dx from what gradient_means() left.
+template <NormKind kKind, typename Tag>
+inline VecF row_gradient(Statistics s, GradientMeans means, const float* hat, const float* scaled, int64_t j,
+                         Tag tag) {
+    const VecF g = load(scaled + j, tag), xhat = load(hat + j, tag);
+    return s.rstd * (kKind == NormKind::kLayer ? g - means.plain - xhat * means.hat : g - xhat * means.hat);
 }
 
 // The gradient of a weight or bias: the sum over chunks of partial[chunk][slot][0, C), in their order.

@@ -73,6 +73,10 @@ struct Backward {
     const Plan<kBf16> plan;
     const int64_t parts = part_count(plan);
 
+    bool wants_dq() const { return args.dq.data != nullptr; }
+    bool wants_dk() const { return args.dk.data != nullptr; }
+    bool wants_dv() const { return args.dv.data != nullptr; }
+
     void run(int threads) {
         const int64_t heads = plan.B * plan.Hkv, head_units = plan.S * plan.Du, tiles = plan.S / kTile;
         int64_t part_slots = 0;
@@ -108,6 +112,7 @@ struct Backward {
                 compute_part(sample(i), head(i), part_of(plan, parts, last), keys(i), values(i),
                              sums(i) + last * part_floats);
             });
+            if (!wants_dk() && !wants_dv()) continue;
             const int64_t blocks = (plan.T + 127) / 128;
             parallel_for(now * blocks, 1, threads, [&](int64_t j, int64_t) {
                 const int64_t i = j / blocks, block = j % blocks;
@@ -140,8 +145,9 @@ struct Backward {
         for_each_run(plan, s, kRun, [&](const Run& run) {
             matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
                           m.q_columns, N, m.scores, N, false);
-            matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                          m.dout_columns, N, m.dscores, N, false);
+            if (wants_dq() || wants_dk())
+                matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                              m.dout_columns, N, m.dscores, N, false);
             mask_scores(plan, run, b, lanes, N, m.scores);
             for_each_column(N, [&](int64_t c, auto vectors) {
                 constexpr int n = vectors.value;
@@ -154,14 +160,17 @@ struct Backward {
             const float* p_a = kBf16 ? m.p_pairs : m.scores;
             const float* ds_a = kBf16 ? m.ds_pairs : m.dscores;
             const float* ds_b = kBf16 ? m.ds_rows : m.dscores;
-            matmul<kBf16>(run.rows, Dp, Nu, {p_a, Nu, Nu, 0}, m.dout_rows, Dp, dv + slot * Dp, Dp, true);
-            matmul<kBf16>(run.rows, Dp, Nu, {ds_a, Nu, Nu, 0}, m.q_rows, Dp, dk + slot * Dp, Dp, true);
-            matmul<kBf16>(Dp, N, run.rows / kPack,
-                          {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
-                          ds_b, N, m.dq, N, !first);
+            if (wants_dv())
+                matmul<kBf16>(run.rows, Dp, Nu, {p_a, Nu, Nu, 0}, m.dout_rows, Dp, dv + slot * Dp, Dp, true);
+            if (wants_dk())
+                matmul<kBf16>(run.rows, Dp, Nu, {ds_a, Nu, Nu, 0}, m.q_rows, Dp, dk + slot * Dp, Dp, true);
+            if (wants_dq())
+                matmul<kBf16>(Dp, N, run.rows / kPack,
+                              {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                              ds_b, N, m.dq, N, !first);
             first = false;
         });
-        store_queries<kBf16, T>(plan, m.dq, args.dq, b, h, s, args.common.scale, m.stage);
+        if (wants_dq()) store_queries<kBf16, T>(plan, m.dq, args.dq, b, h, s, args.common.scale, m.stage);
     }
 
     // What a tile needs of its queries: q and dout in both orders, lse and delta.
@@ -238,8 +247,6 @@ struct Backward {
     // dk and dv of position t: what the parts hold of its window slot and, for a pivot, of its far slot.
     void write_key(int64_t b, int64_t hkv, int64_t t, const float* sums, int64_t part_floats) const {
         const int64_t rank = plan.sorted_pivots.rank_of_pivot[b * plan.T + t], Dp = plan.Dp;
-        T* dk = args.dk.row<T>(b, hkv, t);
-        T* dv = args.dv.row<T>(b, hkv, t);
         // Padding of D is summed too: whole vectors.
         alignas(64) float total[2][256 + 32];
         for (int64_t d = 0; d < Dp; d += kLanes) {
@@ -262,10 +269,11 @@ struct Backward {
             store(total[0] + d, sum_k * scale);
             store(total[1] + d, sum_v);
         }
-        for (int64_t d = 0; d < plan.D; ++d) {
-            from_float(total[0][d], dk + d);
-            from_float(total[1][d], dv + d);
-        }
+        const auto write = [&](const float* from, T* to) {
+            for (int64_t d = 0; d < plan.D; ++d) from_float(from[d], to + d);
+        };
+        if (wants_dk()) write(total[0], args.dk.row<T>(b, hkv, t));
+        if (wants_dv()) write(total[1], args.dv.row<T>(b, hkv, t));
     }
 };
 

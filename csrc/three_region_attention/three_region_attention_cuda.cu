@@ -53,9 +53,12 @@ void backward(const AttentionBackward& args, void* stream) {
     const AttentionShape& shape = args.common.shape;
     launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
            tiles(int64_t(shape.B) * shape.H * shape.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
-    launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
-           tiles(shape.T, kBackwardRows) * shape.H * shape.B, kBackwardThreads,
-           QueryGradientShape<D>::kShared, args, stream);
+    if (args.dq.data != nullptr)
+        launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
+               tiles(shape.T, kBackwardRows) * shape.H * shape.B, kBackwardThreads,
+               QueryGradientShape<D>::kShared, args, stream);
+    // These make both or none.
+    if (args.dk.data == nullptr || args.dv.data == nullptr) return;
     if (args.common.layout.P > 0)
         launch("three_region_attention_bwd_dkv_kernel (pivots)",
                three_region_attention_bwd_dkv_kernel<D, DROPOUT, true>,

@@ -41,7 +41,11 @@ class _Rounds:
     """The errors of eager PyTorch, round after round, of all results of a reference."""
 
     def __init__(
-        self, reference: Callable[..., Results], inputs: Sequence[Tensor | None], compute: torch.dtype | None
+        self,
+        reference: Callable[..., Results],
+        inputs: Sequence[Tensor | None],
+        compute: torch.dtype | None,
+        dtypes: Sequence[torch.dtype | None] | None,
     ) -> None:
         # Copies, because a later round may run after a test has changed its tensors.
         self.inputs = [None if x is None else x.detach().clone() for x in inputs]
@@ -49,6 +53,7 @@ class _Rounds:
         self.compute = compute or self.dtype
         self.reference = reference
         self.truth = list(reference(*_cast(self.inputs, torch.float64)))
+        self.dtypes = dtypes or [self.dtype] * len(self.truth)
         self.errors: list[list[tuple[float, float]]] = [[] for _ in self.truth]
         self.done = 0
 
@@ -57,17 +62,17 @@ class _Rounds:
         given = self.inputs if self.compute == self.dtype else _cast(self.inputs, self.compute)
         with SumsInAnotherOrder(self.done):
             results = self.reference(*given)
-        self._note(results, lambda x: x.to(self.dtype))
+        self._note(results, lambda x, dtype: x.to(dtype))
         with RoundedIntermediates(self.done, self.compute) as rounded:
             results = self.reference(*_cast(self.inputs, torch.float64))
-        self._note(results, lambda x: rounded.round(x, self.dtype))
+        self._note(results, rounded.round)
         self.done += 1
 
-    def _note(self, results: Results, to_dtype: Callable[[Tensor], Tensor]) -> None:
-        for errors, result, truth in zip(self.errors, results, self.truth, strict=True):
+    def _note(self, results: Results, to_dtype: Callable[[Tensor, torch.dtype], Tensor]) -> None:
+        for errors, result, truth, dtype in zip(self.errors, results, self.truth, self.dtypes, strict=True):
             if result is not None and truth is not None:
-                if self.compute != self.dtype:
-                    result = to_dtype(result)
+                if self.compute != self.dtype and dtype is not None:
+                    result = to_dtype(result, dtype)
                 error = result.detach().double() - truth.detach()
                 errors.append((_rms(error), _largest(error)))
 
@@ -90,14 +95,15 @@ def judge(
     inputs: Sequence[Tensor | None],
     *,
     compute: torch.dtype | None = None,
+    dtypes: Sequence[torch.dtype | None] | None = None,
 ) -> tuple[list[Tensor | None], list[EagerErrors | None]]:
     """``(truth, eager)``: for each result of ``reference(*inputs)`` a tensor in float64, and eager's errors.
 
     ``reference`` computes in the dtype of the tensors that it is given, and may be called again when a result
     is compared. ``compute`` is the dtype in which a kernel has to compute where that is not the inputs';
-    results are then rounded to the first input's dtype.
+    results are then rounded to their ``dtypes``, by default all to the first input's.
     """
-    rounds = _Rounds(reference, inputs, compute)
+    rounds = _Rounds(reference, inputs, compute, dtypes)
     return rounds.truth, [
         None if truth is None else EagerErrors(rounds, result) for result, truth in enumerate(rounds.truth)
     ]

@@ -221,7 +221,7 @@ class Silent:
         _device.INTERPRETED = _device.Properties("a GPU", divmod(call.arch, 10), _MULTIPROCESSORS[call.arch])
         torch.backends.cuda.matmul.fp32_precision = "tf32" if call.tf32 else "ieee"
         out = getattr(cogview_kernels, call.op)(*call.arguments, **call.options, backend="triton")
-        outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x.requires_grad]
+        outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None and x.requires_grad]
         if outs:
             torch.autograd.backward(outs, [torch.empty_like(x) for x in outs])
 

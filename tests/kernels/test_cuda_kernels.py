@@ -170,7 +170,7 @@ def test_limits(dtype, D, message, backend_device, monkeypatch):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_opcheck(dropout_p, backend_device):
     q, k, v, layout = _small(backend_device("cuda"), requires_grad=True)
-    regions = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias)
+    regions = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density)
     arguments = (q, k, v, *regions, 0.125, dropout_p, torch.tensor(3), "cuda")
     torch.library.opcheck(torch.ops.cogview_kernels.three_region_attention.default, arguments)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 import cogview_kernels
-from cogview_kernels import ThreeRegionLayout
+from cogview_kernels import ThreeRegionLayout, sandwich_layer_norm
 from tests.helpers.triton_compile import Call, Silent, without_interpreter
 
 MODULES = [
@@ -173,6 +173,8 @@ def _calls() -> Iterator[Call]:
     yield Call("stable_softmax", (torch.empty(40, 256, **bf16, **grad),), {}, 90)
     yield Call("layer_norm", (rows[0], *parameters[:2]), {"pb_relax": "tensor"}, 90)
     yield Call("sandwich_layer_norm", (*rows, *parameters), dropout, 90)
+    yield Call("rms_norm", (rows[0], parameters[0]), {"weight_offset": 1.0}, 90)
+    yield Call("sandwich_rms_norm", (*rows, parameters[0]), dropout, 90)
     q = torch.empty(1, 2, 1, 64, **bf16)
     cache = torch.empty(2, 1, 2, 2000, 64, **bf16)
     yield Call("decode_attention", (q, *cache, torch.tensor([2000])), {"layout": layout}, 90)
@@ -195,6 +197,18 @@ def ops_called_twice(bench: Bench) -> dict[str, list[int | str]]:
     return bound
 
 
+def one_gradient_of_two(bench: Bench) -> list[int]:
+    """How many launches of a backward pass Triton bound, whose first gradient nobody brings."""
+    found = []
+    for _ in range(2):
+        x = torch.empty(40, 256, dtype=torch.bfloat16, requires_grad=True)
+        _, normed = sandwich_layer_norm(x, x, None, None, None, None, backend="triton")
+        before = bench.bound
+        torch.autograd.grad(normed, x, torch.empty_like(normed))
+        found.append(bench.bound - before)
+    return found
+
+
 def all_of_them() -> dict[str, Any]:
     bench = Bench()
     functions = (
@@ -204,6 +218,7 @@ def all_of_them() -> dict[str, Any]:
         without_a_seed,
         seeds_that_triton_specialises,
         ops_called_twice,
+        one_gradient_of_two,
     )
     return {function.__name__: function(bench) for function in functions}
 
@@ -244,7 +259,14 @@ def test_second_calls_of_the_ops_are_direct(found):
         "stable_softmax": [2, 0],
         "layer_norm": [4, 0],
         "sandwich_layer_norm": [3, 0],
+        "rms_norm": [3, 0],
+        "sandwich_rms_norm": [3, 0],
         "decode_attention": [1, 0],
         "three_region_attention": [6, 0],
         "merge_attention": [2, 0],
     }
+
+
+def test_a_gradient_that_nobody_brings(found):
+    """The stream of a launch is that of its first tensor."""
+    assert found["one_gradient_of_two"] == [1, 0]

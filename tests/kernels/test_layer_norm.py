@@ -369,7 +369,9 @@ def test_opcheck(backend, which, backend_device):
     torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, "row", backend))
     tensors = [None if t is None else t.detach() for t in (torch.randn_like(x), x, weight, bias)]
     stats = torch.rand(2, 10, device=x.device)
-    torch.library.opcheck(ops.layer_norm_backward.default, (*tensors, stats, backend))
+    for needs_dweight in (True, False):
+        arguments = (*tensors, stats, backend, needs_dweight)
+        torch.library.opcheck(ops.layer_norm_backward.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -451,9 +453,10 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
     types = ("float", "__half", "__nv_bfloat16")
-    names = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "norm_abs_max_kernel")
-    kernels = [f"cogview::{kernel}<{t}>" for t in types for kernel in names]
-    source = '#include "layer_norm/layer_norm_kernels.cuh"'
+    kernels = [f"cogview::norm_abs_max_kernel<{t}>" for t in types]
+    for kernel in ("norm_fwd_kernel", "norm_bwd_kernel"):
+        kernels += [f"cogview::{kernel}<cogview::NormKind::kLayer, {t}>" for t in types]
+    source = '#include "norms/single.cuh"'
     for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
         assert report.spills == 0, (kernel, report)
 

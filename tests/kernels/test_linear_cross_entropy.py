@@ -371,7 +371,7 @@ def peak_bytes(function) -> int:
 def test_memory_beyond_the_gradients(dtype, extra_memory, monkeypatch):
     """At most 3 % of the logits for chunks of 2.9 % of them, as at 8,704 tokens; forward and backward.
 
-    Where more is allowed, no more than that.
+    Gradients in float32 take twice as much, and where more is allowed, no more than that.
     """
     N, C, V = 600, 160, 6000
     monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", int(0.029 * N * V))
@@ -391,6 +391,8 @@ def test_memory_beyond_the_gradients(dtype, extra_memory, monkeypatch):
     )
     allowed = (extra_memory or 0.03) * N * V * hidden.element_size() + packed + 64 * N
     assert peak_bytes(losses) <= allowed
+    if dtype == torch.float32:
+        allowed += max(0.06 - (extra_memory or 0.03), 0) * N * V * 4
     assert peak_bytes(gradients) - sum(x.numel() * x.element_size() for x in leaves) <= allowed
 
 

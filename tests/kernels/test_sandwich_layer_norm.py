@@ -322,7 +322,7 @@ def test_opcheck(backend, backend_device):
     for dresidual_out, dnormed in (douts, (None, douts[1]), (douts[0], None)):
         torch.library.opcheck(
             ops.sandwich_layer_norm_backward.default,
-            (dresidual_out, dnormed, *tensors[:2], stats, *tensors[2:], 0.1, seed, backend),
+            (dresidual_out, dnormed, *tensors[:2], stats, *tensors[2:], 0.1, seed, backend, True, False),
         )
 
 
@@ -453,10 +453,11 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
     types = ("float", "__half", "__nv_bfloat16")
-    kernels = [f"cogview::sandwich_layer_norm_bwd_kernel<{t}>" for t in types]
+    kinds = [f"cogview::NormKind::kLayer, {t}, {t}" for t in types]
+    kernels = [f"cogview::sandwich_bwd_kernel<{kind}>" for kind in kinds]
     for passes in ("true, true", "true, false", "false, true"):
-        kernels += [f"cogview::sandwich_layer_norm_fwd_kernel<{t}, {passes}>" for t in types]
-    source = '#include "sandwich_layer_norm/sandwich_layer_norm_kernels.cuh"'
+        kernels += [f"cogview::sandwich_fwd_kernel<{kind}, {passes}>" for kind in kinds]
+    source = '#include "norms/sandwich.cuh"'
     for kernel, report in cuda_compile.compile_kernels(source, kernels, arch).items():
         assert report.spills == 0, (kernel, report)
 

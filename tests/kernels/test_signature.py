@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -84,3 +87,28 @@ def test_few_are_remembered(passed, monkeypatch):
     for rows in range(1, 9):
         layer_norm(torch.randn(rows, 4))
     assert len(passed) <= 3
+
+
+def test_tensors_of_older_pytorch_are_read_by_their_attributes():
+    """Before 2.10 it has no exchange API, of which the extension asks once in a process."""
+    code = (
+        "import torch\n"
+        "if hasattr(torch.Tensor, '__dlpack_c_exchange_api__'):\n"
+        "    del torch.Tensor.__dlpack_c_exchange_api__\n"
+        "from cogview_kernels import ThreeRegionLayout, _backends, decode_attention, layer_norm\n"
+        "assert _backends.signature('op', torch.ones(2)) is None\n"
+        "for dtype in (torch.float32, torch.float16, torch.bfloat16):\n"
+        "    x, weight = torch.randn(3, 2, 8).to(dtype), torch.randn(8)\n"
+        "    ours, plain = (layer_norm(x, weight, backend=b) for b in ('cpu', 'reference'))\n"
+        "    torch.testing.assert_close(ours, plain)\n"
+        "    q = torch.randn(2, 1, 3, 16).to(dtype).transpose(1, 2)\n"
+        "    k, v = (torch.randn(2, 9, 3, 16).to(dtype).transpose(1, 2) for _ in range(2))\n"
+        "    for integers in (torch.int32, torch.int64):\n"
+        "        layout = ThreeRegionLayout(torch.tensor([[0, 3], [1, -1]], dtype=integers), 2, 2)\n"
+        "        call = (q, k, v, torch.tensor([9, 5], dtype=integers))\n"
+        "        ours = decode_attention(*call, layout=layout, backend='cpu')\n"
+        "        plain = decode_attention(*call, layout=layout, backend='reference')\n"
+        "        torch.testing.assert_close(ours, plain)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ def make(
 
 
 def regions(layout):
-    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias
+    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density
 
 
 SMALL = {
@@ -492,9 +492,11 @@ def test_cpu_refuses_bad_pivots(pivots, message, backend_device):
     with pytest.raises(ValueError, match=message):
         three_region_attention(x, x, x, layout, backend="cpu")
     results = torch.ones(2, 2, 8, 4), torch.ones(2, 2, 8), torch.empty(0, dtype=torch.int32)
-    arguments = (layout.pivots, 2, 2, 0.0, 1.0, 0.0, None, "cpu")
+    arguments = (*regions(layout), 1.0, 0.0, None, "cpu")
     with pytest.raises(ValueError, match=message):
-        torch.ops.cogview_kernels.three_region_attention_backward(x, None, x, x, x, *results, *arguments)
+        torch.ops.cogview_kernels.three_region_attention_backward(
+            x, None, x, x, x, *results, *arguments, True, True, True
+        )
 
 
 def test_cpu_refuses_large_heads(backend_device):
@@ -532,9 +534,9 @@ def test_opcheck(backend, backend_device):
         torch.ops.cogview_kernels.three_region_attention_backward,
     )
     out, lse, residuals = op(q, k, v, *arguments)
-    torch.library.opcheck(
-        backward, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, residuals, *arguments)
-    )
+    saved = torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, residuals
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(backward, (*saved, *arguments, *wanted))
     torch.library.opcheck(op, (*(x.requires_grad_() for x in (q, k, v)), *arguments))
 
 
@@ -573,6 +575,7 @@ TRANSFORMS = {
     "grad": lambda f, x: torch.func.grad(f)(x),
     "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(2.0))[0],
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vectorized": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
     "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, 2 * x])),
     "vmap_of_grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(torch.stack([x, 2 * x])),
 }
@@ -586,10 +589,6 @@ REFUSED = {
     "jvp": (lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),)), "forward-mode derivative"),
     "hessian": (lambda f, x: torch.func.hessian(f)(x), "forward-mode derivative"),
     "functional_hessian": (lambda f, x: torch.autograd.functional.hessian(f, x), "second derivatives"),
-    "vectorized": (
-        lambda f, x: torch.autograd.functional.jacobian(lambda y: f(y)[None], x, vectorize=True),
-        "gradient under is_grads_batched=True",
-    ),
 }
 
 

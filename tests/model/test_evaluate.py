@@ -18,6 +18,7 @@ from cogview.evaluate import Evaluate, evaluate
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.pictures import PictureFolder, blurred
 from cogview.evaluation.set_statistics import load_statistics
+from cogview.run import load_run
 
 
 class Means:
@@ -121,6 +122,30 @@ def test_a_run_draws_the_captions_of_a_folder_and_describes_its_pictures(run_fol
         assert compare(run_folder, real, out, radii=(0,), candidates=2, captions=4) == figures
     with pytest.raises(ValueError, match="was started with seed = 0, now 1"):
         compare(run_folder, real, out, radii=(0,), candidates=2, captions=4, seed=1)
+
+
+def test_a_run_is_not_drawn_from_before_its_pictures_can_be_compared(run_folder, tmp_path):
+    large, small = save_pictures(tmp_path / "large", side=32), save_pictures(tmp_path / "small")
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="got 16x16 and 32x32 pixels"):
+        compare(run_folder, large, out)
+    with pytest.raises(FileNotFoundError, match=r"has no captions\.tsv"):
+        compare(run_folder, small, out)
+    compare(small, small, out, radii=(0,))
+    with pytest.raises(ValueError, match="a run is compared with a folder of pictures, got the statistics"):
+        compare(run_folder, out / "reference.safetensors", out)
+    assert not (out / "drawn").exists()
+
+
+def test_a_run_rebuilds_pictures_through_its_tokenizer(run_folder, tmp_path):
+    real = save_pictures(tmp_path / "real", count=6)
+    out = tmp_path / "out"
+    figures = compare(run_folder, real, out, radii=(0,), rebuild=True, captions=5)
+    assert figures["pictures"].first == 5
+    run = load_run(run_folder, "cpu")
+    expected = run.decode(run.encode(real / "2.png"))
+    with Image.open(out / "rebuilt" / "2.png.png") as rebuilt:
+        assert np.array_equal(np.asarray(rebuilt), np.asarray(expected))
 
 
 def refused(capsys, *words):

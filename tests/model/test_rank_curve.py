@@ -64,7 +64,7 @@ class Means:
 
 def test_a_run_on_the_digits_gets_its_curve_and_draws_once(run_folder, tmp_path, monkeypatch):
     out = tmp_path / "ranking"
-    options = Ranking(run_folder, out, run_folder, candidates=2, draws=1, device="cpu", progress=False)
+    options = Ranking(run_folder, out, run_folder, candidates=2, prompts=12, device="cpu", progress=False)
     curve = study_ranking(options, Means())
     pickers = ["CapLoss", "CapLoss of the captioner", "chance", "the judge"]
     assert [(point.picker, point.candidates) for point in curve] == [(p, n) for p in pickers for n in (1, 2)]
@@ -76,10 +76,10 @@ def test_a_run_on_the_digits_gets_its_curve_and_draws_once(run_folder, tmp_path,
         assert plot.width > 500
     assert "best of 2" in ranking_table(curve)
 
-    monkeypatch.setattr("cogview.demo.ranking.generate_codes", None)  # Nothing is drawn a second time.
+    monkeypatch.setattr("cogview.demo.run.generate_codes", None)  # Nothing is drawn a second time.
     assert study_ranking(options, Means()) == curve
     with pytest.raises(ValueError, match="was started with seed = 0, now 1"):
-        study_ranking(Ranking(run_folder, out, candidates=2, draws=1, seed=1, progress=False), Means())
+        study_ranking(Ranking(run_folder, out, candidates=2, prompts=12, seed=1, progress=False), Means())
 
 
 def test_runs_that_no_judge_can_read_are_refused(run_folder, tmp_path):
@@ -90,6 +90,6 @@ def test_runs_that_no_judge_can_read_are_refused(run_folder, tmp_path):
         study_ranking(Ranking(run_folder, tmp_path / "out", other), Means())
     settings = (other / "tokenizers.json").read_text().replace('"digits"', '"photos"', 1)
     (other / "tokenizers.json").write_text(settings)
-    with pytest.raises(ValueError, match="run must be one on the digits"):
+    with pytest.raises(ValueError, match="run must be one on digits or emoji"):
         study_ranking(Ranking(other, tmp_path / "out"), Means())
     assert not (tmp_path / "out").exists()

@@ -12,16 +12,24 @@ from PIL import Image
 
 from cogview.cli import main
 from cogview.config import ImageTokenizerConfig, SamplingConfig
-from cogview.data.enlargements import num_codes
+from cogview.data.enlargements import LocalDataset, num_codes
 from cogview.data.rows import open_rows
 from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
 from cogview.generation.engine import DrawOptions
+from cogview.generation.local_super_resolution import enlarge_locally, rounds_of
 from cogview.generation.sampling import Noise, choose
 from cogview.generation.super_resolution import Small, codes_to_draw, drawn_by, enlarge, windows_of
+from cogview.model.local_grid import LocalGrid
 from cogview.run import load_run
 from cogview.seeding import derive_seed
-from cogview.tokens.sequence import ENLARGEMENT_FRAME_TOKENS, enlargement_row, make_batch, text_to_image_row
-from cogview.training.finetune import Finetune, finetune_super_resolution
+from cogview.tokens.sequence import (
+    ENLARGEMENT_FRAME_TOKENS,
+    enlargement_row,
+    make_batch,
+    masked_codes,
+    text_to_image_row,
+)
+from cogview.training.finetune import Finetune, finetune_local_super_resolution, finetune_super_resolution
 from tests.model.helpers import VOCAB, small_model
 
 SIDE = 4
@@ -210,6 +218,101 @@ def test_the_command_compares_and_writes(enlarger, tmp_path, capsys):
     assert Image.open(out / "0.png").size == (32, 32)
     assert main([*words, "--out", str(out)]) == 2
     assert "has pictures already" in capsys.readouterr().err
+
+
+# ---- the local mode of CogView2
+
+
+def visible(grid, window, low, cell_of):
+    """Which cells [low^2] a fine code at (y, x) sees."""
+    rows, columns = torch.arange(low)[:, None], torch.arange(low)
+    return lambda y, x: (
+        ((rows - cell_of(y)).abs() <= window[0] // 2) & ((columns - cell_of(x)).abs() <= window[1] // 2)
+    ).flatten()
+
+
+def test_a_local_grid_is_dense_attention_under_its_mask():
+    low, room = 6, 3
+    grid = LocalGrid(low, 4 + low**2 + room)
+    T = grid.prefix + 4 * low**2
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    mask[: grid.prefix, : grid.prefix] = torch.ones(grid.prefix, grid.prefix).tril().bool()
+    own = visible(grid, (9, 5), 2 * low, lambda i: i)
+    far = visible(grid, (5, 5), low, lambda i: i // 2)
+    for i in range(4 * low**2):
+        y, x = divmod(i, 2 * low)
+        mask[grid.prefix + i, grid.prefix :] = own(y, x)
+        mask[grid.prefix + i, 2 : 2 + low**2] = far(y, x)
+        mask[grid.prefix + i, 2 + low**2 : grid.prefix] = True
+    q, k, v = torch.randn(3, 2, 2, T, 32, requires_grad=True)
+    found = grid.attend(q, k, v, 0.0)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+    dout = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), dout) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert grid.positions()[grid.prefix :].view(12, 12)[5, 7] == 2 + 2 * low + 3
+
+
+def test_rounds_draw_every_code_once_and_the_first_ones_far_apart():
+    assert rounds_of(8).flatten().bincount().tolist() == [4, 4, 8, 12, 16, 20]
+    first = (rounds_of(8) == 0).nonzero()
+    assert first.tolist() == [[0, 0], [0, 4], [4, 0], [4, 4]]
+    assert rounds_of(6).shape == (6, 6)
+
+
+def test_hidden_codes_are_what_is_learned():
+    class TwoPictures:
+        num_codes = 5 * 4
+
+        def __len__(self):
+            return 2
+
+        def read(self, image, choice=0.0):
+            return [3, 4], list(range(4)) + [image] * 16
+
+    dataset = LocalDataset(VOCAB, TwoPictures(), 4 + 5 + 20)
+    batch = dataset.batch(0, 64, text_weight=1.0, caption_fraction=0.0, seed=0, text_dropout=0.5)
+    fine = slice(batch.grid.prefix, None)
+    hidden = batch.weight[:, fine] > 0
+    assert batch.weight[:, : batch.grid.prefix].sum() == 0
+    shares = hidden.float().mean(1)
+    assert shares.min() > 0 and shares.max() > 0.9 and 0.35 < shares.mean() < 0.65
+    assert bool((batch.tokens[:, fine] < VOCAB.num_image_codes).eq(~hidden).all())
+    assert torch.equal(batch.tokens[:, fine][hidden], masked_codes(VOCAB, 4).expand(64, -1)[hidden])
+    assert batch.targets[:, fine].eq(batch.targets[:, -1:]).all()
+    texts = (batch.text_mask & (batch.tokens < VOCAB.command_start)).sum(1)
+    assert set(texts.tolist()) == {0, 2}
+    assert torch.equal(batch.split(4)[3].weight, batch.weight[48:]) and batch.split(4)[0].grid is batch.grid
+
+
+def test_local_pictures_do_not_depend_on_their_batch():
+    model = small_model(scale=3.0)
+    small, steps = pictures(), []
+    options = DrawOptions(SAMPLING, on_step=steps.append)
+    found = enlarge_locally(model, VOCAB, small, 5, options)
+    assert found.shape == (3, 8, 8) and bool((found < VOCAB.num_image_codes).all())
+    assert sum(steps) == found.numel()
+    assert torch.equal(found[2:], enlarge_locally(model, VOCAB, small[2:], 5, options))
+    assert torch.equal(found, enlarge_locally(model, VOCAB, small, 5, DrawOptions(SAMPLING, max_batch=2)))
+    assert not torch.equal(
+        found[0], enlarge_locally(model, VOCAB, [small[0]._replace(seed=8)], 5, options)[0]
+    )
+
+
+def test_a_local_run_is_finetuned_and_enlarges(run_folder, enlarger, tmp_path, capsys):
+    out, few = tmp_path / "local", {"steps": 2, "batch_size": 4, "checkpoint_every": 1}
+    finetune_local_super_resolution(
+        Finetune(run_folder, enlarger / "photos", out, few, device="cpu", progress=False)
+    )
+    photo = str(enlarger / "photos" / "0.png")
+    words = ["super-resolve", photo, "--run", str(out), "--out", str(tmp_path / "large")]
+    assert main([*words, "--text", "a seven", "--device", "cpu", "--compare"]) == 0
+    said = capsys.readouterr().out
+    assert "PSNR: enlarged" in said and "edges" not in said
+    assert Image.open(tmp_path / "large" / "0.png").size == (32, 32)
+    assert main([*words, "--from-half", "--force"]) == 2
+    assert "from_half must be False" in capsys.readouterr().err
 
 
 # ---- figures

@@ -53,6 +53,7 @@ def test_a_vote_is_kept_at_once_and_a_ballot_goes_on(folders, tmp_path):
     ballot = Ballot(folders, tmp_path)
     ballot.vote(0, 1)
     ballot.vote(0, 0)  # It has a vote already.
+    assert len(ballot.votes) == 1
     again = Ballot(folders, tmp_path)
     assert again.votes == ballot.votes
     assert again.votes[0].chosen == ballot.questions[0].folders[1]

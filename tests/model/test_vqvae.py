@@ -185,20 +185,31 @@ def test_without_quantisation_the_vectors_are_decoded_and_the_book_stays():
     out = tokenizer(images, quantise=False)
     torch.testing.assert_close(out.images, tokenizer._decode(tokenizer.vectors(images)))
     assert torch.equal(tokenizer.quantize_t.embed, before) and float(out.commitment) == 0
-    z = torch.randn(3, 5, 4)
-    tokenizer.quantize_t.begin_at(z)
-    rows = {tuple(row) for row in z.reshape(-1, 4).tolist()}
-    assert all(tuple(code) in rows for code in tokenizer.quantize_t.embed.t().tolist())
+    for distinct in (5, 15):
+        z = torch.randn(distinct, 1, 4).expand(distinct, 6, 4)
+        tokenizer.quantize_t.begin_at(z)
+        codes = {tuple(code) for code in tokenizer.quantize_t.embed.t().tolist()}
+        assert codes <= {tuple(row) for row in z.reshape(-1, 4).tolist()} and len(codes) == min(8, distinct)
     assert torch.equal(tokenizer.quantize_t.embed_avg, tokenizer.quantize_t.embed)
 
 
 @pytest.mark.parametrize("residual_blocks", [0, 2])
 def test_a_tokenizer_of_patches_begins_without_a_loss_where_its_codes_have_room(residual_blocks):
     config = dataclasses.replace(
-        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks
+        SMALL, code_dim=48, channels=50, patches=True, residual_blocks=residual_blocks, pixel_std=(0.5,) * 3
     )
     images = torch.rand(2, 3, 16, 24)
-    out = ImageTokenizer(config)(images, quantise=False)
-    torch.testing.assert_close(out.images, images, atol=1e-5, rtol=0)
-    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))(images, quantise=False)
-    assert 0 < F.mse_loss(narrow.images, images).item() < float(images.var())
+    other = images.clone()
+    other[0, :, :4, :4] += 0.1 * torch.randn(3, 4, 4)
+    tokenizer = ImageTokenizer(config)
+    for color_weight in (0.0, 8.0):
+        tokenizer.begin_with_patches(color_weight)
+        torch.testing.assert_close(tokenizer(images, quantise=False).images, images, atol=1e-5, rtol=0)
+        distance = (tokenizer.vectors(images) - tokenizer.vectors(other)).square().sum()
+        error = (images - other)[0, :, :4, :4] / 0.5
+        colors = 16 * error.mean((1, 2)).square().sum()
+        torch.testing.assert_close(distance, error.square().sum() + color_weight * colors)
+    narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))
+    narrow.begin_with_patches()
+    mse = F.mse_loss(narrow(images, quantise=False).images, images).item()
+    assert 0 < mse < float(images.var())

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// One norm over rows on the CPU: a row at a time, in a float buffer that stays in the L1 cache. Bytes:
+// forward reads and writes a row (reads it twice under pb_relax="tensor"); backward reads two and writes one.
+#pragma once
+
+#include "norms/row.h"
+#include "norms/single.h"
+
+namespace cogview {
+namespace {
+
+template <NormKind kKind, typename T>
+void norm_forward(const NormForward& a, int threads) {
+    const int64_t rows = a.shape.rows, C = a.shape.C;
+    const PbRelax pb_relax = a.options.pb_relax;
+    const T* x = static_cast<const T*>(a.x);
+    T* y = static_cast<T*>(a.y);
+    const Dropout none = {};
+    const bool by_row = pb_relax == PbRelax::kRow;
+    const float fixed =
+        pb_relax == PbRelax::kTensor ? tensor_abs_max<false>(x, rows, C, none, threads) : 8.0f;
+    const bool streaming = streams(y, rows, C);
+    const Scratch weight(C), bias(C);
+    widen_parameter(a.affine.weight, C, 1.0f, a.options.weight_offset, weight.data);
+    widen_parameter(a.affine.bias, C, 0.0f, 0.0f, bias.data);
+    const WideAffine affine = {weight.data, bias.data, a.options.round_before_weight};
+    parallel_for(rows, forward_chunk(C), threads, [&](int64_t begin, int64_t end) {
+        const Scratch row(C);
+        for (int64_t r = begin; r < end; ++r) {
+            const Moments moments = widen_row<kKind, false>(x + r * C, C, none, {}, row.data);
+            Statistics saved;
+            const Statistics s = statistics<kKind>(row.data, C, moments, by_row ? moments.abs_max : fixed,
+                                                   a.options.eps, x + (r + 1) * C, &saved);
+            normalise_row<kKind>(row.data, s, affine, C, y + r * C, streaming);
+            if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
+        }
+        stream_fence();
+    });
+}
+
+template <NormKind kKind, typename T>
+void norm_backward(const NormBackward& a, int threads) {
+    const int64_t rows = a.shape.rows, C = a.shape.C;
+    const T* dy = static_cast<const T*>(a.dy);
+    const T* x = static_cast<const T*>(a.x);
+    T* dx = static_cast<T*>(a.dx);
+    const bool streaming = streams(dx, rows, C);
+    const Scratch weight(C);
+    widen_parameter(a.weight, C, 1.0f, a.weight_offset, weight.data);
+    const int64_t grain = backward_chunk(rows), chunks = (rows + grain - 1) / grain;
+    constexpr int kSlots = parameters_of(kKind);
+    const Scratch partials(chunks * kSlots * C);
+    parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
+        const Scratch hat(C), scaled(C);
+        float* dweight = partials.data + begin / grain * kSlots * C;
+        float* dbias = dweight + C;  // LayerNorm
+        std::memset(dweight, 0, kSlots * C * sizeof(float));
+        for (int64_t r = begin; r < end; ++r) {
+            const Statistics s = read_statistics<kKind>(a.stats, 0, rows, r);
+            const GradientMeans means = gradient_means<kKind>(
+                C, [&](int64_t j, auto tag) { return load(x + r * C + j, tag); },
+                [&](int64_t j, auto tag) { return load(dy + r * C + j, tag); }, s, weight.data, dweight,
+                dbias, hat.data, scaled.data);
+            for_each_vector(C, [&](int64_t j, auto tag) {
+                put(dx + r * C + j, row_gradient<kKind>(s, means, hat.data, scaled.data, j, tag), tag,
+                    streaming);
+                prefetch(x + (r + 1) * C + j);
+                prefetch(dy + (r + 1) * C + j);
+            });
+        }
+        stream_fence();
+    });
+    reduce_partials(partials.data, chunks, kSlots, 0, C, a.gradients.weight);
+    if (kKind == NormKind::kLayer) reduce_partials(partials.data, chunks, kSlots, 1, C, a.gradients.bias);
+}
+
+}  // namespace
+}  // namespace cogview
