@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from cogview_kernels import ThreeRegionLayout
 from cogview_kernels.integrations.transformers import register
@@ -140,8 +140,9 @@ def test_sparse_generation_depends_neither_on_the_cache_nor_on_padding(make, ids
 def test_a_prompt_in_two_parts(make, ids):
     model = make().eval()
     model.set_attn_implementation(SINKS)
-    first = model(ids[:, :9], use_cache=True)
-    second = model(ids[:, 9:], cache=first.cache).logits
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :9], past_key_values=cache)
+    second = model(ids[:, 9:], past_key_values=cache).logits
     torch.testing.assert_close(second, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-6)
 
 
@@ -166,7 +167,7 @@ def test_trainer_fine_tunes(make, tmp_path):
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
-            activation_checkpointing=implementation == WIDE,
+            gradient_checkpointing=implementation == WIDE,
             **options,
         )
         trainer = Trainer(model, arguments, train_dataset=data)

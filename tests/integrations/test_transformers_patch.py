@@ -170,7 +170,7 @@ def test_activation_checkpointing(reentrant, ids):
     model = tiny(gemma3)
     _, expected = step(model, ids)
     patch(model)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     _, gradients = step(model, ids, use_cache=False)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)

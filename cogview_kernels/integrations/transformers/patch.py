@@ -10,8 +10,10 @@ which FSDP does not allow for.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -20,13 +22,13 @@ from typing import Any
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import modeling_outputs
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from cogview_kernels import linear_cross_entropy as fused_cross_entropy
 from cogview_kernels import rms_norm, sandwich_rms_norm
 
 Forward = Callable[..., Any]
+_RETURN = re.compile(r"return (\w+)\(\s*loss=loss,")  # of a head: the class of its output
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,6 @@ class _Family:
     head: str
     kind: _Norm
     norms: tuple[str | None, str, str | None, str]
-    output: str = "CausalLMOutputWithPast"
 
     @property
     def calls(self) -> str:
@@ -96,7 +97,6 @@ _FAMILIES = (
         "GlmImageForConditionalGeneration",
         _GLM,
         _NORMS_OF_GLM,
-        "MultimodalCausalLMOutputWithPast",
     ),
     _Family("Olmo2DecoderLayer", "Olmo2RMSNorm", "Olmo2ForCausalLM", _OLMO, _NORMS_OF_OLMO),
 )
@@ -133,7 +133,7 @@ def patch(model: nn.Module, *, sandwich_norm: bool = True, linear_cross_entropy:
                 forwards[module] = _layer_forward(family)
     if linear_cross_entropy:
         _check_head(model, family)
-        forwards[model] = _head_forward(family)
+        forwards[model] = _head_forward(_output_class(model))
     for module in forwards:
         if "forward" in vars(module):
             by = "patch; call unpatch first" if _is_ours(module) else "another library; call patch before it"
@@ -179,7 +179,8 @@ def _check_head(model: Any, family: _Family) -> None:
             "linear_cross_entropy=False patches the norms alone"
         )
     expected = "model lm_head loss_function"
-    _check_source(model, _calls(model, expected) == expected)
+    as_known = _calls(model, expected) == expected and _RETURN.search(_source(model)) is not None
+    _check_source(model, as_known)
     if model.loss_function is not ForCausalLMLoss:
         raise NotImplementedError(
             "patch: linear_cross_entropy replaces ForCausalLMLoss of transformers, but this model's loss is "
@@ -234,8 +235,15 @@ def _layer_forward(family: _Family) -> Forward:
     return forward
 
 
-def _head_forward(family: _Family) -> Forward:
-    output = getattr(modeling_outputs, family.output)
+def _output_class(model: nn.Module) -> Any:
+    """What the model's ``forward`` returns; its name differs between versions."""
+    found = _RETURN.search(_source(model))
+    assert found is not None  # _check_head has looked
+    return getattr(sys.modules[type(model).__module__], found.group(1))
+
+
+def _head_forward(output: Any) -> Forward:
+    fields = {field.name for field in dataclasses.fields(output)}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = type(self).forward
@@ -249,7 +257,7 @@ def _head_forward(family: _Family) -> Forward:
         outputs = self.model(**given, **others)
         softcap = getattr(self.config.get_text_config(), "final_logit_softcapping", None)
         loss = _loss(self.lm_head, outputs.last_hidden_state, labels, softcap, others)
-        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        rest = {name: value for name, value in outputs.items() if name in fields}
         return output(loss=loss, **rest)
 
     return forward
