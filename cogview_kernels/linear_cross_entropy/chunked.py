@@ -105,7 +105,7 @@ def _row_of_target(first: int, logits: Tensor, tokens: Tokens) -> tuple[Tensor, 
 def _blocks(piece: Piece) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of the logits at a time, and which."""
     v, n = piece.logits.shape
-    rows = max(1, pieces.CHUNK_ELEMENTS // (16 * n))
+    rows = max(16, pieces.CHUNK_ELEMENTS // (16 * n))
     for start in range(0, v, rows):
         these = slice(start, min(start + rows, v))
         yield these, piece.logits[these]
