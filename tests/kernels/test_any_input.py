@@ -72,14 +72,15 @@ def tensors(draw, shape, dtype, value="normal"):
     return x.requires_grad_(x.is_floating_point() and draw(st.booleans()))
 
 
-def compare(found, expected, inputs):
-    """Within what a dtype can tell. Where an input or a result is not finite, shape and dtype alone."""
+def compare(found, expected, inputs, numbers):
+    """Within what a dtype can tell. Where something is not finite, or a number huge, shape and dtype
+    alone."""
     floats = [x.detach() for x in inputs if x.is_floating_point() and x.numel() > 0]
     for a, b in zip(found, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         if a.is_meta or not all(bool(x.isfinite().all()) for x in floats):
             continue
-        scale = max([1.0, *(float(x.abs().max()) for x in floats)])
+        scale = max([1.0, *map(abs, numbers), *(float(x.abs().max()) for x in floats)])
         if scale > 1e3:
             continue
         fine = b.isfinite()
@@ -107,7 +108,8 @@ def check(name, arguments, options):
     if isinstance(found, type) or isinstance(expected, type):
         assert found == expected, outcomes
         return
-    compare(found, expected, inputs)
+    numbers = [x for name, x in options.items() if isinstance(x, (int, float)) and name != "seed"]
+    compare(found, expected, inputs, numbers)
     leaves = [x for x in inputs if x.requires_grad]
     # An output that depends on nothing of these has no gradient in plain PyTorch, and zeros from a kernel.
     differentiable = [i for i, x in enumerate(expected) if x.requires_grad and not x.is_meta]
@@ -121,7 +123,7 @@ def check(name, arguments, options):
             )
             for out in outcomes
         ]
-        compare(*gradients, inputs)
+        compare(*gradients, inputs, numbers)
 
 
 @many
