@@ -324,8 +324,8 @@ AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Addre
             pointer<float>(workspace[2])};
 }
 
-// q [B, H, Tq, D], caches [B, Hkv, S, D]; splits (CUDA): keys of a block, blocks of a row, where they leave their
-// parts, their counters.
+// q [B, H, Tq, D], caches [B, Hkv, S, D]; splits (CUDA): keys of a block, blocks of a row, where they leave
+// their parts, their counters.
 DecodeAttention decode_arguments(const PythonTensor& q, const PythonTensor& k_cache,
                                  const PythonTensor& v_cache, const PythonTensor& lengths,
                                  const PythonTensor& out, const LayoutArguments& layout, float scale,
@@ -350,8 +350,8 @@ DecodeAttention decode_arguments(const PythonTensor& q, const PythonTensor& k_ca
 // x [..., K], weight [O, K].
 DecodeLinear decode_linear(const PythonTensor& x, const PythonTensor& weight, const PythonTensor& bias,
                            const PythonTensor& y, bool gelu) {
-    return {x.data, weight.data, bias.data, y.data, x.elements / x.last, x.last, weight.size[0],
-            weight.stride[0], gelu, x.dtype};
+    return {x.data, weight.data,    bias.data,        y.data, x.elements / x.last,
+            x.last, weight.size[0], weight.stride[0], gelu,   x.dtype};
 }
 
 // The fields of Window, in their order.
@@ -494,8 +494,7 @@ constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out"
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
                                               "shape",  "layout",        "scale",    "dropout",
                                               "dtype",  "sorted_pivots", "workspace"};
-constexpr const char* kDecode[] = {"q",   "k_cache", "v_cache", "lengths",
-                                   "out", "layout",  "scale",   "splits"};
+constexpr const char* kDecode[] = {"q", "k_cache", "v_cache", "lengths", "out", "layout", "scale", "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
@@ -554,7 +553,8 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
              [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
-    bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear, [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
+    bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
+             [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
              [] { return COGVIEW_PICK_ISA(local_attention_2d_fwd_cpu); });
     bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,

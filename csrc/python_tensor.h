@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A PyTorch tensor as Python passes it, read without a header of PyTorch: through DLPack's C exchange API
-// (https://dmlc.github.io/dlpack/latest/c_api.html, stable within its major version), at 80 ns a tensor. PyTorch
-// before 2.10 has none; its tensors are asked for their attributes. Only bindings.cpp includes this.
+// (https://dmlc.github.io/dlpack/latest/c_api.html, stable within its major version), at 80 ns a tensor.
+// PyTorch before 2.10 has none; its tensors are asked for their attributes. Only bindings.cpp includes this.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,9 +19,9 @@ namespace cogview {
 // What compiled code wants to know of a tensor; all zero for None.
 struct PythonTensor {
     void* data = nullptr;
-    int bytes = 0;  // of an element
-    DType dtype = DType::kFloat32;  // of a tensor of floats
-    int64_t elements = 0, last = 0;  // how many there are; the size of the last dimension
+    int bytes = 0;                                  // of an element
+    DType dtype = DType::kFloat32;                  // of a tensor of floats
+    int64_t elements = 0, last = 0;                 // how many there are; the size of the last dimension
     std::array<int64_t, 4> size = {}, stride = {};  // of the first four dimensions
 };
 
@@ -60,7 +60,8 @@ inline const ExchangeApi* exchange_api() {
         const py::object type = py::module_::import("torch").attr("Tensor");
         const py::object capsule = py::getattr(type, "__dlpack_c_exchange_api__", py::none());
         if (!PyCapsule_CheckExact(capsule.ptr())) return static_cast<const ExchangeApi*>(nullptr);
-        auto* api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+        auto* api =
+            static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
         if (api == nullptr) throw py::error_already_set();
         while (api != nullptr && api->major > kMajor) api = api->older;
         return api != nullptr && api->dltensor_from_py_object != nullptr ? api : nullptr;
@@ -74,7 +75,7 @@ inline PythonTensor from_dlpack(const dlpack::Tensor& x) {
     PythonTensor to;
     to.data = static_cast<char*>(x.data) + x.byte_offset;
     to.bytes = x.dtype.bits / 8;
-    to.dtype = x.dtype.bits == 32               ? DType::kFloat32
+    to.dtype = x.dtype.bits == 32                ? DType::kFloat32
                : x.dtype.code == dlpack::kBfloat ? DType::kBFloat16
                                                  : DType::kFloat16;
     to.elements = 1;
@@ -92,7 +93,7 @@ inline PythonTensor from_attributes(pybind11::handle x) {
     to.data = reinterpret_cast<void*>(x.attr("data_ptr")().cast<uintptr_t>());
     to.bytes = x.attr("element_size")().cast<int>();
     const std::string dtype = py::str(x.attr("dtype"));
-    to.dtype = dtype == "torch.bfloat16" ? DType::kBFloat16
+    to.dtype = dtype == "torch.bfloat16"  ? DType::kBFloat16
                : dtype == "torch.float16" ? DType::kFloat16
                                           : DType::kFloat32;
     const py::tuple shape = x.attr("shape"), stride = x.attr("stride")();
@@ -114,9 +115,9 @@ inline PythonTensor read_tensor(pybind11::handle x) {
     return from_dlpack(found);
 }
 
-// Bytes that are equal for two calls whose arguments have the same types, numbers and strings and, where they are
-// tensors, the same devices, dtypes and shapes. None for an argument that is none of these, for a tensor of a
-// subclass or without memory, and for every tensor where there is no exchange API.
+// Bytes that are equal for two calls whose arguments have the same types, numbers and strings and, where they
+// are tensors, the same devices, dtypes and shapes. None for an argument that is none of these, for a tensor
+// of a subclass or without memory, and for every tensor where there is no exchange API.
 inline pybind11::object signature(const pybind11::args& arguments) {
     namespace py = pybind11;
     static const py::object tensor = py::module_::import("torch").attr("Tensor");

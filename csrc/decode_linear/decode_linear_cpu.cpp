@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chunks of outputs are dealt to the threads. In a chunk several rows of W are multiplied at a time, so that a
-// core has several streams of memory under way and no sum waits for the one before it.
-#include "decode_linear/decode_linear.h"
-
+// Chunks of outputs are dealt to the threads. In a chunk several rows of W are multiplied at a time, so that
+// a core has several streams of memory under way and no sum waits for the one before it.
 #include "common/parallel.h"
 #include "common/vec.h"
+#include "decode_linear/decode_linear.h"
 
 namespace cogview {
 namespace COGVIEW_ISA {
@@ -61,7 +60,8 @@ inline void all_rows(const DecodeLinear& a, const T* w, const float* x, int64_t 
         dot_products<kOutputs, 1>(w, a.weight_stride, x + r * width, width, a.K, sums + r * stride, stride);
 }
 
-// x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than 0.
+// x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than
+// 0.
 inline VecF gelu(VecF x) {
     constexpr double kLog2e = 1.4426950408889634;
     constexpr float kHigh = float(kLog2e), kLow = float(kLog2e - kHigh);
@@ -93,7 +93,8 @@ void forward(const DecodeLinear& a, int threads) {
                 dot_products<kAlone, 1>(weight + o * a.weight_stride, a.weight_stride, wide.data, width, a.K,
                                         sums.data + o - begin, stride);
         for (; o + kShared <= end; o += kShared)
-            all_rows<kShared>(a, weight + o * a.weight_stride, wide.data, width, sums.data + o - begin, stride);
+            all_rows<kShared>(a, weight + o * a.weight_stride, wide.data, width, sums.data + o - begin,
+                              stride);
         for (; o < end; ++o)
             all_rows<1>(a, weight + o * a.weight_stride, wide.data, width, sums.data + o - begin, stride);
         for (int64_t r = 0; r < a.N; ++r) {
