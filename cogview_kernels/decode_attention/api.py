@@ -93,7 +93,7 @@ def decode_attention(
         _backends.remember(signature, chosen)
     _check_values(lengths, layout, k_cache.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if k_cache.shape[2] == 0:
+    if k_cache.shape[2] == 0 or q.shape[2] == 0:
         return torch.zeros_like(q)
     if chosen == "sdpa":
         return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale, starts)

@@ -295,7 +295,7 @@ def linear_cross_entropy_in_pieces(
     (start, stop), wanted = vocab_range, options.wanted
     result = _empty_result(hidden, weight, coefficient, wanted)
     if bias is not None:
-        bias = bias.float()
+        bias = bias.float().contiguous()  # kernels know of no stride
     dweight, dbias = result.dweight, result.dbias
     if len(weight) > stop - start:
         ids = slice(start, stop)

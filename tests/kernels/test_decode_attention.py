@@ -53,6 +53,16 @@ def on_device(layout, device):
     )
 
 
+@pytest.mark.parametrize("backend", [None, "sdpa", "reference"])
+def test_no_query_at_all(backend):
+    """The sdpa backend crashed where there were pivots and keys."""
+    q, cache = torch.ones(1, 1, 0, 8, requires_grad=True), torch.ones(1, 1, 2, 8)
+    layout = ThreeRegionLayout(torch.zeros(1, 0, dtype=torch.int64), 1, 1)
+    assert (
+        decode_attention(q, cache, cache, torch.tensor([1]), layout=layout, backend=backend).shape == q.shape
+    )
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", ALL)
 def test_equals_the_last_rows_of_training_attention(backend, case, backend_device):

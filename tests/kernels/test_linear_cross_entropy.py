@@ -1015,3 +1015,12 @@ def test_triton_compiles_for_sm80_and_sm90():
             }  # fmt: skip
             calls.append(Call("linear_cross_entropy", (*tensors, meta(N, dtype=torch.int64)), options, arch))
     assert_clean(compile_calls(calls))
+
+
+@pytest.mark.parametrize("backend", [None, "chunked"])
+def test_a_bias_of_any_stride(backend):
+    """The kernel read past what is not contiguous."""
+    hidden, weight, target = torch.randn(5, 4), torch.randn(33, 4), torch.tensor([0, 32, 7, 1, 9])
+    bias = torch.randn(33, 2)[:, 0]
+    loss = linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T + bias, target))
