@@ -42,8 +42,8 @@ struct AttentionBackward {
     StridedInput out, dout;
     const float* lse;
     const float* dlse;  // [B, H, T], nullptr for none
-    StridedOutput dq, dk,
-        dv;  // a nullptr stands for one that nobody wants (CUDA: dk and dv both, or neither)
+    // A nullptr stands for a gradient that nobody wants; on CUDA, dk and dv are wanted both or neither.
+    StridedOutput dq, dk, dv;
     // CUDA, written here:
     float* delta;   // [B, H, T]: sum over D of out * dout, less dlse
     float* dk_far;  // [B, Hkv, P, D]: gradients of the sorted pivots as far keys
