@@ -11,11 +11,11 @@ namespace cogview {
 enum class NormKind { kLayer, kRms };
 
 // Numbers that a norm keeps of a row: mean and rstd, or rstd alone.
-constexpr int stats_of(NormKind kind) {
+COGVIEW_HOST_DEVICE constexpr int stats_of(NormKind kind) {
     return kind == NormKind::kLayer ? 2 : 1;
 }
 // Parameters that may have a gradient: weight and bias, or the weight alone.
-constexpr int parameters_of(NormKind kind) {
+COGVIEW_HOST_DEVICE constexpr int parameters_of(NormKind kind) {
     return kind == NormKind::kLayer ? 2 : 1;
 }
 
