@@ -208,7 +208,13 @@ def _image_config(weights: Weights, image_size: int) -> ImageTokenizerConfig:
         raise ValueError(f"{weights.source} is no whole image tokenizer; known are {KNOWN}")
     code_dim, num_codes = tensors[CODEBOOK].shape
     stages = len(convolutions) - 1
-    config = ImageTokenizerConfig(num_codes, code_dim, first.shape[0], stages, image_size)
+    config = ImageTokenizerConfig(
+        num_codes=num_codes,
+        code_dim=code_dim,
+        channels=first.shape[0],
+        stages=stages,
+        image_size=image_size,
+    )
     with torch.device("meta"):
         require_tensors_of(ImageTokenizer(config), tensors, weights.source)
     return config

@@ -15,6 +15,8 @@ MOST = 4
 
 def limit(backend: str, outputs: Sequence[Tensor]) -> str:
     """Why the kernels cannot take ``outputs``, and the way out; empty when they can."""
+    if outputs[0].shape[3] == 0:
+        return f"the {backend} backend needs a head size of 1 or more, got 0; use backend='reference'"
     reason = _checks.kernel_dtype_limit(backend, "outputs", outputs[0])
     return reason and f"{reason}; use backend='reference'"
 

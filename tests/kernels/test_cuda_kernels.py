@@ -112,7 +112,7 @@ def test_nothing_outside_the_tensors_is_touched(T, emulation, monkeypatch):
 def test_errors_of_cuda_name_the_kernel(emulation):
     """As on a chip that gives a block too little shared memory."""
     q, k, v, layout = attention.make(T=20, D=128, P=3, dtype=torch.float16)
-    q.requires_grad_()
+    k.requires_grad_()
     out = three_region_attention(q, k, v, layout, backend="cuda")
     emulation.configure(shared_limit=48 * 1024)
     with pytest.raises(RuntimeError, match=r"three_region_attention_bwd_dkv_kernel.*cudaErrorInvalidValue"):

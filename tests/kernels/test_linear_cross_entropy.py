@@ -958,7 +958,7 @@ def test_without_values(mode, reduction):
         ({"token_weight": torch.ones(2).long()}, TypeError, "token_weight must be floating"),
         ({"reduction": "max"}, ValueError, "reduction must be one of 'none', 'sum', 'mean', got 'max'"),
         ({"extra_memory": -0.1}, ValueError, r"extra_memory must be a share.*got -0.1; try 1"),
-        ({"extra_memory": float("nan")}, ValueError, "extra_memory must be a share"),
+        ({"extra_memory": float("nan")}, ValueError, "extra_memory must be a finite number"),
         ({"bias": torch.ones(4)}, ValueError, r"bias must be \[V\] with V = 5.*got \(4,\)"),
         ({"bias": torch.ones(5).half()}, TypeError, "bias must be torch.float32, as hidden is"),
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be from 0 to 1, got 1.5"),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -276,3 +278,11 @@ def test_compiles_for_sm80_and_sm90(arch, dtype):
     assert_clean(reports)
     assert {r.name for r in reports} == {"fwd_kernel", "bwd_kernel"}
     assert all("ld.global.v4.b32" in r.ptx.replace("ld.global.nc", "ld.global") for r in reports)
+
+
+def test_heads_without_elements_have_a_joint_lse():
+    outputs, lses = [torch.ones(1, 2, 3, 0)] * 2, [torch.zeros(1, 2, 3)] * 2
+    _, lse = merge_attention(outputs, lses, return_lse=True)
+    torch.testing.assert_close(lse, torch.full((1, 2, 3), math.log(2)))
+    with pytest.raises(NotImplementedError, match="head size of 1 or more"):
+        merge_attention(outputs, lses, backend="cpu")

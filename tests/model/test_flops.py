@@ -32,7 +32,7 @@ def test_three_regions_see_on_average_what_layouts_drawn_at_random_see(tokens):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_products_are_those_that_pytorch_counts(checkpointing):
-    """Attention apart, which PyTorch counts as a whole square or, in our own op, not at all."""
+    """Attention apart: the prediction has the mean over layouts, the counter the pairs of this one."""
     config = dataclasses.replace(SMALL, activation_checkpointing=checkpointing)
     model = small_model(activation_checkpointing=checkpointing).train()
     rows, tokens = 3, 20
@@ -43,6 +43,8 @@ def test_the_products_are_those_that_pytorch_counts(checkpointing):
         linear_cross_entropy(hidden, model.word_embeddings.weight, ids, backend="reference").backward()
     flops = step_flops(config, rows, tokens)
     again = flops.products / 3 if checkpointing else 0
-    assert counter.get_total_flops() == flops.products + flops.loss + again
+    pairs = int(pivots.dense_mask(tokens).sum())
+    seen = (14 + 4 * checkpointing) * config.num_layers * config.hidden_size * pairs
+    assert counter.get_total_flops() == flops.products + flops.loss + again + seen
     attention = flops.hardware - flops.products - flops.loss - again
     assert attention == pytest.approx((7 + 2 * checkpointing) / 6 * flops.attention)

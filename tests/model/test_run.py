@@ -236,7 +236,9 @@ def test_describe_gives_the_loss_of_each_caption(run, drawn):
     captions = list(run.describe(drawn[0]))
     assert [caption.text for caption in captions] == run.caption(drawn[0])
     for (text, loss), image in zip(captions, drawn[0], strict=True):
-        assert not text or loss == pytest.approx(run.cap_loss(text, [image])[0], rel=1e-4)
+        # What a model of two steps says may be other pieces, and more of them, when it is read again.
+        if text and len(run.tokenizers.text.encode(text)) <= run.max_text_tokens:
+            assert loss == pytest.approx(run.cap_loss(text, [image])[0], rel=1e-4)
 
 
 def test_parts_of_a_text_that_were_never_learned_give_a_warning(run):
