@@ -61,18 +61,33 @@ def ceilings(device: torch.device, dtypes: list[torch.dtype], *, tiny: bool = Fa
     cuda = device.type == "cuda"
     limits = Limits(seconds=0.3, min_rounds=5, max_rounds=30)
     copy_bytes = (1 << 16) if tiny else (2 << 30) if cuda else (256 << 20)
-    N = 64 if tiny else 8192 if cuda else 2048
+    sizes: dict[str, int] = {}
     source = torch.randn(copy_bytes // 4, device=device)
     target = torch.empty_like(source)
     jobs = {"copy": Job(lambda _: target.copy_(source))}
     for dtype in dtypes:
-        a, b = (torch.randn(N, N, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        jobs[str(dtype)] = Job(lambda _, a=a, b=b, out=out: torch.mm(a, b, out=out))
+        N = 64 if tiny else 8192 if cuda else _side_of_product(dtype)
+        sizes[str(dtype).removeprefix("torch.")] = N
+        jobs[str(dtype)] = _product(N, device, dtype)
     medians = {name: spread(times).median for name, times in interleave(jobs, device, limits).items()}
     return {
         "copy_gb_s": 2 * copy_bytes / medians.pop("copy") / 1e6,
         "copy_bytes": copy_bytes,
-        "matmul_tflop_s": {name.removeprefix("torch."): 2 * N**3 / ms / 1e9 for name, ms in medians.items()},
-        "matmul_size": N,
+        "matmul_tflop_s": {name: 2 * N**3 / medians[f"torch.{name}"] / 1e9 for name, N in sizes.items()},
+        "matmul_size": sizes,
     }
+
+
+def _product(N: int, device: torch.device, dtype: torch.dtype) -> Job:
+    a, b = (torch.randn(N, N, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return Job(lambda _: torch.mm(a, b, out=out))
+
+
+def _side_of_product(dtype: torch.dtype) -> int:
+    """2,048, or less where a CPU would take over half a second: one without 16-bit units takes a minute."""
+    N, cpu = 256, torch.device("cpu")
+    seconds = host_us(_product(N, cpu, dtype), cpu, calls=3) / 1e6
+    while N < 2048 and 8 * seconds < 0.5:
+        N, seconds = 2 * N, 8 * seconds
+    return N
