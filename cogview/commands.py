@@ -335,8 +335,8 @@ def demo(given: options.Demo) -> None:
         print(emoji_summary(report, given.folder))
         _say_next("generate", "--run", given.folder, "a tiger", "--out", "tiger.png")
         return
+    from cogview.demo.digits import Demo, run_demo
     from cogview.demo.report import summary
-    from cogview.demo.run import Demo, run_demo
 
     print(summary(run_demo(Demo(given.folder, given.seed, preset, device=device)), given.folder))
     _say_next("generate", "--run", given.folder, "a handwritten seven", "--out", "seven.png")

@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CogView on OpenMoji's drawings: trained, then asked for combinations and phrasings that it never saw.
 
-The phases are those of the digits' demo (:mod:`cogview.demo.run`), and each picks up where an interrupted run
-stopped.
+The phases are those of every demo (:mod:`cogview.demo.run`).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,16 +25,14 @@ from cogview.data.emoji import (
     held_out_combinations,
     training_pairs,
 )
-from cogview.demo.plots import Row, save_contact_sheet, save_demo_curves
-from cogview.demo.report import CURVES, REPORT, SHEET, environment
-from cogview.demo.run import DrawPlan, PhaseClock, draw_prompts
+from cogview.demo.plots import Row, save_contact_sheet
+from cogview.demo.report import CURVES, REPORT, SHEET
+from cogview.demo.run import Subject, run_phases, seeded
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge, Reading
-from cogview.files import StrPath, write_json
+from cogview.files import StrPath
 from cogview.presets import PRESETS
-from cogview.run import Run, load_run
-from cogview.settings import claim_settings, plain
-from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
+from cogview.run import Run
 
 # What is asked for: held-out combinations in a phrasing of training, the same in phrasings that are held out
 # too (English and Chinese in turn), and pictures that training saw, to compare with.
@@ -103,48 +99,27 @@ def _caption(picture: EmojiPicture, phrasing: str) -> str:
 
 
 def run_emoji_demo(options: EmojiDemo) -> dict[str, Any]:
-    """Train, draw, rerank, judge; writes pictures and ``report.json`` to ``out`` and returns the report."""
-    out = Path(options.out)
-    preset = dataclasses.replace(
-        options.preset,
-        train=dataclasses.replace(options.preset.train, seed=options.seed),
-        image_tokenizer_train=dataclasses.replace(options.preset.image_tokenizer_train, seed=options.seed),
-    )
+    """See :func:`cogview.demo.run.run_phases`; the sheet of pictures is written to ``out`` as well."""
+    preset = seeded(options.preset, options.seed)
     settings = EmojiDemoSettings(
         "emoji", options.seed, options.num_candidates, options.prompts_of_a_group, preset
     )
-    claim_settings(out / "demo.json", settings)
-    clock = PhaseClock(out / "timings.json")
-    device, progress = options.device, options.progress
-    with clock.phase("train_tokenizers"):
-        tokenizer_history = train_tokenizers(TrainTokenizers("emoji", out, preset, device, progress))
-    with clock.phase("train_model"):
-        history = train_model(TrainModel("emoji", out, preset, device, progress))
-    run = load_run(out, device)
     prompts = all_prompts(options.prompts_of_a_group)
-    with clock.phase("draw_and_rerank"):
-        plan = DrawPlan(out, options.seed, options.num_candidates, progress)
-        codes, losses = draw_prompts(plan, run, prompts)
-    with clock.phase("judge_and_report"):
+
+    def judged(run: Run, codes: Tensor, losses: Tensor) -> dict[str, Any]:
         judge = EmojiJudge(preset.image_tokenizer.image_size)
         drawings = _judged(run, judge, prompts, codes, losses)
-        report = {
-            "seed": options.seed,
-            "results": {group: drawings.scores(group) for group in GROUPS},
+        results = {group: drawings.scores(group) for group in GROUPS}
+        _save_sheet(Path(options.out) / SHEET, drawings, results["combinations"])
+        return {
+            "results": results,
             "judge": judge_report(judge),
             "reconstruction_of_held_out_pictures": _reconstruction(run, judge),
-            "model_parameters": run.model.num_parameters(),
-            "final_losses": {name: sum(values[-50:]) / len(values[-50:]) for name, values in history.items()},
-            "settings": plain(settings),
-            "environment": environment(device),
             "attribution": ATTRIBUTION,
             "prompts": drawings.listed(),
         }
-        _save_sheet(out / SHEET, drawings, report["results"]["combinations"])
-        save_demo_curves(out / CURVES, history, tokenizer_history)
-    report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
-    write_json(out / REPORT, plain(report))
-    return report
+
+    return run_phases(options, Subject("emoji", preset, settings, prompts, judged))
 
 
 @dataclass(frozen=True)

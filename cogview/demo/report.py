@@ -96,7 +96,7 @@ def prompts_report(drawings: Drawings) -> list[dict[str, Any]]:
 
 
 def run_report(run: Run, judge: Judge) -> dict[str, Any]:
-    """What the run makes of real scans that no training saw, and how large it is."""
+    """What the run makes of real scans that no training saw, and the size of its vocabulary."""
     return {
         "reconstruction_of_held_out_scans": _reconstruction(run, judge),
         "reading_of_held_out_scans": _reading(run),
@@ -104,7 +104,6 @@ def run_report(run: Run, judge: Judge) -> dict[str, Any]:
             "classifier": "support vector machine on the real training scans",
             "accuracy_on_real_test_scans": judge.test_accuracy,
         },
-        "model_parameters": run.model.num_parameters(),
         "vocabulary": {"ids": run.tokenizers.vocab.size, "rows": run.tokenizers.vocab.padded_size},
     }
 

@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CogView on handwritten digits, from raw scans to reranked drawings, in minutes on two CPU cores.
+"""What every demo does: trains, draws what is asked for, reranks by CapLoss, lets a judge read, reports.
 
-Phases: train the tokenizers, train the transformer on rows of both orders, draw 16 candidates for every
-prompt, rerank them by CapLoss with the same model, let a judge read them. All prompts are in phrasings
-that training never saw. Each phase picks up where an interrupted run stopped.
+Each phase picks up where an interrupted run stopped. :mod:`cogview.demo.digits` and
+:mod:`cogview.demo.emoji` say what is asked for and who judges.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,26 +19,12 @@ import torch
 from torch import Tensor
 
 from cogview.config import Preset
-from cogview.data.digits import HELD_OUT_PHRASINGS, TRAINING_PHRASINGS
-from cogview.demo.judge import Judge
-from cogview.demo.plots import save_demo_curves, save_demo_sheet
-from cogview.demo.report import (
-    CURVES,
-    REPORT,
-    SHEET,
-    Drawings,
-    all_prompts,
-    drawings_report,
-    environment,
-    prompts_report,
-    run_report,
-)
-from cogview.device import default_device
+from cogview.demo.plots import save_demo_curves
+from cogview.demo.report import CURVES, REPORT, environment
 from cogview.evaluation.rerank import rerank
 from cogview.files import StrPath, load_tensors, read_json, save_tensors, write_json
 from cogview.generation.engine import DrawOptions
 from cogview.generation.text_to_image import generate_codes
-from cogview.presets import PRESETS
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
@@ -47,29 +32,73 @@ from cogview.settings import claim_settings, plain
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 
 
+class Options(Protocol):
+    """What every demo is told."""
+
+    @property
+    def out(self) -> StrPath: ...
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def num_candidates(self) -> int: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def progress(self) -> bool: ...
+
+
 @dataclass(frozen=True)
-class Demo:
-    """What the demo does. The defaults are what the command runs."""
+class Subject:
+    """What a demo is about."""
 
-    out: StrPath = Path("runs/demo")
-    seed: int = 0
-    preset: Preset = PRESETS["digits"]
-    num_candidates: int = 16
-    draws: int = 4  # times every prompt is drawn anew; 10 digits x 6 phrasings x 4 = 240 prompts
-    device: str = field(default_factory=default_device)
-    progress: bool = True
+    data: str  # a built-in set
+    preset: Preset  # see :func:`seeded`
+    settings: Any  # dataclass of what the demo was started with, ``demo.json`` in its folder
+    prompts: Sequence[Asked]
+    # ``judge(run, codes, losses)`` gives its part of the report and writes the sheet of pictures.
+    judge: Callable[[Run, Tensor, Tensor], dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class DemoSettings:
-    """What a demo was started with, ``demo.json`` in its folder."""
+def seeded(preset: Preset, seed: int) -> Preset:
+    """``preset`` with ``seed`` for both trainings."""
+    return dataclasses.replace(
+        preset,
+        train=dataclasses.replace(preset.train, seed=seed),
+        image_tokenizer_train=dataclasses.replace(preset.image_tokenizer_train, seed=seed),
+    )
 
-    seed: int
-    num_candidates: int
-    draws: int
-    preset: Preset
-    training_phrasings: Any = TRAINING_PHRASINGS
-    held_out_phrasings: Any = HELD_OUT_PHRASINGS
+
+def run_phases(options: Options, subject: Subject) -> dict[str, Any]:
+    """Train, draw, rerank, judge; writes curves and ``report.json`` to ``out`` and returns the report."""
+    out, preset, data = Path(options.out), subject.preset, subject.data
+    claim_settings(out / "demo.json", subject.settings)
+    clock = PhaseClock(out / "timings.json")
+    device, progress = options.device, options.progress
+    with clock.phase("train_tokenizers"):
+        tokenizer_history = train_tokenizers(TrainTokenizers(data, out, preset, device, progress))
+    with clock.phase("train_model"):
+        history = train_model(TrainModel(data, out, preset, device, progress))
+    run = load_run(out, device)
+    with clock.phase("draw_and_rerank"):
+        plan = DrawPlan(out, options.seed, options.num_candidates, progress)
+        codes, losses = draw_prompts(plan, run, subject.prompts)
+    with clock.phase("judge_and_report"):
+        report = {
+            "seed": options.seed,
+            **subject.judge(run, codes, losses),
+            "model_parameters": run.model.num_parameters(),
+            "final_losses": {name: sum(values[-50:]) / len(values[-50:]) for name, values in history.items()},
+            "settings": plain(subject.settings),
+            "environment": environment(device),
+        }
+        save_demo_curves(out / CURVES, history, tokenizer_history)
+    report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
+    write_json(out / REPORT, plain(report))
+    return report
 
 
 class PhaseClock:
@@ -96,48 +125,6 @@ class PhaseClock:
                 spent = self.timings[unit]
                 spent[name] = round(spent.get(name, 0.0) + stops[unit] - start, 2)
             write_json(self._path, self.timings)
-
-
-def run_demo(options: Demo) -> dict[str, Any]:
-    """Train, draw, rerank, judge; writes pictures and ``report.json`` to ``out`` and returns the report."""
-    out = Path(options.out)
-    preset = dataclasses.replace(
-        options.preset,
-        train=dataclasses.replace(options.preset.train, seed=options.seed),
-        image_tokenizer_train=dataclasses.replace(options.preset.image_tokenizer_train, seed=options.seed),
-    )
-    settings = DemoSettings(options.seed, options.num_candidates, options.draws, preset)
-    claim_settings(out / "demo.json", settings)
-    clock = PhaseClock(out / "timings.json")
-    device, progress = options.device, options.progress
-    with clock.phase("train_tokenizers"):
-        tokenizer_history = train_tokenizers(TrainTokenizers("digits", out, preset, device, progress))
-    with clock.phase("train_model"):
-        history = train_model(TrainModel("digits", out, preset, device, progress))
-    run = load_run(out, device)
-    prompts = all_prompts(options.draws)
-    with clock.phase("draw_and_rerank"):
-        plan = DrawPlan(out, options.seed, options.num_candidates, progress)
-        codes, losses = draw_prompts(plan, run, prompts)
-    with clock.phase("judge_and_report"):
-        judge = Judge()
-        images = run.pixels(codes).cpu()
-        seen = judge(images.flatten(0, 1)).view(losses.shape)
-        drawings = Drawings(prompts, images, losses, seen)
-        report = {
-            "seed": options.seed,
-            **drawings_report(drawings),
-            **run_report(run, judge),
-            "final_losses": {name: sum(values[-50:]) / len(values[-50:]) for name, values in history.items()},
-            "settings": plain(settings),
-            "environment": environment(device),
-            "prompts": prompts_report(drawings),
-        }
-        save_demo_sheet(out / SHEET, drawings, report["results"])
-        save_demo_curves(out / CURVES, history, tokenizer_history)
-    report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
-    write_json(out / REPORT, plain(report))
-    return report
 
 
 class Asked(Protocol):

@@ -9,8 +9,8 @@ from PIL import Image
 
 import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
+from cogview.demo.digits import Demo, DemoSettings, run_demo
 from cogview.demo.report import all_prompts, summary
-from cogview.demo.run import Demo, DemoSettings, run_demo
 from cogview.files import read_json
 from cogview.settings import claim_settings, plain
 from tests.model.helpers import tiny_preset
