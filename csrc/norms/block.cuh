@@ -177,7 +177,7 @@ __device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float te
     }
     const float inverse = 1.0f / float(C);
     float sum = 0.0f;
-    if (kKind == NormKind::kRms) {
+    if constexpr (kKind == NormKind::kRms) {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             x.of[i] *= scale;
@@ -188,29 +188,30 @@ __device__ inline Statistics normalise(Row& x, int C, PbRelax pb_relax, float te
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) x.of[i] *= rstd;
         return {0.0f, fminf(rstd * scale, 3.402823466e38f)};
-    }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-        x.of[i] *= scale;
-        sum += x.of[i];
-    }
-    const float first = reduction.sums(sum, 0.0f).x * inverse;
-    float rest = 0.0f, squares = 0.0f;
+        for (int i = 0; i < kColumns; ++i) {
+            x.of[i] *= scale;
+            sum += x.of[i];
+        }
+        const float first = reduction.sums(sum, 0.0f).x * inverse;
+        float rest = 0.0f, squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-        x.of[i] = first_column() + i < C ? x.of[i] - first : 0.0f;
-        rest += x.of[i];
-        squares += x.of[i] * x.of[i];
-    }
-    const float2 sums = reduction.sums(rest, squares);
-    const float correction = sums.x * inverse;
-    const float spread = sums.y * inverse - correction * correction;
-    const float variance = (spread < 0.0f ? 0.0f : spread) + eps * relaxed * relaxed;
-    const float rstd = variance == 0.0f ? 0.0f : 1.0f / sqrtf(variance);
+        for (int i = 0; i < kColumns; ++i) {
+            x.of[i] = first_column() + i < C ? x.of[i] - first : 0.0f;
+            rest += x.of[i];
+            squares += x.of[i] * x.of[i];
+        }
+        const float2 sums = reduction.sums(rest, squares);
+        const float correction = sums.x * inverse;
+        const float spread = sums.y * inverse - correction * correction;
+        const float variance = (spread < 0.0f ? 0.0f : spread) + eps * relaxed * relaxed;
+        const float rstd = variance == 0.0f ? 0.0f : 1.0f / sqrtf(variance);
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-        x.of[i] = first_column() + i < C ? (x.of[i] - correction) * rstd : 0.0f;
-    return {(first + correction) * unscale, fminf(rstd * scale, 3.402823466e38f)};
+        for (int i = 0; i < kColumns; ++i)
+            x.of[i] = first_column() + i < C ? (x.of[i] - correction) * rstd : 0.0f;
+        return {(first + correction) * unscale, fminf(rstd * scale, 3.402823466e38f)};
+    }
 }
 
 // A normalised row times weight plus bias; RMSNorm's is rounded to T first where `round` says so.
