@@ -70,6 +70,7 @@ class _WhenImported(MetaPathFinder):
                 for packet, formula in _formulas.items():
                     _tell_the_counter(packet, formula)
 
+            # This one import alone has this loader, and only what it does at its end is added.
             spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
 

@@ -216,7 +216,7 @@ def race(subject: Subject, direction: str, seconds: float) -> tuple[list[Row], d
     for name, call in subject.contenders.items():
         try:
             made = run(call, subject.inputs)
-        except Exception as error:
+        except Exception as error:  # whatever a rival cannot do; the table tells why it has no row
             if name == OURS:
                 raise
             skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

@@ -26,8 +26,9 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Below, because they read TRITON_INTERPRET when they are imported.
 import cogview_kernels  # noqa: E402
-from cogview_kernels import _backends, _extension  # noqa: E402  (after TRITON_INTERPRET is set, which it reads)
+from cogview_kernels import _backends, _extension  # noqa: E402
 from tests import emulation as cuda_emulation  # noqa: E402
 from tests.helpers import interpreter, tolerance  # noqa: E402
 

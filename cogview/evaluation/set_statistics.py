@@ -50,6 +50,7 @@ def load_statistics(path: StrPath) -> SetStatistics:
     try:
         score = Score(*tensors.pop("score").tolist())
         heads = {name.rpartition("/")[0] for name in tensors}
+        # A name that does not match has no groups: the AttributeError is caught below.
         parts = {head: re.fullmatch(r"(.+)/(\d+)/([\d.]+)", head).groups() for head in heads}  # type: ignore[union-attr]
         ((network, side),) = {(network, int(side)) for network, side, _ in parts.values()}
         by_radius = {

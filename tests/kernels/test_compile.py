@@ -10,11 +10,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
+    decode_linear,
     layer_norm,
     linear_cross_entropy,
     local_attention_2d,
     merge_attention,
+    rms_norm,
     sandwich_layer_norm,
+    sandwich_rms_norm,
     stable_softmax,
     three_region_attention,
 )
@@ -77,6 +80,18 @@ CALLS = {
             x, y, w, w, w, w, dropout_p=0.1, seed=3, backend=backend
         ),
     ),
+    "rms_norm": (
+        lambda T: (torch.randn(T, 8), torch.randn(8)),
+        lambda x, weight, backend: rms_norm(x, weight, weight_offset=1.0, backend=backend),
+    ),
+    "sandwich_rms_norm": (
+        lambda T: (torch.randn(T, 8), torch.randn(T, 8), torch.randn(8)),
+        lambda x, y, w, backend: sandwich_rms_norm(x, y, w, w, dropout_p=0.1, seed=3, backend=backend),
+    ),
+    "decode_linear": (
+        lambda T: (torch.randn(2, T), torch.randn(11, T), torch.randn(11)),
+        lambda x, w, b, backend: decode_linear(x, w, b, activation="gelu_tanh", backend=backend),
+    ),
     "stable_softmax": (
         lambda T: (torch.randn(2, T, T), torch.ones(T, dtype=torch.bool)),
         lambda x, mask, backend: stable_softmax(x, alpha=2.0, mask=mask, causal=True, backend=backend),
@@ -108,7 +123,7 @@ def test_ten_lengths_take_two_compilations(name, backend):
     make, call = CALLS[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    differentiable = name != "decode_attention"
+    differentiable = name not in ("decode_attention", "decode_linear")
     for T in LENGTHS:
         arguments, found = make(T), []
         for function in (compiled, call):
@@ -121,6 +136,8 @@ def test_ten_lengths_take_two_compilations(name, backend):
 LAYOUT = ThreeRegionLayout(torch.tensor([[0, 2]]), 2, 1)
 NUMBERS = {
     "eps": lambda x, number: layer_norm(x, eps=number),
+    "eps and weight_offset": lambda x, number: rms_norm(x, x[0], eps=number, weight_offset=number),
+    "dropout_p of RMSNorm": lambda x, number: sandwich_rms_norm(x, x, None, dropout_p=number, seed=3)[0],
     "dropout_p": lambda x, number: sandwich_layer_norm(
         x, x, None, None, None, None, dropout_p=number, seed=3
     )[1],

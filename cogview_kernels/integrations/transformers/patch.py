@@ -168,7 +168,7 @@ def _check_source(module: nn.Module, as_known: bool) -> None:
     if not as_known:
         raise NotImplementedError(
             f"patch: {type(module).__name__} of transformers {transformers.__version__} is not written as in "
-            "the versions that patch knows, 5.0 to 5.24; install one of those"
+            "the versions that patch knows, 5.20 to 5.24; install one of those"
         )
 
 
