@@ -83,6 +83,9 @@ def evaluate(options: Evaluate) -> list[Figure]:
             different sizes or seen by different networks; a run, and no captions to draw.
     """
     first, second = Path(options.first), Path(options.second)
+    for path in (first, second):
+        if not exists(path):  # before the pictures of the other are read
+            raise FileNotFoundError(f"folder of pictures not found: {path}")
     network = _network(options)
     reference = _open(second, options, network)
     of_run: list[Figure] = []

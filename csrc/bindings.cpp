@@ -38,8 +38,6 @@ T* pointer(Address address) {
 }
 
 // A weight, a bias or its gradient, or None.
-using ParameterAddress = PythonTensor;
-
 Parameter parameter(const PythonTensor& x) {
     return {x.data, x.dtype};
 }
@@ -51,9 +49,7 @@ Dropout dropout(DropoutArguments d) {
     return {std::get<0>(d), std::get<1>(d), std::get<2>(d), pointer<uint64_t>(std::get<3>(d))};
 }
 
-// A tensor [..., C] of the rows' shape and dtype.
-using RowShapeArguments = PythonTensor;
-
+// Of a tensor [..., C].
 RowShape row_shape(const PythonTensor& x) {
     return {x.elements / x.last, x.last, x.dtype};
 }
@@ -79,17 +75,16 @@ BlockWorkspace block_workspace(WorkspaceArguments x) {
     return {pointer<float>(x.first), x.second};
 }
 
-NormForward layer_norm_forward(Address x, Address y, ParameterAddress weight, ParameterAddress bias,
-                               Address stats, RowShapeArguments shape, NormArguments options,
-                               WorkspaceArguments workspace) {
+NormForward layer_norm_forward(Address x, Address y, PythonTensor weight, PythonTensor bias, Address stats,
+                               PythonTensor shape, NormArguments options, WorkspaceArguments workspace) {
     return {pointer<void>(x),          pointer<void>(y), {parameter(weight), parameter(bias)},
             pointer<float>(stats),     row_shape(shape), norm_options(options),
             block_workspace(workspace)};
 }
 
-NormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
-                                 ParameterAddress dweight, ParameterAddress dbias, Address stats,
-                                 RowShapeArguments shape, WorkspaceArguments workspace) {
+NormBackward layer_norm_backward(Address dy, Address x, Address dx, PythonTensor weight, PythonTensor dweight,
+                                 PythonTensor dbias, Address stats, PythonTensor shape,
+                                 WorkspaceArguments workspace) {
     return {pointer<void>(dy),
             pointer<void>(x),
             pointer<void>(dx),
@@ -101,15 +96,15 @@ NormBackward layer_norm_backward(Address dy, Address x, Address dx, ParameterAdd
             block_workspace(workspace)};
 }
 
-NormForward rms_norm_forward(Address x, Address y, ParameterAddress weight, Address stats,
-                             RowShapeArguments shape, RmsArguments options, WorkspaceArguments workspace) {
+NormForward rms_norm_forward(Address x, Address y, PythonTensor weight, Address stats, PythonTensor shape,
+                             RmsArguments options, WorkspaceArguments workspace) {
     return {pointer<void>(x), pointer<void>(y),     {parameter(weight), {}},   pointer<float>(stats),
             row_shape(shape), rms_options(options), block_workspace(workspace)};
 }
 
-NormBackward rms_norm_backward(Address dy, Address x, Address dx, ParameterAddress weight,
-                               float weight_offset, ParameterAddress dweight, Address stats,
-                               RowShapeArguments shape, WorkspaceArguments workspace) {
+NormBackward rms_norm_backward(Address dy, Address x, Address dx, PythonTensor weight, float weight_offset,
+                               PythonTensor dweight, Address stats, PythonTensor shape,
+                               WorkspaceArguments workspace) {
     return {pointer<void>(dy),     pointer<void>(x), pointer<void>(dx),
             parameter(weight),     weight_offset,    {parameter(dweight), {}},
             pointer<float>(stats), row_shape(shape), block_workspace(workspace)};
@@ -117,9 +112,8 @@ NormBackward rms_norm_backward(Address dy, Address x, Address dx, ParameterAddre
 
 // The parameters are those of the post norm, then of the pre norm: weight, bias, weight, bias.
 SandwichForward sandwich_forward(Address branch, Address residual, Address residual_out, Address normed,
-                                 std::array<ParameterAddress, 4> parameters, Address stats,
-                                 RowShapeArguments shape, NormArguments options, DropoutArguments drop,
-                                 WorkspaceArguments workspace) {
+                                 std::array<PythonTensor, 4> parameters, Address stats, PythonTensor shape,
+                                 NormArguments options, DropoutArguments drop, WorkspaceArguments workspace) {
     return {pointer<void>(branch),
             pointer<void>(residual),
             pointer<void>(residual_out),
@@ -136,9 +130,8 @@ SandwichForward sandwich_forward(Address branch, Address residual, Address resid
 
 SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Address branch,
                                    Address residual_out, Address dbranch, Address dresidual,
-                                   std::array<ParameterAddress, 2> weights,
-                                   std::array<ParameterAddress, 4> gradients, Address stats,
-                                   RowShapeArguments shape, DropoutArguments drop,
+                                   std::array<PythonTensor, 2> weights, std::array<PythonTensor, 4> gradients,
+                                   Address stats, PythonTensor shape, DropoutArguments drop,
                                    WorkspaceArguments workspace) {
     return {pointer<void>(dresidual_out),
             pointer<void>(dnormed),
@@ -160,8 +153,8 @@ SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Addre
 
 // weights: of the post norm, then of the pre norm.
 SandwichForward sandwich_rms_forward(PythonTensor branch, Address residual, Address residual_out,
-                                     Address normed, std::array<ParameterAddress, 2> weights, Address stats,
-                                     RowShapeArguments shape, RmsArguments options, DropoutArguments drop,
+                                     Address normed, std::array<PythonTensor, 2> weights, Address stats,
+                                     PythonTensor shape, RmsArguments options, DropoutArguments drop,
                                      WorkspaceArguments workspace) {
     return {branch.data,
             pointer<void>(residual),
@@ -179,9 +172,9 @@ SandwichForward sandwich_rms_forward(PythonTensor branch, Address residual, Addr
 
 SandwichBackward sandwich_rms_backward(Address dresidual_out, Address dnormed, PythonTensor branch,
                                        Address residual_out, Address dbranch, Address dresidual,
-                                       std::array<ParameterAddress, 2> weights, float weight_offset,
-                                       std::array<ParameterAddress, 2> gradients, Address stats,
-                                       RowShapeArguments shape, DropoutArguments drop,
+                                       std::array<PythonTensor, 2> weights, float weight_offset,
+                                       std::array<PythonTensor, 2> gradients, Address stats,
+                                       PythonTensor shape, DropoutArguments drop,
                                        WorkspaceArguments workspace) {
     return {pointer<void>(dresidual_out),
             pointer<void>(dnormed),
@@ -253,8 +246,6 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, Object
 }
 
 // A tensor of attention, its rows contiguous, or None.
-using StridedAddress = PythonTensor;
-
 StridedInput strided_input(const PythonTensor& x) {
     return {x.data, {x.stride[0], x.stride[1], x.stride[2]}};
 }
@@ -264,19 +255,17 @@ StridedOutput strided_output(const PythonTensor& x) {
 }
 
 // A contiguous tensor of integers, or None.
-using IntegerAddress = PythonTensor;
-
 IntegerList integer_list(const PythonTensor& x) {
     return {x.data, x.bytes};
 }
 
 // Pivots [B, P], block size, window blocks, pivot bias.
-using LayoutArguments = std::tuple<IntegerAddress, int64_t, int64_t, float>;
+using LayoutArguments = std::tuple<PythonTensor, int64_t, int64_t, float>;
 
 // For a sequence of `length` positions, past which neither block nor window reach.
 Layout layout_within(int64_t length, const LayoutArguments& x) {
     length = std::max<int64_t>(1, length);
-    const IntegerAddress& pivots = std::get<0>(x);
+    const PythonTensor& pivots = std::get<0>(x);
     const int64_t block_size = std::min(std::get<1>(x), length);
     const int64_t window_blocks = std::min(std::get<2>(x), (length - 1) / block_size + 1);
     return {integer_list(pivots), int(pivots.last), int(block_size), int(window_blocks), std::get<3>(x)};
@@ -285,9 +274,9 @@ Layout layout_within(int64_t length, const LayoutArguments& x) {
 // The sizes, in the order of AttentionShape.
 using AttentionSizes = std::array<int, 5>;
 
-Attention attention(const StridedAddress& q, const StridedAddress& k, const StridedAddress& v,
-                    AttentionSizes shape, const LayoutArguments& layout, float scale, DropoutArguments drop,
-                    int dtype, Address sorted_pivots) {
+Attention attention(const PythonTensor& q, const PythonTensor& k, const PythonTensor& v, AttentionSizes shape,
+                    const LayoutArguments& layout, float scale, DropoutArguments drop, int dtype,
+                    Address sorted_pivots) {
     return {{shape[0], shape[1], shape[2], shape[3], shape[4]},
             layout_within(shape[3], layout),
             dropout(drop),
@@ -299,7 +288,7 @@ Attention attention(const StridedAddress& q, const StridedAddress& k, const Stri
             pointer<int32_t>(sorted_pivots)};
 }
 
-AttentionForward attention_forward(StridedAddress q, StridedAddress k, StridedAddress v, StridedAddress out,
+AttentionForward attention_forward(PythonTensor q, PythonTensor k, PythonTensor v, PythonTensor out,
                                    Address lse, AttentionSizes shape, LayoutArguments layout, float scale,
                                    DropoutArguments drop, int dtype, Address sorted_pivots) {
     return {attention(q, k, v, shape, layout, scale, drop, dtype, sorted_pivots), strided_output(out),
@@ -307,8 +296,8 @@ AttentionForward attention_forward(StridedAddress q, StridedAddress k, StridedAd
 }
 
 // inputs: q, k, v, out, dout; gradients: dq, dk, dv; workspace (CUDA): delta, dk_far, dv_far.
-AttentionBackward attention_backward(std::array<StridedAddress, 5> inputs, Address lse, Address dlse,
-                                     std::array<StridedAddress, 3> gradients, AttentionSizes shape,
+AttentionBackward attention_backward(std::array<PythonTensor, 5> inputs, Address lse, Address dlse,
+                                     std::array<PythonTensor, 3> gradients, AttentionSizes shape,
                                      LayoutArguments layout, float scale, DropoutArguments drop, int dtype,
                                      Address sorted_pivots, std::array<Address, 3> workspace) {
     return {attention(inputs[0], inputs[1], inputs[2], shape, layout, scale, drop, dtype, sorted_pivots),
@@ -358,7 +347,7 @@ DecodeLinear decode_linear(const PythonTensor& x, const PythonTensor& weight, co
 using WindowArguments = std::tuple<int, int, int, int, int, bool>;
 
 // inputs: q, k, v, extra_k, extra_v; shape: B, H, Hkv, D, E.
-LocalAttention local_attention(const StridedAddress* inputs, Address extra_mask, std::array<int, 5> shape,
+LocalAttention local_attention(const PythonTensor* inputs, Address extra_mask, std::array<int, 5> shape,
                                const WindowArguments& window, float scale, DropoutArguments drop, int dtype) {
     return {shape[0],
             shape[1],
@@ -378,7 +367,7 @@ LocalAttention local_attention(const StridedAddress* inputs, Address extra_mask,
             pointer<uint8_t>(extra_mask)};
 }
 
-LocalAttentionForward local_attention_forward(std::array<StridedAddress, 5> inputs, StridedAddress out,
+LocalAttentionForward local_attention_forward(std::array<PythonTensor, 5> inputs, PythonTensor out,
                                               Address lse, Address extra_mask, std::array<int, 5> shape,
                                               WindowArguments window, float scale, DropoutArguments drop,
                                               int dtype) {
@@ -387,11 +376,10 @@ LocalAttentionForward local_attention_forward(std::array<StridedAddress, 5> inpu
 }
 
 // inputs: those of the forward, out, dout; gradients: of the forward's inputs.
-LocalAttentionBackward local_attention_backward(std::array<StridedAddress, 7> inputs, Address lse,
-                                                Address dlse, std::array<StridedAddress, 5> gradients,
-                                                Address extra_mask, std::array<int, 5> shape,
-                                                WindowArguments window, float scale, DropoutArguments drop,
-                                                int dtype) {
+LocalAttentionBackward local_attention_backward(std::array<PythonTensor, 7> inputs, Address lse, Address dlse,
+                                                std::array<PythonTensor, 5> gradients, Address extra_mask,
+                                                std::array<int, 5> shape, WindowArguments window, float scale,
+                                                DropoutArguments drop, int dtype) {
     return {local_attention(inputs.data(), extra_mask, shape, window, scale, drop, dtype),
             strided_input(inputs[5]),
             strided_input(inputs[6]),
@@ -405,7 +393,7 @@ LocalAttentionBackward local_attention_backward(std::array<StridedAddress, 7> in
 }
 
 // Four attentions each; shape: B, H, T, D, how many there are.
-using MergedRows = std::array<StridedAddress, kMostMerged>;
+using MergedRows = std::array<PythonTensor, kMostMerged>;
 using MergedSums = std::array<Address, kMostMerged>;
 
 MergeAttention merge_attention(const MergedRows& outputs, const MergedSums& lses,
@@ -418,12 +406,12 @@ MergeAttention merge_attention(const MergedRows& outputs, const MergedSums& lses
     return a;
 }
 
-MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, StridedAddress out, Address lse,
+MergeAttentionForward merge_forward(MergedRows outputs, MergedSums lses, PythonTensor out, Address lse,
                                     std::array<int64_t, 5> shape, int dtype) {
     return {merge_attention(outputs, lses, shape, dtype), strided_output(out), pointer<float>(lse)};
 }
 
-MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, StridedAddress dout, Address dlse,
+MergeAttentionBackward merge_backward(MergedRows outputs, MergedSums lses, PythonTensor dout, Address dlse,
                                       MergedRows doutputs, MergedSums dlses, std::array<int64_t, 5> shape,
                                       int dtype) {
     MergeAttentionBackward a = {

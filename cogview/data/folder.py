@@ -51,7 +51,9 @@ class FolderPairs:
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise FileNotFoundError(f'data folder not found: {self.folder} (the built-in data is "digits")')
+            raise FileNotFoundError(
+                f'data folder not found: {self.folder} (built in are "digits" and "emoji")'
+            )
         self._items = sorted((read_captions(self.folder) if captions is None else captions).items())
         if not self._items:
             raise ValueError(f"{self.folder}: the caption list is empty")
