@@ -48,8 +48,8 @@ def test_plan_counts_keys_and_tiles(case):
     assert plan.keys_per_query == pytest.approx(keys / len(pivots) / T)
     assert plan.gathered_tiles == pytest.approx(tiles / len(pivots))
     blocks = -(-T // w)
-    assert plan.causal_tiles == blocks * (blocks + 1) // 2
-    assert plan.causal_keys_per_query == (T + 1) / 2
+    assert plan.dense_tiles == blocks * (blocks + 1) // 2
+    assert plan.dense_keys_per_query == (T + 1) / 2
 
 
 @pytest.mark.parametrize(
