@@ -27,7 +27,9 @@ _BLOCK_OVERHEAD = 0.25
 Position = TypeVar("Position", int, Tensor)
 
 
-def window_start(query: Position, block_size: int, window_blocks: int, origin: Position | int = 0) -> Position:
+def window_start(
+    query: Position, block_size: int, window_blocks: int, origin: Position | int = 0
+) -> Position:
     """The first position in the window of the query at position ``query``, which may lie before ``origin``.
 
     The window is the query's own block up to the query, and the ``window_blocks - 1`` blocks before. Keys

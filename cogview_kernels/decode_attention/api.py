@@ -158,8 +158,8 @@ def _check(
             raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
         if not layout.causal:
             raise ValueError(
-                f"{_OP}: layout must be causal, got causal=False; a query of a sequence that is being written "
-                "sees nothing after itself"
+                f"{_OP}: layout must be causal, got causal=False; use three_region_attention for a whole "
+                "sequence that sees to both sides"
             )
         pivots = layout.pivots
         if pivots.shape[0] != B:

@@ -25,8 +25,9 @@ def backend_module(backend: str) -> ModuleType:
 
 
 def _forward(
-    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, density, starts, scale, backend
-) -> Tensor:
+    q, k_cache, v_cache, lengths, pivots, block_size, window_blocks, pivot_bias, density, starts,
+    scale, backend,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     if out.numel() > 0:
         layout = None
@@ -63,8 +64,8 @@ def _flops_of(of, _):
 
 decode_attention_op = Op(
     "decode_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor lengths, Tensor? pivots, "
-    "int block_size, int window_blocks, float pivot_bias, SymInt density, Tensor? starts, float scale, str backend)"
-    " -> Tensor",
+    "int block_size, int window_blocks, float pivot_bias, SymInt density, Tensor? starts, float scale, "
+    "str backend) -> Tensor",
     kernel=_forward,
     fake=_empty_output,
     flops=_flops_of,

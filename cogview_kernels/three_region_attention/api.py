@@ -37,9 +37,10 @@ def three_region_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over a block window and gathered pivot keys, under one softmax.
+    """Attention over a block window and gathered pivot keys, under one softmax.
 
-    Equals, with ``far`` the pivots left of a query's window (see :class:`ThreeRegionLayout`)::
+    Equals, with ``far`` the pivots left of a query's window, and right of it unless ``layout.causal`` (see
+    :class:`ThreeRegionLayout`)::
 
         bias = torch.zeros(B, T, T).masked_fill(far, layout.pivot_bias)
         bias = bias.masked_fill(~layout.dense_mask(T), -inf)

@@ -98,9 +98,7 @@ def sees_far(
 ):  # fmt: skip
     """Whether queries (first dimension) see pivots by their places in the list."""
     inside = rows < T
-    count = tl.load(
-        counts_ptr + window_block(rows, origin, block_size, window_blocks), mask=inside, other=0
-    )
+    count = tl.load(counts_ptr + window_block(rows, origin, block_size, window_blocks), mask=inside, other=0)
     seen = index[None, :] < count[:, None]
     if not CAUSAL:
         past = block_past(rows, origin, tl.cdiv(T, block_size), block_size, window_blocks)

@@ -23,9 +23,9 @@ FLOPs: with N visible (query, key) pairs of all heads, forward 4 N D (two produc
 scores and dprobs twice). Bytes, forward: q and out once, k and v of a tile's window and prefix by each tile
 of queries, out of the L2 cache for the most part.
 
-Where the layout is not causal, far keys are a prefix and a suffix of the list, walked as one row. Where samples
-start apart, behind padding, ``origin`` is a sample's first position: blocks are counted from there, and pivots
-before it are none.
+Where the layout is not causal, far keys are a prefix and a suffix of the list, walked as one row. Where
+samples start apart, behind padding, ``origin`` is a sample's first position: blocks are counted from there,
+and pivots before it are none.
 
 The kernels are in ``index_triton``, ``forward_triton`` and ``backward_triton``.
 """

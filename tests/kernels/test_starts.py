@@ -55,9 +55,7 @@ def test_a_sample_gives_what_it_gives_alone(backend, causal, backend_device):
     x = [heads(count, dtype, device) for count in (H, 1, 1)]
     dout = heads(H, dtype, device)
     options = {"scale": 0.4, "backend": backend}
-    found = with_gradients(
-        three_region_attention, *x, layout, dout=dout, starts=STARTS.to(device), **options
-    )
+    found = with_gradients(three_region_attention, *x, layout, dout=dout, starts=STARTS.to(device), **options)
     tolerance = 4e-3 if dtype == torch.float16 else 1e-5
     for b, start in enumerate(STARTS.tolist()):
         assert not any(bool(y[b, :, :start].any()) for y in found), "nothing comes from padding"
