@@ -176,7 +176,7 @@ MUTATIONS = [
     Mutation("attention-triton-places-twice", "cogview_kernels/three_region_attention/*.py",
              "after = tl.maximum(after, far_stop)", "after = after", _TRITON_BOTH_SIDES),
     Mutation("attention-triton-far-last", "cogview_kernels/three_region_attention/*.py",
-             "seen | (rows[None, :] < first[:, None])", "seen | (rows[None, :] <= first[:, None])",
+             "seen = (rows[None, :] < first[:, None])", "seen = (rows[None, :] <= first[:, None])",
              _TRITON_BOTH_SIDES),
     Mutation("attention-triton-padding-is-a-pivot", "cogview_kernels/three_region_attention/*.py",
              "mask=(pivot >= origin)", "mask=(pivot >= 0)", _TRITON_STARTS),

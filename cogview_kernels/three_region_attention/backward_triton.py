@@ -182,16 +182,16 @@ def _key_gradients(
     start_m, stop_m, gap_at, gap, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-    FAR: tl.constexpr, CAUSAL: tl.constexpr,
+    HAS_END: tl.constexpr, OUTSIDE: tl.constexpr,
     TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
-    Key j is in the window of the queries from first(j) up to end(j). As a far key it is seen by those from
-    end(j) on and, if not CAUSAL, by those before first(j); of the queries from gap_at on, ``gap`` are then
-    skipped. Window: tiles from full_lo to full_hi need no mask; far: those outside do.
+    Key j is seen by the queries from first(j) up to end(j) (all later ones without HAS_END); tiles within
+    full_lo and full_hi need no mask. OUTSIDE: it is seen by those before first(j) and from end(j) on; tiles
+    outside full_lo and full_hi need no mask, and of the queries from gap_at on, ``gap`` are skipped.
     dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
     """
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -203,25 +203,24 @@ def _key_gradients(
         bh = b * H + h
         for step in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
             start = step
-            if FAR and not CAUSAL:
+            if OUTSIDE:
                 start += tl.where(step >= gap_at, gap, 0)
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
             peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP, bias, TWO_PEAKS)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            if FAR:
-                is_full = start >= full_hi
-                if not CAUSAL:
-                    is_full = is_full | (start + BLOCK_M <= full_lo)
+            if OUTSIDE:
+                is_cut = (start + BLOCK_M > full_lo) & (start < full_hi)
             else:
-                is_full = (start >= full_lo) & (start + BLOCK_M <= full_hi)
-            if not is_full:
-                seen = rows[None, :] >= (end if FAR else first)[:, None]
-                if FAR and not CAUSAL:
-                    seen = seen | (rows[None, :] < first[:, None])
-                if not FAR:
-                    seen = seen & (rows[None, :] < end[:, None])
+                is_cut = (start < full_lo) | (start + BLOCK_M > full_hi)
+            if is_cut:
+                if OUTSIDE:
+                    seen = (rows[None, :] < first[:, None]) | (rows[None, :] >= end[:, None])
+                else:
+                    seen = rows[None, :] >= first[:, None]
+                    if HAS_END:
+                        seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
             p = probabilities(s, factor, peak[None, :], rest[None, :], TWO_PEAKS)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -263,26 +262,28 @@ def dkv_far_kernel(
     v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
 
     origin = load_origin(starts_ptr, b, T, HAS_STARTS)
-    end = first_query_past(columns, origin, block_size, window_blocks)
-    start_m = tl.min(end, axis=0) // BLOCK_M * BLOCK_M
+    past = first_query_past(columns, origin, block_size, window_blocks)
+    start_m = tl.min(past, axis=0) // BLOCK_M * BLOCK_M
     stop_m = T
     # Pads count nowhere and are not stored, so they need no mask.
-    full_hi = tl.max(tl.where(columns < T, end, 0), axis=0)
-    first, full_lo, gap_at, gap = end, 0, 0, 0
+    full_lo = tl.max(tl.where(columns < T, past, 0), axis=0)
+    full_hi = T + BLOCK_M
+    first, gap_at, gap = past, 0, 0
     if not CAUSAL:
         # The queries before some key's window, then those after some key's window.
         first = window_start(columns, origin, block_size, window_blocks)
+        full_hi = full_lo
         full_lo = tl.min(first, axis=0)
         gap_at = tl.cdiv(tl.max(tl.where(columns < T, first, 0), axis=0), BLOCK_M) * BLOCK_M
         resume = tl.maximum(start_m, gap_at)
         gap = resume - gap_at
         start_m, stop_m = 0, gap_at + tl.maximum(T - resume, 0)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, end,
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, past,
         start_m, stop_m, gap_at, gap, full_lo, full_hi, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-        True, CAUSAL, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, not CAUSAL, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -340,7 +341,7 @@ def dkv_kernel(
         start_m, stop_m, 0, 0, first_of_last, end_of_first, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
-        False, CAUSAL, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, False, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:

@@ -83,8 +83,12 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale
     far_bias = layout.far_bias(q)
     parts = []
     if layout.causal:
-        x = (part[:, :, : block_size * window_blocks] for part in (q, k, v))
-        parts.append(scaled_dot_product_attention(*x, is_causal=True, scale=scale, enable_gqa=gqa))
+        first = slice(0, block_size * window_blocks)
+        parts.append(
+            scaled_dot_product_attention(
+                q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True, scale=scale, enable_gqa=gqa
+            )
+        )
     for start, window, count in zip(blocks, windows, far_counts, strict=True):
         stop = min(T, start + block_size)
         end = min(T, window_stop(stop - 1, block_size, window_blocks, layout.causal))
