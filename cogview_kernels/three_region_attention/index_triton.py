@@ -88,8 +88,8 @@ def far_range(
 
 @triton.jit
 def block_past(query, origin, blocks, block_size, window_blocks):
-    """The block after the window of a query."""
-    return tl.minimum((query - origin) // block_size + window_blocks, blocks)
+    """The block after the window of a query; of one before its sample, that of the first query."""
+    return tl.minimum(tl.maximum(query - origin, 0) // block_size + window_blocks, blocks)
 
 
 @triton.jit
