@@ -21,6 +21,7 @@ from cogview.config import SamplingConfig
 from cogview.generation.graph import on_device
 from cogview.generation.sampling import Noise, choose
 from cogview.model.cache import KVCache
+from cogview.model.decoder import Decoder
 from cogview.model.transformer import CogView
 from cogview_kernels import linear_cross_entropy
 
@@ -108,17 +109,11 @@ def prefill(
         restarts = [prompt.index(restart) for prompt in place]
         cache.restart = torch.tensor(restarts, device=device)[:, None]
     # Padding stands behind the prompts, where causal attention never looks back at it.
-    hidden = model(tokens.to(device), cache=cache)
+    hidden = Decoder(model)(tokens.to(device), cache)
     lengths = torch.tensor([len(prompt) for prompt in place], device=device)
     cache.set_lengths(lengths)
     last = hidden[torch.arange(len(place), device=device), lengths - 1]
     return Rows(cache.take(index, longest + new_tokens + spare), last[torch.tensor(index, device=device)])
-
-
-@torch.no_grad()
-def step(model: CogView, cache: KVCache, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Add tokens ``[R, T]`` to the rows; their final hidden states ``[R, T, C]``."""
-    return model(tokens, positions=positions, cache=cache)
 
 
 @torch.no_grad()
@@ -193,6 +188,7 @@ class _OneByOne:
         device = rows.hidden.device
         B = len(task.seeds)
         self.model, self.task, self.options = model, task, options
+        self.step = Decoder(model)
         self.cache, self.hidden = rows.cache, rows.hidden
         self.branches = len(rows.hidden) // B
         self.ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
@@ -216,7 +212,7 @@ class _OneByOne:
     def advance(self) -> None:
         """One more token in every row."""
         last = self.in_every_branch(self.tokens.gather(1, self.done - 1))
-        tokens = self.next_tokens(step(self.model, self.cache, last), self.done)
+        tokens = self.next_tokens(self.step(last, self.cache), self.done)
         self.tokens.scatter_(1, self.done, tokens)
         self.done += 1
 
@@ -293,7 +289,7 @@ class _GuessAndVerify(_OneByOne):
         inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
         positions = self.cache.positions(self.cache.lengths[:, None] + self.window)
         positions = positions.clamp(max=self.model.config.max_positions - 1)
-        hidden = step(self.model, self.cache, inputs, positions)
+        hidden = self.step(inputs, self.cache, positions)
         at = self.done + self.window
         at_most = at.clamp(max=N - 1)  # what stands past the end is never kept
         drawn = self.next_tokens(hidden, at_most)

@@ -9,8 +9,8 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-// Of W in a chunk: a thread that is woken for less costs more than it saves.
-constexpr int64_t kChunkBytes = 256 << 10;
+// Of W in a chunk: a thread that is woken for less costs more than it saves, one that is awake does not.
+constexpr int64_t kChunkBytes = 256 << 10, kChunkBytesAwake = 32 << 10;
 // Products that one running sum takes up, since its error grows with their number.
 constexpr int64_t kRun = 64 * kLanes;
 // Rows of W that are multiplied at a time, with one row of x, and with two.
@@ -82,7 +82,8 @@ void forward(const DecodeLinear& a, int threads) {
             store(wide.data + r * width + k, load(x + r * a.K + k, tag));  // zeros behind a part
         });
     }
-    const int64_t rows = kChunkBytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
+    const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;
+    const int64_t rows = bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
     const int64_t chunk = rows < kAlone ? kAlone : rows;
     parallel_for(a.O, chunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t stride = end - begin;

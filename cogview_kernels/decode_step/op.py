@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``torch.ops.cogview_kernels.decode_step``: schema and fake tensor. The op writes into the cache and has no
+derivative."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._norms.rows import NormOptions
+from cogview_kernels._torch_ops import Op
+from cogview_kernels.decode_step import native
+from cogview_kernels.layout import ThreeRegionLayout
+
+
+def backend_module(backend: str) -> ModuleType:
+    """The module whose ``forward`` and ``limit`` serve ``backend``."""
+    return native
+
+
+def _empty_output(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _forward(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    cache: Tensor,
+    lengths: Tensor,
+    pivots: Tensor | None,
+    block_size: int,
+    window_blocks: int,
+    pivot_bias: float,
+    density: int,
+    eps: float,
+    pb_relax: str | None,
+    backend: str,
+) -> Tensor:
+    out = _empty_output(x)
+    if out.numel() > 0:
+        layout = None
+        if pivots is not None:
+            pivots = pivots.contiguous()
+            layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
+        inputs = x.contiguous(), tensors, cache, lengths.contiguous(), layout
+        backend_module(backend).forward(*inputs, NormOptions(eps, pb_relax), out, backend)
+    return out
+
+
+decode_step_op = Op(
+    "decode_step(Tensor x, Tensor[] tensors, Tensor(a!) cache, Tensor lengths, Tensor? pivots, "
+    "int block_size, int window_blocks, float pivot_bias, SymInt density, float eps, str? pb_relax, "
+    "str backend) -> Tensor",
+    kernel=_forward,
+    fake=_empty_output,
+)
