@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from cogview.generation.engine import STOP_EVERY, Task, prefill
-from cogview.model.decoder import Decoder
 from cogview.model.transformer import CogView
 
 
@@ -37,7 +36,6 @@ def beam_search(
     if stop is None:
         raise ValueError("task must have a stop, which ends a text")
     rows = prefill(model, [prompt for prompt in prompts for _ in range(K)], N)
-    step = Decoder(model)
     device, hidden = rows.hidden.device, rows.hidden
     ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
     total = torch.zeros(P, K, device=device)
@@ -66,7 +64,7 @@ def beam_search(
         if index == N - 1 or (index % STOP_EVERY == STOP_EVERY - 1 and bool(ended.all())):
             break
         rows.cache.reorder((first_row + beam).flatten(), first=len(prompts[0]))
-        hidden = step(choice.view(-1, 1), rows.cache)[:, -1]
+        hidden = rows.step(choice.view(-1, 1), rows.cache)[:, -1]
     if not bool(finite):
         raise FloatingPointError("the model's logits are not finite (NaN or infinite)")
     winner = (total / length).argmax(1)

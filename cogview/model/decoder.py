@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
@@ -18,9 +17,7 @@ from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk
 from cogview_kernels import LayerStack, LayerWeights, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
-_KNOWN = frozenset(
-    (CogView, Trunk, Layer, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Embedding, nn.ModuleList)
-)
+_KNOWN = frozenset((CogView, Trunk, Layer, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Embedding))
 
 
 class Decoder:
@@ -32,18 +29,21 @@ class Decoder:
     def __init__(self, model: CogView) -> None:
         self.model = model
         self.stack = layer_stack(model)
+        # Attributes of modules take as long to look up as small tensors take to add.
+        self._words = model.word_embeddings.weight
+        self._positions = model.transformer.position_embeddings.weight
         self._fitting: dict[int, bool] = {}  # by the number of rows
 
     def __call__(self, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
         """Final hidden states ``[B, T, C]`` of tokens ``[B, T]``; see :meth:`CogView.forward`."""
         if self.stack is None or not self._fits(self.stack, tokens.numel()):
             return cast(Tensor, self.model(tokens, positions=positions, cache=cache))
-        places = cache.begin(tokens.shape[1])
-        positions = cache.positions(places) if positions is None else positions
-        x = F.embedding(tokens, self.model.word_embeddings.weight)
-        x = x + F.embedding(positions, self.model.transformer.position_embeddings.weight)
+        T = tokens.shape[1]
+        if positions is None:
+            positions = cache.positions(cache.places(T))
+        x = torch.embedding(self._words, tokens) + torch.embedding(self._positions, positions)
         hidden = decode_step(x, self.stack, cache.buffer, cache.lengths)
-        cache.advance(tokens.shape[1])
+        cache.advance(T)
         return hidden
 
     def _fits(self, stack: LayerStack, rows: int) -> bool:
@@ -60,29 +60,39 @@ def layer_stack(model: CogView) -> LayerStack | None:
 
     So it is without the norms that end the branches, and with modules or hooks that are not the model's own.
     """
-    if not model.config.sandwich_norm or model.training:
+    trunk = model.transformer
+    if not model.config.sandwich_norm or model.training or not _own(model, trunk, model.word_embeddings):
         return None
-    for module in model.modules():
-        if type(module) not in _KNOWN or module._forward_hooks or module._forward_pre_hooks:
-            return None
-    layers = tuple(_weights(cast(Layer, layer)) for layer in model.transformer.layers)
-    final = model.transformer.final_layernorm
-    return LayerStack(layers, _pair(final), final.eps, model.config.pb_relax)
+    layers = cast("list[Layer]", list(trunk.layers))
+    found = tuple(weights for layer in layers if (weights := _weights(layer)) is not None)
+    final = _pair(trunk.final_layernorm)
+    if len(found) < len(layers) or final is None or not _own(trunk.position_embeddings):
+        return None
+    return LayerStack(found, final, trunk.final_layernorm.eps, model.config.pb_relax)
 
 
-def _pair(module: nn.Linear | nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
-    assert module is not None
-    return module.weight, module.bias
+def _own(*modules: nn.Module) -> bool:
+    """Whether each computes what it is known for, and nobody listens."""
+    return all(
+        type(module) in _KNOWN and not module._forward_hooks and not module._forward_pre_hooks
+        for module in modules
+    )
 
 
-def _weights(layer: Layer) -> LayerWeights:
-    return LayerWeights(
+def _pair(module: nn.Linear | nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
+    return (module.weight, module.bias) if module is not None and _own(module) else None
+
+
+def _weights(layer: Layer) -> LayerWeights | None:
+    attention, mlp = layer.attention, layer.mlp
+    pairs = LayerWeights(
         attention_pre=_pair(layer.input_layernorm),
-        qkv=_pair(layer.attention.query_key_value),
-        attention_out=_pair(layer.attention.dense),
+        qkv=_pair(attention.query_key_value),
+        attention_out=_pair(attention.dense),
         attention_post=_pair(layer.third_layernorm),
         mlp_pre=_pair(layer.post_attention_layernorm),
-        mlp_up=_pair(layer.mlp.dense_h_to_4h),
-        mlp_down=_pair(layer.mlp.dense_4h_to_h),
+        mlp_up=_pair(mlp.dense_h_to_4h),
+        mlp_down=_pair(mlp.dense_4h_to_h),
         mlp_post=_pair(layer.fourth_layernorm),
     )
+    return pairs if _own(layer, attention, mlp) and None not in pairs else None

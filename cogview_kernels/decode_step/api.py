@@ -59,9 +59,9 @@ def decode_step(
 
     Raises:
         TypeError: a dtype above is not met.
-        ValueError: a shape above is not met, devices differ, or on the CPU lengths are out of range.
+        ValueError: a shape above is not met, devices differ, or on the CPU lengths or pivots are out of range.
         NotImplementedError: a derivative is needed: the op has none. A limit of the backend asked for ("cpu":
-            no float64, 16 rows, D up to 256).
+            no float64, 64 rows, D up to 256).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, sections 2.4 and 4.1, with keys and values cached.
@@ -79,8 +79,10 @@ def decode_step(
         _check(x, stack, cache, lengths, layout)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
         _backends.remember(signature, chosen)
-    _check_values(lengths, layout, x.shape[1], cache.shape[4])
+    if layout is not None:
+        _check_pivots(layout, cache.shape[4])
     if chosen == "reference":
+        _check_lengths(lengths, cache.shape[4] - x.shape[1])  # the kernel looks at them by itself
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, cache, lengths, layout, *options)
     if layout is None:
@@ -164,15 +166,17 @@ def _check_stack(stack: LayerStack, x: Tensor) -> None:
                 raise ValueError(f"{_OP}: {called} must have shape {expected}, got {tuple(tensor.shape)}")
 
 
-def _check_values(lengths: Tensor, layout: ThreeRegionLayout | None, T: int, S: int) -> None:
-    if not _torch_ops.values_are_readable(lengths):
-        return
-    if any(not 0 <= length <= S - T for length in lengths.tolist()):
+def _check_lengths(lengths: Tensor, most: int) -> None:
+    if _torch_ops.values_are_readable(lengths) and any(not 0 <= n <= most for n in lengths.tolist()):
         raise ValueError(
-            f"{_OP}: lengths must lie in [0, {S - T}] (the cache's size less the new tokens), "
+            f"{_OP}: lengths must lie in [0, {most}] (the cache's size less the new tokens), "
             f"got {lengths.tolist()}"
         )
-    if layout is not None and layout.pivots.numel() > 0 and int(layout.pivots.max()) >= S:
+
+
+def _check_pivots(layout: ThreeRegionLayout, S: int) -> None:
+    pivots = layout.pivots
+    if _torch_ops.values_are_readable(pivots) and pivots.numel() > 0 and int(pivots.max()) >= S:
         raise ValueError(
-            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(layout.pivots.max())}"
+            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(pivots.max())}"
         )

@@ -16,7 +16,7 @@ from cogview_kernels.layout import ThreeRegionLayout
 
 LARGEST_HEAD = 256
 # More rows are the work of matrix products, which keep blocks of both factors in the caches.
-MOST_ROWS = 16
+MOST_ROWS = 64
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -60,12 +60,12 @@ def test_prompts_of_different_lengths_share_a_batch_and_like_ones_are_read_once(
     rows.append(rows[0])
     seen = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    cache, hidden = prefill(model, rows, 3)
+    cache, hidden, step = prefill(model, rows, 3)
     handle.remove()
     assert seen == [3]
     drawn = torch.tensor([[3], [4], [5], [6]])
     with torch.no_grad():
-        second, third = (Decoder(model)(drawn, cache)[:, -1] for _ in range(2))
+        second, third = (step(drawn, cache)[:, -1] for _ in range(2))
     for index, row in enumerate(rows):
         with torch.no_grad():
             alone = model(torch.tensor([[*row, *[int(drawn[index])] * 2]]))[0]
