@@ -100,9 +100,11 @@ def prefill(
     tokens = torch.zeros(len(place), longest, dtype=torch.int64)
     for row, prompt in zip(tokens, place, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    each_once = len(place) == len(prompts)
+    capacity = longest + new_tokens + spare
     cache = KVCache(
         *(config.num_layers, len(place), config.num_heads),
-        *(longest, config.hidden_size // config.num_heads),
+        *(capacity if each_once else longest, config.hidden_size // config.num_heads),
         device=device,
         dtype=model.word_embeddings.weight.dtype,
     )
@@ -115,8 +117,9 @@ def prefill(
     lengths = torch.tensor([len(prompt) for prompt in place], device=device)
     cache.set_lengths(lengths)
     last = hidden[torch.arange(len(place), device=device), lengths - 1]
-    cache = cache.take(index, longest + new_tokens + spare)
-    return Rows(cache, last[torch.tensor(index, device=device)], step)
+    if not each_once:
+        cache, last = cache.take(index, capacity), last[torch.tensor(index, device=device)]
+    return Rows(cache, last, step)
 
 
 @torch.no_grad()
@@ -204,7 +207,7 @@ class _OneByOne:
             self.given[:, : task.num_tokens] = task.given
         self.tokens = self.given.clone()
         self.done = torch.zeros(B, 1, device=device, dtype=torch.int64)  # tokens that each row has drawn
-        self.blemish = torch.zeros((), device=device)  # NaN as soon as a logit was not finite
+        self.total = torch.zeros((), device=device)  # of all logits: not finite once one was not
 
     def start(self) -> None:
         """The first token, from what the prompts left."""
@@ -228,7 +231,7 @@ class _OneByOne:
         """The tokens at ``positions`` ``[B, T]`` from the hidden states before them, ``[R, T, C]``."""
         parts = [decode_linear(hidden, head) for head in self.heads]
         logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        self.blemish += (logits * 0).sum(dtype=torch.float32)  # fewer ops than to ask isfinite()
+        self.total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
         if self.branches == 2:
             with_text, without = logits.float().chunk(2)
             logits = without + self.options.guidance * (with_text - without)
@@ -250,7 +253,7 @@ class _OneByOne:
 
     def check_finite(self) -> None:
         """Waits for the device, unlike a step, which only remembers what it met."""
-        if bool(self.blemish.isnan()):
+        if not bool(self.total.isfinite()):
             raise FloatingPointError(
                 "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow "
                 f"in this precision, {self.hidden.dtype}"

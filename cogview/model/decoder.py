@@ -60,39 +60,36 @@ def layer_stack(model: CogView) -> LayerStack | None:
 
     So it is without the norms that end the branches, and with modules or hooks that are not the model's own.
     """
-    trunk = model.transformer
-    if not model.config.sandwich_norm or model.training or not _own(model, trunk, model.word_embeddings):
+    trunk, config = model.transformer, model.config
+    final, layers = trunk.final_layernorm, cast("list[Layer]", list(trunk.layers))
+    if model.training or not config.sandwich_norm:
         return None
-    layers = cast("list[Layer]", list(trunk.layers))
-    found = tuple(weights for layer in layers if (weights := _weights(layer)) is not None)
-    final = _pair(trunk.final_layernorm)
-    if len(found) < len(layers) or final is None or not _own(trunk.position_embeddings):
+    if not _are_own(model, trunk, model.word_embeddings, trunk.position_embeddings, final, *layers):
         return None
-    return LayerStack(found, final, trunk.final_layernorm.eps, model.config.pb_relax)
+    weights = [_weights(layer) for layer in layers]
+    found = tuple(one for one in weights if one is not None)
+    if len(found) < len(layers):
+        return None
+    return LayerStack(found, (final.weight, final.bias), final.eps, config.pb_relax)
 
 
-def _own(*modules: nn.Module) -> bool:
-    """Whether each computes what it is known for, and nobody listens."""
+def _are_own(*modules: nn.Module) -> bool:
+    """Whether modules compute what they are known for, and nobody listens."""
     return all(
         type(module) in _KNOWN and not module._forward_hooks and not module._forward_pre_hooks
         for module in modules
     )
 
 
-def _pair(module: nn.Linear | nn.LayerNorm | None) -> tuple[Tensor, Tensor] | None:
-    return (module.weight, module.bias) if module is not None and _own(module) else None
-
-
 def _weights(layer: Layer) -> LayerWeights | None:
     attention, mlp = layer.attention, layer.mlp
-    pairs = LayerWeights(
-        attention_pre=_pair(layer.input_layernorm),
-        qkv=_pair(attention.query_key_value),
-        attention_out=_pair(attention.dense),
-        attention_post=_pair(layer.third_layernorm),
-        mlp_pre=_pair(layer.post_attention_layernorm),
-        mlp_up=_pair(mlp.dense_h_to_4h),
-        mlp_down=_pair(mlp.dense_4h_to_h),
-        mlp_post=_pair(layer.fourth_layernorm),
+    if not _are_own(attention, mlp):
+        return None
+    third, fourth = cast(nn.LayerNorm, layer.third_layernorm), cast(nn.LayerNorm, layer.fourth_layernorm)
+    parts = (
+        *(layer.input_layernorm, attention.query_key_value, attention.dense, third),
+        *(layer.post_attention_layernorm, mlp.dense_h_to_4h, mlp.dense_4h_to_h, fourth),
     )
-    return pairs if _own(layer, attention, mlp) and None not in pairs else None
+    if not _are_own(*parts) or any(part.bias is None for part in parts):
+        return None
+    return LayerWeights(*((part.weight, part.bias) for part in parts))

@@ -9,7 +9,7 @@ from torch import Tensor
 from cogview_kernels import _backends, _checks, _torch_ops
 from cogview_kernels.decode_step.op import backend_module, decode_step_op
 from cogview_kernels.decode_step.reference import decode_step_reference
-from cogview_kernels.decode_step.stack import LayerStack, LayerWeights
+from cogview_kernels.decode_step.stack import LayerStack, LayerWeights, WeightAndBias
 from cogview_kernels.layout import ThreeRegionLayout
 
 _OP = "decode_step"
@@ -59,7 +59,8 @@ def decode_step(
 
     Raises:
         TypeError: a dtype above is not met.
-        ValueError: a shape above is not met, devices differ, or on the CPU lengths or pivots are out of range.
+        ValueError: a shape above is not met, devices differ, or on the CPU lengths or pivots are out of
+            range.
         NotImplementedError: a derivative is needed: the op has none. A limit of the backend asked for ("cpu":
             no float64, 64 rows, D up to 256).
         RuntimeError: the named backend cannot run here; the message says why.
@@ -110,15 +111,22 @@ def _refuse_derivatives(*tensors: Tensor) -> None:
 def _check(
     x: Tensor, stack: LayerStack, cache: Tensor, lengths: Tensor, layout: ThreeRegionLayout | None
 ) -> None:
+    if not stack.layers:
+        raise ValueError(f"{_OP}: stack must have at least one layer, got none")
     _checks.check_float(_OP, "x", x)
     if x.dim() != 3 or x.shape[2] == 0:
         raise ValueError(f"{_OP}: x must have shape [B, T, C] with C of at least 1, got {tuple(x.shape)}")
     B, _, C = x.shape
     _check_beside("cache", cache, x)
-    if cache.dim() != 6 or cache.shape[:3] != (len(stack.layers), 2, B) or cache[0, 0, 0, :, 0].numel() != C:
+    if (
+        cache.dim() != 6
+        or cache.shape[:3] != (len(stack.layers), 2, B)
+        or cache.shape[3] * cache.shape[5] != C
+        or cache.shape[4] == 0
+    ):
         raise ValueError(
-            f"{_OP}: cache must have shape [{len(stack.layers)}, 2, {B}, H, S, D] with H D = {C} to go with x "
-            f"and stack, S at least 1, got {tuple(cache.shape)}"
+            f"{_OP}: cache must have shape [{len(stack.layers)}, 2, {B}, H, S, D] with H D = {C} to go with "
+            f"x and stack, S at least 1, got {tuple(cache.shape)}"
         )
     if not cache.is_contiguous():
         raise ValueError(f"{_OP}: cache must be contiguous, since it is written in place")
@@ -150,11 +158,9 @@ def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
 def _check_stack(stack: LayerStack, x: Tensor) -> None:
     _checks.check_finite_number(_OP, "stack.eps", stack.eps, positive=True)
     _checks.check_choice(_OP, "stack.pb_relax", stack.pb_relax, _PB_RELAX)
-    if not stack.layers:
-        raise ValueError(f"{_OP}: stack must have at least one layer, got none")
     C, F = x.shape[2], stack.layers[0].mlp_up[1].numel()
     linear = {"qkv": (3 * C, C), "attention_out": (C, C), "mlp_up": (F, C), "mlp_down": (C, F)}
-    parts = {"final_norm": (stack.final_norm, (C,))}
+    parts: dict[str, tuple[WeightAndBias, tuple[int, ...]]] = {"final_norm": (stack.final_norm, (C,))}
     for index, layer in enumerate(stack.layers):
         for name in LayerWeights._fields:
             parts[f"layers[{index}].{name}"] = getattr(layer, name), linear.get(name, (C,))

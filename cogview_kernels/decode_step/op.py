@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from cogview_kernels import _flops
 from cogview_kernels._norms.rows import NormOptions
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.decode_step import native
@@ -50,10 +51,31 @@ def _forward(
     return out
 
 
+def _flops_of(of, _):
+    x, cache, tensors = of["x"], of["cache"], of["tensors"]
+    B, T, C = x.shape
+    lengths = _flops.values(of["lengths"]) or [cache.shape[4] - T] * B
+    pivots = None if of["pivots"] is None else (_flops.values(of["pivots"]) or [None] * B)
+    pairs = 0
+    for b, length in enumerate(lengths):
+        if pivots is None:
+            pairs += T * length + T * (T + 1) // 2
+            continue
+        layout = ThreeRegionLayout.unchecked(
+            of["pivots"][b : b + 1], of["block_size"], of["window_blocks"], of["pivot_bias"], of["density"]
+        )
+        given = None if pivots[b] is None else [pivots[b]]
+        # What earlier queries see does not change.
+        pairs += layout.pairs(length + T, given) - layout.pairs(length, given)
+    products = sum(tensor.numel() for tensor in tensors if tensor.dim() == 2)
+    return 2 * B * T * products + 4 * pairs * C * cache.shape[0]
+
+
 decode_step_op = Op(
     "decode_step(Tensor x, Tensor[] tensors, Tensor(a!) cache, Tensor lengths, Tensor? pivots, "
     "int block_size, int window_blocks, float pivot_bias, SymInt density, float eps, str? pb_relax, "
     "str backend) -> Tensor",
     kernel=_forward,
     fake=_empty_output,
+    flops=_flops_of,
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from cogview_kernels.decode_attention.reference import decode_attention_referenc
 from cogview_kernels.decode_linear.reference import decode_linear_reference as linear
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.layout import ThreeRegionLayout
-from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference as sandwich
+from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 
 TENSORS = 16  # of a layer
 
@@ -32,8 +33,8 @@ def decode_step_reference(
     H, D = cache.shape[3], cache.shape[5]
     places = lengths.long()[:, None] + torch.arange(T, device=x.device)
     rows = torch.arange(B, device=x.device)[:, None]
-    options = {"eps": eps, "pb_relax": pb_relax}
-    normed = layer_norm_reference(x, tensors[0], tensors[1], **options)
+    sandwich = functools.partial(sandwich_layer_norm_reference, eps=eps, pb_relax=pb_relax)
+    normed = layer_norm_reference(x, tensors[0], tensors[1], eps=eps, pb_relax=pb_relax)
     for index, (keys, values) in enumerate(cache.unbind(0)):
         at = index * TENSORS
         pairs = [(tensors[i], tensors[i + 1]) for i in range(at + 2, at + TENSORS + 2, 2)]
@@ -42,7 +43,7 @@ def decode_step_reference(
         keys[rows, :, places], values[rows, :, places] = k, v
         out = decode_attention_reference(q.transpose(1, 2), keys, values, lengths + T, layout, D**-0.5)
         branch = linear(out.transpose(1, 2).reshape(B, T, C), *attention_out, None)
-        x, normed = sandwich(branch, x, *attention_post, *mlp_pre, **options)
+        x, normed = sandwich(branch, x, *attention_post, *mlp_pre)
         branch = linear(linear(normed, *mlp_up, "gelu_tanh"), *mlp_down, None)
-        x, normed = sandwich(branch, x, *mlp_post, *next_pre, **options)
+        x, normed = sandwich(branch, x, *mlp_post, *next_pre)
     return normed

@@ -3,6 +3,7 @@
 // is what calling it from Python and waking the threads for it would cost. All arithmetic is theirs.
 #include "decode_step/decode_step.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -17,6 +18,10 @@
 
 namespace cogview {
 namespace {
+
+// About 50 us of work: threads that are woken for less cost more than they save, most of all when other
+// processes want the processors too.
+constexpr int64_t kProductsOfAThread = 1 << 20;
 
 int64_t bytes_of(DType dtype) {
     return dtype == DType::kFloat32 ? 4 : 2;
@@ -148,6 +153,9 @@ class Step {
 }  // namespace
 
 void decode_step_cpu(const DecodeStep& args, int threads) {
+    const int64_t products =
+        int64_t(args.layers.size()) * args.B * args.T * args.C * (4 * args.C + 2 * args.F);
+    threads = int(std::min<int64_t>(threads, 1 + products / kProductsOfAThread));
     Step step(args, threads);
     parallel_region(threads, [&] { step.run(); });
 }
