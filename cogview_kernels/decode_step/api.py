@@ -69,6 +69,8 @@ def decode_step(
     """
     if not isinstance(stack, LayerStack):
         raise TypeError(f"{_OP}: stack must be a LayerStack, got {type(stack).__name__}")
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"{_OP}: cache must be a tensor, got {type(cache).__name__}")
     if torch.is_grad_enabled():
         _refuse_derivatives(x, cache, *stack.tensors)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout

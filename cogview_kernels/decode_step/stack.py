@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -48,6 +49,15 @@ class LayerStack:
     def __post_init__(self) -> None:
         flat = [x for layer in self.layers for pair in layer for x in pair]
         object.__setattr__(self, "tensors", [*flat, *self.final_norm])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerStack:
+        """The same layers with other tensors, ``function`` of each."""
+
+        def both(pair: WeightAndBias) -> WeightAndBias:
+            return function(pair[0]), function(pair[1])
+
+        layers = tuple(LayerWeights(*map(both, layer)) for layer in self.layers)
+        return LayerStack(layers, both(self.final_norm), self.eps, self.pb_relax)
 
     def limit(self, rows: int, head_size: int) -> str:
         """Why no kernel takes so many rows through these layers; empty where one does.

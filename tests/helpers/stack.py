@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -31,11 +29,3 @@ def random_stack(
         return LayerWeights(*attention, norm(), linear(F, C), linear(C, F), norm())
 
     return LayerStack(tuple(layer() for _ in range(layers)), norm(), pb_relax=pb_relax)
-
-
-def stack_of(tensors: Sequence[Tensor], like: LayerStack) -> LayerStack:
-    """A stack as ``like`` is, of other tensors in the order of ``like.tensors``."""
-    pairs = list(zip(tensors[::2], tensors[1::2], strict=True))
-    parts = len(LayerWeights._fields)
-    layers = tuple(LayerWeights(*pairs[at : at + parts]) for at in range(0, parts * len(like.layers), parts))
-    return LayerStack(layers, pairs[-1], like.eps, like.pb_relax)

@@ -9,7 +9,7 @@ import torch
 from cogview_kernels import LayerStack, ThreeRegionLayout, decode_step
 from cogview_kernels.decode_step import native
 from cogview_kernels.decode_step.reference import decode_step_reference
-from tests.helpers.stack import random_stack, stack_of
+from tests.helpers.stack import random_stack
 from tests.helpers.tolerance import assert_within_budget, judge
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -97,12 +97,12 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
 
     many = make(native.MOST_ROWS + 1, lengths=torch.tensor([0]), layers=1)[:2]
     room = torch.zeros(1, 2, 1, 2, native.MOST_ROWS + 1, 32)
-    turned = stack_of([t.t().contiguous().t() for t in stack.tensors], stack)
+    turned = stack.map(lambda t: t.t().contiguous().t())
 
     class Quantized(torch.Tensor):
         pass
 
-    others = stack_of([t.as_subclass(Quantized) for t in stack.tensors], stack)
+    others = stack.map(lambda t: t.as_subclass(Quantized))
     for _ in range(2):  # the second time from memory
         assert kernel_runs(x, stack, cache) and not kernel_runs(x, others, cache)
         assert not kernel_runs(many[1], many[0], room, torch.tensor([0]))
@@ -113,7 +113,7 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
         (turned.limit(1, 32), "takes plain and contiguous tensors in stack, got a Tensor of strides"),
         (others.limit(1, 32), "got a Quantized"),
         (random_stack(dtype=torch.float64).limit(1, 32), "takes stack in float32, float16 or bfloat16"),
-        (stack_of([t.to("meta") for t in stack.tensors], stack).limit(1, 32), "serves CPU tensors"),
+        (stack.map(lambda t: t.to("meta")).limit(1, 32), "serves CPU tensors"),
     ):
         assert message in limit
     with pytest.raises(ValueError, match="tensors of stack must be contiguous"):  # also from memory
@@ -168,6 +168,7 @@ WIDE = torch.ones(65), torch.ones(64)
     ("arguments", "options", "error", "message"),
     [
         ((X, [], CACHE, LENGTHS), {}, TypeError, "stack must be a LayerStack, got list"),
+        ((X, STACK, [], LENGTHS), {}, TypeError, "cache must be a tensor, got list"),
         ((X.long(), STACK, CACHE, LENGTHS), {}, TypeError, "x must be float32"),
         ((X[0], STACK, CACHE, LENGTHS), {}, ValueError, r"x must have shape \[B, T, C\]"),
         ((X, STACK, CACHE.half(), LENGTHS), {}, TypeError, "cache must have the dtype of x"),
