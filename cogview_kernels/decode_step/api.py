@@ -72,11 +72,13 @@ def decode_step(
     if not isinstance(cache, Tensor):
         raise TypeError(f"{_OP}: cache must be a tensor, got {type(cache).__name__}")
     if torch.is_grad_enabled():
-        _refuse_derivatives(x, cache, *stack.tensors)
+        _refuse_derivatives(x, stack, cache)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
     options = stack.eps, stack.pb_relax
-    inputs = x, *stack.tensors, cache, cache.is_contiguous(), lengths
-    signature = _backends.signature(_OP, *inputs, *regions, *options, backend)
+    inputs = x, cache, cache.is_contiguous(), lengths
+    # Of a stack the number is enough: it does not change, and to look at its tensors takes longer than the
+    # rest of the host's work.
+    signature = _backends.signature(_OP, stack.serial, *inputs, *regions, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(x, stack, cache, lengths, layout)
@@ -105,8 +107,8 @@ def decode_step(
     )
 
 
-def _refuse_derivatives(*tensors: Tensor) -> None:
-    if any(getattr(tensor, "requires_grad", False) for tensor in tensors):
+def _refuse_derivatives(*inputs: Tensor | LayerStack) -> None:
+    if any(getattr(given, "requires_grad", False) for given in inputs):
         raise NotImplementedError(f"{_OP}: there is no derivative; call it inside torch.no_grad()")
 
 

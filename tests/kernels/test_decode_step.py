@@ -104,7 +104,8 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
 
     others = stack.map(lambda t: t.as_subclass(Quantized))
     for _ in range(2):  # the second time from memory
-        assert kernel_runs(x, stack, cache) and not kernel_runs(x, others, cache)
+        assert kernel_runs(x, stack, cache)
+        assert not kernel_runs(x, others, cache) and not kernel_runs(x, turned, cache)
         assert not kernel_runs(many[1], many[0], room, torch.tensor([0]))
     assert not stack.limit(native.MOST_ROWS, 32)
     for limit, message in (
@@ -116,10 +117,24 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
         (stack.map(lambda t: t.to("meta")).limit(1, 32), "serves CPU tensors"),
     ):
         assert message in limit
-    with pytest.raises(ValueError, match="tensors of stack must be contiguous"):  # also from memory
-        decode_step(x, turned, cache, LENGTHS)
+    arguments = (LENGTHS, None, 1, 1, 0.0, 1, 1e-5, "row", "cpu")
+    with pytest.raises(ValueError, match="tensors of stack must be contiguous"):
+        torch.ops.cogview_kernels.decode_step(x, turned.tensors, cache, *arguments)
     with pytest.raises(NotImplementedError, match="at most 64 rows"):
         decode_step(many[1], many[0], room, torch.tensor([0]), backend="cpu")
+
+
+@torch.no_grad()
+def test_a_stack_sees_new_values_and_survives_new_tensors(backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    weight = stack.layers[0].qkv[0]
+    first = decode_step(x, stack, cache, LENGTHS)
+    weight.mul_(2)
+    assert not torch.equal(decode_step(x, stack, cache, LENGTHS), first)
+    weight.div_(2)
+    weight.data = torch.empty(1)
+    assert torch.equal(decode_step(x, stack, cache, LENGTHS), first)
 
 
 def test_opcheck_and_compile(backend_device):
