@@ -111,4 +111,4 @@ class Noise:
         """float32 ``[B, T, size]`` at positions ``[B, T]``."""
         if self.made is None:
             return exponentials(self.seeds, positions + self.first, self.size)
-        return self.made.gather(1, positions[..., None].expand(-1, -1, self.size))
+        return self.made.gather(1, positions.unsqueeze(-1).expand(-1, -1, self.size))
