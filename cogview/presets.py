@@ -69,14 +69,14 @@ _PRESETS: dict[str, Preset] = {
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=2000,
-            batch_size=32,
-            learning_rate=1.5e-3,
+            steps=6400,
+            batch_size=16,
+            learning_rate=1.2e-3,
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
             text_dropout=0.1,  # for --guidance
-            checkpoint_every=100,
+            checkpoint_every=200,
         ),
         image_tokenizer=ImageTokenizerConfig(
             num_codes=4096,
