@@ -81,6 +81,9 @@ class TrainTokenizer:
     start: Start
     preset: PresetName = None
     """sizes and schedule; every other option overrides it"""
+    kind: Annotated[Literal["vqvae", "vqgan"] | None, _shown("KIND", "the preset's")] = None
+    """vqvae, or vqgan: sharper, at several times the cost; its sizes are --image-tokenizer.vqgan... and
+    --image-tokenizer-train.vqgan..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     skip_bad: bool = False
@@ -89,6 +92,10 @@ class TrainTokenizer:
     """processes that read images ahead of the training, 0 = none"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.kind == "vqvae" and self.image_tokenizer.vqgan is not None:
+            raise ValueError(f"--kind must be vqgan for the preset {self.start.name}, got vqvae")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import tyro
 from cogview import options
 from cogview.config import Preset, ThreeRegionConfig
 from cogview.files import exists
-from cogview.presets import default_preset, get_preset, implied_preset
+from cogview.presets import default_preset, get_preset, implied_preset, with_vqgan
 from cogview.settings import TOKENIZER_SETTINGS
 
 if sys.version_info >= (3, 11):
@@ -116,6 +116,8 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
             three_region = preset.model.three_region or ThreeRegionConfig()
             changed = None if attention == "dense" else three_region
             preset = replace(preset, model=replace(preset.model, three_region=changed))
+    if "kind" in names and _last_value(words, "kind") == "vqgan":
+        preset = with_vqgan(preset)
     parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}
     parts |= {name: tyro.MISSING for name in ("data", "out") if name in names}
     return kind(start=preset, **parts)

@@ -105,6 +105,7 @@ FLOORS = [
     },
     {"tokens", "model"},
     {"data"},
+    {"perception"},
     {"training", "generation"},
     {"evaluation"},
     {"run", "convert"},

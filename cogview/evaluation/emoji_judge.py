@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from cogview.data.emoji import TONES, Drawing, EmojiPairs, held_out_combinations, training_pairs
-from cogview.evaluation.features import EfficientNetLite0Features
+from cogview.perception.efficientnet import EfficientNetLite0Features
 
 # OpenMoji's fills of skin in TONES' order.
 PALETTE = ("#fadcbc", "#debb90", "#c19a65", "#a57939", "#6a462f")

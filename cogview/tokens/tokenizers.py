@@ -10,6 +10,7 @@ from cogview.files import StrPath, digest, exists, load_tensors
 from cogview.settings import load_tokenizer_settings, train_tokenizers_hint
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.vocab import Vocab
+from cogview.tokens.vqgan import make_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.weights import load_weights
 
@@ -33,7 +34,7 @@ def load_tokenizers(folder: StrPath, device: str = "cpu") -> Tokenizers:
     settings = load_tokenizer_settings(folder)
     if not exists(folder / IMAGE_TOKENIZER):
         raise FileNotFoundError(f"{folder} has no finished image tokenizer; {train_tokenizers_hint(folder)}")
-    image = ImageTokenizer(settings.image_tokenizer)
+    image = make_image_tokenizer(settings.image_tokenizer)
     load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
     text = TextTokenizer.load(folder / TEXT_TOKENIZER)
     vocab = Vocab(settings.image_tokenizer.num_codes, len(text))
