@@ -168,6 +168,53 @@ class ImageTokenizerTrainConfig:
 
 
 @dataclass(frozen=True)
+class ClipTrainConfig:
+    """How the heads of the small CLIP are trained."""
+
+    steps: int = 3000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    image_size: int = 32  # at which pictures are read, whatever the tower enlarges them to
+    checkpoint_every: int = 1000
+    keep: int = 3  # checkpoints that are kept, the last ones
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 2, 1 << 24, "batch_size")
+        _require_between(self, 1, 1 << 14, "image_size")
+        _require_finite(self, "learning_rate", "weight_decay")
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class ClipGenTrainConfig:
+    """How CLIP-GEN's transformer is trained, from pictures alone."""
+
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.04
+    embedding_noise: float = 0.0  # length of the noise on embeddings of length 1: texts lie beside pictures
+    embedding_loss: float = 0.0  # weight of 1 - cosine between the embeddings of input and of what is drawn
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    checkpoint_every: int = 500
+    keep: int = 3  # checkpoints that are kept, the last ones
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 1, 1 << 24, "batch_size")
+        _require_between(self, 0, 1, "warmup_fraction")
+        _require_finite(self, "learning_rate", "weight_decay", "embedding_noise", "embedding_loss")
+        known = self.precision in ("fp32", "bf16", "fp16")
+        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
 class ThreeRegionConfig:
     """Sizes of three-region attention: window of ``window_blocks`` blocks, ``num_pivots`` far keys.
 

@@ -22,7 +22,7 @@ import torch
 
 from cogview.config import ModelConfig, Preset, require_workers
 from cogview.data.fingerprint import fingerprint
-from cogview.data.pairs import Pairs, open_pairs
+from cogview.data.pairs import Pairs, open_pairs, open_pictures
 from cogview.data.row_kinds import PICTURES, RowKind
 from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
@@ -86,6 +86,7 @@ class TrainTokenizers:
     progress: bool = True
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+    images_only: bool = False  # no text tokenizer: captions are not read, and a folder needs none
 
     def __post_init__(self) -> None:
         require_workers(0, self.workers)
@@ -124,7 +125,10 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         check_settings(out / TOKENIZER_SETTINGS, settings)
     if is_rows(options.data):
         raise ValueError(f"{options.data} holds rows of tokens; a tokenizer is trained on pictures")
-    pairs = open_pairs(options.data, skip_bad=options.skip_bad)
+    if options.images_only:
+        pairs = open_pictures(options.data)
+    else:
+        pairs = open_pairs(options.data, skip_bad=options.skip_bad)
     origin = {"data": fingerprint(pairs)}
     if saved is not None:
         check_resumable(saved, origin)
@@ -134,7 +138,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         if left_out:
             write_bytes(out / SKIPPED, skipped_lines((reason,) for reason in left_out))
         _tell_left_out(len(left_out), out, options)
-    text = None if is_started else _plan_text(pairs, preset, options)
+    text = None if is_started or options.images_only else _plan_text(pairs, preset, options)
     lock.take()
     write_settings(out / TOKENIZER_SETTINGS, settings)
     write_options(out / TOKENIZER_OPTIONS, tokenizer_options(settings))
