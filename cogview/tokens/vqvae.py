@@ -144,14 +144,19 @@ class Quantizer(nn.Module):
         embed = torch.empty(config.code_dim, config.num_codes, dtype=DTYPE)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         # Without a gradient, unless the way to learn it is by gradient.
-        self.embed = nn.Parameter(embed, requires_grad=False)
+        self._keep(nn.Parameter(embed, requires_grad=False))
         self.register_buffer("cluster_size", torch.zeros(config.num_codes, dtype=DTYPE))
-        self.register_buffer("embed_avg", embed.clone())
+        self.register_buffer("embed_avg", self.embed.detach().clone())
+
+    def _keep(self, embed: nn.Parameter) -> None:
+        """Where the book is stored."""
+        self.embed: Tensor = embed
 
     def learn_by(self, method: CodebookMethod) -> None:
         """How training changes the book from now on."""
         self.method = method
-        self.embed.requires_grad_(method in ("straight-through", "gumbel"))
+        for book in self.parameters():
+            book.requires_grad_(method in ("straight-through", "gumbel"))
 
     @torch.no_grad()
     def begin_at(self, z: Tensor) -> None:
@@ -244,12 +249,21 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.enc_b = Encoder(config)
-        self.quantize_t = Quantizer(config)
-        self.dec = Decoder(config)
+        self._make_parts(config)
         # Not part of the state dict of the released tokenizer.
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
+
+    def _make_parts(self, config: ImageTokenizerConfig) -> None:
+        """The modules, under the names that the released weights have."""
+        self.enc_b = Encoder(config)
+        self.quantize_t = Quantizer(config)
+        self.dec = Decoder(config)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The codebook."""
+        return self.quantize_t
 
     @torch.no_grad()
     def begin_with_patches(self, color_weight: float = 0.0) -> None:
@@ -300,10 +314,17 @@ class ImageTokenizer(nn.Module):
                 f"images must have height and width divisible by {factor}, got {list(images.shape)}; "
                 "resize or crop them"
             )
-        return self.enc_b((images - self.mean) / self.std).permute(0, 2, 3, 1)
+        return self._encoder((images - self.mean) / self.std).permute(0, 2, 3, 1)
 
-    def _decode(self, quantized: Tensor) -> Tensor:
-        return self.dec(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
+    def rebuild(self, quantized: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]``, not clamped, of codes' vectors ``[B, h, w, D]``."""
+        return self._decoder(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
+
+    def _encoder(self, images: Tensor) -> Tensor:
+        return self.enc_b(images)
+
+    def _decoder(self, quantized: Tensor) -> Tensor:
+        return self.dec(quantized)
 
     def forward(self, images: Tensor, *, quantise: bool = True) -> Reconstruction:
         """Encode, quantise, decode; in training, the book learns as :class:`Quantizer` was told.
@@ -311,21 +332,25 @@ class ImageTokenizer(nn.Module):
         Without ``quantise``, what is decoded are the vectors themselves, and the book stays as it is.
         """
         z = self.vectors(images)
-        if not quantise:
-            nothing = torch.zeros((), dtype=z.dtype, device=z.device)
-            return Reconstruction(self._decode(z), self.quantize_t.nearest(z), nothing, nothing)
-        quantized = self.quantize_t(z)
-        decoded = self._decode(quantized.vectors)
+        # Near codes differ by less than 16 bits tell apart, so under autocast this stays in float32.
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(self.mean.dtype)
+            if quantise:
+                quantized = self.quantizer(z)
+            else:
+                nothing = torch.zeros((), dtype=z.dtype, device=z.device)
+                quantized = Quantized(z, self.quantizer.nearest(z), nothing, nothing)
+        decoded = self.rebuild(quantized.vectors)
         return Reconstruction(decoded, quantized.codes, quantized.commitment, quantized.codebook)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] to codes ``[B, h, w]``, int64 in ``[0, num_codes)``."""
-        return self.quantize_t.nearest(self.vectors(images))
+        return self.quantizer.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[B, h, w]`` to images ``[B, 3, H, W]`` clamped to [0, 1]."""
         if codes.dim() != 3:
             raise ValueError(f"codes must be [B, h, w], got {list(codes.shape)}")
-        return self._decode(self.quantize_t.lookup(codes)).clamp(0, 1)
+        return self.rebuild(self.quantizer.lookup(codes)).clamp(0, 1)
