@@ -34,6 +34,7 @@ EXAMPLES = {
     "super-resolve": "--run runs/enlarger drawn/*.png --out large",
     "caption": "--run runs/demo photo.png",
     "rerank": '--run runs/demo "a seven" *.png',
+    "serve": "--run runs/demo --open",
     "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",

@@ -109,7 +109,7 @@ FLOORS = [
     {"evaluation"},
     {"run", "convert"},
     {"demo", "options"},
-    {"drawing", "evaluate_run", "super_resolving"},
+    {"drawing", "evaluate_run", "serving", "super_resolving"},
     {"evaluate"},
     {"commands"},
     {"parsing"},
