@@ -13,8 +13,8 @@ from cogview.config import SamplingConfig
 LONGEST_TEXT = 1000  # characters, long before the tokenizer counts its tokens
 MOST_PICTURES = 64  # of one request
 LARGEST_SEED = 2**53 - 1  # up to which a browser's numbers are exact
-LARGEST_GUIDANCE = 20.0
-HOTTEST = 10.0
+LARGEST_GUIDANCE = 20
+HOTTEST = 10
 
 Number = float | int | None  # what a field of numbers holds; None where it is empty
 
@@ -82,7 +82,7 @@ def read_text(typed: str) -> str:
     return text
 
 
-def _within(name: str, value: Number, low: float, high: float) -> float | None:
+def _within(name: str, value: Number, low: int, high: int) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -107,7 +107,7 @@ class PaintTab:
         run = self.service.models.run
         if self.loaded is None:
             raise ValueError("there is no picture yet; drop one first, or pick a drawn one")
-        mask = self.painting.mask(SHOWN_SIDE)
+        mask = self.painting.mask(run.image_size)
         text = read_text(self.text.value)
         pieces, settings = run.pieces(text), self.settings.read()
         return DrawJob(text, pieces, settings, run.kept_codes(self.loaded.pixels, mask))

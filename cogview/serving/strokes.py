@@ -22,15 +22,19 @@ class Painting:
 
     def begin(self, x: float, y: float, width: float) -> None:
         """Put the brush down."""
-        self.strokes.append((min(max(width, 0.01), 1.0), []))
-        self.go_on(x, y)
+        if self._has_room_for(x, y) and math.isfinite(width):
+            self.strokes.append((min(max(width, 0.01), 1.0), []))
+            self.go_on(x, y)
 
     def go_on(self, x: float, y: float) -> None:
         """Draw the brush on to a point. Points that are no place, or too many of them, are left out."""
-        if not (self.strokes and math.isfinite(x) and math.isfinite(y)) or self._points >= MOST_POINTS:
+        if not self.strokes or not self._has_room_for(x, y):
             return
         self._points += 1
         self.strokes[-1][1].append((min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)))
+
+    def _has_room_for(self, x: float, y: float) -> bool:
+        return math.isfinite(x) and math.isfinite(y) and self._points < MOST_POINTS
 
     def undo(self) -> None:
         """Take the last stroke back."""
@@ -48,10 +52,11 @@ class Painting:
         mask = Image.new("L", (side, side))
         pen = ImageDraw.Draw(mask)
         for width, points in self.strokes:
-            places = [(x * side, y * side) for x, y in points]
+            places = [(x * (side - 1), y * (side - 1)) for x, y in points]
             radius = width * side / 2
-            if len(places) > 1:
-                pen.line(places, fill=255, width=max(1, round(2 * radius)))
+            # A brush that is thinner than a pixel leaves its trace too.
+            pen.line([*places, places[-1]], fill=255, width=max(1, round(2 * radius)))
+            pen.point(places, fill=255)
             for x, y in places:
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
         return mask
