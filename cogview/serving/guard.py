@@ -59,11 +59,10 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: MutableMapping[str, str]) -> tuple[HTTPStatus | None, str]:
         host, origin = headers.get("host", ""), headers.get("origin")
-        name = urlsplit(f"//{host}").hostname
-        if self.token is None and name not in LOOPBACK_NAMES:
+        if self.token is None and _host_name(host) not in LOOPBACK_NAMES:
             # A name of another site that was made to lead here.
             return HTTPStatus.FORBIDDEN, "this page is for this machine alone"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return HTTPStatus.FORBIDDEN, "another site may not use this page"
         if self.token is not None and not (
             self._is_token(_cookie(headers)) or self._shows_token_in_address(scope)
@@ -98,6 +97,14 @@ class _Counted:
             if self.left < 0:
                 return {"type": "http.disconnect"}
         return message
+
+
+def _host_name(host: str) -> str:
+    """A host without its port; empty for what is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _cookie(headers: MutableMapping[str, str]) -> str:
