@@ -5,6 +5,7 @@ A test makes it on a run with next to no training. By hand, on a real one, it al
 and tells how long a visitor waits::
 
     python -m tests.visit_page runs/demo --enlarger runs/enlarger --shots docs
+    python -m tests.visit_page runs/demo --requests 500
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from typing import Any
 
 from PIL import Image
 
+from cogview.serving.uploads import LARGEST_UPLOAD
 from tests.helpers.browser import chromium
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60_000  # milliseconds, for a machine that has other things to do
 WINDOW = {"width": 900, "height": 760}
+RANKED = "best first by CapLoss"
 TEXT = "a handwritten seven"
 
 
@@ -99,8 +102,10 @@ class Visit:
         urls = [shown.nth(place).get_attribute("src") for place in range(shown.count())]
         return [pixels(base64.b64decode(url.partition(",")[2])) for url in urls]
 
-    def wait_until_ranked(self) -> None:
-        self.page.get_by_text("best first by CapLoss").filter(visible=True).wait_for()
+    def wait_until(self, request: int, line: str) -> None:
+        """Wait for what the page says of a request, the first of a tab being 1."""
+        status = self.page.locator(f"[role=status][data-request='{request}']").filter(visible=True)
+        status.filter(has_text=re.compile(line)).wait_for()
 
     def download(self, button: str) -> tuple[bytes, dict[str, str]]:
         """What the browser saves: its pixels, and what stands within the file."""
@@ -112,17 +117,17 @@ class Visit:
         with Image.open(io.BytesIO(content)) as picture:
             return pixels(content), dict(picture.info)
 
-    def drop(self, content: bytes, kind: str) -> None:
-        """Let go of a file over the place for pictures."""
+    def drop(self, content: bytes, kind: str, more: int = 0) -> None:
+        """Let go of a file over the place for pictures; ``more`` zeros follow its content."""
         place = self.page.locator(".q-uploader").filter(visible=True)
         transfer = self.page.evaluate_handle(
-            """([content, kind]) => {
+            """([content, kind, more]) => {
                 const bytes = Uint8Array.from(atob(content), letter => letter.charCodeAt(0));
-                const transfer = new DataTransfer();
-                transfer.items.add(new File([bytes], "../../it's $(touch mine).png", { type: kind }));
+                const transfer = new DataTransfer(), name = "../../it's $(touch mine).png";
+                transfer.items.add(new File([bytes, new Uint8Array(more)], name, { type: kind }));
                 return transfer;
             }""",
-            [base64.b64encode(content).decode(), kind],
+            [base64.b64encode(content).decode(), kind, more],
         )
         place.dispatch_event("dragover", {"dataTransfer": transfer})
         self.page.locator(".q-uploader__dnd").filter(visible=True).dispatch_event(
@@ -148,7 +153,7 @@ def draw(visit: Visit, num: int) -> None:
         with visit.measured("the first partial picture"):
             visit.button("Draw").click()
             visit.page.locator("img[alt='picture 1']").wait_for()
-        visit.wait_until_ranked()
+        visit.wait_until(1, RANKED)
     first = visit.pictures()
     assert len(first) == num
     losses = visit.page.get_by_text(re.compile(r"^CapLoss \d")).filter(visible=True).all_inner_texts()
@@ -156,8 +161,7 @@ def draw(visit: Visit, num: int) -> None:
     assert len(numbers) == num and numbers == sorted(numbers)
     visit.shot("draw")
     visit.button("Again with this seed").click()
-    visit.page.wait_for_timeout(300)
-    visit.wait_until_ranked()
+    visit.wait_until(2, RANKED)
     assert visit.pictures() == first
     seed = visit.field("seed").input_value()
     visit.page.get_by_role("button", name="pick 2").click()
@@ -174,11 +178,10 @@ def stop(visit: Visit) -> None:
     visit.field("What to draw").fill("手写数字七")
     visit.page.keyboard.press("Enter")
     visit.button("Stop").click()
-    visit.page.get_by_text(re.compile("^stopped|best first")).filter(visible=True).wait_for()
+    visit.wait_until(3, f"^stopped|{RANKED}")  # A fast machine may have drawn them all.
     visit.field("pictures").fill("4")
     visit.button("Draw").click()
-    visit.page.wait_for_timeout(300)
-    visit.wait_until_ranked()
+    visit.wait_until(4, RANKED)
 
 
 def read(visit: Visit, picture: bytes) -> None:
@@ -186,6 +189,8 @@ def read(visit: Visit, picture: bytes) -> None:
     visit.tab("Read a picture")
     visit.drop(b"no picture", "image/png")
     visit.told("cannot be read as a picture")
+    visit.drop(picture, "image/png", more=LARGEST_UPLOAD)
+    visit.told("the file is larger than 20 MiB; save it smaller")
     visit.drop(picture, "image/png")
     caption = visit.page.locator("[data-part=caption]")
     caption.get_by_text("“").wait_for()
@@ -210,7 +215,7 @@ def paint(visit: Visit) -> None:
     visit.page.mouse.up()
     visit.page.locator("[data-part=canvas] polyline").wait_for(state="attached")
     visit.button("Draw it anew").click()
-    visit.wait_until_ranked()
+    visit.wait_until(1, RANKED)
     assert len(visit.pictures()) == 4
     visit.button("Download sheet").scroll_into_view_if_needed()
     visit.shot("paint")
@@ -236,6 +241,21 @@ def vote(visit: Visit) -> None:
     frame.get_by_text("1 of ").wait_for()
 
 
+def watch_memory(page: Any, address: str, server: subprocess.Popen, requests: int) -> None:
+    """The memory of the server over many requests, a visitor coming and leaving every 25 of them."""
+    for first in range(0, requests, 25):
+        visit = Visit(page)
+        visit.arrive(address)
+        visit.field("pictures").fill("4")
+        visit.field("What to draw").fill(TEXT)
+        for request in range(1, 26):
+            visit.button("Draw").click()
+            visit.wait_until(request, RANKED)
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        held = int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+        print(f"{first + 25:5} requests: {held:7.1f} MiB", flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The visit by hand."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -243,12 +263,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--enlarger", type=Path)
     parser.add_argument("--shots", type=Path)
     parser.add_argument("--picture", type=Path, help="a picture to drop; by default one that is drawn")
+    parser.add_argument("--requests", type=int, help="rather watch the memory of the server over so many")
     given = parser.parse_args(arguments)
     options = ["--enlarger", str(given.enlarger)] if given.enlarger else []
-    with chromium(viewport=WINDOW) as (page, said), served(given.run, *options) as (address, _):
+    with chromium(viewport=WINDOW) as (page, said), served(given.run, *options) as (address, server):
+        if given.requests:
+            watch_memory(page, address, server, given.requests)
+            return
         visit = Visit(page, given.shots)
         visit.arrive(address)
         draw(visit, 8)
+        stop(visit)
         with tempfile.NamedTemporaryFile(suffix=".png") as drawn:
             if given.picture is None:
                 with page.expect_download() as saved:

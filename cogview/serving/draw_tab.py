@@ -33,9 +33,9 @@ class DrawTab:
         self.settings = SettingsRow(service.models.run, 8)
         with ui.row(align_items="center"):
             ui.button("Draw", icon="brush", on_click=self._draw)
-            self.stop = ui.button("Stop", icon="stop", on_click=lambda: self.ticket.stop()).props("outline")
+            ui.button("Stop", icon="stop", on_click=lambda: self.ticket.stop()).props("outline")
             self.again = ui.button("Again with this seed", icon="replay", on_click=self._draw_again)
-            self.again.props("outline")
+            self.again.props("outline").set_enabled(False)
         self.ticket = Ticket(service, self._show)
         if service.models.enlarger is not None:
             actions = {**actions, "Enlarge": self._enlarge}
@@ -44,7 +44,6 @@ class DrawTab:
         self.enlarge_ticket = Ticket(service, self._show_enlarged)
         self.save = ui.button("Download enlarged picture", icon="download", on_click=self._download_enlarged)
         self.save.props("outline").visible = False
-        self._mark()
 
     @property
     def tickets(self) -> tuple[Ticket, ...]:
@@ -59,7 +58,6 @@ class DrawTab:
             self.enlarge_ticket.stop()
             self.enlarged.set(None)
             self.save.visible = False
-        self._mark()
 
     def _draw_again(self) -> None:
         """The same noise; text and settings may have been changed."""
@@ -75,11 +73,7 @@ class DrawTab:
     def _show(self, job: Job) -> None:
         assert isinstance(job, DrawJob)
         self.gallery.show(job)
-        self._mark()
-
-    def _mark(self) -> None:
-        self.stop.set_enabled(self.ticket.is_busy)
-        self.again.set_enabled(self.gallery.job is not None)
+        self.again.set_enabled(True)
 
     def _enlarge(self, _: DrawJob, drawing: Drawing) -> None:
         self.enlarge_ticket.submit(lambda: EnlargeJob(drawing))

@@ -28,6 +28,7 @@ class Ticket:
     def __init__(self, service: Service, show: Callable[[Job], object]) -> None:
         self.service, self.show = service, show
         self.job: Job | None = None
+        self._count = 0  # of requests, by which whoever drives the page knows which one a line is about
         self._seen: tuple[object, ...] = ()
         self.status = ui.label().props("role=status")
         self.note = ui.label().classes("text-grey-8")
@@ -46,6 +47,8 @@ class Ticket:
             self.tell(str(error))
             return False
         self.job, self._seen = job, ()
+        self._count += 1
+        self.status.props["data-request"] = self._count
         self.refresh()
         return True
 
@@ -74,11 +77,6 @@ class Ticket:
         if job.problem:
             self.tell(job.problem)
         self.show(job)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a job is waited for."""
-        return self.job is not None and not self.job.is_over
 
 
 def data_url(picture: Image.Image) -> str:
