@@ -107,7 +107,7 @@ FLOORS = [
     {"data"},
     {"training", "generation"},
     {"evaluation"},
-    {"run", "convert"},
+    {"run", "convert", "pack"},
     {"demo", "options"},
     {"drawing", "evaluate_run", "serving", "super_resolving"},
     {"evaluate"},

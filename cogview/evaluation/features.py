@@ -136,14 +136,22 @@ class EfficientNetLite0Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures ``[N, 3, H, W]``, uint8 or floats in [0, 1], as float32 ``[N, 1280]``."""
+        x = self.feature_map(images, len(_STAGES))
+        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+
+    def feature_map(self, images: Tensor, stages: int) -> Tensor:
+        """What the first ``stages`` of 7 make of pictures, float32 ``[N, C, h, w]``: it tells what is where.
+
+        After four stages, C = 80 and h = w = side / 16, rounded up.
+        """
         x = require_images(images)
         if x.shape[2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bilinear", antialias=True)
         x = (x * 255 - 127) / 128
         x = F.relu6(self._bn0(self._conv_stem(x)))
-        for block in self._blocks:
+        for block in self._blocks[: sum(stage[0] for stage in _STAGES[:stages])]:
             x = block(x)
-        return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
+        return x
 
     def class_logits(self, features: Tensor) -> Tensor:
         """Logits of the 1,000 classes of ImageNet ``[N, 1000]``."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.files import StrPath, exists
 from cogview.model.precision import Precision
-from cogview.run import Run, load_run
+from cogview.run import PRETRAINED, Run, load_run
 from cogview.settings import MODEL_SETTINGS
 
 
@@ -44,15 +44,16 @@ class Models:
 
 
 def load_models(
-    folder: StrPath, enlarger: StrPath | None, device: str | None, precision: Precision
+    folder: StrPath | None, enlarger: StrPath | None, device: str | None, precision: Precision
 ) -> Models:
-    """The runs of folders. A run that was finetuned for super-resolution enlarges its own pictures.
+    """The runs of folders; None is the run that ships. A run that was finetuned for super-resolution enlarges its own pictures.
 
     Raises what :func:`cogview.load_run` raises, and ValueError for an enlarger that never learned it.
     """
+    folder = PRETRAINED if folder is None else Path(folder)
     run = load_run(folder, device, precision)
     if enlarger is None:
-        return Models(run, Path(folder), run if _enlarges(run) else None)
+        return Models(run, folder, run if _enlarges(run) else None)
     other = load_run(enlarger, device, precision)
     if not _enlarges(other):
         raise ValueError(
@@ -64,7 +65,7 @@ def load_models(
             f"--enlarger must have the tokenizers of {folder}, got {enlarger}, which has others; finetune "
             f"one that begins with {folder}"
         )
-    return Models(run, Path(folder), other)
+    return Models(run, folder, other)
 
 
 def _enlarges(run: Run) -> bool:
