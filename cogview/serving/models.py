@@ -46,7 +46,7 @@ class Models:
 def load_models(
     folder: StrPath | None, enlarger: StrPath | None, device: str | None, precision: Precision
 ) -> Models:
-    """The runs of folders; None is the run that ships. A run that was finetuned for super-resolution enlarges its own pictures.
+    """The runs of folders; None is the run that ships. A run that learned to enlarge does so by itself.
 
     Raises what :func:`cogview.load_run` raises, and ValueError for an enlarger that never learned it.
     """
