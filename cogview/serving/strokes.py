@@ -56,7 +56,6 @@ class Painting:
             radius = width * side / 2
             # A brush that is thinner than a pixel leaves its trace too.
             pen.line([*places, places[-1]], fill=255, width=max(1, round(2 * radius)))
-            pen.point(places, fill=255)
             for x, y in places:
                 pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
         return mask
