@@ -16,7 +16,8 @@ from PIL import Image
 
 from cogview.config import SamplingConfig
 from cogview.data.image_files import read_image
-from cogview.generation import engine
+from cogview.generation.engine import DrawOptions
+from cogview.model.decoder import Decoder
 from cogview.run import load_run
 from cogview.serving import uploads
 from cogview.serving.asked import LONGEST_TEXT, Fields, Settings, read_settings, read_text
@@ -227,7 +228,7 @@ def test_a_shared_batch_draws_what_each_would_draw_alone(run):
     assert [job.state for job in jobs] == [State.DONE] * 3
     for job in jobs:
         settings = job.settings
-        options = engine.DrawOptions(SAMPLING)
+        options = DrawOptions(SAMPLING)
         requests = run.requests([job.text], [settings.seed])
         alone = [drawing for batch in run.draw(requests, settings.num, options) for _, drawing in batch]
         assert codes_of(job) == [drawing.codes.tolist() for drawing in alone]
@@ -252,15 +253,16 @@ def test_only_like_settings_share(run):
 def steps(monkeypatch):
     """The number of rows of every step, and what is to happen after a number of them."""
     rows, after = [], {}
-    step = engine.step
+    decode = Decoder.__call__
 
-    def counted(model, cache, tokens, positions=None):
-        rows.append(len(tokens))
-        hidden = step(model, cache, tokens, positions)
-        after.get(len(rows), lambda: None)()
+    def counted(decoder, tokens, *others):
+        hidden = decode(decoder, tokens, *others)
+        if tokens.shape[1] == 1:  # Prompts are longer.
+            rows.append(len(tokens))
+            after.get(len(rows), lambda: None)()
         return hidden
 
-    monkeypatch.setattr(engine, "step", counted)
+    monkeypatch.setattr(Decoder, "__call__", counted)
     return rows, after
 
 
@@ -357,14 +359,14 @@ def test_a_request_that_fails_is_one_line_and_the_next_one_is_served(run, run_fo
 
 
 def test_a_service_that_ends_stops_what_it_works_on(run, run_folder, monkeypatch):
-    begun, step = threading.Event(), engine.step
+    begun, decode = threading.Event(), Decoder.__call__
 
     def slow(*arguments):
         begun.set()
         time.sleep(0.05)
-        return step(*arguments)
+        return decode(*arguments)
 
-    monkeypatch.setattr(engine, "step", slow)
+    monkeypatch.setattr(Decoder, "__call__", slow)
     job = draw_job(run, num=1)
     with Service(Models(run, run_folder)) as service:
         service.submit(job)
