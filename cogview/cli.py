@@ -28,21 +28,29 @@ EXAMPLES = {
     "tokenize": "--data photos --out rows/photos --run runs/photos",
     "train": "--data photos --out runs/photos",
     "finetune": "captioning --run runs/photos --data photos --out runs/captioner",
+    "train-clip": "--data photos --out clips/photos",
+    "train-clip-gen": "--data pictures --clip clips/photos --out runs/pictures",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
-    "generate": '--run runs/demo "a handwritten seven" --num 16 --out out.png',
+    "generate": '"a tiger" --num 16 --out tiger.png',
+    "clip-generate": '--run runs/pictures "a tiger" --num 16 --out tiger.png',
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "super-resolve": "--run runs/enlarger drawn/*.png --out large",
-    "caption": "--run runs/demo photo.png",
-    "rerank": '--run runs/demo "a seven" *.png',
+    "caption": "--run runs/photos photo.png",
+    "rerank": '"a tiger" *.png',
+    "serve": "--open",
     "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",
+    "pack": "--run runs/photos --out photos-run",
     "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
     "rank-curve": "--run runs/demo --out runs/demo/ranking",
     "study": "stability --out studies/stability",
 }
-RESUMABLE = ("train-tokenizer", "tokenize", "train", "finetune", "evaluate", "demo", "rank-curve", "study")
+RESUMABLE = (
+    *("train-tokenizer", "tokenize", "train", "finetune", "train-clip", "train-clip-gen", "evaluate", "demo"),
+    *("rank-curve", "study"),
+)
 WITH_RANKS = ("train", "finetune")  # what torchrun may start several of
 HELP = """\
 usage: cogview [-h] [--version] COMMAND ...

@@ -36,10 +36,18 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
     )
     device = usable_device(given.device)
     history = train_tokenizers(
-        TrainTokenizers(given.data, given.out, preset, device, workers=given.workers, skip_bad=given.skip_bad)
+        TrainTokenizers(
+            *(given.data, given.out, preset, device),
+            workers=given.workers,
+            skip_bad=given.skip_bad,
+            images_only=given.images_only,
+        )
     )
     error = _late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
+    if given.images_only:
+        _say_next("train-clip-gen", "--data", given.data, "--clip", "CLIP", "--out", given.out)
+        return
     _say_next("train", "--data", given.data, "--out", given.out, *["--skip-bad"] * given.skip_bad)
 
 
@@ -136,6 +144,39 @@ def finetune(given: options.Finetune) -> None:
         _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
+def train_clip(given: options.TrainClip) -> None:
+    """``cogview train-clip``."""
+    from cogview.evaluation.retrieval import held_out, in_words, measure_retrieval
+    from cogview.perception.clip import load_clip
+    from cogview.training.clip import TrainClip, train_clip
+
+    device = usable_device(given.device)
+    history = train_clip(TrainClip(given.data, given.out, given.train, device=device))
+    print(f"CLIP trained, loss {_late_mean(history['loss']):.3f}; in {given.out}")
+    for name, pairs in held_out(given.data).items():
+        found = measure_retrieval(load_clip(given.out, device), pairs, given.train.image_size, device)
+        print(f"{name}: {in_words(found)}")
+
+
+def train_clip_gen(given: options.TrainClipGen) -> None:
+    """``cogview train-clip-gen``."""
+    from cogview.training.clip_gen import TrainClipGen, train_clip_gen
+
+    device = usable_device(given.device)
+    history = train_clip_gen(
+        TrainClipGen(given.data, given.out, given.clip, given.model, given.train, given.sampling, device)
+    )
+    print(f"CLIP-GEN trained: code loss {_late_mean(history['code_loss']):.3f} nats")
+    _say_next("clip-generate", "--run", given.out, "a text", "--out", "out.png")
+
+
+def clip_generate(given: options.ClipGenerate) -> None:
+    """``cogview clip-generate``."""
+    from cogview.clip_drawing import draw_by_clip
+
+    draw_by_clip(given)
+
+
 def plan(given: options.Plan) -> None:
     """``cogview plan``."""
     from cogview.training.forecast import H100_TFLOPS, Cluster, Forecast, in_words
@@ -215,6 +256,13 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def serve(given: options.Serve) -> None:
+    """``cogview serve``."""
+    from cogview.serving.server import serve as serve_page
+
+    serve_page(given)
+
+
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
     if given.vote:
@@ -287,6 +335,15 @@ def presets(given: options.Presets) -> None:
         print(f"{name:9} {parameters:>12} {row:>20} {train.batch_size:6,} {memory:>17}  {ABOUT[name]}")
     print("memory: of tensors on one GPU, with one row at a time (--accumulate) or the whole batch at once;")
     print("        cogview plan --preset NAME tells it by part and for several GPUs, with the time")
+
+
+def pack(given: options.Pack) -> None:
+    """``cogview pack``."""
+    from cogview.pack import pack_run
+
+    size = pack_run(given.run, given.out)
+    print(f"{given.out} holds the run in {size / 2**20:.1f} MiB")
+    _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
 
 def convert(given: options.Convert) -> None:
@@ -371,7 +428,8 @@ def study(given: options.Study) -> None:
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
     _STUDIES[given.name](given, changes)
-    print(f"written: {given.out}/{given.name}.png, .csv and .json")
+    files = ".png and .json" if given.name == "vqgan" else ".png, .csv and .json"
+    print(f"written: {given.out}/{given.name}{files}")
 
 
 def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
@@ -394,7 +452,17 @@ def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
     print(study.tokenizer_finding(records))
 
 
-_STUDIES = {"stability": _study_stability, "tokenizers": _study_tokenizers}
+def _study_vqgan(given: options.Study, changes: dict[str, Any]) -> None:
+    from cogview.evaluation import vqgan_study as study
+
+    preset = study.SIZES[given.size]
+    training = dataclasses.replace(preset.image_tokenizer_train, **changes)
+    preset = dataclasses.replace(preset, image_tokenizer_train=training)
+    device = usable_device(given.device)
+    print(study.vqgan_table(study.study_vqgan(study.VQGANStudy(given.out, preset, device))))
+
+
+_STUDIES = {"stability": _study_stability, "tokenizers": _study_tokenizers, "vqgan": _study_vqgan}
 
 
 def _late_mean(values: Sequence[float]) -> float:

@@ -44,8 +44,32 @@ CodebookMethod = Literal["moving-average", "straight-through", "gumbel", "fixed"
 
 
 @dataclass(frozen=True)
+class VQGANConfig:
+    """What a VQGAN's shape has beside that of other tokenizers; by default, as in taming-transformers.
+
+    ``channels`` times a multiplier are the channels of a level; there is one level more than halvings.
+    """
+
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    residual_blocks: int = 2  # of each level of the encoder; the decoder's have one more
+    attention_levels: tuple[int, ...] = (4,)  # 0 is the full size; attention in the middle is always there
+    latent_channels: int = 256  # between encoder and codes, and between codes and decoder
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, 100, "residual_blocks")
+        _require_between(self, 1, 1 << 20, "latent_channels")
+        _require(min(self.multipliers, default=0) >= 1, "multipliers", "1 or more each", self.multipliers)
+        last = len(self.multipliers) - 1
+        fits = all(0 <= level <= last for level in self.attention_levels)
+        _require(fits, "attention_levels", f"from 0 to {last}", self.attention_levels)
+
+
+@dataclass(frozen=True)
 class ImageTokenizerConfig:
-    """Shape of the VQ-VAE. The defaults are the released tokenizer: 256 px to 32 x 32 codes."""
+    """Shape of the image tokenizer, a VQ-VAE or, with ``vqgan``, a VQGAN.
+
+    The defaults are the released VQ-VAE: 256 px to 32 x 32 codes.
+    """
 
     num_codes: int = 8192
     code_dim: int = 256
@@ -56,8 +80,16 @@ class ImageTokenizerConfig:
     image_size: int = 256
     pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
+    vqgan: VQGANConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.vqgan is not None:
+            levels = self.stages + 1
+            fits = len(self.vqgan.multipliers) == levels
+            _require(fits, "vqgan.multipliers", f"one for each of {levels} levels", self.vqgan.multipliers)
+            _require(not self.patches, "patches", "False for a VQGAN", self.patches)
+            blocks = self.residual_blocks
+            _require(blocks == 0, "residual_blocks", "0 for a VQGAN, which has vqgan.residual_blocks", blocks)
         _require_between(self, 1, 16, "stages")
         _require_between(self, 0, 100, "residual_blocks")
         _require_between(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
@@ -79,8 +111,37 @@ class ImageTokenizerConfig:
 
 
 @dataclass(frozen=True)
+class VQGANTrainConfig:
+    """What the training of a VQGAN has beside that of a VQ-VAE. Weights are those of taming-transformers."""
+
+    perceptual: float = 1.0  # weight of the distance between features, beside that of pixels
+    lpips: str = ""  # folder with the two files of LPIPS; without it, features of EfficientNet-Lite0
+    adversarial: float = 0.8  # weight of the discriminator, beside the one that adapts to the gradients
+    discriminator_start: int = 10_000  # the step from which on the discriminator plays
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3  # of stride 2: how large a patch is that it judges
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "perceptual", "adversarial")
+        _require_between(self, 0, MOST_STEPS, "discriminator_start")
+        _require_between(self, 1, 1 << 20, "discriminator_channels")
+        _require_between(self, 1, 16, "discriminator_layers")
+        known = self.precision in ("fp32", "bf16", "fp16")
+        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+
+    @property
+    def smallest_image(self) -> int:
+        """Pixels of the smallest side that the discriminator can judge."""
+        return 3 * 2**self.discriminator_layers
+
+
+@dataclass(frozen=True)
 class ImageTokenizerTrainConfig:
-    """How the VQ-VAE is trained: pixel MSE plus commitment, and one of four ways to a codebook."""
+    """How the image tokenizer is trained, and by which of four ways to a codebook.
+
+    A VQ-VAE: pixel MSE plus commitment. A VQGAN: mean absolute error in place of it, and ``vqgan``.
+    """
 
     steps: int = 50_000
     batch_size: int = 64
@@ -92,15 +153,65 @@ class ImageTokenizerTrainConfig:
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
+    vqgan: VQGANTrainConfig | None = None
 
     def __post_init__(self) -> None:
         _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
         _require_between(self, 1, 1 << 24, "batch_size")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require_finite(self, "learning_rate", "commitment", "color_weight")
+        plain = self.vqgan is None or self.color_weight == 0
+        _require(plain, "color_weight", "0 for a VQGAN", self.color_weight)
         _require_between(self, 0, self.steps, "warmup_steps")
         known = typing.get_args(CodebookMethod)
         _require(self.codebook in known, "codebook", f"one of {', '.join(known)}", self.codebook)
+
+
+@dataclass(frozen=True)
+class ClipTrainConfig:
+    """How the heads of the small CLIP are trained."""
+
+    steps: int = 3000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    image_size: int = 32  # at which pictures are read, whatever the tower enlarges them to
+    checkpoint_every: int = 1000
+    keep: int = 3  # checkpoints that are kept, the last ones
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 2, 1 << 24, "batch_size")
+        _require_between(self, 1, 1 << 14, "image_size")
+        _require_finite(self, "learning_rate", "weight_decay")
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
+
+
+@dataclass(frozen=True)
+class ClipGenTrainConfig:
+    """How CLIP-GEN's transformer is trained, from pictures alone."""
+
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.03
+    weight_decay: float = 0.04
+    embedding_noise: float = 0.0  # length of the noise on embeddings of length 1: texts lie beside pictures
+    embedding_loss: float = 0.0  # weight of 1 - cosine between the embeddings of input and of what is drawn
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    checkpoint_every: int = 500
+    keep: int = 3  # checkpoints that are kept, the last ones
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
+        _require_between(self, 1, 1 << 24, "batch_size")
+        _require_between(self, 0, 1, "warmup_fraction")
+        _require_finite(self, "learning_rate", "weight_decay", "embedding_noise", "embedding_loss")
+        known = self.precision in ("fp32", "bf16", "fp16")
+        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require(self.keep >= 1, "keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True)
@@ -249,3 +360,6 @@ class Preset:
         _require(
             self.max_text_tokens >= self.min_text_tokens, "max_text_tokens", at_least, self.max_text_tokens
         )
+        shape, training = self.image_tokenizer.vqgan, self.image_tokenizer_train.vqgan
+        both = (shape is None) == (training is None)
+        _require(both, "image_tokenizer_train.vqgan", "given where image_tokenizer.vqgan is", training)

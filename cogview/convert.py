@@ -16,6 +16,7 @@ from cogview.config import (
     ModelConfig,
     SamplingConfig,
     TrainConfig,
+    VQGANTrainConfig,
 )
 from cogview.files import StrPath, folder_written_aside
 from cogview.model.transformer import CogView
@@ -34,6 +35,7 @@ from cogview.tokens.sequence import FRAME_TOKENS
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, fingerprint_tokenizers
 from cogview.tokens.vocab import PADDING_MULTIPLE, Vocab
+from cogview.tokens.vqgan import make_image_tokenizer, tensors_of_vqgan, vqgan_config
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import (
     CHECKPOINTS,
@@ -49,6 +51,7 @@ from cogview.weights.released import (
     KNOWN,
     WORD_EMBEDDINGS,
     Weights,
+    is_vqgan,
     known_kind,
     read_released,
 )
@@ -114,9 +117,16 @@ def open_weights(source: StrPath) -> Weights:
             raise FileNotFoundError(f"{source} has no checkpoint yet")
         file, iteration = checkpoint / "model.safetensors", int(checkpoint.name.rpartition("-")[2])
     if file.suffix != ".safetensors":
-        return read_released(source)
+        return _without_losses(read_released(source))
     tensors = open_safetensors(file)
-    return Weights(source, known_kind(tensors, file), tensors, iteration)
+    return _without_losses(Weights(source, known_kind(tensors, file), tensors, iteration))
+
+
+def _without_losses(weights: Weights) -> Weights:
+    """A VQGAN without the networks that only its training needs; other weights as they are."""
+    if not is_vqgan(weights.tensors):
+        return weights
+    return replace(weights, tensors=tensors_of_vqgan(weights.tensors))
 
 
 def left_behind(source: StrPath) -> tuple[str, ...]:
@@ -202,6 +212,11 @@ def _model_config(weights: Weights, options: Convert) -> ModelConfig:
 def _image_config(weights: Weights, image_size: int) -> ImageTokenizerConfig:
     """The shape of an image tokenizer from its tensors; ValueError unless they are exactly those."""
     tensors = weights.tensors
+    if is_vqgan(tensors):
+        shape = vqgan_config(tensors, image_size, weights.source)
+        with torch.device("meta"):
+            require_tensors_of(make_image_tokenizer(shape), tensors, weights.source)
+        return shape
     first = tensors.get("enc_b.blocks.0.weight")
     convolutions = [name for name in tensors if re.fullmatch(r"enc_b\.blocks\.\d+\.weight", name)]
     if first is None or CODEBOOK not in tensors or len(convolutions) < 2:
@@ -282,7 +297,8 @@ def _run_settings(
     caption_tokens = min(CAPTION_TOKENS, room)
     preset = PRESETS["base"].name if image == PRESETS["base"].image_tokenizer else ""
     model = replace(config, vocab_size=rows)
+    training = ImageTokenizerTrainConfig(vqgan=None if image.vqgan is None else VQGANTrainConfig())
     return {
-        TOKENIZER_SETTINGS: TokenizerSettings(DATA, text_pieces, image, ImageTokenizerTrainConfig(), preset),
+        TOKENIZER_SETTINGS: TokenizerSettings(DATA, text_pieces, image, training, preset),
         MODEL_SETTINGS: ModelSettings(DATA, model, SamplingConfig(), room, TrainConfig(), caption_tokens),
     }

@@ -21,7 +21,7 @@ from cogview.data.folder import listing
 from cogview.device import default_device
 from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss, rebuild_pictures
 from cogview.evaluation.evaluation_plot import save_distance_plot
-from cogview.evaluation.features import EfficientNetLite0Features, Features
+from cogview.evaluation.features import Features
 from cogview.evaluation.inception import InceptionFeatures
 from cogview.evaluation.pictures import PictureFolder
 from cogview.evaluation.set_statistics import (
@@ -34,6 +34,7 @@ from cogview.evaluation.set_statistics import (
     require_comparable,
 )
 from cogview.files import StrPath, exists, write_json, write_text
+from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.run import Run, load_run
 from cogview.settings import MODEL_SETTINGS
 from cogview.training.start import Start

@@ -6,13 +6,15 @@ No PyTorch here, so that help and mistakes answer at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    ClipGenTrainConfig,
+    ClipTrainConfig,
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
     ModelConfig,
@@ -62,6 +64,14 @@ Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options 
 Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
+AnyRun = Annotated[
+    Path | None,
+    arg(
+        metavar="RUN",
+        help='run folder of "cogview train" or "cogview demo"',
+        help_behavior_hint="(default: the one that ships, of emoji)",
+    ),
+]
 Images = Positional[
     Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
 ]
@@ -81,14 +91,23 @@ class TrainTokenizer:
     start: Start
     preset: PresetName = None
     """sizes and schedule; every other option overrides it"""
+    kind: Annotated[Literal["vqvae", "vqgan"] | None, _shown("KIND", "the preset's")] = None
+    """vqvae, or vqgan: sharper, at several times the cost; its sizes are --image-tokenizer.vqgan... and
+    --image-tokenizer-train.vqgan..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     skip_bad: bool = False
     """leave out images that are not there or cannot be read, and list them in the run folder"""
+    images_only: bool = False
+    """learn from pictures alone, for "cogview train-clip-gen": no caption is read, a folder needs none"""
     workers: int = 0
     """processes that read images ahead of the training, 0 = none"""
     device: Device = None
     """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if self.kind == "vqvae" and self.image_tokenizer.vqgan is not None:
+            raise ValueError(f"--kind must be vqgan for the preset {self.start.name}, got vqvae")
 
 
 @dataclass(frozen=True)
@@ -228,15 +247,95 @@ class Plan:
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
 
 
-PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
 Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class TrainClip:
+    """Teach a small CLIP which text belongs to which picture (two frozen networks with a head each)."""
+
+    data: Data
+    out: Annotated[Path, arg(metavar="CLIP")]
+    """folder to write; an interrupted training goes on where it stopped"""
+    train: ClipTrainConfig = field(default_factory=ClipTrainConfig)
+    device: Device = None
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class TrainClipGen:
+    """Learn to draw what texts say from pictures alone, by way of CLIP (CLIP-GEN).
+
+    RUN holds the image tokenizer of "cogview train-tokenizer", which needs --images-only where there are no
+    captions. Draw with "cogview clip-generate".
+    """
+
+    data: Annotated[str, arg(metavar="DATA", help='a folder of images; or the built-in "digits" or "emoji"')]
+    out: Annotated[Path, arg(metavar="RUN")]
+    """run folder that holds the image tokenizer; an interrupted training goes on where it stopped"""
+    clip: Annotated[Path, arg(metavar="CLIP")]
+    """folder of "cogview train-clip", or of any CLIP that transformers saved"""
+    model: ModelConfig
+    sampling: SamplingConfig
+    start: Start
+    train: ClipGenTrainConfig = field(default_factory=ClipGenTrainConfig)
+    preset: Annotated[str | None, _shown("NAME", "the one of the tokenizer")] = None
+    """shape of the transformer and its sampling; every other option overrides it"""
+    attention: Attention = None
+    """dense or three-region; the sizes of the latter are --model.three-region..."""
+    device: Device = None
+    """cpu or cuda"""
+
+
+@dataclass(frozen=True)
+class ClipGenerate:
+    """Draw pictures for texts by a run of "cogview train-clip-gen", which has learned from pictures alone."""
+
+    texts: Positional[
+        Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
+    ]
+    """what to draw; several texts give several rows"""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """run folder, as "cogview train-clip-gen" leaves it"""
+    out: Annotated[str, arg(metavar="PATH")] = "out.png"
+    """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture and the sheet;
+    or - for standard output"""
+    num: int = 16
+    """pictures per text"""
+    seed: int = 0
+    """another seed, other pictures"""
+    temperature: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """below 1 safer, above 1 wilder, 0 always the likeliest code"""
+    top_k: Annotated[int | None, _shown("INT", "the run's")] = None
+    """draw among the k likeliest codes, 0 = all"""
+    rank: Literal["clip", "cap-loss", "both"] = "clip"
+    """best first by CLIP's cosine, by the CapLoss of --captioner, or by the sum of both places"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview train" that tells CapLoss"""
+    clip: Annotated[Path | None, _shown("CLIP", "the one that the run was trained with")] = None
+    """where that CLIP lies now"""
+    force: Flag = False
+    """replace files that exist"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("TEXT", self.texts)
+        if self.num < 1:
+            raise ValueError(f"--num must be at least 1, got {self.num}")
+        if (self.rank == "clip") != (self.captioner is None):
+            needs = "needs" if self.captioner is None else "has no use for"
+            raise ValueError(f"--rank {self.rank} {needs} --captioner")
+
+
+PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """What every verb that draws pictures takes."""
 
-    run: RunFolder
+    run: AnyRun = None
     out: Annotated[str, arg(metavar="PATH")] = "out.png"
     """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture, its text and
     seed within, and the sheet; or - for standard output"""
@@ -375,7 +474,7 @@ class Caption:
 
     images: Images
     """image files"""
-    run: RunFolder
+    run: AnyRun = None
     beams: int = 1
     """texts that are followed at a time in search of the likeliest; 1 takes the likeliest token each time"""
     json: Flag = False
@@ -399,7 +498,7 @@ class Rerank:
     """the text to compare with"""
     images: Images
     """image files"""
-    run: RunFolder
+    run: AnyRun = None
     json: Flag = False
     """print a JSON object a picture"""
     precision: PrecisionName = "fp32"
@@ -409,6 +508,43 @@ class Rerank:
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Open a page in the browser: draw, describe, paint over.
+
+    The page is for this machine alone, unless --host says otherwise: then the address that is printed holds
+    a token, without which nobody gets in.
+    """
+
+    run: AnyRun = None
+    enlarger: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview finetune super-resolution" or "local-super-resolution" that enlarges what is drawn"""
+    vote: Annotated[tuple[Path, ...], _shown("A B [C ...]", "none")] = ()
+    """folders of pictures to vote on in a tab of the page, as with cogview evaluate --vote"""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("evaluation")
+    """folder of the votes"""
+    host: str = "127.0.0.1"
+    """address to serve at; 0.0.0.0 is all of this machine's, for others too"""
+    port: int = 8766
+    """0 takes a free one"""
+    open: Flag = False
+    """open the page in a browser, where there is a screen"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if len(self.vote) == 1:
+            raise ValueError("--vote compares two folders or more, got 1")
+        _require_port(self.port)
+
+
+def _require_port(port: int) -> None:
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port must be from 0 to 65535, got {port}")
 
 
 @dataclass(frozen=True)
@@ -461,8 +597,7 @@ class Evaluate:
             raise ValueError(f"--vote compares two folders or more, got {len(self.sets)}")
         if not self.vote and len(self.sets) != 2:
             raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
+        _require_port(self.port)
         for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -474,6 +609,15 @@ class Evaluate:
 @dataclass(frozen=True)
 class Presets:
     """List the presets: parameters, tokens, memory, and what each is for."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Write a run without what only training needs, its weights in bfloat16, to hand on."""
+
+    run: RunFolder
+    out: Annotated[Path, arg(metavar="NEW")]
+    """run folder to write, which must not exist yet"""
 
 
 @dataclass(frozen=True)
@@ -592,9 +736,12 @@ class RankCurve:
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
-    name: Positional[Annotated[Literal["stability", "tokenizers"], arg(metavar="stability|tokenizers")]]
+    name: Positional[
+        Annotated[Literal["stability", "tokenizers", "vqgan"], arg(metavar="stability|tokenizers|vqgan")]
+    ]
     """stability: what keeps a deep training in float16 from overflowing; tokenizers: whether four ways to
-    train an image tokenizer come to the same, even one with a fixed codebook"""
+    train an image tokenizer come to the same, even one with a fixed codebook; vqgan: a VQGAN beside a VQ-VAE
+    of as many codes, one training each (small: digits, paper: emoji)"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"

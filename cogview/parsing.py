@@ -22,7 +22,7 @@ import tyro
 from cogview import options
 from cogview.config import Preset, ThreeRegionConfig
 from cogview.files import exists
-from cogview.presets import default_preset, get_preset, implied_preset
+from cogview.presets import default_preset, get_preset, implied_preset, with_vqgan
 from cogview.settings import TOKENIZER_SETTINGS
 
 if sys.version_info >= (3, 11):
@@ -35,15 +35,20 @@ VERBS: dict[str, type] = {
     "tokenize": options.Tokenize,
     "train": options.Train,
     "finetune": options.Finetune,
+    "train-clip": options.TrainClip,
+    "train-clip-gen": options.TrainClipGen,
     "plan": options.Plan,
     "generate": options.Generate,
+    "clip-generate": options.ClipGenerate,
     "infill": options.Infill,
     "super-resolve": options.SuperResolve,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "serve": options.Serve,
     "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
+    "pack": options.Pack,
     "data": options.WriteData,
     "demo": options.Demo,
     "rank-curve": options.RankCurve,
@@ -66,6 +71,11 @@ SHORT: dict[type, dict[str, str]] = {
         name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
     },
     options.Train: _OF_TRAINING,
+    options.TrainClipGen: {
+        **{name: f"train.{name}" for name in ("steps", "batch-size", "seed", "precision", "keep")},
+        "embedding-noise": "train.embedding-noise",
+        "embedding-loss": "train.embedding-loss",
+    },
     options.Plan: {name: full for name, full in _OF_TRAINING.items() if name not in _NOT_OF_A_PLAN},
 }
 
@@ -116,8 +126,11 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
             three_region = preset.model.three_region or ThreeRegionConfig()
             changed = None if attention == "dense" else three_region
             preset = replace(preset, model=replace(preset.model, three_region=changed))
-    parts = {name: getattr(preset, name) for name in names if hasattr(preset, name)}
-    parts |= {name: tyro.MISSING for name in ("data", "out") if name in names}
+    if "kind" in names and _last_value(words, "kind") == "vqgan":
+        preset = with_vqgan(preset)
+    own = {"train"} if kind is options.TrainClipGen else set()
+    parts = {name: getattr(preset, name) for name in names if hasattr(preset, name) and name not in own}
+    parts |= {name: tyro.MISSING for name in ("data", "out", "clip") if name in names}
     return kind(start=preset, **parts)
 
 
@@ -129,7 +142,8 @@ def _preset(kind: type, words: Sequence[str]) -> Preset:
     name, out = _last_value(words, "preset"), _last_value(words, "out")
     named = None if name is None else get_preset(name)
     asks_help = bool({"-h", "--help"} & set(words))
-    of_run = Path(out) if kind is options.Train and out is not None and not asks_help else None
+    reads_run = kind in (options.Train, options.TrainClipGen)
+    of_run = Path(out) if reads_run and out is not None and not asks_help else None
     if of_run is not None and (named is None or exists(of_run / TOKENIZER_SETTINGS)):
         implied = implied_preset(of_run)
         if named is None or named.name == implied.name:

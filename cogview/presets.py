@@ -14,6 +14,8 @@ from cogview.config import (
     SamplingConfig,
     ThreeRegionConfig,
     TrainConfig,
+    VQGANConfig,
+    VQGANTrainConfig,
 )
 from cogview.files import StrPath
 from cogview.settings import load_tokenizer_settings
@@ -64,22 +66,22 @@ _PRESETS: dict[str, Preset] = {
             hidden_size=256,
             num_heads=8,
             init_std=0.04,
-            vocab_size=6144,
+            vocab_size=8192,
             max_positions=86,
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=2000,
-            batch_size=32,
-            learning_rate=1.5e-3,
+            steps=6400,
+            batch_size=16,
+            learning_rate=1.2e-3,
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
             text_dropout=0.1,  # for --guidance
-            checkpoint_every=100,
+            checkpoint_every=200,
         ),
         image_tokenizer=ImageTokenizerConfig(
-            num_codes=2048,
+            num_codes=4096,
             code_dim=48,  # the numbers of a cell of 4x4 pixels: training begins without a loss
             channels=96,
             stages=2,
@@ -91,13 +93,13 @@ _PRESETS: dict[str, Preset] = {
         ),
         # With a commitment of 0.25, encoder outputs shrank to a line, and the book had little to tell apart.
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=3000,
-            batch_size=64,
+            steps=5000,
+            batch_size=32,
             learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
+            color_weight=4.0,
             warmup_steps=1,
-            checkpoint_every=100,
+            checkpoint_every=250,
         ),
         text_pieces=4000,
         min_text_tokens=17,  # what the longest caption has
@@ -143,7 +145,7 @@ _PRESETS: dict[str, Preset] = {
             batch_size=64,
             learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
+            color_weight=4.0,
             warmup_steps=1,
             checkpoint_every=500,
         ),
@@ -253,7 +255,18 @@ _PRESETS: dict[str, Preset] = {
             activation_checkpointing=True,
         ),
         train=TrainConfig(log_every=10),
-        image_tokenizer=ImageTokenizerConfig(stages=4, image_size=800),
+        image_tokenizer=ImageTokenizerConfig(
+            channels=128,
+            stages=4,
+            image_size=800,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+            vqgan=VQGANConfig(),
+        ),
+        # The reference training of the VQGAN: 4.5e-6 times the batch, and its codebook learns by gradient.
+        image_tokenizer_train=ImageTokenizerTrainConfig(
+            learning_rate=2.9e-4, codebook="straight-through", vqgan=VQGANTrainConfig()
+        ),
     ),
 }
 
@@ -265,7 +278,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "emoji": "32 px, the built-in emoji: 5.5 million parameters, est. an hour on two CPU cores",
+    "emoji": "32 px, the built-in emoji: 6.1 million parameters, est. an hour on two CPU cores",
     "emoji-64": "64 px, the built-in emoji: 41 million parameters, one GPU",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",
@@ -273,6 +286,53 @@ ABOUT: dict[str, str] = {
     "base": "256 px, the model of the paper: 3,929 million parameters, many GPUs",
     "fashion": "800 px, three-region attention: 2,988 million parameters, many GPUs",
 }
+
+
+# Multipliers of taming-transformers by the number of halvings; more halvings have more ones in front.
+_MULTIPLIERS = {1: (1, 2), 2: (1, 2, 4), 3: (1, 2, 2, 4), 4: (1, 1, 2, 2, 4)}
+
+
+def with_vqgan(preset: Preset) -> Preset:
+    """The preset with a VQGAN of as many codes of the same cells in place of its VQ-VAE.
+
+    A quarter of the VQ-VAE's channels, 128 for the released one as in taming-transformers, makes it some
+    times as costly. The discriminator plays from a fifth of the steps on.
+    """
+    shape, training = preset.image_tokenizer, preset.image_tokenizer_train
+    if shape.vqgan is not None:
+        return preset
+    halvings = shape.stages
+    multipliers = _MULTIPLIERS.get(halvings) or (1,) * (halvings - 4) + _MULTIPLIERS[4]
+    channels = max(16, shape.channels // 4)
+    layers = max(1, min(3, (shape.image_size // 8).bit_length() - 1))
+    return dataclasses.replace(
+        preset,
+        image_tokenizer=dataclasses.replace(
+            shape,
+            channels=channels,
+            residual_blocks=0,
+            patches=False,
+            pixel_mean=(0.5, 0.5, 0.5),
+            pixel_std=(0.5, 0.5, 0.5),
+            vqgan=VQGANConfig(
+                multipliers=multipliers,
+                residual_blocks=2 if channels >= 64 else 1,
+                attention_levels=(halvings,),
+                latent_channels=2 * channels,
+            ),
+        ),
+        image_tokenizer_train=dataclasses.replace(
+            training,
+            commitment=ImageTokenizerTrainConfig.commitment,
+            color_weight=0.0,
+            warmup_steps=max(1, training.steps // 20),
+            vqgan=VQGANTrainConfig(
+                discriminator_start=training.steps // 5,
+                discriminator_channels=max(16, channels // 2),
+                discriminator_layers=layers,
+            ),
+        ),
+    )
 
 
 def default_preset(data: StrPath) -> Preset:

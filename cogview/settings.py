@@ -169,7 +169,12 @@ def write_settings(path: StrPath, settings: Any) -> None:
 
 def tokenizer_options(settings: TokenizerSettings) -> dict[str, Any]:
     """The options of ``cogview train-tokenizer`` that give these settings."""
-    return plain(settings)
+    options = plain(settings)
+    if settings.image_tokenizer.vqgan is not None:
+        return {**options, "kind": "vqgan"}
+    for table in ("image_tokenizer", "image_tokenizer_train"):
+        del options[table]["vqgan"]
+    return options
 
 
 def model_options(data: str, preset: Preset) -> dict[str, Any]:

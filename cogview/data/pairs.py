@@ -71,3 +71,12 @@ def open_pairs(data: StrPath, *, skip_bad: bool = False) -> Pairs:
     from cogview.data.folder import FolderPairs
 
     return FolderPairs(data, skip_bad=skip_bad)
+
+
+def open_pictures(data: StrPath) -> Pairs:
+    """As :func:`open_pairs`, for a training that reads no captions: a folder needs none."""
+    if os.fspath(data) in ("digits", "emoji") or is_shards(data):
+        return open_pairs(data)
+    from cogview.data.folder import pictures_with
+
+    return pictures_with("a picture", data)

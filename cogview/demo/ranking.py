@@ -18,10 +18,11 @@ from cogview.demo.quiz import Quiz, quiz_of
 from cogview.demo.run import DrawPlan, draw_prompts
 from cogview.device import default_device
 from cogview.evaluation.cap_loss import caption_loss
-from cogview.evaluation.features import EfficientNetLite0Features, Features
+from cogview.evaluation.features import Features
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.rank_curve import COUNTS, CurvePoint, costs_of_pickers, rank_curve
 from cogview.files import StrPath, write_json, write_text
+from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.settings import claim_settings, load_tokenizer_settings

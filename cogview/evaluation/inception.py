@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogview.evaluation.features import require_images
+from cogview.perception.efficientnet import require_images
 from cogview.weights import load_weights
 from cogview.weights.pickles import read_pickle
 

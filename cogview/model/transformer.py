@@ -193,6 +193,7 @@ class CogView(HubModel):
         positions: Tensor | None = None,
         layout: Layout | Sequence[ThreeRegionLayout] | None = None,
         cache: KVCache | None = None,
+        first_word: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states ``[B, T, C]`` of tokens ``[B, T]`` (int64 ids below ``vocab_size``).
 
@@ -203,6 +204,8 @@ class CogView(HubModel):
                 :class:`LocalGrid` for rows with two grids of one picture, without a cache.
             cache: keys and values of earlier tokens; the new ones are added. An empty cache is filled
                 by attention among the tokens themselves. Not in training mode.
+            first_word: ``[B, C]``, in place of the word embedding of each row's first token, whose id is not
+                looked at then.
 
         Raises:
             ValueError: more tokens than positions, or a number of layouts that is not that of layers.
@@ -224,7 +227,10 @@ class CogView(HubModel):
         if positions is None:
             positions = places if cache is None else cache.positions(places)
 
-        x = self.word_embeddings(tokens) + trunk.position_embeddings(positions)
+        words = self.word_embeddings(tokens)
+        if first_word is not None:
+            words = torch.cat([first_word[:, None].to(words.dtype), words[:, 1:]], dim=1)
+        x = words + trunk.position_embeddings(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         layers = cast("list[Layer]", list(trunk.layers))
         pre_norms = [layer.input_layernorm for layer in layers] + [trunk.final_layernorm]

@@ -10,6 +10,7 @@ from cogview.files import StrPath, digest, exists, load_tensors
 from cogview.settings import load_tokenizer_settings, train_tokenizers_hint
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.vocab import Vocab
+from cogview.tokens.vqgan import make_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.weights import load_weights
 
@@ -30,14 +31,21 @@ class Tokenizers:
 def load_tokenizers(folder: StrPath, device: str = "cpu") -> Tokenizers:
     """Both tokenizers of a run. FileNotFoundError or ValueError, each naming the file and the way out."""
     folder = Path(folder)
+    image = load_image_tokenizer(folder, device)
+    text = TextTokenizer.load(folder / TEXT_TOKENIZER)
+    vocab = Vocab(image.config.num_codes, len(text))
+    return Tokenizers(text, image, vocab, fingerprint_tokenizers(folder))
+
+
+def load_image_tokenizer(folder: StrPath, device: str = "cpu") -> ImageTokenizer:
+    """The image tokenizer of a run alone. Raises what :func:`load_tokenizers` raises."""
+    folder = Path(folder)
     settings = load_tokenizer_settings(folder)
     if not exists(folder / IMAGE_TOKENIZER):
         raise FileNotFoundError(f"{folder} has no finished image tokenizer; {train_tokenizers_hint(folder)}")
-    image = ImageTokenizer(settings.image_tokenizer)
+    image = make_image_tokenizer(settings.image_tokenizer)
     load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
-    text = TextTokenizer.load(folder / TEXT_TOKENIZER)
-    vocab = Vocab(settings.image_tokenizer.num_codes, len(text))
-    return Tokenizers(text, image.to(device).eval(), vocab, fingerprint_tokenizers(folder))
+    return image.to(device).eval()
 
 
 def fingerprint_tokenizers(folder: StrPath) -> str:

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from cogview.config import CodebookMethod, ImageTokenizerConfig
 
+CHROMA = 2.5  # how many times as far apart hues are as greys, where colours are compared
+
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
+
+
+def stretched_hues() -> Tensor:
+    """The map of RGB, ``[3, 3]``, that leaves greys where they are and moves all else from them.
+
+    By the squared difference of RGB, light skin is nearer to light grey than a line is to its neighbour.
+    """
+    grey = torch.full((3, 3), 1 / 3, dtype=DTYPE)
+    return grey + CHROMA * (torch.eye(3, dtype=DTYPE) - grey)
 
 
 class ResidualBlock(nn.Module):
@@ -133,14 +144,19 @@ class Quantizer(nn.Module):
         embed = torch.empty(config.code_dim, config.num_codes, dtype=DTYPE)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         # Without a gradient, unless the way to learn it is by gradient.
-        self.embed = nn.Parameter(embed, requires_grad=False)
+        self._keep(nn.Parameter(embed, requires_grad=False))
         self.register_buffer("cluster_size", torch.zeros(config.num_codes, dtype=DTYPE))
-        self.register_buffer("embed_avg", embed.clone())
+        self.register_buffer("embed_avg", self.embed.detach().clone())
+
+    def _keep(self, embed: nn.Parameter) -> None:
+        """Where the book is stored."""
+        self.embed: Tensor = embed
 
     def learn_by(self, method: CodebookMethod) -> None:
         """How training changes the book from now on."""
         self.method = method
-        self.embed.requires_grad_(method in ("straight-through", "gumbel"))
+        for book in self.parameters():
+            book.requires_grad_(method in ("straight-through", "gumbel"))
 
     @torch.no_grad()
     def begin_at(self, z: Tensor) -> None:
@@ -233,12 +249,21 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.enc_b = Encoder(config)
-        self.quantize_t = Quantizer(config)
-        self.dec = Decoder(config)
+        self._make_parts(config)
         # Not part of the state dict of the released tokenizer.
         for name, values in (("mean", config.pixel_mean), ("std", config.pixel_std)):
             self.register_buffer(name, torch.tensor(values, dtype=DTYPE).view(3, 1, 1), persistent=False)
+
+    def _make_parts(self, config: ImageTokenizerConfig) -> None:
+        """The modules, under the names that the released weights have."""
+        self.enc_b = Encoder(config)
+        self.quantize_t = Quantizer(config)
+        self.dec = Decoder(config)
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """The codebook."""
+        return self.quantize_t
 
     @torch.no_grad()
     def begin_with_patches(self, color_weight: float = 0.0) -> None:
@@ -246,8 +271,9 @@ class ImageTokenizer(nn.Module):
 
         Encoder and decoder are the identity then, as far as ``channels`` and ``code_dim`` have room for the
         pixels: training has to learn only what a codebook loses. A squared distance between vectors is the
-        sum of the pixels' squared errors and ``color_weight`` times that part of it which is the mean
-        colour's, so the nearest code is the one of least loss. For a new tokenizer with ``config.patches``.
+        sum of the pixels' squared errors and, for each of them, ``color_weight`` times that of the mean
+        colour under :func:`stretched_hues`, so the nearest code is the one of least loss. For a new tokenizer
+        with ``config.patches``.
         """
         first, last = self.enc_b.blocks[0], self.enc_b.blocks[-1]
         back, out = self.dec.blocks[0], self.dec.blocks[-1]
@@ -263,10 +289,13 @@ class ImageTokenizer(nn.Module):
         pixels = from_cell.shape[1]
         if len(to_code) >= pixels:
             turn = nn.init.orthogonal_(torch.empty(len(to_code), pixels, dtype=DTYPE))
-            means = torch.block_diag(*[torch.full((pixels // 3, pixels // 3), 3 / pixels)] * 3).to(turn)
-            factor = (1 + color_weight) ** 0.5
-            to_code = turn @ (torch.eye(pixels).to(turn) + (factor - 1) * means) @ from_cell.t()
-            from_code = turn @ (torch.eye(pixels).to(turn) + (1 / factor - 1) * means) @ from_cell.t()
+            mean = torch.full((pixels // 3, pixels // 3), 3 / pixels, dtype=DTYPE)
+            apart = stretched_hues()
+            metric = torch.eye(pixels, dtype=DTYPE) + color_weight * torch.kron(apart @ apart, mean)
+            squares, axes = torch.linalg.eigh(metric.double())
+            root = (axes * squares.sqrt()) @ axes.t()
+            to_code = turn @ root.to(turn) @ from_cell.t()
+            from_code = turn @ root.inverse().to(turn) @ from_cell.t()
             last.weight.copy_(to_code.view_as(last.weight))
         if back is out:
             out.weight.copy_((from_code @ from_cell).view_as(out.weight))
@@ -285,10 +314,17 @@ class ImageTokenizer(nn.Module):
                 f"images must have height and width divisible by {factor}, got {list(images.shape)}; "
                 "resize or crop them"
             )
-        return self.enc_b((images - self.mean) / self.std).permute(0, 2, 3, 1)
+        return self._encoder((images - self.mean) / self.std).permute(0, 2, 3, 1)
 
-    def _decode(self, quantized: Tensor) -> Tensor:
-        return self.dec(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
+    def rebuild(self, quantized: Tensor) -> Tensor:
+        """Images ``[B, 3, H, W]``, not clamped, of codes' vectors ``[B, h, w, D]``."""
+        return self._decoder(quantized.permute(0, 3, 1, 2)) * self.std + self.mean
+
+    def _encoder(self, images: Tensor) -> Tensor:
+        return self.enc_b(images)
+
+    def _decoder(self, quantized: Tensor) -> Tensor:
+        return self.dec(quantized)
 
     def forward(self, images: Tensor, *, quantise: bool = True) -> Reconstruction:
         """Encode, quantise, decode; in training, the book learns as :class:`Quantizer` was told.
@@ -296,21 +332,25 @@ class ImageTokenizer(nn.Module):
         Without ``quantise``, what is decoded are the vectors themselves, and the book stays as it is.
         """
         z = self.vectors(images)
-        if not quantise:
-            nothing = torch.zeros((), dtype=z.dtype, device=z.device)
-            return Reconstruction(self._decode(z), self.quantize_t.nearest(z), nothing, nothing)
-        quantized = self.quantize_t(z)
-        decoded = self._decode(quantized.vectors)
+        # Near codes differ by less than 16 bits tell apart, so under autocast this stays in float32.
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.to(self.mean.dtype)
+            if quantise:
+                quantized = self.quantizer(z)
+            else:
+                nothing = torch.zeros((), dtype=z.dtype, device=z.device)
+                quantized = Quantized(z, self.quantizer.nearest(z), nothing, nothing)
+        decoded = self.rebuild(quantized.vectors)
         return Reconstruction(decoded, quantized.codes, quantized.commitment, quantized.codebook)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] to codes ``[B, h, w]``, int64 in ``[0, num_codes)``."""
-        return self.quantize_t.nearest(self.vectors(images))
+        return self.quantizer.nearest(self.vectors(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[B, h, w]`` to images ``[B, 3, H, W]`` clamped to [0, 1]."""
         if codes.dim() != 3:
             raise ValueError(f"codes must be [B, h, w], got {list(codes.shape)}")
-        return self._decode(self.quantize_t.lookup(codes)).clamp(0, 1)
+        return self.rebuild(self.quantizer.lookup(codes)).clamp(0, 1)

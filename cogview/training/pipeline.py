@@ -22,7 +22,7 @@ import torch
 
 from cogview.config import ModelConfig, Preset, require_workers
 from cogview.data.fingerprint import fingerprint
-from cogview.data.pairs import Pairs, open_pairs
+from cogview.data.pairs import Pairs, open_pairs, open_pictures
 from cogview.data.row_kinds import PICTURES, RowKind
 from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
@@ -49,6 +49,7 @@ from cogview.settings import (
 )
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
+from cogview.tokens.vqgan import VQGAN
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.compilation import require_compiler
@@ -58,6 +59,7 @@ from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitt
 from cogview.training.precision import Precision
 from cogview.training.start import Start
 from cogview.training.transformer import TrainingData, train
+from cogview.training.vqgan import train_vqgan
 from cogview.training.vqvae import ImageTokenizerTrainer, new_image_tokenizer, train_image_tokenizer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
@@ -84,6 +86,7 @@ class TrainTokenizers:
     progress: bool = True
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
     skip_bad: bool = False  # leave out images that cannot be read, and list them in the run folder
+    images_only: bool = False  # no text tokenizer: captions are not read, and a folder needs none
 
     def __post_init__(self) -> None:
         require_workers(0, self.workers)
@@ -122,7 +125,10 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         check_settings(out / TOKENIZER_SETTINGS, settings)
     if is_rows(options.data):
         raise ValueError(f"{options.data} holds rows of tokens; a tokenizer is trained on pictures")
-    pairs = open_pairs(options.data, skip_bad=options.skip_bad)
+    if options.images_only:
+        pairs = open_pictures(options.data)
+    else:
+        pairs = open_pairs(options.data, skip_bad=options.skip_bad)
     origin = {"data": fingerprint(pairs)}
     if saved is not None:
         check_resumable(saved, origin)
@@ -132,7 +138,7 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         if left_out:
             write_bytes(out / SKIPPED, skipped_lines((reason,) for reason in left_out))
         _tell_left_out(len(left_out), out, options)
-    text = None if is_started else _plan_text(pairs, preset, options)
+    text = None if is_started or options.images_only else _plan_text(pairs, preset, options)
     lock.take()
     write_settings(out / TOKENIZER_SETTINGS, settings)
     write_options(out / TOKENIZER_OPTIONS, tokenizer_options(settings))
@@ -181,15 +187,12 @@ def _train_image_tokenizer(
     torch.manual_seed(derive_seed(preset.image_tokenizer_train.seed, "init image tokenizer"))
     tokenizer = new_image_tokenizer(preset.image_tokenizer, preset.image_tokenizer_train)
     tokenizer = tokenizer.to(options.device)
-    history = train_image_tokenizer(
-        tokenizer,
-        pairs,
-        preset.image_tokenizer_train,
-        out,
-        origin=origin,
-        progress=options.progress,
-        workers=options.workers,
-    )
+    training = preset.image_tokenizer_train
+    common: dict[str, Any] = {"origin": origin, "progress": options.progress, "workers": options.workers}
+    if isinstance(tokenizer, VQGAN):
+        history = train_vqgan(tokenizer, pairs, training, out, **common)
+    else:
+        history = train_image_tokenizer(tokenizer, pairs, training, out, **common)
     # The weights last: they are what makes the tokenizer a finished one.
     write_json(out / TOKENIZER_HISTORY, history)
     save_tensors(out / IMAGE_TOKENIZER, tokenizer.state_dict())

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.loading import training_images
@@ -16,7 +16,8 @@ from cogview.data.order import StepBatches
 from cogview.data.pairs import Pairs
 from cogview.files import StrPath
 from cogview.seeding import derive_seed
-from cogview.tokens.vqvae import ImageTokenizer
+from cogview.tokens.vqgan import make_image_tokenizer
+from cogview.tokens.vqvae import ImageTokenizer, stretched_hues
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
 from cogview.training.speed import peak_memory_gb
 
@@ -34,51 +35,61 @@ class ImageTokenizerTrainer(Trainer):
     label = "train image tokenizer"
     board = "image_tokenizer"
     checkpoints = "tokenizer-checkpoints"
-    recorded = ("reconstruction", "codes_used")
+    recorded: tuple[str, ...] = ("reconstruction", "codes_used")
 
     def __init__(
         self, tokenizer: ImageTokenizer, pairs: Pairs, config: ImageTokenizerTrainConfig, workers: int = 0
     ) -> None:
-        self.model: ImageTokenizer = tokenizer
+        self.model: nn.Module = tokenizer
+        self.tokenizer = tokenizer
         self.pairs = pairs
         self.config = config
         self.workers = workers
         self.device = next(tokenizer.parameters()).device
-        tokenizer.quantize_t.learn_by(config.codebook)
+        tokenizer.quantizer.learn_by(config.codebook)
         learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True)
         self.optimizers = {"optimizer": self.optimizer}
+        self._apart = stretched_hues().to(self.device)
         angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
         self._schedule = 0.5 * (1 + torch.cos(angle))
 
     def batches(self, first: int) -> Iterator[Tensor]:
         config = self.config
         order = StepBatches(config.seed, config.batch_size, len(self.pairs), range(first, config.steps))
-        return iter(training_images(self.pairs, self.model.config.image_size, order, self.workers))
+        return iter(training_images(self.pairs, self.tokenizer.config.image_size, order, self.workers))
 
-    def step(self, step: int, batch: Tensor) -> StepResult:
+    def prepare(self, step: int, images: Tensor) -> dict[str, Tensor]:
+        """Seed, rate and temperature of a step, and the book as it is before."""
         torch.manual_seed(derive_seed(self.config.seed, "image tokenizer", step))
-        images = batch.to(self.device)
-        set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
-        quantizer = self.model.quantize_t
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, self.config.learning_rate * float(self._schedule[step]))
+        quantizer = self.tokenizer.quantizer
         quantizer.temperature = temperature(step / self.config.steps)
         if 0 < step == self.config.warmup_steps:
             with torch.no_grad():
-                quantizer.begin_at(self.model.vectors(images))
-        book = {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
-        result = self.model(images, quantise=step >= self.config.warmup_steps)
+                quantizer.begin_at(self.tokenizer.vectors(images))
+        return {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+
+    def put_back(self, book: Mapping[str, Tensor], skipped: Tensor) -> None:
+        """After a skipped step: the forward pass has already moved the codebook."""
+        for name, tensor in self.tokenizer.quantizer.state_dict().items():
+            tensor.copy_(torch.where(skipped, book[name], tensor))
+
+    def step(self, step: int, batch: Tensor) -> StepResult:
+        images = batch.to(self.device)
+        book = self.prepare(step, images)
+        result = self.tokenizer(images, quantise=step >= self.config.warmup_steps)
         reconstruction = F.mse_loss(result.images, images)
         loss = reconstruction + self.config.commitment * result.commitment + result.codebook
         if self.config.color_weight:
             # Outlines make up most of the pixels' error; this tells one plain colour from another.
-            cell = 2**self.model.config.stages
-            shades = F.mse_loss(F.avg_pool2d(result.images, cell), F.avg_pool2d(images, cell))
-            loss = loss + self.config.color_weight * shades
+            means = F.avg_pool2d(result.images - images, 2**self.tokenizer.config.stages)
+            apart = torch.einsum("ij,bjhw->bihw", self._apart, means)
+            loss = loss + self.config.color_weight * apart.square().mean()
         backward(loss)
         descent = descend(loss, self.model, self.optimizer)
-        # The forward pass has already moved the codebook: after a skipped step it is put back.
-        for name, tensor in quantizer.state_dict().items():
-            tensor.copy_(torch.where(descent.skipped, book[name], tensor))
+        self.put_back(book, descent.skipped)
         codes_used = float(len(result.codes.unique()))
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
 
@@ -92,7 +103,7 @@ class ImageTokenizerTrainer(Trainer):
 
 def new_image_tokenizer(shape: ImageTokenizerConfig, config: ImageTokenizerTrainConfig) -> ImageTokenizer:
     """A tokenizer that is ready to be trained; it follows from PyTorch's global generator."""
-    tokenizer = ImageTokenizer(shape)
+    tokenizer = make_image_tokenizer(shape)
     if shape.patches:
         tokenizer.begin_with_patches(config.color_weight)
     return tokenizer
@@ -111,7 +122,8 @@ def train_image_tokenizer(
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
     Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight`` times the MSE
-    of mean colours and, where ``codebook`` is "straight-through", the codebook's own; Adam, cosine to zero.
+    of the cells' mean colours under ``stretched_hues`` and, where ``codebook`` is "straight-through", the
+    codebook's own; Adam, cosine to zero.
     A step whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0
     reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds
     PyTorch's global generators. Returns the history: ``reconstruction`` (MSE) and ``codes_used`` (distinct

@@ -15,7 +15,7 @@ embeddings ``transformer.word_embeddings``. The image tokenizer is one file of t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,9 +38,15 @@ _TRANSFORMER_NAME = re.compile(
     r"|transformer\.layers\.\d+\.(\w+_layernorm|attention\.(query_key_value|dense)|mlp\.dense_\w+)\.(weight|bias)"
 )
 _IMAGE_TOKENIZER_NAME = re.compile(r"(enc_b|dec)\.blocks\.\d+\.(weight|bias)|quantize_t\.\w+")
+_VQGAN_NAME = re.compile(
+    r"(encoder|decoder)\.(conv_in|conv_out|norm_out|mid\.\w+\.\w+|(down|up)\.\d+\.(block|attn)\.\d+\.\w+"
+    r"|down\.\d+\.downsample\.conv|up\.\d+\.upsample\.conv)\.(weight|bias)"
+    r"|(post_)?quant_conv\.(weight|bias)|quantize\.(embedding\.weight|cluster_size|embed_avg)|loss\..+"
+)
 KNOWN = (
     f"CogView ({WORD_EMBEDDINGS}, transformer.layers.0...), its form in SwissArmyTransformer "
-    f"(transformer.{WORD_EMBEDDINGS}...) and CogView's VQ-VAE (enc_b, quantize_t, dec)"
+    f"(transformer.{WORD_EMBEDDINGS}...), CogView's VQ-VAE (enc_b, quantize_t, dec) and the VQGAN of "
+    "taming-transformers (encoder, quant_conv, quantize, post_quant_conv, decoder)"
 )
 
 Kind = Literal["transformer", "image tokenizer"]
@@ -60,7 +66,9 @@ class Weights:
 def known_kind(tensors: Mapping[str, object], source: StrPath) -> Kind:
     """What the names are those of. ValueError that shows the first unexpected names, and what is known."""
     kind: Kind = "transformer" if WORD_EMBEDDINGS in tensors else "image tokenizer"
-    pattern = _TRANSFORMER_NAME if kind == "transformer" else _IMAGE_TOKENIZER_NAME
+    pattern = _TRANSFORMER_NAME
+    if kind == "image tokenizer":
+        pattern = _VQGAN_NAME if is_vqgan(tensors) else _IMAGE_TOKENIZER_NAME
     unexpected = [name for name in tensors if not pattern.fullmatch(name)]
     if unexpected or not tensors:
         raise ValueError(
@@ -68,6 +76,11 @@ def known_kind(tensors: Mapping[str, object], source: StrPath) -> Kind:
             f"the first unexpected names are {unexpected[:3]}"
         )
     return kind
+
+
+def is_vqgan(tensors: Iterable[str]) -> bool:
+    """Whether these are names of a VQGAN of taming-transformers, rather than of CogView's VQ-VAE."""
+    return any(name.startswith(("encoder.", "decoder.")) for name in tensors)
 
 
 def read_released(path: StrPath) -> Weights:
@@ -138,10 +151,14 @@ def _tracked_folder(path: Path) -> Path:
 
 def _state(content: Any, file: Path) -> dict[str, LazyTensor]:
     """The tensors of a file under the original's names."""
-    state = content.get("module", content) if isinstance(content, dict) else content
+    state = content
+    for key in ("module", "state_dict"):  # of CogView's authors, and of PyTorch Lightning
+        state = state.get(key, state) if isinstance(state, dict) else state
     is_state = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not is_state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{file} does not hold a state dict: names and tensors, itself or under 'module'")
+        raise ValueError(
+            f"{file} does not hold a state dict: names and tensors, itself or under 'module' or 'state_dict'"
+        )
     while state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     theirs = f"transformer.{WORD_EMBEDDINGS}"

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chunks of outputs are dealt to the threads. In a chunk several rows of W are multiplied at a time, so that
 // a core has several streams of memory under way and no sum waits for the one before it.
+#include <type_traits>
+
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "decode_linear/decode_linear.h"
@@ -9,43 +11,80 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-// Of W in a chunk: a thread that is woken for less costs more than it saves.
-constexpr int64_t kChunkBytes = 256 << 10;
+// Of W in a chunk: a thread that is woken for less costs more than it saves, one that is awake does not.
+constexpr int64_t kChunkBytes = 256 << 10, kChunkBytesAwake = 32 << 10;
 // Products that one running sum takes up, since its error grows with their number.
 constexpr int64_t kRun = 64 * kLanes;
-// Rows of W that are multiplied at a time, with one row of x, and with two.
-constexpr int kAlone = 8, kShared = 4;
+// Rows of W that are multiplied at a time, with one row of x, and with up to kTogether: the sums, a vector of
+// each row of x and one of W fill the 16 registers of AVX2.
+constexpr int kAlone = 8, kShared = 4, kTogether = 3;
 
-// sums[r * stride + o] = x_r w_o. Rows of x are floats with zeros up to `width`, a multiple of kLanes.
+// Two vectors of consecutive elements, in an order that depends on T alone. Of bfloat16 those at even places
+// come first, since they are the lower halves of words: a shift and a mask widen them, where widening them in
+// their order takes two shuffles besides.
+struct Pair {
+    VecF first, second;
+};
+template <typename T>
+inline Pair load_pair(const T* p) {
+    return {load(p), load(p + kLanes)};
+}
+inline Pair load_pair(const BFloat16* p) {
+    VecU words;
+    std::memcpy(&words, p, sizeof(words));
+    return {bitcast<VecF>(words << 16), bitcast<VecF>(words & 0xffff0000)};
+}
+template <typename T>
+inline Pair load_pair(const T* p, Whole) {
+    return load_pair(p);
+}
+template <typename T>
+inline Pair load_pair(const T* p, Part part) {
+    T padded[2 * kLanes] = {};
+    std::memcpy(padded, p, part.n * sizeof(T));
+    return load_pair(padded);
+}
+
+// step(k, tag) for the pairs of elements `start` to `stop` - 1.
+template <typename Step>
+inline void for_each_pair(int64_t start, int64_t stop, const Step& step) {
+    int64_t k = start;
+    for (; k + 2 * kLanes <= stop; k += 2 * kLanes) step(k, Whole{});
+    if (k < stop) step(k, Part{int(stop - k)});
+}
+
+// sums[r * stride + o] = x_r w_o. Rows of x are floats in the order of pairs, with zeros up to `width`, which
+// whole pairs fill.
 template <int kOutputs, int kRows, typename T>
 inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t width, int64_t K, float* sums,
                          int64_t stride) {
     VecF total[kOutputs][kRows] = {};
     for (int64_t start = 0; start < K; start += kRun) {
-        const int64_t stop = start + kRun < K ? start + kRun : K;
         VecF run[kOutputs][kRows] = {};
-        const auto step = [&](int64_t k, auto tag) {
-            VecF values[kRows];
-#pragma GCC unroll 2
-            for (int r = 0; r < kRows; ++r) values[r] = load(x + r * width + k);
+        for_each_pair(start, start + kRun < K ? start + kRun : K, [&](int64_t k, auto tag) {
+            VecF first[kRows], second[kRows];
+#pragma GCC unroll 3
+            for (int r = 0; r < kRows; ++r) {
+                first[r] = load(x + r * width + k);
+                second[r] = load(x + r * width + k + kLanes);
+            }
 #pragma GCC unroll 8
             for (int o = 0; o < kOutputs; ++o) {
-                const VecF weight = load(w + o * w_stride + k, tag);
-#pragma GCC unroll 2
-                for (int r = 0; r < kRows; ++r) run[o][r] += weight * values[r];
+                const Pair weights = load_pair(w + o * w_stride + k, tag);
+#pragma GCC unroll 3
+                for (int r = 0; r < kRows; ++r) run[o][r] += weights.first * first[r];
+#pragma GCC unroll 3
+                for (int r = 0; r < kRows; ++r) run[o][r] += weights.second * second[r];
             }
-        };
-        int64_t k = start;
-        for (; k + kLanes <= stop; k += kLanes) step(k, Whole{});
-        if (k < stop) step(k, Part{int(stop - k)});
+        });
 #pragma GCC unroll 8
         for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) total[o][r] += run[o][r];
     }
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int r = 0; r < kRows; ++r) sums[r * stride + o] = reduce_sum(total[o][r]);
 }
 
@@ -53,11 +92,17 @@ inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t w
 template <int kOutputs, typename T>
 inline void all_rows(const DecodeLinear& a, const T* w, const float* x, int64_t width, float* sums,
                      int64_t stride) {
+    const auto multiply = [&](int64_t r, auto rows) {
+        dot_products<kOutputs, decltype(rows)::value>(w, a.weight_stride, x + r * width, width, a.K,
+                                                      sums + r * stride, stride);
+    };
     int64_t r = 0;
-    for (; r + 2 <= a.N; r += 2)
-        dot_products<kOutputs, 2>(w, a.weight_stride, x + r * width, width, a.K, sums + r * stride, stride);
-    if (r < a.N)
-        dot_products<kOutputs, 1>(w, a.weight_stride, x + r * width, width, a.K, sums + r * stride, stride);
+    for (; r + kTogether <= a.N; r += kTogether) multiply(r, std::integral_constant<int, kTogether>{});
+    if (r + 2 <= a.N) {
+        multiply(r, std::integral_constant<int, 2>{});
+    } else if (r < a.N) {
+        multiply(r, std::integral_constant<int, 1>{});
+    }
 }
 
 // x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than
@@ -75,14 +120,17 @@ void forward(const DecodeLinear& a, int threads) {
     const T *x = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
     const T* bias = static_cast<const T*>(a.bias);
     T* y = static_cast<T*>(a.y);
-    const int64_t width = (a.K + kLanes - 1) / kLanes * kLanes;
+    const int64_t width = (a.K + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
     const Scratch wide(a.N * width);
     for (int64_t r = 0; r < a.N; ++r) {
-        for_each_vector(a.K, [&](int64_t k, auto tag) {
-            store(wide.data + r * width + k, load(x + r * a.K + k, tag));  // zeros behind a part
+        for_each_pair(0, a.K, [&](int64_t k, auto tag) {
+            const Pair values = load_pair(x + r * a.K + k, tag);  // zeros behind a part
+            store(wide.data + r * width + k, values.first);
+            store(wide.data + r * width + k + kLanes, values.second);
         });
     }
-    const int64_t rows = kChunkBytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
+    const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;
+    const int64_t rows = bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
     const int64_t chunk = rows < kAlone ? kAlone : rows;
     parallel_for(a.O, chunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t stride = end - begin;

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogview.evaluation.features import EfficientNetLite0Features
+from cogview.perception.efficientnet import EfficientNetLite0Features
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``cogview clip-generate`` does: draw, rank, write, tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+from cogview import options
+from cogview.clip_gen_run import load_clip_gen
+from cogview.generation.engine import DrawOptions
+from cogview.outlet import Outlet
+from cogview.progress import Progress
+from cogview.run import load_run
+
+
+def draw_by_clip(given: options.ClipGenerate) -> None:
+    """Draw ``given.num`` pictures of each text by CLIP-GEN and write them to ``given.out``."""
+    outlet = Outlet(given.out, given.force)
+    run = load_clip_gen(given.run, given.device, given.clip)
+    config = run.tokenizer.config
+    outlet.check_size([given.num] * len(given.texts), config.image_size)
+    captioner = None if given.captioner is None else load_run(given.captioner, given.device)
+    asked = {"temperature": given.temperature, "top_k": given.top_k}
+    changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    sampling = dataclasses.replace(run.sampling, **changes)
+    codes = len(given.texts) * given.num * config.codes_per_image
+    with Progress(codes, "draw", unit="code") as bar:
+        drawer = DrawOptions(sampling, given.seed, on_step=bar.update)
+        rows = run.generate(given.texts, num=given.num, options=drawer, rank=given.rank, captioner=captioner)
+    for number, row in enumerate(rows, start=1):
+        for drawing in row:
+            about = {"prompt": drawing.text, "seed": given.seed, "candidate": drawing.candidate}
+            outlet.write_picture(f"{number}-{drawing.candidate:04d}", drawing.image, about)
+    about = {"prompt": "\n".join(given.texts), "seed": given.seed}
+    outlet.write_sheet([[drawing.image for drawing in row] for row in rows], about)
+    to = sys.stderr if outlet.is_standard_output else sys.stdout
+    for text, row in zip(given.texts, rows, strict=True):
+        span = f"{row[0].cosine:.3f} to {row[-1].cosine:.3f}"
+        print(f'"{text}": {len(row)} pictures, best first, cosine {span}', file=to)
+    print(f"written: {'standard output' if outlet.is_standard_output else outlet.name}", file=to)

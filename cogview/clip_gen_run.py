@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of CLIP-GEN, which draws from texts without ever having read a caption, and ranks what it drew."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from cogview.config import SamplingConfig
+from cogview.device import usable_device
+from cogview.files import StrPath, digest, exists, read_json
+from cogview.generation.clip_gen import draw_from_embeddings
+from cogview.generation.engine import DrawOptions
+from cogview.images import to_picture
+from cogview.model.clip_gen import ClipGen
+from cogview.perception.clip import Clip, load_clip
+from cogview.run import Run
+from cogview.settings import build
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
+from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.checkpoint import MODEL, check_origin, latest_checkpoint, read_state, verified_tensors
+from cogview.training.clip_gen import CHECKPOINTS, SETTINGS, ClipGenSettings
+from cogview.weights import load_weights
+
+Rank = Literal["clip", "cap-loss", "both"]
+
+
+class ClipDrawing(NamedTuple):
+    """A picture that was drawn, and how well it fits its text."""
+
+    image: Image.Image
+    text: str
+    candidate: int  # its number among the pictures of its text, from 0
+    cosine: float  # between its embedding and that of the text; higher is better
+    loss: float  # CapLoss, NaN without a captioner; lower is better
+
+
+@dataclass
+class ClipGenRun:
+    """A trained CLIP-GEN with its image tokenizer and its CLIP."""
+
+    model: ClipGen
+    tokenizer: ImageTokenizer
+    clip: Clip
+    sampling: SamplingConfig
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        *,
+        num: int = 16,
+        options: DrawOptions | None = None,
+        rank: Rank = "clip",
+        captioner: Run | None = None,
+    ) -> list[list[ClipDrawing]]:
+        """Draw ``num`` pictures for each text, best first.
+
+        Args:
+            options: as the engine takes them; by default the run's sampling and seed 0.
+            rank: by the cosine between embeddings, by the CapLoss of ``captioner``, or by the sum of a
+                picture's places in both orders.
+
+        Raises:
+            ValueError: an empty text; a rank that needs a captioner without one.
+        """
+        if any(not text.strip() for text in texts):
+            raise ValueError("the text is empty")
+        if rank != "clip" and captioner is None:
+            raise ValueError(f"rank {rank} needs a captioner")
+        options = options or DrawOptions(self.sampling)
+        embeddings = self.clip.of_texts(texts)
+        rows: list[list[ClipDrawing]] = [[] for _ in texts]
+        for batch in draw_from_embeddings(self.model, embeddings, num, options):
+            pixels = self.decode(batch.codes)
+            own = embeddings[batch.requests].to(pixels.device)
+            cosines = F.cosine_similarity(self.embed(pixels), own).tolist()
+            told = [texts[place] for place in batch.requests]
+            losses = [float("nan")] * len(told)
+            if captioner is not None:
+                losses = captioner.cap_loss(told, list(pixels.cpu()))
+            drawn = zip(batch.requests, pixels, told, batch.numbers, cosines, losses, strict=True)
+            for place, image, *about in drawn:
+                rows[place].append(ClipDrawing(to_picture(image.cpu()), *about))
+        return [ranked(row, rank) for row in rows]
+
+    @torch.no_grad()
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Embeddings of pictures ``[N, 3, H, W]``."""
+        return self.clip.of_images(pixels)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes ``[n, num_codes]`` as pixels ``[n, 3, S, S]``."""
+        grid = self.tokenizer.config.grid
+        return self.tokenizer.decode(codes.view(-1, grid, grid))
+
+
+def ranked(row: Sequence[ClipDrawing], rank: Rank) -> list[ClipDrawing]:
+    """The drawings of one text, best first."""
+    by_clip = sorted(row, key=lambda drawing: -drawing.cosine)
+    by_loss = sorted(row, key=lambda drawing: drawing.loss)
+    if rank == "both":
+        places = [{drawing.candidate: at for at, drawing in enumerate(order)} for order in (by_clip, by_loss)]
+        return sorted(by_clip, key=lambda drawing: sum(place[drawing.candidate] for place in places))
+    return by_clip if rank == "clip" else by_loss
+
+
+def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | None = None) -> ClipGenRun:
+    """The run of a folder that ``cogview train-clip-gen`` wrote, with its latest weights.
+
+    Args:
+        clip: where the CLIP of the training lies now; by default where it lay then.
+
+    FileNotFoundError or ValueError, each naming the file and the way out.
+    """
+    folder, device = Path(folder), usable_device(device)
+    hint = f"train it first: cogview train-clip-gen --data DATA --clip CLIP --out {folder}"
+    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
+    if checkpoint is None or not exists(folder / SETTINGS):
+        raise FileNotFoundError(f"{folder} has no CLIP-GEN; {hint}")
+    try:
+        settings = build(ClipGenSettings, read_json(folder / SETTINGS))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / SETTINGS} is damaged, or of another version: {error}") from None
+    check_origin(checkpoint, {"tokenizers": digest(folder / IMAGE_TOKENIZER)})
+    its_clip = load_clip(clip or settings.clip, device)
+    if its_clip.width != settings.embedding_width:
+        raise ValueError(
+            f"{folder} was trained with embeddings of {settings.embedding_width} numbers, the CLIP in "
+            f"{clip or settings.clip} has {its_clip.width}; give the one of the training with --clip"
+        )
+    model = ClipGen(settings.model, settings.embedding_width)
+    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
+    tokenizer = load_image_tokenizer(folder, device)
+    return ClipGenRun(model.to(device).eval(), tokenizer, its_clip, settings.sampling)

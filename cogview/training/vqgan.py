@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of the VQGAN image tokenizer, and of the discriminator against which it plays.
+
+Source: Esser, Rombach and Ommer, arXiv:2012.09841, and taming-transformers. Both play on the same pictures in
+each step, first the tokenizer. The tokenizer's loss is the mean absolute error of pixels, a perceptual
+distance, the commitment to its codes and, from a step on, how little it fools the discriminator. The last
+counts as much as the first two at the decoder's last layer: the ratio of gradients is its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cogview.config import ImageTokenizerTrainConfig
+from cogview.data.pairs import Pairs
+from cogview.files import StrPath
+from cogview.perception.distance import perceptual_distance
+from cogview.tokens.vqgan import VQGAN
+from cogview.training.discriminator import PatchDiscriminator, fooling_loss, hinge_loss
+from cogview.training.loop import Descent, History, StepResult, backward, descend, run_loop
+from cogview.training.precision import Precision
+from cogview.training.vqvae import ImageTokenizerTrainer
+
+BETAS = (0.5, 0.9)  # of Adam, for both
+MOST = 1e4  # the weight that adapts, at most
+EPS = 1e-4  # added to the gradient that it divides by
+
+
+class Players(nn.Module):
+    """Both networks of the training, as a checkpoint keeps them."""
+
+    def __init__(self, tokenizer: VQGAN, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.tokenizer, self.discriminator = tokenizer, discriminator
+
+
+class _Pictures(NamedTuple):
+    """What the tokenizer made of a batch, and what it is told about it."""
+
+    rebuilt: Tensor
+    absolute: Tensor
+    perceptual: Tensor
+
+
+class VQGANTrainer(ImageTokenizerTrainer):
+    """Two players, each with its Adam and, in fp16, its loss scale; a cosine to zero for both.
+
+    Raises:
+        ValueError: pictures that are too small for the discriminator, or a device that cannot compute in the
+            precision.
+        ModuleNotFoundError: the perceptual network's package is not installed.
+    """
+
+    label = "train VQGAN"
+    recorded = ("reconstruction", "codes_used", "perceptual", "fooling", "discriminator", "adaptive_weight")
+
+    def __init__(
+        self, tokenizer: VQGAN, pairs: Pairs, config: ImageTokenizerTrainConfig, workers: int = 0
+    ) -> None:
+        assert config.vqgan is not None
+        super().__init__(tokenizer, pairs, config, workers)
+        self.tokenizer: VQGAN = tokenizer
+        self.game = config.vqgan
+        size = tokenizer.config.image_size
+        if size < self.game.smallest_image:
+            raise ValueError(
+                f"image_size must be at least {self.game.smallest_image} for a discriminator of "
+                f"{self.game.discriminator_layers} layers, got {size}; give fewer discriminator_layers"
+            )
+        discriminator = PatchDiscriminator(self.game.discriminator_channels, self.game.discriminator_layers)
+        self.discriminator = discriminator.to(self.device)
+        self.model = Players(tokenizer, self.discriminator)
+        learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
+        self.optimizers = {
+            name: torch.optim.Adam(weights, lr=config.learning_rate, betas=BETAS, fused=True)
+            for name, weights in (
+                ("optimizer", learned),
+                ("discriminator_optimizer", list(self.discriminator.parameters())),
+            )
+        }
+        self.precisions = {name: Precision(self.game.precision, self.device) for name in self.optimizers}
+        self.perceptual = None
+        if self.game.perceptual:
+            self.perceptual = perceptual_distance(self.game.lpips, size).to(self.device)
+
+    def step(self, step: int, batch: Tensor) -> StepResult:
+        images = batch.to(self.device)
+        book = self.prepare(step, images)
+        plays = step >= self.game.discriminator_start
+        precision = self.precisions["optimizer"]
+        with precision.autocast():
+            result = self.tokenizer(images, quantise=step >= self.config.warmup_steps)
+        pictures = self._compare(result.images.float(), images)
+        told = pictures.absolute + self.game.perceptual * pictures.perceptual
+        loss = told + self.config.commitment * result.commitment + result.codebook
+        fooling = weight = torch.zeros_like(loss)
+        if plays:
+            fooling, weight = self._fool(pictures.rebuilt, told)
+            loss = loss + self.game.adversarial * weight * fooling
+        backward(loss, precision.scaler)
+        descent = descend(loss, self.tokenizer, self.optimizers["optimizer"], scaler=precision.scaler)
+        self.put_back(book, descent.skipped)
+        values: dict[str, float | Tensor] = {
+            "reconstruction": F.mse_loss(pictures.rebuilt.detach(), images),
+            "codes_used": float(len(result.codes.unique())),
+            "perceptual": pictures.perceptual,
+            "fooling": fooling,
+            "discriminator": torch.zeros_like(loss),
+            "adaptive_weight": weight,
+        }
+        if plays:
+            other = self._tell_apart(images, pictures.rebuilt.detach())
+            values["discriminator"] = other.loss
+            descent = Descent(descent.loss, descent.gradient_norm, descent.skipped | other.skipped)
+        return StepResult(values, descent)
+
+    def _compare(self, rebuilt: Tensor, images: Tensor) -> _Pictures:
+        distance = torch.zeros((), device=self.device)
+        if self.perceptual is not None:
+            # In float32 always: 16 bits round away the small differences that it measures.
+            distance = self.perceptual(rebuilt, images).mean()
+        return _Pictures(rebuilt, F.l1_loss(rebuilt, images), distance)
+
+    def _fool(self, rebuilt: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+        """How little the discriminator is fooled, and the weight that lets it pull as ``told`` does."""
+        self.discriminator.requires_grad_(False)
+        precision = self.precisions["optimizer"]
+        with precision.autocast():
+            fooling = fooling_loss(self.discriminator(rebuilt))
+        self.discriminator.requires_grad_(True)
+        scale = torch.ones((), device=self.device) if precision.scaler is None else precision.loss_scale()
+        assert scale is not None
+        pulls = [
+            torch.autograd.grad(loss * scale, self.tokenizer.last_layer, retain_graph=True)[0].norm() / scale
+            for loss in (told, fooling)
+        ]
+        return fooling, (pulls[0] / (pulls[1] + EPS)).clamp(0, MOST).detach()
+
+    def _tell_apart(self, images: Tensor, rebuilt: Tensor) -> Descent:
+        """The discriminator's part of a step."""
+        precision = self.precisions["discriminator_optimizer"]
+        with precision.autocast():
+            loss = hinge_loss(self.discriminator(images), self.discriminator(rebuilt))
+        backward(loss, precision.scaler)
+        optimizer = self.optimizers["discriminator_optimizer"]
+        return descend(loss, self.discriminator, optimizer, scaler=precision.scaler)
+
+    def shown(self, values: Mapping[str, float]) -> str:
+        seen = f"perceptual {values['perceptual']:.4f}, discriminator {values['discriminator']:.3f}"
+        return f"{super().shown(values)}, {seen}"
+
+    def state(self) -> dict[str, Any]:
+        return {name: precision.state() for name, precision in self.precisions.items()}
+
+    def load_state(self, state: Mapping[str, Any], source: Path) -> None:
+        for name, precision in self.precisions.items():
+            precision.load_state(state.get(name, {}), source)
+
+
+def train_vqgan(
+    tokenizer: VQGAN,
+    pairs: Pairs,
+    config: ImageTokenizerTrainConfig,
+    out: StrPath,
+    *,
+    origin: Mapping[str, str] = MappingProxyType({}),
+    progress: bool = True,
+    workers: int = 0,
+) -> History:
+    """Train ``tokenizer`` in place, as :func:`cogview.training.vqvae.train_image_tokenizer` trains a VQ-VAE.
+
+    A player whose loss or gradient is not finite does not move in that step. Returns the history:
+    ``reconstruction`` (the mean squared error of pixels, for comparison), ``codes_used``, ``perceptual``,
+    ``fooling``, ``discriminator`` and ``adaptive_weight`` per step; the last three are 0 before
+    ``discriminator_start``.
+    """
+    trainer = VQGANTrainer(tokenizer, pairs, config, workers)
+    trainer.origin = origin
+    return run_loop(trainer, config, out, progress=progress)

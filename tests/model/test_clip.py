@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CLIP: those of transformers, the small one, its training, and how well it finds pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cogview.config import ClipTrainConfig
+from cogview.data.digits import DigitPairs
+from cogview.evaluation.retrieval import retrieval
+from cogview.perception.clip import Heads, SmallClipConfig, TransformersClip, load_clip
+from cogview.training.clip import (
+    ClipTrainer,
+    Features,
+    TrainClip,
+    latin_captions,
+    run_loop,
+    train_clip,
+)
+from tests.model.clips import save_tiny_clip
+
+SHAPE = SmallClipConfig(width=16, hidden=32, side=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clips") / "tiny")
+
+
+def test_a_clip_of_transformers_computes_what_transformers_does(tiny):
+    import transformers
+
+    clip = load_clip(tiny)
+    assert isinstance(clip, TransformersClip) and clip.width == 8
+    images = torch.rand(2, 3, 16, 16, requires_grad=True)
+    texts = ["a tiger", "a very long dog"]
+    tokens = transformers.AutoTokenizer.from_pretrained(tiny)(texts, padding=True, return_tensors="pt")
+    model = transformers.CLIPModel.from_pretrained(tiny)
+    out = model(pixel_values=(images - 0.5) / 0.3, **tokens)
+    torch.testing.assert_close(clip.of_images(images), out.image_embeds)
+    torch.testing.assert_close(clip.of_texts(texts), out.text_embeds)
+    clip.of_images(images)[:, 0].sum().backward()
+    assert images.grad.abs().sum() > 0
+
+
+def test_what_is_no_clip_is_one_clear_line(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no CLIP, neither clip\.json nor config\.json"):
+        load_clip(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="must hold a model of type clip, got bert"):
+        load_clip(tmp_path)
+    (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="holds no whole CLIP"):
+        load_clip(tmp_path)
+
+
+def test_captions_in_latin_letters():
+    captions = ["a tiger", "一只老虎", "piñata: 1st", "🐅"]
+    assert latin_captions(captions) == ["a tiger", "piñata: 1st", "🐅"]
+    assert len(latin_captions(["a", "b", "c", "d", "e", "f", "g"])) == 4
+
+
+def related(number=40):
+    """Pictures with two texts each that say, in other numbers, what is seen in them."""
+    meaning = torch.randn(number, 12)
+    texts = meaning.repeat_interleave(2, 0) @ torch.randn(12, 384) + 0.1 * torch.randn(2 * number, 384)
+    first = torch.arange(0, 2 * number + 1, 2)
+    return Features(meaning @ torch.randn(12, 1280), texts, first)
+
+
+def test_heads_learn_which_text_belongs_to_which_picture_and_resume(tmp_path):
+    features = related()
+    config = ClipTrainConfig(steps=40, batch_size=20, checkpoint_every=20, learning_rate=3e-3)
+    torch.manual_seed(0)
+    heads = Heads(SHAPE)
+    whole = run_loop(ClipTrainer(heads, features, config), config, tmp_path / "a", progress=False)
+    assert whole["right"][0] < 0.3 and whole["right"][-1] > 0.8
+    short = ClipTrainConfig(steps=40, batch_size=20, checkpoint_every=20, learning_rate=3e-3)
+    torch.manual_seed(0)
+    trainer = ClipTrainer(Heads(SHAPE), features, short)
+    real = trainer.step
+
+    def dies(step, batch):
+        if step == 25:
+            raise RuntimeError("killed")
+        return real(step, batch)
+
+    trainer.step = dies
+    with pytest.raises(RuntimeError, match="killed"):
+        run_loop(trainer, short, tmp_path / "b", progress=False)
+    other = ClipTrainer(Heads(SHAPE), features, short)
+    assert run_loop(other, short, tmp_path / "b", progress=False) == whole
+
+
+class FewDigits(DigitPairs):
+    """Forty scans."""
+
+    def __len__(self) -> int:
+        return 40
+
+
+def test_the_small_clip_is_trained_saved_and_read(tmp_path):
+    config = ClipTrainConfig(steps=60, batch_size=20, image_size=16, checkpoint_every=60, learning_rate=3e-3)
+    wanted = TrainClip("digits", tmp_path / "clip", config, SHAPE, "cpu", progress=False)
+    history = train_clip(wanted, FewDigits())
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    clip = load_clip(tmp_path / "clip")
+    texts = clip.of_texts(["a handwritten zero", "the grey zero", "a handwritten seven"])
+    assert texts.shape == (3, 16)
+    torch.testing.assert_close(texts.norm(dim=1), torch.ones(3))
+    cosines = texts @ texts.t()
+    assert cosines[0, 1] > cosines[0, 2]
+    image = torch.rand(1, 3, 16, 16, requires_grad=True)
+    clip.of_images(image).sum().backward()
+    assert image.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+
+
+def test_retrieval_by_hand():
+    images = F.normalize(torch.eye(4)[:, :3] + torch.tensor([0.0, 0.0, 1e-3]), dim=1)
+    found = retrieval(images, images, ranks=(1, 2))
+    assert (
+        found["image of a text, at 1"] == 0.5
+    )  # the third and the fourth look alike, and a tie is no success
+    assert found["image of a text, at 2"] == 1.0
