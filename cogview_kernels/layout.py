@@ -365,6 +365,14 @@ class ThreeRegionLayout:
             pairs += 0 if self.causal else max(0, window_start(pivot, size, window_blocks))
         return pairs
 
+    def check_causal(self, op: str) -> None:
+        """For ops that decode: a query of a sequence that is being written sees nothing after itself."""
+        if not self.causal:
+            raise ValueError(
+                f"{op}: layout must be causal, got causal=False; use three_region_attention for a whole "
+                "sequence that sees to both sides"
+            )
+
     def check_pivots(self, op: str, num_keys: int) -> None:
         """Where they can be read: pivots lie in [-1, ``num_keys``) and, -1 apart, differ within a sample."""
         if not _torch_ops.values_are_readable(self.pivots):

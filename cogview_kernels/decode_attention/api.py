@@ -156,11 +156,7 @@ def _check(
     if layout is not None:
         if not isinstance(layout, ThreeRegionLayout):
             raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
-        if not layout.causal:
-            raise ValueError(
-                f"{_OP}: layout must be causal, got causal=False; use three_region_attention for a whole "
-                "sequence that sees to both sides"
-            )
+        layout.check_causal(_OP)
         pivots = layout.pivots
         if pivots.shape[0] != B:
             raise ValueError(
