@@ -220,7 +220,7 @@ MUTATIONS = [
              "next_first == pause) next_first = resume;", "next_first == pause) next_first = pause;",
              _CUDA_BOTH_SIDES),
     Mutation("attention-cuda-gradient-of-padding", "csrc/three_region_attention/*.cuh",
-             "if (terms.lse == -INFINITY) terms.lse = INFINITY;", "", _CUDA_STARTS),
+             "if (!CAUSAL && terms.lse == -INFINITY) terms.lse = INFINITY;", "", _CUDA_STARTS),
     # ---- local_attention_2d
     Mutation("local-cpu-row-above", "csrc/local_attention_2d/*",
              "(down >= -window.row_radius)", "(down > -window.row_radius)", _CPU_LOCAL),

@@ -45,7 +45,7 @@ struct QueryTerms {
 };
 
 // Of one query, on its way from device memory to RowData: read while the tile before is worked on.
-template <bool DROPOUT>
+template <bool DROPOUT, bool CAUSAL>
 struct NextRow {
     QueryTerms terms;
     RowWords words;
@@ -55,8 +55,9 @@ struct NextRow {
         const AttentionShape& shape = args.common.shape;
         const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
         terms = {args.lse[at], args.delta[at]};
-        // Where a query sees nothing all its probabilities are to be 0.
-        if (terms.lse == -INFINITY) terms.lse = INFINITY;
+        // All probabilities of a query before its sample are to be 0. Where the layout is causal, its scores
+        // are masked, each of them.
+        if (!CAUSAL && terms.lse == -INFINITY) terms.lse = INFINITY;
         if (DROPOUT) words = philox(seed, query, h, b);
     }
 };
@@ -70,7 +71,7 @@ struct __align__(16) RowData {
     int window[CAUSAL ? 1 : 2][ROWS];  // its first key; where the layout is not causal, its last one, too
 
     template <bool DROPOUT>
-    __device__ __forceinline__ void put(int row, const NextRow<DROPOUT>& from) {
+    __device__ __forceinline__ void put(int row, const NextRow<DROPOUT, CAUSAL>& from) {
         terms[row] = from.terms;
         if (DROPOUT) words[row] = from.words;
     }
@@ -166,7 +167,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         carrier.put(Shape::kHoldsDout ? staged : douts, kRow);
         if (threadIdx.x < kBackwardRows) {
             const int query = min(first + int(threadIdx.x), last);
-            NextRow<DROPOUT> row;
+            NextRow<DROPOUT, CAUSAL> row;
             row.fetch(args, DROPOUT ? a.dropout.read_seed() : 0, b, h, query);
             rows->put(threadIdx.x, row);
             rows->put_window(a, b, threadIdx.x, query);
@@ -196,10 +197,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         next_keys.fetch(k, a.k.stride[2], positions);
         next_values.fetch(v, a.v.stride[2], positions);
     };
-    if (walk.tiles > 0) {
-        find(0);
-        fetch();
-    }
+    find(0);  // where there is no tile at all, of keys that nobody looks at
+    fetch();
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
         next_keys.put(keys, kRow);
@@ -419,7 +418,7 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     int next_h = kv_head * group, next_first = begin;
     const uint64_t seed = DROPOUT ? a.dropout.read_seed() : 0;
     Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
-    NextRow<DROPOUT> next_row;
+    NextRow<DROPOUT, CAUSAL> next_row;
     const auto fetch = [&] {
         const auto position = [&](int row) { return next_first + row < end ? next_first + row : kNowhere; };
         next_queries.fetch(a.q.head<__half>(b, next_h), a.q.stride[2], position);
