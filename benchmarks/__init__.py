@@ -13,5 +13,5 @@ OPS = (
     "decode_attention",
     "local_attention_2d",
 )
-# The first of the others has a kernel on the CPU alone.
-BENCHMARKS = (*OPS, "decode_linear", "training_step")
+# The first two of the others have a kernel on the CPU alone.
+BENCHMARKS = (*OPS, "decode_step", "decode_linear", "training_step")

@@ -64,7 +64,20 @@ def ops() -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
     }
     if hasattr(k, "decode_linear"):  # older checkouts have none
         found["decode_linear"] = (lambda x: k.decode_linear(x, linear), (row,))
+    if hasattr(k, "decode_step"):
+        found["decode_step"] = _step(k)
     return found
+
+
+def _step(k):
+    """Of one layer of width 64, in a cache of eight positions."""
+    import torch
+
+    norm, square = (torch.ones(64), torch.zeros(64)), (torch.randn(64, 64), torch.zeros(64))
+    qkv = torch.randn(192, 64), torch.zeros(192)
+    stack = k.LayerStack((k.LayerWeights(norm, qkv, square, norm, norm, square, square, norm),), norm)
+    cache, lengths = torch.zeros(1, 2, 1, 2, 8, 32), torch.tensor([4])
+    return lambda x: k.decode_step(x, stack, cache, lengths), (torch.randn(1, 1, 64),)
 
 
 def measure() -> Times:

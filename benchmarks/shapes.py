@@ -130,6 +130,22 @@ class LossShape:
 
 
 @dataclass(frozen=True)
+class DecodeStepShape:
+    """T new tokens of B rows through layers of width C, behind a cache that they fill to S positions."""
+
+    name: str
+    B: int
+    T: int
+    layers: int
+    C: int
+    H: int
+    S: int
+
+    def __str__(self) -> str:
+        return f"B={self.B} T={self.T}, {self.layers} layers of {self.C}, H={self.H} S={self.S}"
+
+
+@dataclass(frozen=True)
 class LinearShape:
     """N rows through ``layers`` matrices of O outputs and K inputs."""
 
@@ -272,6 +288,15 @@ _LINEAR = (
     LinearShape("up-8", N=8, K=768, O=3072, layers=12),
 )
 LINEAR = ShapesOf(gpu=(), cpu=_LINEAR, tiny=(LinearShape("tiny", N=2, K=40, O=24, layers=2),))
+
+_DECODE_STEP = (
+    DecodeStepShape("digits", B=1, T=1, layers=3, C=128, H=4, S=24),
+    DecodeStepShape("digits-60", B=60, T=1, layers=3, C=128, H=4, S=24),
+    DecodeStepShape("gpt2", B=1, T=1, layers=12, C=768, H=12, S=560),
+)
+DECODE_STEP = ShapesOf(
+    gpu=(), cpu=_DECODE_STEP, tiny=(DecodeStepShape("tiny", B=2, T=2, layers=2, C=32, H=2, S=9),)
+)
 
 # Plain PyTorch would pay more for dropout and PB-Relax. Weights are as large as in the released model.
 _PLAIN = {"dropout": 0.0, "pb_relax": None}

@@ -330,6 +330,15 @@ def presets(given: options.Presets) -> None:
     print("        cogview plan --preset NAME tells it by part and for several GPUs, with the time")
 
 
+def pack(given: options.Pack) -> None:
+    """``cogview pack``."""
+    from cogview.pack import pack_run
+
+    size = pack_run(given.run, given.out)
+    print(f"{given.out} holds the run in {size / 2**20:.1f} MiB")
+    _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
+
+
 def convert(given: options.Convert) -> None:
     """``cogview convert``."""
     from cogview.convert import Convert, left_behind

@@ -64,6 +64,14 @@ Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options 
 Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
 SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
+AnyRun = Annotated[
+    Path | None,
+    arg(
+        metavar="RUN",
+        help='run folder of "cogview train" or "cogview demo"',
+        help_behavior_hint="(default: the one that ships, of emoji)",
+    ),
+]
 Images = Positional[
     Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
 ]
@@ -327,7 +335,7 @@ PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|
 class Drawing:
     """What every verb that draws pictures takes."""
 
-    run: RunFolder
+    run: AnyRun = None
     out: Annotated[str, arg(metavar="PATH")] = "out.png"
     """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture, its text and
     seed within, and the sheet; or - for standard output"""
@@ -466,7 +474,7 @@ class Caption:
 
     images: Images
     """image files"""
-    run: RunFolder
+    run: AnyRun = None
     beams: int = 1
     """texts that are followed at a time in search of the likeliest; 1 takes the likeliest token each time"""
     json: Flag = False
@@ -490,7 +498,7 @@ class Rerank:
     """the text to compare with"""
     images: Images
     """image files"""
-    run: RunFolder
+    run: AnyRun = None
     json: Flag = False
     """print a JSON object a picture"""
     precision: PrecisionName = "fp32"
@@ -565,6 +573,15 @@ class Evaluate:
 @dataclass(frozen=True)
 class Presets:
     """List the presets: parameters, tokens, memory, and what each is for."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Write a run without what only training needs, its weights in bfloat16, to hand on."""
+
+    run: RunFolder
+    out: Annotated[Path, arg(metavar="NEW")]
+    """run folder to write, which must not exist yet"""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ VERBS: dict[str, type] = {
     "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,
+    "pack": options.Pack,
     "data": options.WriteData,
     "demo": options.Demo,
     "rank-curve": options.RankCurve,

@@ -66,22 +66,22 @@ _PRESETS: dict[str, Preset] = {
             hidden_size=256,
             num_heads=8,
             init_std=0.04,
-            vocab_size=6144,
+            vocab_size=8192,
             max_positions=86,
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=2000,
-            batch_size=32,
-            learning_rate=1.5e-3,
+            steps=6400,
+            batch_size=16,
+            learning_rate=1.2e-3,
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
             text_dropout=0.1,  # for --guidance
-            checkpoint_every=100,
+            checkpoint_every=200,
         ),
         image_tokenizer=ImageTokenizerConfig(
-            num_codes=2048,
+            num_codes=4096,
             code_dim=48,  # the numbers of a cell of 4x4 pixels: training begins without a loss
             channels=96,
             stages=2,
@@ -93,13 +93,13 @@ _PRESETS: dict[str, Preset] = {
         ),
         # With a commitment of 0.25, encoder outputs shrank to a line, and the book had little to tell apart.
         image_tokenizer_train=ImageTokenizerTrainConfig(
-            steps=3000,
-            batch_size=64,
+            steps=5000,
+            batch_size=32,
             learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
+            color_weight=4.0,
             warmup_steps=1,
-            checkpoint_every=100,
+            checkpoint_every=250,
         ),
         text_pieces=4000,
         min_text_tokens=17,  # what the longest caption has
@@ -145,7 +145,7 @@ _PRESETS: dict[str, Preset] = {
             batch_size=64,
             learning_rate=1e-3,
             commitment=0.02,
-            color_weight=5.0,
+            color_weight=4.0,
             warmup_steps=1,
             checkpoint_every=500,
         ),
@@ -278,7 +278,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "emoji": "32 px, the built-in emoji: 5.5 million parameters, est. an hour on two CPU cores",
+    "emoji": "32 px, the built-in emoji: 6.1 million parameters, est. an hour on two CPU cores",
     "emoji-64": "64 px, the built-in emoji: 41 million parameters, one GPU",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",

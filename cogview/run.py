@@ -463,17 +463,21 @@ class Run:
         return pieces
 
 
-def load_run(folder: StrPath, device: str | None = None, precision: Precision = "fp32") -> Run:
+PRETRAINED = Path(__file__).with_name("pretrained")  # the run that ships; its README.md says what it is
+
+
+def load_run(folder: StrPath | None = None, device: str | None = None, precision: Precision = "fp32") -> Run:
     """The run of a folder that ``cogview train`` or ``cogview demo`` wrote, with its latest weights.
 
     Args:
+        folder: None is the run that ships with the package: emoji of 32 px, asked for in English or Chinese.
         device: where it works, such as ``"cpu"``; by default an NVIDIA GPU where one answers.
         precision: of the transformer: ``"fp32"``, ``"bf16"``, ``"fp16"``; or ``"int8"``, bf16 with the
             weights of its linear layers in 8 bits, which needs the package torchao.
 
     FileNotFoundError or ValueError, each naming the file and the way out.
     """
-    folder, device = Path(folder), usable_device(device)
+    folder, device = PRETRAINED if folder is None else Path(folder), usable_device(device)
     tokenizers = load_tokenizers(folder, device)
     settings = load_model_settings(folder)
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)

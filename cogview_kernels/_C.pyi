@@ -227,6 +227,16 @@ def decode_linear_cpu(
     gelu: bool,
     threads: int,
 ) -> None: ...
+def decode_step_cpu(
+    x: Tensor | None,
+    y: Tensor | None,
+    weights: list[Tensor | None],
+    cache: Tensor | None,
+    lengths: _Integers,
+    layout: _Layout,
+    options: _NormOptions,
+    threads: int,
+) -> None: ...
 def local_attention_2d_fwd_cpu(
     inputs: tuple[_Strided, ...],
     out: _Strided,

@@ -7,6 +7,7 @@ Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what c
 
 from cogview_kernels.decode_attention import decode_attention
 from cogview_kernels.decode_linear import decode_linear
+from cogview_kernels.decode_step import LayerStack, LayerWeights, decode_step
 from cogview_kernels.layer_norm import layer_norm
 from cogview_kernels.layout import ThreeRegionLayout, ThreeRegionPlan
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
@@ -19,10 +20,13 @@ from cogview_kernels.stable_softmax import stable_softmax
 from cogview_kernels.three_region_attention import three_region_attention
 
 __all__ = [
+    "LayerStack",
+    "LayerWeights",
     "ThreeRegionLayout",
     "ThreeRegionPlan",
     "decode_attention",
     "decode_linear",
+    "decode_step",
     "layer_norm",
     "linear_cross_entropy",
     "local_attention_2d",

@@ -117,7 +117,7 @@ class Op:
         for x in arguments:
             kind = type(x)
             if kind is not Tensor and kind is not Parameter:
-                if kind in _SCALARS:
+                if kind in _SCALARS or kind is list:  # what a list holds has been checked by its op
                     continue
                 has_memory = False  # of a subclass, or a symbolic number, which only a tracer has
                 if not isinstance(x, Tensor):

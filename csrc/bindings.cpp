@@ -7,14 +7,17 @@
 
 #include <algorithm>
 #include <array>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_linear/decode_linear.h"
+#include "decode_step/decode_step.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "local_attention_2d/local_attention_2d.h"
@@ -343,6 +346,53 @@ DecodeLinear decode_linear(const PythonTensor& x, const PythonTensor& weight, co
             x.last, weight.size[0], weight.stride[0], gelu,   x.dtype};
 }
 
+// Weights and biases of the norms and linear layers of a DecodeStepLayer, in its order.
+constexpr size_t kLayerTensors = 16;
+
+// Whether what `x` holds lies in one piece, row by row; of its first four dimensions.
+bool is_contiguous(const PythonTensor& x) {
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; --i) {
+        if (x.size[i] > 1 && x.stride[i] != stride) return false;
+        stride *= std::max<int64_t>(1, x.size[i]);
+    }
+    return true;
+}
+
+DecodeStepLayer decode_step_layer(const PythonTensor* x) {
+    const auto affine = [x](int i) { return Affine{parameter(x[i]), parameter(x[i + 1])}; };
+    const auto linear = [x](int i) { return LinearWeights{x[i].data, x[i + 1].data}; };
+    return {affine(0), linear(2), linear(4), affine(6), affine(8), linear(10), linear(12), affine(14)};
+}
+
+// x and y [B, T, C]; weights: those of the layers, then weight and bias of the norm after them; cache
+// [L, 2, B, H, S, D].
+DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const std::vector<PythonTensor>& weights,
+                       const PythonTensor& cache, const PythonTensor& lengths, const LayoutArguments& layout,
+                       NormArguments options) {
+    const int64_t B = x.size[0], C = x.last, H = cache.size[3], L = cache.size[0];
+    if (!std::all_of(weights.begin(), weights.end(), is_contiguous))
+        throw std::invalid_argument("decode_step: the tensors of stack must be contiguous");
+    DecodeStep a = {};
+    a.x = x.data;
+    a.y = y.data;
+    for (int64_t layer = 0; layer < L; ++layer)
+        a.layers.push_back(decode_step_layer(&weights[layer * kLayerTensors]));
+    a.final_norm = {parameter(weights[L * kLayerTensors]), parameter(weights[L * kLayerTensors + 1])};
+    a.cache = cache.data;
+    a.lengths = integer_list(lengths);
+    a.B = B;
+    a.T = x.size[1];
+    a.C = C;
+    a.H = H;
+    a.S = cache.elements / (2 * L * B * C);
+    a.F = weights[10].size[0];
+    a.layout = layout_within(a.S, layout);
+    a.norms = norm_options(options);
+    a.dtype = x.dtype;
+    return a;
+}
+
 // The fields of Window, in their order.
 using WindowArguments = std::tuple<int, int, int, int, int, bool>;
 
@@ -484,6 +534,7 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
                                               "dtype",  "sorted_pivots", "workspace"};
 constexpr const char* kDecode[] = {"q", "k_cache", "v_cache", "lengths", "out", "layout", "scale", "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
+constexpr const char* kStep[] = {"x", "y", "weights", "cache", "lengths", "layout", "options"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
@@ -543,6 +594,7 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
              [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
+    bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
              [] { return COGVIEW_PICK_ISA(local_attention_2d_fwd_cpu); });
     bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,

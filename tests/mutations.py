@@ -51,6 +51,7 @@ _TRITON_DECODE = (
     "decode_attention_triton test_dtypes or (test_edges_of_tiles_and_splits and (several or one-2))"
 )
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
+_CPU_STEP = "decode_step (test_error_budget or test_modes)"
 _CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
@@ -222,6 +223,15 @@ MUTATIONS = [
              "if HAS_MASK:\n        seen = seen &", "if HAS_MASK:\n        seen = seen |", _TRITON_LOCAL),
     Mutation("local-triton-no-delta", "cogview_kernels/local_attention_2d/*.py",
              "ds = p * (dp - delta[None, :])", "ds = p * dp", _TRITON_LOCAL),
+    # ---- decode_step, CPU
+    Mutation("step-cpu-places", "csrc/decode_step/*",
+             "at = lengths_after_[b] - a_.T + row % a_.T", "at = lengths_after_[b] - a_.T", _CPU_STEP),
+    Mutation("step-cpu-values", "csrc/decode_step/*",
+             "(3 * row + 1 + which)", "(3 * row + 1)", _CPU_STEP),
+    Mutation("step-cpu-final-norm", "csrc/decode_step/*",
+             "last ? a_.final_norm", "last ? a_.layers[0].attention_pre", _CPU_STEP),
+    Mutation("step-cpu-trunk", "csrc/decode_step/*",
+             "residual = x_.data();", "", _CPU_STEP),
     # ---- decode_linear, CPU
     Mutation("linear-cpu-last-part", "csrc/decode_linear/*",
              "if (k < stop) step(", "if (k + 1 < stop) step(", _CPU_LINEAR),

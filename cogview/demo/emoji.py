@@ -197,7 +197,7 @@ def judge_report(judge: EmojiJudge) -> dict[str, Any]:
     found, expected = judge.real(), judge.expected(held_out_combinations())
     return {
         "tone": "logistic regression on how many pixels are near each fill of skin",
-        "drawing": "the nearest real training picture in features of EfficientNet-Lite0",
+        "drawing": "the nearest real training picture in feature maps of EfficientNet-Lite0",
         "drawings_to_choose_from": len(judge.drawings),
         "real_held_out_pictures": len(found.tones),
         "tone_accuracy": (found.tones == expected.tones).double().mean().item(),

@@ -21,6 +21,7 @@ from cogview.perception.efficientnet import EfficientNetLite0Features
 PALETTE = ("#fadcbc", "#debb90", "#c19a65", "#a57939", "#6a462f")
 NEAR = 0.06  # distance in RGB, each in [0, 1], that makes a pixel half a pixel of that fill or less
 SIDE = 96  # pixels to which pictures are enlarged for the network
+STAGES = 4  # of the network, after which its map still tells where things are: 80 x 6 x 6 numbers
 TOGETHER = 64  # pictures that the network sees at once
 
 
@@ -36,8 +37,10 @@ class EmojiJudge:
     """Reads pictures of one size.
 
     The tone goes by colour: a logistic regression on how many pixels are near each of the five fills of skin.
-    The drawing is that of the nearest real picture, by the cosine between features of EfficientNet-Lite0,
-    among all drawings that have tones, each in the colours that training sees.
+    The drawing is that of the nearest real picture, by the cosine between feature maps of EfficientNet-Lite0
+    halfway up, among all drawings that have tones, each in the colours that training sees. (The network's
+    last features, averaged over the picture, forget where things are: they read 72 % of real held-out ones
+    at 32 pixels, these 81 %; of the same pictures slightly blurred 65 and 81 %.)
 
     Args:
         size: side of the pictures in pixels.
@@ -85,7 +88,7 @@ class EmojiJudge:
         return self((pairs or held_out_combinations()).images(self.size))
 
     def _normalised(self, images: Tensor) -> Tensor:
-        parts = [self._network(part) for part in images.split(TOGETHER)]
+        parts = [self._network.feature_map(part, STAGES).flatten(1) for part in images.split(TOGETHER)]
         return F.normalize(torch.cat(parts), dim=1)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from cogview.generation.engine import STOP_EVERY, Task, prefill, step
+from cogview.generation.engine import STOP_EVERY, Task, prefill
 from cogview.model.transformer import CogView
 
 
@@ -64,7 +64,7 @@ def beam_search(
         if index == N - 1 or (index % STOP_EVERY == STOP_EVERY - 1 and bool(ended.all())):
             break
         rows.cache.reorder((first_row + beam).flatten(), first=len(prompts[0]))
-        hidden = step(model, rows.cache, choice.view(-1, 1))[:, -1]
+        hidden = rows.step(choice.view(-1, 1), rows.cache)[:, -1]
     if not bool(finite):
         raise FloatingPointError("the model's logits are not finite (NaN or infinite)")
     winner = (total / length).argmax(1)

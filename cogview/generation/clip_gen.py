@@ -13,6 +13,7 @@ from cogview.generation.engine import DrawOptions, Rows, Task, decode
 from cogview.generation.text_to_image import Candidates
 from cogview.model.cache import KVCache
 from cogview.model.clip_gen import ClipGen
+from cogview.model.decoder import Decoder
 from cogview.seeding import derive_seed
 
 
@@ -30,7 +31,8 @@ def read_embeddings(model: ClipGen, embeddings: Tensor, rows: list[int], spare: 
     nothing = torch.empty(len(embeddings), 0, dtype=torch.int64, device=weight.device)
     hidden = model(embeddings.to(weight), nothing, cache=cache)
     index = torch.tensor(rows, device=weight.device)
-    return Rows(cache.take(rows, config.max_positions + spare), hidden[index, 0])
+    cache = cache.take(rows, config.max_positions + spare)
+    return Rows(cache, hidden[index, 0], Decoder(model.transformer))
 
 
 def draw_from_embeddings(

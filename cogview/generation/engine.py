@@ -21,8 +21,9 @@ from cogview.config import SamplingConfig
 from cogview.generation.graph import on_device
 from cogview.generation.sampling import Noise, choose
 from cogview.model.cache import KVCache
+from cogview.model.decoder import Decoder
 from cogview.model.transformer import CogView
-from cogview_kernels import linear_cross_entropy
+from cogview_kernels import decode_linear, linear_cross_entropy
 
 GREEDY = SamplingConfig(temperature=0)
 STOP_EVERY = 8  # steps between two looks at whether every row has stopped: a look waits for the device
@@ -67,6 +68,7 @@ class Rows(NamedTuple):
 
     cache: KVCache  # keys and values of their tokens
     hidden: Tensor  # [R, C], the final hidden state of each row's last token
+    step: Decoder  # reads more of them
 
 
 @torch.no_grad()
@@ -98,9 +100,11 @@ def prefill(
     tokens = torch.zeros(len(place), longest, dtype=torch.int64)
     for row, prompt in zip(tokens, place, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
+    each_once = len(place) == len(prompts)
+    capacity = longest + new_tokens + spare
     cache = KVCache(
         *(config.num_layers, len(place), config.num_heads),
-        *(longest, config.hidden_size // config.num_heads),
+        *(capacity if each_once else longest, config.hidden_size // config.num_heads),
         device=device,
         dtype=model.word_embeddings.weight.dtype,
     )
@@ -108,17 +112,14 @@ def prefill(
         restarts = [prompt.index(restart) for prompt in place]
         cache.restart = torch.tensor(restarts, device=device)[:, None]
     # Padding stands behind the prompts, where causal attention never looks back at it.
-    hidden = model(tokens.to(device), cache=cache)
+    step = Decoder(model)
+    hidden = step(tokens.to(device), cache)
     lengths = torch.tensor([len(prompt) for prompt in place], device=device)
     cache.set_lengths(lengths)
     last = hidden[torch.arange(len(place), device=device), lengths - 1]
-    return Rows(cache.take(index, longest + new_tokens + spare), last[torch.tensor(index, device=device)])
-
-
-@torch.no_grad()
-def step(model: CogView, cache: KVCache, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
-    """Add tokens ``[R, T]`` to the rows; their final hidden states ``[R, T, C]``."""
-    return model(tokens, positions=positions, cache=cache)
+    if not each_once:
+        cache, last = cache.take(index, capacity), last[torch.tensor(index, device=device)]
+    return Rows(cache, last, step)
 
 
 @torch.no_grad()
@@ -193,31 +194,33 @@ class _OneByOne:
         device = rows.hidden.device
         B = len(task.seeds)
         self.model, self.task, self.options = model, task, options
-        self.cache, self.hidden = rows.cache, rows.hidden
+        self.cache, self.hidden, self.step = rows
         self.branches = len(rows.hidden) // B
-        self.ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
+        ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
+        self.ids = None if len(task.allowed) == 1 and task.allowed[0].start == 0 else ids
+        self.heads = [model.word_embeddings.weight[part.start : part.stop] for part in task.allowed]
         seeds = torch.tensor(task.seeds, device=device, dtype=torch.int64)
-        self.noise = Noise(seeds, task.first + task.num_tokens, len(self.ids))
+        self.noise = Noise(seeds, task.num_tokens, len(ids), task.first)
         width = task.num_tokens + options.parallel - 1
         self.given = torch.full((B, width), -1, device=device, dtype=torch.int64)
         if task.given is not None:
             self.given[:, : task.num_tokens] = task.given
         self.tokens = self.given.clone()
         self.done = torch.zeros(B, 1, device=device, dtype=torch.int64)  # tokens that each row has drawn
-        self.finite = torch.ones((), device=device, dtype=torch.bool)
+        self.total = torch.zeros((), device=device)  # of all logits: not finite once one was not
 
     def start(self) -> None:
         """The first token, from what the prompts left."""
-        tokens = self.next_tokens(self.hidden[:, None], self.done)
-        self.tokens.scatter_(1, self.done, tokens)
+        self.last = self.next_tokens(self.hidden[:, None], self.done)
+        self.tokens.scatter_(1, self.done, self.last)
         self.done += 1
         self.report()
 
     def advance(self) -> None:
         """One more token in every row."""
-        last = self.in_every_branch(self.tokens.gather(1, self.done - 1))
-        tokens = self.next_tokens(step(self.model, self.cache, last), self.done)
-        self.tokens.scatter_(1, self.done, tokens)
+        hidden = self.step(self.in_every_branch(self.last), self.cache)
+        self.last.copy_(self.next_tokens(hidden, self.done))
+        self.tokens.scatter_(1, self.done, self.last)
         self.done += 1
 
     def in_every_branch(self, x: Tensor) -> Tensor:
@@ -226,13 +229,15 @@ class _OneByOne:
 
     def next_tokens(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """The tokens at ``positions`` ``[B, T]`` from the hidden states before them, ``[R, T, C]``."""
-        parts = [self.model.logits(hidden, part.start, part.stop) for part in self.task.allowed]
+        parts = [decode_linear(hidden, head) for head in self.heads]
         logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        self.finite &= logits.isfinite().all()
+        self.total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
         if self.branches == 2:
             with_text, without = logits.float().chunk(2)
             logits = without + self.options.guidance * (with_text - without)
-        drawn = self.ids[choose(logits, self.options.sampling, self.noise, positions + self.task.first)]
+        drawn = choose(logits, self.options.sampling, self.noise, positions)
+        if self.ids is not None:
+            drawn = self.ids[drawn]  # of image codes, which come first, the index is the id
         if self.task.given is None:
             return drawn
         given = self.given.gather(1, positions)
@@ -248,7 +253,7 @@ class _OneByOne:
 
     def check_finite(self) -> None:
         """Waits for the device, unlike a step, which only remembers what it met."""
-        if not bool(self.finite):
+        if not bool(self.total.isfinite()):
             raise FloatingPointError(
                 "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow "
                 f"in this precision, {self.hidden.dtype}"
@@ -293,7 +298,7 @@ class _GuessAndVerify(_OneByOne):
         inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
         positions = self.cache.positions(self.cache.lengths[:, None] + self.window)
         positions = positions.clamp(max=self.model.config.max_positions - 1)
-        hidden = step(self.model, self.cache, inputs, positions)
+        hidden = self.step(inputs, self.cache, positions)
         at = self.done + self.window
         at_most = at.clamp(max=N - 1)  # what stands past the end is never kept
         drawn = self.next_tokens(hidden, at_most)

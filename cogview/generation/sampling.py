@@ -91,22 +91,23 @@ def exponentials(seeds: Tensor, positions: Tensor, size: int) -> Tensor:
 
 
 class Noise:
-    """:func:`exponentials` of B rows at positions below ``length``: made at once where that is little memory.
+    """:func:`exponentials` of B rows at ``length`` positions: made at once where that is little memory.
 
     Args:
         seeds: int64 ``[B]``.
         size: indices that there are to choose among.
+        first: the position that is called 0 here.
     """
 
-    def __init__(self, seeds: Tensor, length: int, size: int) -> None:
-        self.seeds, self.size = seeds, size
+    def __init__(self, seeds: Tensor, length: int, size: int, first: int = 0) -> None:
+        self.seeds, self.size, self.first = seeds, size, first
         self.made: Tensor | None = None
         if len(seeds) * length * size <= MADE_AT_ONCE:
-            positions = torch.arange(length, device=seeds.device).expand(len(seeds), -1)
+            positions = torch.arange(first, first + length, device=seeds.device).expand(len(seeds), -1)
             self.made = exponentials(seeds, positions, size)
 
     def at(self, positions: Tensor) -> Tensor:
         """float32 ``[B, T, size]`` at positions ``[B, T]``."""
         if self.made is None:
-            return exponentials(self.seeds, positions, self.size)
+            return exponentials(self.seeds, positions + self.first, self.size)
         return self.made.gather(1, positions[..., None].expand(-1, -1, self.size))

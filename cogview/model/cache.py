@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -36,10 +37,16 @@ class KVCache:
         self.lengths = torch.zeros(batch, device=device, dtype=torch.int64)
         self.restart: Tensor | None = None
         self.is_empty = True
-        # By layer, so that a step does not take the buffer apart again: [B, H, S, D] twice, and the two
-        # together with the dimensions in the order in which a projection has them, [B, S, 2, H, D].
-        self._layers = [(*layer.unbind(0), layer.permute(1, 3, 0, 2, 4)) for layer in self.buffer]
-        self._rows = torch.arange(batch, device=device)[:, None]
+
+    @functools.cached_property
+    def _layers(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """By layer, so that a step does not take the buffer apart again: ``[B, H, S, D]`` twice, and the two
+        together with the dimensions in the order in which a projection has them, ``[B, S, 2, H, D]``."""
+        return [(layer[0], layer[1], layer.permute(1, 3, 0, 2, 4)) for layer in self.buffer]
+
+    @functools.cached_property
+    def _rows(self) -> Tensor:
+        return torch.arange(self.buffer.shape[2], device=self.buffer.device)[:, None]
 
     @property
     def capacity(self) -> int:
@@ -51,16 +58,19 @@ class KVCache:
         """Memory that keys and values take."""
         return self.buffer.numel() * self.buffer.element_size()
 
+    def places(self, count: int) -> Tensor:
+        """Where ``count`` new tokens of every row are to stand, int64 ``[B, count]``."""
+        places = self.lengths[:, None]
+        return places if count == 1 else places + torch.arange(count, device=self.lengths.device)
+
     def begin(self, count: int) -> Tensor:
-        """Before ``count`` new tokens of every row go through the layers: their places, int64 ``[B, count]``.
+        """Before ``count`` new tokens of every row go through the layers one by one: their places.
 
         ValueError if they cannot fit.
         """
         if self.is_empty and self.capacity < count:
             raise ValueError(f"the cache holds {self.capacity} tokens per row, got {count}")
-        self._slots = self.lengths[:, None]
-        if count > 1:
-            self._slots = self._slots + torch.arange(count, device=self.lengths.device)
+        self._slots = self.places(count)
         self.lengths_after = self.lengths + count
         return self._slots
 

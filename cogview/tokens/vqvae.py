@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 from cogview.config import CodebookMethod, ImageTokenizerConfig
 
+CHROMA = 2.5  # how many times as far apart hues are as greys, where colours are compared
+
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
+
+
+def stretched_hues() -> Tensor:
+    """The map of RGB, ``[3, 3]``, that leaves greys where they are and moves all else from them.
+
+    By the squared difference of RGB, light skin is nearer to light grey than a line is to its neighbour.
+    """
+    grey = torch.full((3, 3), 1 / 3, dtype=DTYPE)
+    return grey + CHROMA * (torch.eye(3, dtype=DTYPE) - grey)
 
 
 class ResidualBlock(nn.Module):
@@ -260,8 +271,9 @@ class ImageTokenizer(nn.Module):
 
         Encoder and decoder are the identity then, as far as ``channels`` and ``code_dim`` have room for the
         pixels: training has to learn only what a codebook loses. A squared distance between vectors is the
-        sum of the pixels' squared errors and ``color_weight`` times that part of it which is the mean
-        colour's, so the nearest code is the one of least loss. For a new tokenizer with ``config.patches``.
+        sum of the pixels' squared errors and, for each of them, ``color_weight`` times that of the mean
+        colour under :func:`stretched_hues`, so the nearest code is the one of least loss. For a new tokenizer
+        with ``config.patches``.
         """
         first, last = self.enc_b.blocks[0], self.enc_b.blocks[-1]
         back, out = self.dec.blocks[0], self.dec.blocks[-1]
@@ -277,10 +289,13 @@ class ImageTokenizer(nn.Module):
         pixels = from_cell.shape[1]
         if len(to_code) >= pixels:
             turn = nn.init.orthogonal_(torch.empty(len(to_code), pixels, dtype=DTYPE))
-            means = torch.block_diag(*[torch.full((pixels // 3, pixels // 3), 3 / pixels)] * 3).to(turn)
-            factor = (1 + color_weight) ** 0.5
-            to_code = turn @ (torch.eye(pixels).to(turn) + (factor - 1) * means) @ from_cell.t()
-            from_code = turn @ (torch.eye(pixels).to(turn) + (1 / factor - 1) * means) @ from_cell.t()
+            mean = torch.full((pixels // 3, pixels // 3), 3 / pixels, dtype=DTYPE)
+            apart = stretched_hues()
+            metric = torch.eye(pixels, dtype=DTYPE) + color_weight * torch.kron(apart @ apart, mean)
+            squares, axes = torch.linalg.eigh(metric.double())
+            root = (axes * squares.sqrt()) @ axes.t()
+            to_code = turn @ root.to(turn) @ from_cell.t()
+            from_code = turn @ root.inverse().to(turn) @ from_cell.t()
             last.weight.copy_(to_code.view_as(last.weight))
         if back is out:
             out.weight.copy_((from_code @ from_cell).view_as(out.weight))

@@ -17,7 +17,7 @@ from cogview.data.pairs import Pairs
 from cogview.files import StrPath
 from cogview.seeding import derive_seed
 from cogview.tokens.vqgan import make_image_tokenizer
-from cogview.tokens.vqvae import ImageTokenizer
+from cogview.tokens.vqvae import ImageTokenizer, stretched_hues
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
 from cogview.training.speed import peak_memory_gb
 
@@ -50,6 +50,7 @@ class ImageTokenizerTrainer(Trainer):
         learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True)
         self.optimizers = {"optimizer": self.optimizer}
+        self._apart = stretched_hues().to(self.device)
         angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
         self._schedule = 0.5 * (1 + torch.cos(angle))
 
@@ -83,9 +84,9 @@ class ImageTokenizerTrainer(Trainer):
         loss = reconstruction + self.config.commitment * result.commitment + result.codebook
         if self.config.color_weight:
             # Outlines make up most of the pixels' error; this tells one plain colour from another.
-            cell = 2**self.tokenizer.config.stages
-            shades = F.mse_loss(F.avg_pool2d(result.images, cell), F.avg_pool2d(images, cell))
-            loss = loss + self.config.color_weight * shades
+            means = F.avg_pool2d(result.images - images, 2**self.tokenizer.config.stages)
+            apart = torch.einsum("ij,bjhw->bihw", self._apart, means)
+            loss = loss + self.config.color_weight * apart.square().mean()
         backward(loss)
         descent = descend(loss, self.model, self.optimizer)
         self.put_back(book, descent.skipped)
@@ -121,7 +122,8 @@ def train_image_tokenizer(
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
     Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight`` times the MSE
-    of mean colours and, where ``codebook`` is "straight-through", the codebook's own; Adam, cosine to zero.
+    of the cells' mean colours under ``stretched_hues`` and, where ``codebook`` is "straight-through", the
+    codebook's own; Adam, cosine to zero.
     A step whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0
     reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds
     PyTorch's global generators. Returns the history: ``reconstruction`` (MSE) and ``codes_used`` (distinct

@@ -26,4 +26,17 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
         [](const void* b, int64_t begin, int64_t end) { (*static_cast<const Body*>(b))(begin, end); }, &body);
 }
 
+void parallel_region_run(int threads, void (*call)(const void*), const void* body);
+
+// Calls body() once, on this thread. Meanwhile up to `threads` - 1 others are awake and take part in each
+// parallel_for of body(), which then costs a fraction of a microsecond beyond its work, where waking threads
+// costs several. For a chain of short loops with little between them: the others wait busily.
+template <typename Body>
+void parallel_region(int threads, const Body& body) {
+    parallel_region_run(threads, [](const void* b) { (*static_cast<const Body*>(b))(); }, &body);
+}
+
+// Whether this thread is the one that runs the body of a region: then small chunks pay, too.
+bool in_parallel_region();
+
 }  // namespace cogview

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chunks of outputs are dealt to the threads. In a chunk several rows of W are multiplied at a time, so that
 // a core has several streams of memory under way and no sum waits for the one before it.
+#include <type_traits>
+
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "decode_linear/decode_linear.h"
@@ -9,12 +11,13 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-// Of W in a chunk: a thread that is woken for less costs more than it saves.
-constexpr int64_t kChunkBytes = 256 << 10;
+// Of W in a chunk: a thread that is woken for less costs more than it saves, one that is awake does not.
+constexpr int64_t kChunkBytes = 256 << 10, kChunkBytesAwake = 32 << 10;
 // Products that one running sum takes up, since its error grows with their number.
 constexpr int64_t kRun = 64 * kLanes;
-// Rows of W that are multiplied at a time, with one row of x, and with two.
-constexpr int kAlone = 8, kShared = 4;
+// Rows of W that are multiplied at a time, with one row of x, and with up to kTogether: the sums, a vector of
+// each row of x and one of W fill the 16 registers of AVX2.
+constexpr int kAlone = 8, kShared = 4, kTogether = 3;
 
 // sums[r * stride + o] = x_r w_o. Rows of x are floats with zeros up to `width`, a multiple of kLanes.
 template <int kOutputs, int kRows, typename T>
@@ -26,12 +29,12 @@ inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t w
         VecF run[kOutputs][kRows] = {};
         const auto step = [&](int64_t k, auto tag) {
             VecF values[kRows];
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) values[r] = load(x + r * width + k);
 #pragma GCC unroll 8
             for (int o = 0; o < kOutputs; ++o) {
                 const VecF weight = load(w + o * w_stride + k, tag);
-#pragma GCC unroll 2
+#pragma GCC unroll 3
                 for (int r = 0; r < kRows; ++r) run[o][r] += weight * values[r];
             }
         };
@@ -40,12 +43,12 @@ inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t w
         if (k < stop) step(k, Part{int(stop - k)});
 #pragma GCC unroll 8
         for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) total[o][r] += run[o][r];
     }
 #pragma GCC unroll 8
     for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 2
+#pragma GCC unroll 3
         for (int r = 0; r < kRows; ++r) sums[r * stride + o] = reduce_sum(total[o][r]);
 }
 
@@ -53,11 +56,17 @@ inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t w
 template <int kOutputs, typename T>
 inline void all_rows(const DecodeLinear& a, const T* w, const float* x, int64_t width, float* sums,
                      int64_t stride) {
+    const auto multiply = [&](int64_t r, auto rows) {
+        dot_products<kOutputs, decltype(rows)::value>(w, a.weight_stride, x + r * width, width, a.K,
+                                                      sums + r * stride, stride);
+    };
     int64_t r = 0;
-    for (; r + 2 <= a.N; r += 2)
-        dot_products<kOutputs, 2>(w, a.weight_stride, x + r * width, width, a.K, sums + r * stride, stride);
-    if (r < a.N)
-        dot_products<kOutputs, 1>(w, a.weight_stride, x + r * width, width, a.K, sums + r * stride, stride);
+    for (; r + kTogether <= a.N; r += kTogether) multiply(r, std::integral_constant<int, kTogether>{});
+    if (r + 2 <= a.N) {
+        multiply(r, std::integral_constant<int, 2>{});
+    } else if (r < a.N) {
+        multiply(r, std::integral_constant<int, 1>{});
+    }
 }
 
 // x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than
@@ -82,7 +91,8 @@ void forward(const DecodeLinear& a, int threads) {
             store(wide.data + r * width + k, load(x + r * a.K + k, tag));  // zeros behind a part
         });
     }
-    const int64_t rows = kChunkBytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
+    const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;
+    const int64_t rows = bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
     const int64_t chunk = rows < kAlone ? kAlone : rows;
     parallel_for(a.O, chunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t stride = end - begin;

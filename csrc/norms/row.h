@@ -16,8 +16,9 @@
 namespace cogview {
 namespace {
 
-// Forward passes deal rows in chunks of about this many elements.
-constexpr int64_t kChunk = 1 << 17;
+// Forward passes deal rows in chunks of about this many elements, or of the second number to threads that are
+// awake.
+constexpr int64_t kChunk = 1 << 17, kChunkAwake = 1 << 12;
 // Backward passes deal at most so many chunks, each with its own partial sums of the weights' gradients. It
 // does not depend on the number of threads, so their number does not change a bit of the result.
 constexpr int64_t kPartials = 64;
@@ -26,7 +27,7 @@ inline int64_t at_least(int64_t low, int64_t x) {
     return x < low ? low : x;
 }
 inline int64_t forward_chunk(int64_t C) {
-    return at_least(1, kChunk / at_least(1, C));
+    return at_least(1, (in_parallel_region() ? kChunkAwake : kChunk) / at_least(1, C));
 }
 inline int64_t backward_chunk(int64_t rows) {
     return at_least(16, (rows + kPartials - 1) / kPartials);

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import cogview_kernels
 from cogview_kernels import ThreeRegionLayout
+from tests.helpers.stack import random_stack
 
 many = settings(
     max_examples=int(os.environ.get("COGVIEW_ANY_INPUT", "100")),
@@ -245,6 +246,22 @@ def test_decode_linear(data):
     bias = draw(st.none() | tensors([O], dtype))
     options = {"activation": draw(st.sampled_from([None, "gelu_tanh", "relu"]))}
     check("decode_linear", (x, weight, bias), options)
+
+
+@many
+@given(st.data())
+def test_decode_step(data):
+    draw, dtype = data.draw, data.draw(dtypes)
+    B, T, S, L = draw(sizes), draw(st.integers(0, 3)), draw(sizes), draw(st.integers(0, 2))
+    H, D, F = draw(st.integers(1, 3)), draw(sizes), draw(sizes)
+    torch.manual_seed(draw(st.integers(0, 99)))
+    stack = random_stack(L, H * D, F, dtype=dtype, pb_relax=draw(st.sampled_from(["row", "tensor", None, 1])))
+    if draw(st.integers(0, 9)) == 0:
+        stack = stack.map(lambda x: x.unsqueeze(0) if draw(st.integers(0, 30)) == 0 else x)
+    x = draw(tensors([B, T, H * D], dtype, draw(values)))
+    cache = draw(tensors([L, 2, B, H, S, D], dtype))
+    lengths = torch.randint(-1 if draw(st.integers(0, 9)) == 0 else 0, max(1, S - T + 1), (B,))
+    check("decode_step", (x, stack, cache, lengths), {})
 
 
 @many

@@ -11,6 +11,7 @@ from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
     decode_linear,
+    decode_step,
     layer_norm,
     linear_cross_entropy,
     local_attention_2d,
@@ -21,6 +22,7 @@ from cogview_kernels import (
     stable_softmax,
     three_region_attention,
 )
+from tests.helpers.stack import random_stack
 
 LENGTHS = range(20, 50, 3)
 
@@ -46,6 +48,8 @@ def drawn_layout(q, k, v, backend):
     layout = ThreeRegionLayout.sample(text, 6, block_size=4, window_blocks=2)
     return three_region_attention(q, k, v, layout, scale=0.3, backend=backend)
 
+
+STACK = random_stack()
 
 # Arguments for a length, and the call.
 CALLS = {
@@ -92,6 +96,10 @@ CALLS = {
         lambda T: (torch.randn(2, T), torch.randn(11, T), torch.randn(11)),
         lambda x, w, b, backend: decode_linear(x, w, b, activation="gelu_tanh", backend=backend),
     ),
+    "decode_step": (
+        lambda T: (torch.randn(2, 1, 64), torch.zeros(2, 2, 2, 2, T, 32), torch.tensor([2, 5])),
+        lambda x, cache, n, backend: decode_step(x, STACK, cache, n, backend=backend),
+    ),
     "stable_softmax": (
         lambda T: (torch.randn(2, T, T), torch.ones(T, dtype=torch.bool)),
         lambda x, mask, backend: stable_softmax(x, alpha=2.0, mask=mask, causal=True, backend=backend),
@@ -123,7 +131,7 @@ def test_ten_lengths_take_two_compilations(name, backend):
     make, call = CALLS[name]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counter)
-    differentiable = name not in ("decode_attention", "decode_linear")
+    differentiable = name not in ("decode_attention", "decode_linear", "decode_step")
     for T in LENGTHS:
         arguments, found = make(T), []
         for function in (compiled, call):

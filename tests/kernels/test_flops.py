@@ -17,11 +17,13 @@ from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
     decode_linear,
+    decode_step,
     linear_cross_entropy,
     local_attention_2d,
     three_region_attention,
 )
 from cogview_kernels.local_attention_2d.window import Window
+from tests.helpers.stack import random_stack
 
 B, H, T, D = 2, 4, 23, 16
 
@@ -91,6 +93,17 @@ def test_decode_linear_counts_what_pytorch_does():
     x, weight, bias = torch.randn(3, 8), torch.randn(11, 8), torch.randn(11)
     ours, eager = flops(lambda: decode_linear(x, weight, bias)), flops(lambda: linear(x, weight, bias))
     assert ours == eager == (2 * 3 * 8 * 11, 0)
+
+
+@pytest.mark.parametrize("with_layout", [False, True])
+def test_decode_step_counts_its_layers(with_layout):
+    stack, lengths = random_stack(layers=2, C=H * D, F=24), torch.tensor([T - 3, 2])
+    layout = ThreeRegionLayout(torch.tensor([[0, 1, 9, 14], [20, -1, 7, 11]]), 4, 2) if with_layout else None
+    seen = torch.ones(B, T, T, dtype=torch.bool).tril() if layout is None else layout.dense_mask(T)
+    pairs = int(seen[0, T - 3 :].sum() + seen[1, 2:5].sum())
+    x, cache = torch.randn(B, 3, H * D), torch.zeros(2, 2, B, H, T, D)
+    products = B * 3 * (4 * (H * D) ** 2 + 2 * H * D * 24) + 2 * H * D * pairs
+    assert flops(lambda: decode_step(x, stack, cache, lengths, layout=layout)) == (4 * products, 0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

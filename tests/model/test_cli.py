@@ -363,7 +363,7 @@ def test_a_corrupt_file_gives_one_clear_line(run_folder, tmp_path, capsys, file)
 
 
 def test_help_and_mistakes_need_no_pytorch():
-    calls = [[], ["--help"], ["trian"], ["generate", "a seven"], ["train", "--data=x", "--out=absent"]]
+    calls = [[], ["--help"], ["trian"], ["super-resolve", "a.png"], ["train", "--data=x", "--out=absent"]]
     calls += [[verb, "--help"] for verb in VERBS]
     code = (
         "import sys\nfrom cogview.cli import main\n"
@@ -384,7 +384,7 @@ def test_help_and_mistakes_need_no_pytorch():
     assert [line.partition(";")[0] for line in mistakes] == [
         f"cogview: which command? one of {', '.join(VERBS)}",
         "cogview: unknown command 'trian'",
-        'cogview generate: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
+        'cogview super-resolve: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",
     ]
 

@@ -10,10 +10,11 @@ from torch.func import functional_call
 
 from cogview.config import SamplingConfig
 from cogview.generation import graph
-from cogview.generation.engine import DrawOptions, Task, decode, prefill, score, step
+from cogview.generation.engine import DrawOptions, Task, decode, prefill, score
 from cogview.generation.sampling import Noise, choose
 from cogview.generation.text_to_image import Request, draw_candidates, generate_codes
 from cogview.model.cache import KVCache
+from cogview.model.decoder import Decoder
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import text_to_image_prompt
 from cogview.tokens.vocab import Vocab
@@ -31,10 +32,10 @@ def test_cached_steps_equal_one_full_pass_to_the_error_budget(dtype):
 
     @torch.no_grad()
     def cached(model, dtype):
-        cache = KVCache(2, 3, 2, 30, 32, dtype=dtype)
-        parts = [step(model, cache, tokens[:, :7])]
-        parts += [step(model, cache, tokens[:, at : at + 1]) for at in range(7, 20)]
-        parts.append(step(model, cache, tokens[:, 20:]))  # several new tokens at once
+        cache, step = KVCache(2, 3, 2, 30, 32, dtype=dtype), Decoder(model)
+        parts = [step(tokens[:, :7], cache)]
+        parts += [step(tokens[:, at : at + 1], cache) for at in range(7, 20)]
+        parts.append(step(tokens[:, 20:], cache))  # several new tokens at once
         assert cache.lengths.tolist() == [25, 25, 25]
         return model.logits(torch.cat(parts, dim=1))
 
@@ -59,11 +60,12 @@ def test_prompts_of_different_lengths_share_a_batch_and_like_ones_are_read_once(
     rows.append(rows[0])
     seen = []
     handle = model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    cache, hidden = prefill(model, rows, 3)
+    cache, hidden, step = prefill(model, rows, 3)
     handle.remove()
     assert seen == [3]
     drawn = torch.tensor([[3], [4], [5], [6]])
-    second, third = (step(model, cache, drawn)[:, -1] for _ in range(2))
+    with torch.no_grad():
+        second, third = (step(drawn, cache)[:, -1] for _ in range(2))
     for index, row in enumerate(rows):
         with torch.no_grad():
             alone = model(torch.tensor([[*row, *[int(drawn[index])] * 2]]))[0]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import ImageTokenizerConfig
-from cogview.tokens.vqvae import ImageTokenizer, Quantizer, ResidualBlock
+from cogview.tokens.vqvae import CHROMA, ImageTokenizer, Quantizer, ResidualBlock
 
 SMALL = ImageTokenizerConfig(num_codes=8, code_dim=4, channels=6, stages=2, image_size=16)
 
@@ -207,7 +207,8 @@ def test_a_tokenizer_of_patches_begins_without_a_loss_where_its_codes_have_room(
         torch.testing.assert_close(tokenizer(images, quantise=False).images, images, atol=1e-5, rtol=0)
         distance = (tokenizer.vectors(images) - tokenizer.vectors(other)).square().sum()
         error = (images - other)[0, :, :4, :4] / 0.5
-        colors = 16 * error.mean((1, 2)).square().sum()
+        mean = error.mean((1, 2))
+        colors = 16 * (mean.mean() + CHROMA * (mean - mean.mean())).square().sum()
         torch.testing.assert_close(distance, error.square().sum() + color_weight * colors)
     narrow = ImageTokenizer(dataclasses.replace(config, code_dim=30))
     narrow.begin_with_patches()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run without what only training needs: small enough to hand on.
+
+The run that ships with the package was written so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from cogview.files import StrPath, exists, save_tensors, write_json
+from cogview.settings import (
+    MODEL_SETTINGS,
+    TOKENIZER_SETTINGS,
+    ModelSettings,
+    TokenizerSettings,
+    load_model_settings,
+    load_tokenizer_settings,
+    plain,
+    train_model_hint,
+)
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER
+from cogview.training.checkpoint import (
+    CHECKPOINTS,
+    MODEL,
+    CheckpointState,
+    complete_checkpoint,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
+
+Settings = TypeVar("Settings", TokenizerSettings, ModelSettings)
+
+
+def pack_run(run: StrPath, out: StrPath) -> int:
+    """Write a run's tokenizers and its latest weights, in bfloat16, as a run folder; returns its bytes.
+
+    Draws, describes and ranks like the run (its weights rounded to bfloat16), can be finetuned, and cannot go
+    on with its training. ValueError or FileNotFoundError naming the file and the way out; an ``out`` that
+    exists is refused.
+    """
+    run, out = Path(run), Path(out)
+    if exists(out):
+        raise ValueError(f"--out must be a new folder, and {out} exists; move it away or name another")
+    tokenizers, model = load_tokenizer_settings(run), load_model_settings(run)
+    checkpoint = latest_checkpoint(run / CHECKPOINTS)
+    if checkpoint is None:
+        raise FileNotFoundError(f"{run} has no checkpoint yet; {train_model_hint(run)}")
+    state = read_state(checkpoint)
+    weights = verified_tensors(checkpoint, MODEL, state)
+    aside = out.with_name(f"{out.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        packed = aside / CHECKPOINTS / checkpoint.name
+        packed.mkdir(parents=True)
+        for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+            shutil.copyfile(run / name, aside / name)
+        # Where the data lay is of no meaning elsewhere, but for the built-in ones, which are names.
+        write_json(aside / TOKENIZER_SETTINGS, plain(_placeless(tokenizers)))
+        write_json(aside / MODEL_SETTINGS, plain(_placeless(model)))
+        save_tensors(packed / MODEL, _narrow(weights))
+        origin = {"tokenizers": state.origin["tokenizers"]} if "tokenizers" in state.origin else {}
+        complete_checkpoint(packed, CheckpointState(state.step, {}, origin=origin))
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def _placeless(settings: Settings) -> Settings:
+    return dataclasses.replace(settings, data=Path(settings.data).name)
+
+
+def _narrow(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in bfloat16; what is no floating-point number stays."""
+    return {
+        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public function: meaning, validation, choice of backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels.decode_step.op import backend_module, decode_step_op
+from cogview_kernels.decode_step.reference import decode_step_reference
+from cogview_kernels.decode_step.stack import LayerStack, LayerWeights, WeightAndBias
+from cogview_kernels.layout import ThreeRegionLayout
+
+_OP = "decode_step"
+_BACKENDS = ("cpu", "reference")
+_PB_RELAX = (None, "row", "tensor")
+
+
+def _limit(backend: str, x: Tensor, stack: LayerStack, cache: Tensor) -> str:
+    if backend == "reference":
+        return ""
+    return backend_module(backend).limit(backend, x.shape[0] * x.shape[1], cache.shape[5], stack.tensors)
+
+
+def decode_step(
+    x: Tensor,
+    stack: LayerStack,
+    cache: Tensor,
+    lengths: Tensor,
+    *,
+    layout: ThreeRegionLayout | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """All layers of a decoding step: new tokens through a transformer with Sandwich-LN and a cache.
+
+    Per layer, with ``LN`` short for ``F.layer_norm`` with the weights of :class:`LayerWeights`::
+
+        q, k, v = linear(LN_attention_pre(x), qkv)
+        keys[b, :, lengths[b] : lengths[b] + T] = k[b]        # values likewise
+        x = x + LN_attention_post(linear(decode_attention(q, keys, values, lengths + T), attention_out))
+        x = x + LN_mlp_post(linear(gelu_tanh(linear(LN_mlp_pre(x), mlp_up)), mlp_down))
+
+    and ``LN_final(x)`` is returned. The kernel calls those of :func:`cogview_kernels.decode_linear`,
+    :func:`cogview_kernels.decode_attention` and :func:`cogview_kernels.sandwich_layer_norm` one after the
+    other, with the rounding that they have, so the result is that of calling them; what it saves is the
+    host's time between them, which is most of a step of a small model.
+
+    Args:
+        x: ``[B, T, C]``, the embeddings of T new tokens of each row; float32, float16, bfloat16 or float64.
+        stack: at least one layer; dtype and device of ``x`` throughout, also under autocast.
+        cache: ``[L, 2, B, H, S, D]``, contiguous, keys and values of each layer, C = H D. Written in place.
+        lengths: int32 or int64 ``[B]``: tokens cached so far, in ``[0, S - T]``. It is not changed: add T.
+        layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen, in every layer.
+        backend: "cpu" or "reference"; None takes the best for device and arguments.
+
+    Returns:
+        ``[B, T, C]``, the dtype of ``x``.
+
+    Raises:
+        TypeError: a dtype above is not met.
+        ValueError: a shape above is not met, devices differ, or on the CPU lengths or pivots are out of
+            range.
+        NotImplementedError: a derivative is needed: the op has none. A limit of the backend asked for ("cpu":
+            no float64, 64 rows, D up to 256).
+        RuntimeError: the named backend cannot run here; the message says why.
+
+    Source: CogView, arXiv:2105.13290, sections 2.4 and 4.1, with keys and values cached.
+    """
+    if not isinstance(stack, LayerStack):
+        raise TypeError(f"{_OP}: stack must be a LayerStack, got {type(stack).__name__}")
+    if not isinstance(cache, Tensor):
+        raise TypeError(f"{_OP}: cache must be a tensor, got {type(cache).__name__}")
+    if torch.is_grad_enabled():
+        _refuse_derivatives(x, cache, *stack.tensors)
+    regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
+    options = stack.eps, stack.pb_relax
+    inputs = x, *stack.tensors, cache, cache.is_contiguous(), lengths
+    signature = _backends.signature(_OP, *inputs, *regions, *options, backend)
+    chosen = _backends.passed(signature)
+    if chosen is None:
+        _check(x, stack, cache, lengths, layout)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
+        _backends.remember(signature, chosen)
+    if layout is not None:
+        _check_pivots(layout, cache.shape[4])
+    if chosen == "reference":
+        _check_lengths(lengths, cache.shape[4] - x.shape[1])  # the kernel looks at them by itself
+        with _checks.no_autocast(x.device):
+            return decode_step_reference(x, stack.tensors, cache, lengths, layout, *options)
+    if layout is None:
+        return decode_step_op(x, stack.tensors, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
+    return decode_step_op(
+        x,
+        stack.tensors,
+        cache,
+        lengths,
+        layout.pivots,
+        layout.block_size,
+        layout.window_blocks,
+        float(layout.pivot_bias),
+        layout.density,
+        *options,
+        chosen,
+    )
+
+
+def _refuse_derivatives(*tensors: Tensor) -> None:
+    if any(getattr(tensor, "requires_grad", False) for tensor in tensors):
+        raise NotImplementedError(f"{_OP}: there is no derivative; call it inside torch.no_grad()")
+
+
+def _check(
+    x: Tensor, stack: LayerStack, cache: Tensor, lengths: Tensor, layout: ThreeRegionLayout | None
+) -> None:
+    if not stack.layers:
+        raise ValueError(f"{_OP}: stack must have at least one layer, got none")
+    _checks.check_float(_OP, "x", x)
+    if x.dim() != 3 or x.shape[2] == 0:
+        raise ValueError(f"{_OP}: x must have shape [B, T, C] with C of at least 1, got {tuple(x.shape)}")
+    B, _, C = x.shape
+    _check_beside("cache", cache, x)
+    if (
+        cache.dim() != 6
+        or cache.shape[:3] != (len(stack.layers), 2, B)
+        or cache.shape[3] * cache.shape[5] != C
+        or cache.shape[4] == 0
+    ):
+        raise ValueError(
+            f"{_OP}: cache must have shape [{len(stack.layers)}, 2, {B}, H, S, D] with H D = {C} to go with "
+            f"x and stack, S at least 1, got {tuple(cache.shape)}"
+        )
+    if not cache.is_contiguous():
+        raise ValueError(f"{_OP}: cache must be contiguous, since it is written in place")
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
+        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"{_OP}: lengths must be an int32 or int64 tensor, got {got}")
+    if lengths.shape != (B,):
+        raise ValueError(f"{_OP}: lengths must have shape [{B}], got {tuple(lengths.shape)}")
+    _checks.check_same_device(_OP, "lengths", lengths, "x", x)
+    _check_stack(stack, x)
+    if layout is None:
+        return
+    if not isinstance(layout, ThreeRegionLayout):
+        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
+    if layout.pivots.shape[0] != B:
+        raise ValueError(
+            f"{_OP}: layout.pivots must have shape [{B}, P] to go with x, got {tuple(layout.pivots.shape)}"
+        )
+    _checks.check_same_device(_OP, "layout.pivots", layout.pivots, "x", x)
+
+
+def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
+    _checks.check_float(_OP, name, tensor)
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{_OP}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+    _checks.check_same_device(_OP, name, tensor, "x", x)
+
+
+def _check_stack(stack: LayerStack, x: Tensor) -> None:
+    _checks.check_finite_number(_OP, "stack.eps", stack.eps, positive=True)
+    _checks.check_choice(_OP, "stack.pb_relax", stack.pb_relax, _PB_RELAX)
+    C, F = x.shape[2], stack.layers[0].mlp_up[1].numel()
+    linear = {"qkv": (3 * C, C), "attention_out": (C, C), "mlp_up": (F, C), "mlp_down": (C, F)}
+    parts: dict[str, tuple[WeightAndBias, tuple[int, ...]]] = {"final_norm": (stack.final_norm, (C,))}
+    for index, layer in enumerate(stack.layers):
+        for name in LayerWeights._fields:
+            parts[f"layers[{index}].{name}"] = getattr(layer, name), linear.get(name, (C,))
+    for name, ((weight, bias), shape) in parts.items():
+        for kind, tensor, expected in (("weight", weight, shape), ("bias", bias, shape[:1])):
+            called = f"stack.{name}'s {kind}"
+            _check_beside(called, tensor, x)
+            if tensor.shape != expected:
+                raise ValueError(f"{_OP}: {called} must have shape {expected}, got {tuple(tensor.shape)}")
+
+
+def _check_lengths(lengths: Tensor, most: int) -> None:
+    if _torch_ops.values_are_readable(lengths) and any(not 0 <= n <= most for n in lengths.tolist()):
+        raise ValueError(
+            f"{_OP}: lengths must lie in [0, {most}] (the cache's size less the new tokens), "
+            f"got {lengths.tolist()}"
+        )
+
+
+def _check_pivots(layout: ThreeRegionLayout, S: int) -> None:
+    pivots = layout.pivots
+    if _torch_ops.values_are_readable(pivots) and pivots.numel() > 0 and int(pivots.max()) >= S:
+        raise ValueError(
+            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(pivots.max())}"
+        )

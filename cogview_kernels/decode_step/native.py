@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All layers of a decoding step through the compiled extension, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cogview_kernels import _checks, _extension
+from cogview_kernels._attention import causal_layout, native_layout
+from cogview_kernels._norms import rows as shared
+from cogview_kernels._norms.rows import NormOptions
+from cogview_kernels.layout import ThreeRegionLayout
+
+LARGEST_HEAD = 256
+# More rows are the work of matrix products, which keep blocks of both factors in the caches.
+MOST_ROWS = 64
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) -> str:
+    """Why the kernel cannot take so many rows through a stack of these; empty when it can."""
+    instead = "use backend='reference'"
+    if reason := _checks.kernel_dtype_limit(backend, "stack", tensors[0]):
+        return f"{reason}; {instead}"
+    if rows > MOST_ROWS:
+        return f"the {backend} backend takes x of at most {MOST_ROWS} rows in all, got {rows}; {instead}"
+    if head_size > LARGEST_HEAD:
+        return f"the {backend} backend takes head sizes up to {LARGEST_HEAD}, got {head_size}; {instead}"
+    if unfit := [tensor for tensor in tensors if type(tensor) not in _PLAIN or not tensor.is_contiguous()]:
+        return (
+            f"the {backend} backend takes plain and contiguous tensors in stack, got a "
+            f"{type(unfit[0]).__name__} of strides {unfit[0].stride()}; {instead}"
+        )
+    return ""
+
+
+def forward(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+    norms: NormOptions,
+    out: Tensor,
+    backend: str,
+) -> None:
+    """Fills ``out`` and the places of the new tokens in ``cache``; everything is contiguous."""
+    _extension.call(
+        "decode_step",
+        backend,
+        x,
+        out,
+        tensors,
+        cache,
+        lengths,
+        causal_layout(cache.shape[4]) if layout is None else native_layout(layout, layout.pivots),
+        shared.options(norms),
+    )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of a stack of transformer layers with Sandwich-LN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from cogview_kernels import _backends
+from cogview_kernels.decode_step import native
+
+WeightAndBias = tuple[Tensor, Tensor]
+
+
+class LayerWeights(NamedTuple):
+    """Weight and bias of each part of a layer, in the order in which a token meets them.
+
+    C is the width, F that inside the MLP. A norm has ``[C]`` twice, a linear layer ``[outputs, inputs]`` and
+    ``[outputs]``.
+    """
+
+    attention_pre: WeightAndBias  # norm before attention
+    qkv: WeightAndBias  # [3 C, C]: queries, keys, values, each with its heads one after the other
+    attention_out: WeightAndBias  # [C, C]
+    attention_post: WeightAndBias  # norm of what attention adds to the trunk
+    mlp_pre: WeightAndBias
+    mlp_up: WeightAndBias  # [F, C]
+    mlp_down: WeightAndBias  # [C, F]
+    mlp_post: WeightAndBias
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStack:
+    """Layers, the norm after the last of them, and how all of their norms are computed.
+
+    Args:
+        eps, pb_relax: as of :func:`cogview_kernels.sandwich_layer_norm`.
+    """
+
+    layers: tuple[LayerWeights, ...]
+    final_norm: WeightAndBias
+    eps: float = 1e-5
+    pb_relax: str | None = "row"
+    tensors: list[Tensor] = field(init=False, repr=False)  # all of them, in the order above
+
+    def __post_init__(self) -> None:
+        flat = [x for layer in self.layers for pair in layer for x in pair]
+        object.__setattr__(self, "tensors", [*flat, *self.final_norm])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> LayerStack:
+        """The same layers with other tensors, ``function`` of each."""
+
+        def both(pair: WeightAndBias) -> WeightAndBias:
+            return function(pair[0]), function(pair[1])
+
+        layers = tuple(LayerWeights(*map(both, layer)) for layer in self.layers)
+        return LayerStack(layers, both(self.final_norm), self.eps, self.pb_relax)
+
+    def limit(self, rows: int, head_size: int) -> str:
+        """Why no kernel takes so many rows through these layers; empty where one does.
+
+        Where none does, :func:`cogview_kernels.decode_step` saves nothing against the ops one by one.
+        """
+        device = self.tensors[0].device
+        return _backends.why_not("cpu", device) or native.limit("cpu", rows, head_size, self.tensors)

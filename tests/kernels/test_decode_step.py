@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""decode_step: all layers in one call against the references of the ops that they are made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cogview_kernels import LayerStack, ThreeRegionLayout, decode_step
+from cogview_kernels.decode_step import native
+from cogview_kernels.decode_step.reference import decode_step_reference
+from tests.helpers.stack import random_stack
+from tests.helpers.tolerance import assert_within_budget, judge
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+S = 40
+LENGTHS = torch.tensor([37, 0, 9])  # with three new tokens the first row is full
+LAYOUT = ThreeRegionLayout(torch.tensor([[1, 7, 30, 14], [2, -1, 5, 0], [3, 1, -1, 8]]), 4, 2, 0.7)
+
+
+def make(T=1, C=64, H=2, dtype=torch.float32, lengths=LENGTHS, **options):
+    """Stack, x, and a cache that is NaN where no token stands yet."""
+    stack = random_stack(C=C, dtype=dtype, **options)
+    B, L = len(lengths), len(stack.layers)
+    cache = torch.randn(L, 2, B, H, S, C // H)
+    unwritten = torch.arange(S) >= lengths[:, None]
+    cache.masked_fill_(unwritten[None, None, :, None, :, None], torch.nan)
+    return stack, 2 * torch.randn(B, T, C).to(dtype), cache.to(dtype)
+
+
+def check(stack, x, cache, lengths=LENGTHS, layout=None):
+    """The result and the whole cache, of which only the places of the new tokens may have changed."""
+    T = x.shape[1]
+    new = (torch.arange(S) >= lengths[:, None]) & (torch.arange(S) < lengths[:, None] + T)
+    written = new[None, None, :, None, :, None].expand_as(cache)
+
+    def reference(x, given, *tensors):
+        given = given.clone()
+        y = decode_step_reference(x, tensors, given, lengths, layout, stack.eps, stack.pb_relax)
+        return [y, given[written]]
+
+    mine = cache.clone()
+    out = decode_step(x, stack, mine, lengths, layout=layout, backend="cpu")
+    truth, eager = judge(reference, [x, cache, *stack.tensors])
+    assert_within_budget(out, eager[0], truth[0], dtype=x.dtype)
+    assert_within_budget(mine[written], eager[1], truth[1], dtype=x.dtype, name="cache")
+    torch.testing.assert_close(mine[~written], cache[~written], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [None, LAYOUT], ids=["dense", "regions"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_error_budget(dtype, layout, T, backend_device):
+    backend_device("cpu")
+    check(*make(T, dtype=dtype), layout=layout)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, instruction_set):
+    instruction_set(isa)
+    check(*make(2))
+
+
+@pytest.mark.parametrize("pb_relax", ["tensor", None])
+@pytest.mark.parametrize(("C", "H"), [(24, 3), (6, 1)])
+def test_modes_and_widths_that_no_vector_divides(C, H, pb_relax, backend_device):
+    backend_device("cpu")
+    check(*make(2, C, H, pb_relax=pb_relax, F=7, layers=3))
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_do_not_change_a_bit(threads, backend_device):
+    """Of a step that has work enough for several."""
+    backend_device("cpu")
+    stack, x, cache = make(20, 96, 3, lengths=torch.tensor([3, 20]), F=300)
+    before, caches = torch.get_num_threads(), [cache.clone() for _ in range(2)]
+    found = []
+    try:
+        for count, mine in zip((1, threads), caches, strict=True):
+            torch.set_num_threads(count)
+            found.append(decode_step(x, stack, mine, torch.tensor([3, 20]), backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found) and torch.equal(*(mine.nan_to_num() for mine in caches))
+
+
+def test_which_way_a_call_takes(backend_device, monkeypatch):
+    backend_device("cpu")
+    taken, run = [], native.forward
+    monkeypatch.setattr(native, "forward", lambda *a: taken.append(1) or run(*a))
+    stack, x, cache = make()
+
+    def kernel_runs(x, stack, cache, lengths=LENGTHS):
+        taken.clear()
+        decode_step(x, stack, cache, lengths)
+        return bool(taken)
+
+    many = make(native.MOST_ROWS + 1, lengths=torch.tensor([0]), layers=1)[:2]
+    room = torch.zeros(1, 2, 1, 2, native.MOST_ROWS + 1, 32)
+    turned = stack.map(lambda t: t.t().contiguous().t())
+
+    class Quantized(torch.Tensor):
+        pass
+
+    others = stack.map(lambda t: t.as_subclass(Quantized))
+    for _ in range(2):  # the second time from memory
+        assert kernel_runs(x, stack, cache) and not kernel_runs(x, others, cache)
+        assert not kernel_runs(many[1], many[0], room, torch.tensor([0]))
+    assert not stack.limit(native.MOST_ROWS, 32)
+    for limit, message in (
+        (stack.limit(native.MOST_ROWS + 1, 32), "at most 64 rows in all, got 65; use backend='reference'"),
+        (stack.limit(1, 257), "takes head sizes up to 256, got 257"),
+        (turned.limit(1, 32), "takes plain and contiguous tensors in stack, got a Tensor of strides"),
+        (others.limit(1, 32), "got a Quantized"),
+        (random_stack(dtype=torch.float64).limit(1, 32), "takes stack in float32, float16 or bfloat16"),
+        (stack.map(lambda t: t.to("meta")).limit(1, 32), "serves CPU tensors"),
+    ):
+        assert message in limit
+    with pytest.raises(ValueError, match="tensors of stack must be contiguous"):  # also from memory
+        decode_step(x, turned, cache, LENGTHS)
+    with pytest.raises(NotImplementedError, match="at most 64 rows"):
+        decode_step(many[1], many[0], room, torch.tensor([0]), backend="cpu")
+
+
+def test_opcheck_and_compile(backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    arguments = (x, stack.tensors, cache, LENGTHS, LAYOUT.pivots, 4, 2, 0.5, 1, 1e-5, "row", "cpu")
+    torch.library.opcheck(torch.ops.cogview_kernels.decode_step, arguments)
+    compiled = torch.compile(
+        lambda x, cache: decode_step(x, stack, cache, LENGTHS), fullgraph=True, backend="aot_eager"
+    )
+    caches = cache.clone(), cache.clone()
+    with torch.no_grad():
+        assert torch.equal(compiled(x, caches[0]), decode_step(x, stack, caches[1], LENGTHS))
+    assert torch.equal(*(mine.nan_to_num() for mine in caches))
+
+
+def test_nothing_to_read_and_no_derivative(backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    before = cache.clone()
+    assert decode_step(x[:, :0], stack, cache, LENGTHS).shape == (3, 0, 64)
+    assert decode_step(x[:0], stack, cache[:, :, :0], LENGTHS[:0]).shape == (0, 1, 64)
+    torch.testing.assert_close(cache, before, rtol=0, atol=0, equal_nan=True)
+    for tensor in (x, stack.layers[0].qkv[0]):
+        tensor.requires_grad_()
+        with pytest.raises(NotImplementedError, match="no derivative; call it inside torch"):
+            decode_step(x, stack, cache, LENGTHS, backend="reference")
+        with torch.no_grad():
+            decode_step(x, stack, cache, LENGTHS)
+        tensor.requires_grad_(False)
+
+
+def changed(**parts):
+    """A stack whose first layer, or norm after the last one, is another."""
+    stack = random_stack()
+    final = parts.pop("final_norm", stack.final_norm)
+    return LayerStack((stack.layers[0]._replace(**parts), stack.layers[1]), final)
+
+
+STACK, X, CACHE = random_stack(), torch.ones(3, 1, 64), torch.zeros(2, 2, 3, 2, S, 32)
+WIDE = torch.ones(65), torch.ones(64)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((X, [], CACHE, LENGTHS), {}, TypeError, "stack must be a LayerStack, got list"),
+        ((X, STACK, [], LENGTHS), {}, TypeError, "cache must be a tensor, got list"),
+        ((X.long(), STACK, CACHE, LENGTHS), {}, TypeError, "x must be float32"),
+        ((X[0], STACK, CACHE, LENGTHS), {}, ValueError, r"x must have shape \[B, T, C\]"),
+        ((X, STACK, CACHE.half(), LENGTHS), {}, TypeError, "cache must have the dtype of x"),
+        ((X, STACK, CACHE[:1], LENGTHS), {}, ValueError, r"cache must have shape \[2, 2, 3, H, S, D\]"),
+        ((X, STACK, CACHE[..., :31], LENGTHS), {}, ValueError, "with H D = 64"),
+        ((X, STACK, CACHE[:, :, :, :, ::2], LENGTHS), {}, ValueError, "cache must be contiguous"),
+        ((X, STACK, CACHE, LENGTHS.short()), {}, TypeError, "lengths must be an int32 or int64 tensor"),
+        ((X, STACK, CACHE, LENGTHS[:1]), {}, ValueError, r"lengths must have shape \[3\]"),
+        ((X, STACK, CACHE, LENGTHS + 3), {}, ValueError, r"lengths must lie in \[0, 39\]"),
+        ((X, STACK, CACHE, LENGTHS - 1), {}, ValueError, r"lengths must lie in \[0, 39\]"),
+        ((X, changed(qkv=WIDE), CACHE, LENGTHS), {}, ValueError, r"layers\[0\].qkv's weight must have shape"),
+        ((X, changed(final_norm=WIDE), CACHE, LENGTHS), {}, ValueError, "final_norm's weight must have"),
+        ((X, random_stack(pb_relax="none"), CACHE, LENGTHS), {}, ValueError, "pb_relax must be one of"),
+        ((X, LayerStack((), WIDE), CACHE[:0], LENGTHS), {}, ValueError, "at least one layer"),
+        ((X, STACK, CACHE, LENGTHS), {"layout": 1}, TypeError, "layout must be a ThreeRegionLayout"),
+        (
+            (X, STACK, CACHE, LENGTHS),
+            {"layout": ThreeRegionLayout(torch.tensor([[40]] * 3), 4, 2)},
+            ValueError,
+            "pivots must lie below the cache's size, 40, got 40",
+        ),
+    ],
+)
+def test_errors(arguments, options, error, message, backend, backend_device):
+    if backend == "cpu":
+        backend_device("cpu")
+    with pytest.raises(error, match=message):
+        decode_step(*arguments, **options, backend=backend)

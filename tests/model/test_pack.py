@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from cogview.cli import main
+from cogview.pack import pack_run
+from cogview.run import load_run
+
+
+@pytest.fixture(scope="module")
+def packed(run_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "run"
+    size = pack_run(run_folder, out)
+    assert size == sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return out
+
+
+def test_a_packed_run_is_the_run_with_rounded_weights(run_folder, packed):
+    run, small = load_run(run_folder, "cpu"), load_run(packed, "cpu")
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(small.model.state_dict()[name], tensor.bfloat16().float()), name
+    assert small.tokenizers.fingerprint == run.tokenizers.fingerprint
+    assert (small.sampling, small.max_text_tokens) == (run.sampling, run.max_text_tokens)
+    run.model.load_state_dict(small.model.state_dict())
+    # Matrix products may round in another order where weights lie elsewhere in memory.
+    losses = pytest.approx(run.generate("a seven", num=2)[1], rel=1e-4)
+    assert small.generate("a seven", num=2)[1] == losses
+
+
+def test_it_holds_nothing_else(packed):
+    files = sorted(path.relative_to(packed).as_posix() for path in packed.rglob("*") if path.is_file())
+    checkpoint = files[0].rpartition("/")[0]
+    assert files == [
+        f"{checkpoint}/model.safetensors",
+        f"{checkpoint}/state.json",
+        "image_tokenizer.safetensors",
+        "model.json",
+        "text_tokenizer.model",
+        "tokenizers.json",
+    ]
+
+
+def test_command_and_its_mistakes(run_folder, tmp_path, capsys):
+    out = tmp_path / "new"
+    assert main(["pack", "--run", str(run_folder), "--out", str(out)]) == 0
+    assert "MiB" in capsys.readouterr().out
+    assert main(["pack", "--run", str(run_folder), "--out", str(out)]) == 2
+    assert "--out must be a new folder" in capsys.readouterr().err
+    assert main(["pack", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
+    assert "run folder not found" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
