@@ -21,7 +21,7 @@ from cogview.perception.efficientnet import EfficientNetLite0Features
 PALETTE = ("#fadcbc", "#debb90", "#c19a65", "#a57939", "#6a462f")
 NEAR = 0.06  # distance in RGB, each in [0, 1], that makes a pixel half a pixel of that fill or less
 SIDE = 96  # pixels to which pictures are enlarged for the network
-STAGES = 4  # of the network, after which its map still tells where things are: 80 x 6 x 6 numbers
+STAGE = 4  # of the network's seven, behind which its map still tells where things are: 80 x 6 x 6 numbers
 TOGETHER = 64  # pictures that the network sees at once
 
 
@@ -88,7 +88,7 @@ class EmojiJudge:
         return self((pairs or held_out_combinations()).images(self.size))
 
     def _normalised(self, images: Tensor) -> Tensor:
-        parts = [self._network.feature_map(part, STAGES).flatten(1) for part in images.split(TOGETHER)]
+        parts = [self._network.maps(part, [STAGE])[0].flatten(1) for part in images.split(TOGETHER)]
         return F.normalize(torch.cat(parts), dim=1)
 
 

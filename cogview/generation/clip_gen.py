@@ -31,8 +31,8 @@ def read_embeddings(model: ClipGen, embeddings: Tensor, rows: list[int], spare: 
     nothing = torch.empty(len(embeddings), 0, dtype=torch.int64, device=weight.device)
     hidden = model(embeddings.to(weight), nothing, cache=cache)
     index = torch.tensor(rows, device=weight.device)
-    cache = cache.take(rows, config.max_positions + spare)
-    return Rows(cache, hidden[index, 0], Decoder(model.transformer))
+    taken = cache.take(rows, config.max_positions + spare)
+    return Rows(taken, hidden[index, 0], Decoder(model.transformer))
 
 
 def draw_from_embeddings(

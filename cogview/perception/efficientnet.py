@@ -120,18 +120,11 @@ class EfficientNetLite0Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Pictures ``[N, 3, H, W]``, uint8 or floats in [0, 1], as float32 ``[N, 1280]``."""
-        x = self.feature_map(images, len(_STAGES))
+        *_, x = self._through_blocks(images)
         return F.relu6(self._bn1(self._conv_head(x))).mean((2, 3))
 
-    def feature_map(self, images: Tensor, stages: int) -> Tensor:
-        """What the first ``stages`` of 7 make of pictures, float32 ``[N, C, h, w]``: it tells what is where.
-
-        After four stages, C = 80 and h = w = side / 16, rounded up.
-        """
-        return self.maps(images, [stages])[0]
-
     def maps(self, images: Tensor, stages: Sequence[int]) -> list[Tensor]:
-        """:meth:`feature_map` after several numbers of stages; 0 is the first convolution alone."""
+        """The feature maps ``[N, C, H, W]`` behind some of the seven stages; 0: the first convolution."""
         ends = list(itertools.accumulate((stage[0] for stage in _STAGES), initial=0))
         wanted = [ends[stage] for stage in stages]
         found = dict(enumerate(itertools.islice(self._through_blocks(images), max(wanted) + 1)))

@@ -384,7 +384,8 @@ def test_help_and_mistakes_need_no_pytorch():
     assert [line.partition(";")[0] for line in mistakes] == [
         f"cogview: which command? one of {', '.join(VERBS)}",
         "cogview: unknown command 'trian'",
-        'cogview super-resolve: missing: --run RUN run folder of "cogview train" or "cogview demo" (required)',
+        "cogview super-resolve: missing: --run RUN run folder of "
+        + '"cogview train" or "cogview demo" (required)',
         "cogview train: run folder not found: absent",
     ]
 

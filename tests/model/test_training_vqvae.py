@@ -64,7 +64,7 @@ def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("codebook", ["straight-through", "gumbel", "fixed"])
 def test_every_way_to_a_codebook_learns_and_resumes(tmp_path, codebook):
-    config = dataclasses.replace(CONFIG, steps=60, checkpoint_every=60, codebook=codebook, color_weight=1.0)
+    config = dataclasses.replace(CONFIG, steps=90, checkpoint_every=90, codebook=codebook, color_weight=1.0)
     model = tokenizer()
     start = model.quantize_t.embed.detach().clone()
     history = train_image_tokenizer(model, DigitPairs(), config, tmp_path, progress=False)
