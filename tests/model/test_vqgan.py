@@ -12,7 +12,9 @@ from cogview.cli import main
 from cogview.config import ImageTokenizerConfig, VQGANConfig
 from cogview.files import load_tensors
 from cogview.model.transformer import CogView
+from cogview.parsing import parse
 from cogview.presets import PRESETS, with_vqgan
+from cogview.settings import TokenizerSettings, tokenizer_options, write_options
 from cogview.tokens.vqgan import PIXELS, VQGAN
 from cogview.training.loop import backward, descend
 from cogview.training.memory import MicroBatch, count_parameters, step_memory
@@ -151,6 +153,21 @@ def test_every_preset_has_a_vqgan_of_as_many_codes():
         assert (theirs.num_codes, theirs.grid) == (ours.num_codes, ours.grid), name
         assert theirs.image_size >= other.image_tokenizer_train.vqgan.smallest_image, name
     assert with_vqgan(PRESETS["fashion"]) == PRESETS["fashion"]
+
+
+def test_the_command_line_and_a_file_of_settings_mean_the_same(tmp_path):
+    words = ["--data", "photos", "--out", "run", "--kind", "vqgan"]
+    given = parse("train-tokenizer", [*words, "--image-tokenizer.vqgan.residual-blocks", "3"], "")
+    wanted = with_vqgan(PRESETS["small"])
+    assert given.image_tokenizer_train == wanted.image_tokenizer_train
+    assert given.image_tokenizer.vqgan == dataclasses.replace(wanted.image_tokenizer.vqgan, residual_blocks=3)
+    settings = TokenizerSettings("photos", 9, given.image_tokenizer, given.image_tokenizer_train, "small")
+    write_options(tmp_path / "train-tokenizer.toml", tokenizer_options(settings))
+    again = parse("train-tokenizer", ["--settings", str(tmp_path / "train-tokenizer.toml"), "--out", "b"], "")
+    assert again.image_tokenizer == given.image_tokenizer
+    assert again.image_tokenizer_train == given.image_tokenizer_train
+    with pytest.raises(ValueError, match="--kind must be vqgan for the preset fashion"):
+        parse("train-tokenizer", [*words[:4], "--preset", "fashion", "--kind", "vqvae"], "")
 
 
 def test_fashion_is_the_paper_s_design():
