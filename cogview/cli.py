@@ -37,6 +37,7 @@ EXAMPLES = {
     "super-resolve": "--run runs/enlarger drawn/*.png --out large",
     "caption": "--run runs/photos photo.png",
     "rerank": '"a tiger" *.png',
+    "serve": "--open",
     "evaluate": "runs/photos photos-kept-back --num 16 --out evaluation",
     "presets": "",
     "convert": "cogview-base --out runs/base --text-tokenizer cog-pretrain.model --image-tokenizer vqvae.pt",

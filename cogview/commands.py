@@ -256,6 +256,13 @@ def _json_line(**values: Any) -> str:
     return json.dumps(plain, ensure_ascii=False)
 
 
+def serve(given: options.Serve) -> None:
+    """``cogview serve``."""
+    from cogview.serving.server import serve as serve_page
+
+    serve_page(given)
+
+
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
     if given.vote:

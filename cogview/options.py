@@ -511,6 +511,43 @@ class Rerank:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Open a page in the browser: draw, describe, paint over.
+
+    The page is for this machine alone, unless --host says otherwise: then the address that is printed holds
+    a token, without which nobody gets in.
+    """
+
+    run: AnyRun = None
+    enlarger: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview finetune super-resolution" or "local-super-resolution" that enlarges what is drawn"""
+    vote: Annotated[tuple[Path, ...], _shown("A B [C ...]", "none")] = ()
+    """folders of pictures to vote on in a tab of the page, as with cogview evaluate --vote"""
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("evaluation")
+    """folder of the votes"""
+    host: str = "127.0.0.1"
+    """address to serve at; 0.0.0.0 is all of this machine's, for others too"""
+    port: int = 8766
+    """0 takes a free one"""
+    open: Flag = False
+    """open the page in a browser, where there is a screen"""
+    precision: PrecisionName = "fp32"
+    """of the transformer"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        if len(self.vote) == 1:
+            raise ValueError("--vote compares two folders or more, got 1")
+        _require_port(self.port)
+
+
+def _require_port(port: int) -> None:
+    if not 0 <= port < 1 << 16:
+        raise ValueError(f"--port must be from 0 to 65535, got {port}")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Compare two sets of pictures, or what a run draws with a set.
 
@@ -560,8 +597,7 @@ class Evaluate:
             raise ValueError(f"--vote compares two folders or more, got {len(self.sets)}")
         if not self.vote and len(self.sets) != 2:
             raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
-        if not 0 <= self.port < 1 << 16:
-            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
+        _require_port(self.port)
         for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -44,6 +44,7 @@ VERBS: dict[str, type] = {
     "super-resolve": options.SuperResolve,
     "caption": options.Caption,
     "rerank": options.Rerank,
+    "serve": options.Serve,
     "evaluate": options.Evaluate,
     "presets": options.Presets,
     "convert": options.Convert,

@@ -210,6 +210,7 @@ class Run:
         num: int,
         options: DrawOptions,
         on_partial: Callable[[list[tuple[int, Image.Image]]], object] | None = None,
+        on_codes: Callable[[Candidates], object] | None = None,
     ) -> Iterator[list[tuple[int, Drawing]]]:
         """Pictures batch by batch, each as soon as it is drawn and ranked, with the place of its request.
 
@@ -220,6 +221,8 @@ class Run:
                 would not fit into memory.
             on_partial: called after each row of codes with the unfinished pictures of the batch and the
                 places of their requests; what is not drawn yet is white.
+            on_codes: called after every step with the codes of the batch so far. What it raises ends the
+                drawing at once.
         """
         if not 1 <= num <= MAX_PICTURES:
             raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
@@ -233,16 +236,20 @@ class Run:
 
         def tell(batch: Candidates) -> None:
             nonlocal rows_told
+            if on_codes is not None:
+                on_codes(batch)
+            if on_partial is None:
+                return
             rows_drawn = int((batch.codes >= 0).sum(1).min()) // grid
             is_new, rows_told = rows_drawn not in (0, rows_told), rows_drawn
-            if on_partial is not None and is_new:
+            if is_new:
                 pixels = undrawn_is_white(self.pixels(batch.codes.clamp(min=0)), batch.codes, grid)
                 on_partial(list(zip(batch.requests, _pictures(pixels), strict=True)))
 
         batches = draw_candidates(
             *(self.model, self.tokenizers.vocab, [request for _, request in requests]),
             *(self.num_codes, num, options),
-            on_codes=None if on_partial is None else tell,
+            on_codes=None if on_partial is None and on_codes is None else tell,
         )
         for batch in batches:
             pieces = [requests[place][1].pieces for place in batch.requests]
@@ -279,8 +286,13 @@ class Run:
                 bar.update()
         return texts[0] if _is_one_image(images) else texts
 
-    def describe(self, images: Sequence[Picture], *, beams: int = 1) -> Iterator[Caption]:
-        """What :meth:`caption` says of several images, and its CapLoss, a few images at a time."""
+    def describe(
+        self, images: Sequence[Picture], *, beams: int = 1, on_step: Callable[[int], object] | None = None
+    ) -> Iterator[Caption]:
+        """What :meth:`caption` says of several images, and its CapLoss, a few images at a time.
+
+        ``on_step`` is called after every step with the number of tokens just drawn.
+        """
         vocab = self.tokenizers.vocab
         for start in range(0, len(images), READ_TOGETHER):
             codes = self.encode(list(images[start : start + READ_TOGETHER]))
@@ -288,7 +300,7 @@ class Run:
                 *(self.model, vocab, codes),
                 max_text_tokens=self.caption_tokens or self.max_text_tokens,
                 beams=beams,
-                options=DrawOptions(GREEDY, max_batch=MAX_BATCH),
+                options=DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step),
             )
             said = [index for index, text in enumerate(texts) if text]
             found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])

@@ -230,6 +230,7 @@ def decode_linear_cpu(
 def decode_step_cpu(
     x: Tensor | None,
     y: Tensor | None,
+    head: Tensor | None,
     weights: list[Tensor | None],
     cache: Tensor | None,
     lengths: _Integers,

@@ -365,11 +365,11 @@ DecodeStepLayer decode_step_layer(const PythonTensor* x) {
     return {affine(0), linear(2), linear(4), affine(6), affine(8), linear(10), linear(12), affine(14)};
 }
 
-// x and y [B, T, C]; weights: those of the layers, then weight and bias of the norm after them; cache
-// [L, 2, B, H, S, D].
-DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const std::vector<PythonTensor>& weights,
-                       const PythonTensor& cache, const PythonTensor& lengths, const LayoutArguments& layout,
-                       NormArguments options) {
+// x [B, T, C]; head [V, C] or None; y [B, T, V], or as x; weights: those of the layers, then weight and bias
+// of the norm after them; cache [L, 2, B, H, S, D].
+DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const PythonTensor& head,
+                       const std::vector<PythonTensor>& weights, const PythonTensor& cache,
+                       const PythonTensor& lengths, const LayoutArguments& layout, NormArguments options) {
     const int64_t B = x.size[0], C = x.last, H = cache.size[3], L = cache.size[0];
     if (!std::all_of(weights.begin(), weights.end(), is_contiguous))
         throw std::invalid_argument("decode_step: the tensors of stack must be contiguous");
@@ -379,6 +379,9 @@ DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const std::
     for (int64_t layer = 0; layer < L; ++layer)
         a.layers.push_back(decode_step_layer(&weights[layer * kLayerTensors]));
     a.final_norm = {parameter(weights[L * kLayerTensors]), parameter(weights[L * kLayerTensors + 1])};
+    a.head = head.data;
+    a.V = head.size[0];
+    a.head_stride = head.stride[0];
     a.cache = cache.data;
     a.lengths = integer_list(lengths);
     a.B = B;
@@ -534,7 +537,7 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
                                               "dtype",  "sorted_pivots", "workspace"};
 constexpr const char* kDecode[] = {"q", "k_cache", "v_cache", "lengths", "out", "layout", "scale", "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
-constexpr const char* kStep[] = {"x", "y", "weights", "cache", "lengths", "layout", "options"};
+constexpr const char* kStep[] = {"x", "y", "head", "weights", "cache", "lengths", "layout", "options"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",

@@ -117,7 +117,7 @@ FLOORS = [
     {"evaluation"},
     {"run", "convert", "pack"},
     {"demo", "options", "clip_gen_run"},
-    {"drawing", "evaluate_run", "super_resolving", "clip_drawing"},
+    {"drawing", "evaluate_run", "serving", "super_resolving", "clip_drawing"},
     {"evaluate"},
     {"commands"},
     {"parsing"},

@@ -62,16 +62,21 @@ class VoteServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def state(self) -> dict[str, Any]:
-        """What the page shows next."""
-        ballot = self.ballot
-        number = ballot.next_question
-        done = {"answered": len(ballot.votes), "of": len(ballot.questions)}
-        if number is None:
-            return {**done, "shares": [share._asdict() for share in ballot.shares()]}
-        question = ballot.questions[number]
-        pictures = [f"/picture/{number}/{place}" for place in range(len(question.pictures))]
-        return {**done, "question": number, "prompt": question.prompt, "pictures": pictures}
+
+def ballot_state(ballot: Ballot) -> dict[str, Any]:
+    """What the page shows next; the addresses of pictures are relative to its own."""
+    number = ballot.next_question
+    done = {"answered": len(ballot.votes), "of": len(ballot.questions)}
+    if number is None:
+        return {**done, "shares": [share._asdict() for share in ballot.shares()]}
+    question = ballot.questions[number]
+    pictures = [f"picture/{number}/{place}" for place in range(len(question.pictures))]
+    return {**done, "question": number, "prompt": question.prompt, "pictures": pictures}
+
+
+def vote_page() -> bytes:
+    """``vote.html``."""
+    return files("cogview.evaluation").joinpath("vote.html").read_bytes()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,11 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         picture = re.fullmatch(r"/picture/(\d+)/(\d+)", self.path)
         if self.path == "/":
-            page = files("cogview.evaluation").joinpath("vote.html").read_bytes()
-            self._answer(page, "text/html; charset=utf-8")
+            self._answer(vote_page(), "text/html; charset=utf-8")
         elif self.path == "/question":
             with self.server.lock:
-                self._answer_json(self.server.state())
+                self._answer_json(ballot_state(self.server.ballot))
         elif picture is not None:
             self._answer_picture(int(picture[1]), int(picture[2]))
         else:
@@ -110,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise ValueError("question and place are whole numbers")
             with self.server.lock:
                 self.server.ballot.vote(question, place)
-                state = self.server.state()
+                state = ballot_state(self.server.ballot)
         except (ValueError, KeyError, TypeError) as error:
             self.close_connection = True
             self.send_error(HTTPStatus.BAD_REQUEST, str(error).encode("ascii", "replace").decode())

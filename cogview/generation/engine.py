@@ -211,15 +211,16 @@ class _OneByOne:
 
     def start(self) -> None:
         """The first token, from what the prompts left."""
-        self.last = self.next_tokens(self.hidden[:, None], self.done)
+        hidden = self.hidden[:, None]
+        self.last = self.next_tokens([decode_linear(hidden, head) for head in self.heads], self.done)
         self.tokens.scatter_(1, self.done, self.last)
         self.done += 1
         self.report()
 
     def advance(self) -> None:
         """One more token in every row."""
-        hidden = self.step(self.in_every_branch(self.last), self.cache)
-        self.last.copy_(self.next_tokens(hidden, self.done))
+        logits = self.read(self.in_every_branch(self.last))
+        self.last.copy_(self.next_tokens(logits, self.done))
         self.tokens.scatter_(1, self.done, self.last)
         self.done += 1
 
@@ -227,9 +228,15 @@ class _OneByOne:
         """``[B, ...]`` for the R rows of the batch."""
         return x if self.branches == 1 else torch.cat([x, x])
 
-    def next_tokens(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """The tokens at ``positions`` ``[B, T]`` from the hidden states before them, ``[R, T, C]``."""
-        parts = [decode_linear(hidden, head) for head in self.heads]
+    def read(self, tokens: Tensor, positions: Tensor | None = None) -> list[Tensor]:
+        """Logits ``[R, T, ids]`` behind tokens ``[R, T]``, for each part of the allowed ids."""
+        if len(self.heads) == 1:
+            return [self.step(tokens, self.cache, positions, self.heads[0])]
+        hidden = self.step(tokens, self.cache, positions)
+        return [decode_linear(hidden, head) for head in self.heads]
+
+    def next_tokens(self, parts: list[Tensor], positions: Tensor) -> Tensor:
+        """The tokens at ``positions`` ``[B, T]`` from the logits for them, as :meth:`read` gives them."""
         logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         self.total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
         if self.branches == 2:
@@ -298,10 +305,10 @@ class _GuessAndVerify(_OneByOne):
         inputs = self.in_every_branch(self.tokens.gather(1, self.done - 1 + self.window))
         positions = self.cache.positions(self.cache.lengths[:, None] + self.window)
         positions = positions.clamp(max=self.model.config.max_positions - 1)
-        hidden = self.step(inputs, self.cache, positions)
+        logits = self.read(inputs, positions)
         at = self.done + self.window
         at_most = at.clamp(max=N - 1)  # what stands past the end is never kept
-        drawn = self.next_tokens(hidden, at_most)
+        drawn = self.next_tokens(logits, at_most)
         guesses = self.tokens.gather(1, at_most)
         right = (drawn == guesses)[:, : T - 1].long().cumprod(1).sum(1, keepdim=True)
         kept = torch.minimum(right + 1, N - self.done)

@@ -37,7 +37,8 @@ def top_p_filter(logits: Tensor, p: float) -> Tensor:
 def token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     """Probabilities after temperature (above 0), top-k and top-p, in this order; float32."""
     logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    if config.temperature != 1:  # softmax subtracts the maximum itself
+        logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     return top_p_filter(top_k_filter(logits, config.top_k), config.top_p).softmax(-1)
 
 
@@ -110,4 +111,4 @@ class Noise:
         """float32 ``[B, T, size]`` at positions ``[B, T]``."""
         if self.made is None:
             return exponentials(self.seeds, positions + self.first, self.size)
-        return self.made.gather(1, positions[..., None].expand(-1, -1, self.size))
+        return self.made.gather(1, positions.unsqueeze(-1).expand(-1, -1, self.size))

@@ -24,6 +24,7 @@ class Request(NamedTuple):
     pieces: Sequence[int]
     seed: int = 0  # with a candidate's number, all that its outcome depends on
     given: Tensor | None = None  # int64 [num_codes] on the CPU: codes that are kept, -1 where one is drawn
+    first: int = 0  # the number of its first picture
 
 
 class Candidates(NamedTuple):
@@ -31,7 +32,7 @@ class Candidates(NamedTuple):
 
     codes: Tensor
     requests: list[int]  # [n] places of the requests
-    numbers: list[int]  # [n] which candidate of its request a row is, from 0
+    numbers: list[int]  # [n] which candidate of its text and seed a row is, from 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,11 @@ def draw_candidates(
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
     model.eval()
     branches = 1 if options.guidance == 1 else 2
-    all_rows = itertools.product(range(len(requests)), range(num_candidates))
+    all_rows = (
+        (place, request.first + number)
+        for place, request in enumerate(requests)
+        for number in range(num_candidates)
+    )
     while rows := list(itertools.islice(all_rows, max(1, options.max_batch // branches))):
         places, numbers = [place for place, _ in rows], [number for _, number in rows]
         given = _given(requests, places, num_codes)

@@ -60,7 +60,7 @@ class KVCache:
 
     def places(self, count: int) -> Tensor:
         """Where ``count`` new tokens of every row are to stand, int64 ``[B, count]``."""
-        places = self.lengths[:, None]
+        places = self.lengths.unsqueeze(1)
         return places if count == 1 else places + torch.arange(count, device=self.lengths.device)
 
     def begin(self, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
 from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk
-from cogview_kernels import LayerStack, LayerWeights, decode_step
+from cogview_kernels import LayerStack, LayerWeights, decode_linear, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
 _KNOWN = frozenset((CogView, Trunk, Layer, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Embedding))
@@ -34,17 +34,27 @@ class Decoder:
         self._positions = model.transformer.position_embeddings.weight
         self._fitting: dict[int, bool] = {}  # by the number of rows
 
-    def __call__(self, tokens: Tensor, cache: KVCache, positions: Tensor | None = None) -> Tensor:
-        """Final hidden states ``[B, T, C]`` of tokens ``[B, T]``; see :meth:`CogView.forward`."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        positions: Tensor | None = None,
+        head: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states ``[B, T, C]`` of tokens ``[B, T]``; see :meth:`CogView.forward`.
+
+        With ``head``, rows ``[V, C]`` of the tied embedding, their logits ``[B, T, V]``.
+        """
         if self.stack is None or not self._fits(self.stack, tokens.numel()):
-            return cast(Tensor, self.model(tokens, positions=positions, cache=cache))
+            hidden = self.model(tokens, positions=positions, cache=cache)
+            return cast(Tensor, hidden if head is None else decode_linear(hidden, head))
         T = tokens.shape[1]
         if positions is None:
             positions = cache.positions(cache.places(T))
         x = torch.embedding(self._words, tokens) + torch.embedding(self._positions, positions)
-        hidden = decode_step(x, self.stack, cache.buffer, cache.lengths)
+        out = decode_step(x, self.stack, cache.buffer, cache.lengths, head=head)
         cache.advance(T)
-        return hidden
+        return out
 
     def _fits(self, stack: LayerStack, rows: int) -> bool:
         fits = self._fitting.get(rows)
@@ -90,6 +100,7 @@ def _weights(layer: Layer) -> LayerWeights | None:
         *(layer.input_layernorm, attention.query_key_value, attention.dense, third),
         *(layer.post_attention_layernorm, mlp.dense_h_to_4h, mlp.dense_4h_to_h, fourth),
     )
-    if not _are_own(*parts) or any(part.bias is None for part in parts):
+    pairs = [(part.weight, part.bias) for part in parts]
+    if not _are_own(*parts) or any(bias is None for _, bias in pairs):
         return None
-    return LayerWeights(*((part.weight, part.bias) for part in parts))
+    return LayerWeights(*pairs)

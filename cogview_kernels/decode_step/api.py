@@ -30,6 +30,7 @@ def decode_step(
     lengths: Tensor,
     *,
     layout: ThreeRegionLayout | None = None,
+    head: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """All layers of a decoding step: new tokens through a transformer with Sandwich-LN and a cache.
@@ -41,10 +42,11 @@ def decode_step(
         x = x + LN_attention_post(linear(decode_attention(q, keys, values, lengths + T), attention_out))
         x = x + LN_mlp_post(linear(gelu_tanh(linear(LN_mlp_pre(x), mlp_up)), mlp_down))
 
-    and ``LN_final(x)`` is returned. The kernel calls those of :func:`cogview_kernels.decode_linear`,
-    :func:`cogview_kernels.decode_attention` and :func:`cogview_kernels.sandwich_layer_norm` one after the
-    other, with the rounding that they have, so the result is that of calling them; what it saves is the
-    host's time between them, which is most of a step of a small model.
+    and ``LN_final(x)`` is returned, or ``linear(LN_final(x), head)``. The kernel calls those of
+    :func:`cogview_kernels.decode_linear`, :func:`cogview_kernels.decode_attention` and
+    :func:`cogview_kernels.sandwich_layer_norm` one after the other, with the rounding that they have, so the
+    result is that of calling them. What it saves is the host's time between them, which is most of a step of
+    a small model.
 
     Args:
         x: ``[B, T, C]``, the embeddings of T new tokens of each row; float32, float16, bfloat16 or float64.
@@ -52,10 +54,11 @@ def decode_step(
         cache: ``[L, 2, B, H, S, D]``, contiguous, keys and values of each layer, C = H D. Written in place.
         lengths: int32 or int64 ``[B]``: tokens cached so far, in ``[0, S - T]``. It is not changed: add T.
         layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen, in every layer.
+        head: ``[V, C]``, dtype and device of ``x``: what gives the logits that are wanted.
         backend: "cpu" or "reference"; None takes the best for device and arguments.
 
     Returns:
-        ``[B, T, C]``, the dtype of ``x``.
+        ``[B, T, C]``, or ``[B, T, V]`` with a head; the dtype of ``x``.
 
     Raises:
         TypeError: a dtype above is not met.
@@ -72,14 +75,17 @@ def decode_step(
     if not isinstance(cache, Tensor):
         raise TypeError(f"{_OP}: cache must be a tensor, got {type(cache).__name__}")
     if torch.is_grad_enabled():
-        _refuse_derivatives(x, cache, *stack.tensors)
+        _refuse_derivatives(x, stack, cache, head)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
     options = stack.eps, stack.pb_relax
-    inputs = x, *stack.tensors, cache, cache.is_contiguous(), lengths
-    signature = _backends.signature(_OP, *inputs, *regions, *options, backend)
+    inputs = x, head, cache, cache.is_contiguous(), lengths
+    # Of a stack the number is enough: it does not change, and to look at its tensors takes longer than the
+    # rest of the host's work.
+    signature = _backends.signature(_OP, stack.serial, *inputs, *regions, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(x, stack, cache, lengths, layout)
+        _check_head(head, x)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
         _backends.remember(signature, chosen)
     if layout is not None:
@@ -87,12 +93,13 @@ def decode_step(
     if chosen == "reference":
         _check_lengths(lengths, cache.shape[4] - x.shape[1])  # the kernel looks at them by itself
         with _checks.no_autocast(x.device):
-            return decode_step_reference(x, stack.tensors, cache, lengths, layout, *options)
+            return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
     if layout is None:
-        return decode_step_op(x, stack.tensors, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
+        return decode_step_op(x, stack.tensors, head, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
     return decode_step_op(
         x,
         stack.tensors,
+        head,
         cache,
         lengths,
         layout.pivots,
@@ -105,8 +112,8 @@ def decode_step(
     )
 
 
-def _refuse_derivatives(*tensors: Tensor) -> None:
-    if any(getattr(tensor, "requires_grad", False) for tensor in tensors):
+def _refuse_derivatives(*inputs: Tensor | LayerStack | None) -> None:
+    if any(getattr(given, "requires_grad", False) for given in inputs):
         raise NotImplementedError(f"{_OP}: there is no derivative; call it inside torch.no_grad()")
 
 
@@ -155,6 +162,16 @@ def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
         raise TypeError(f"{_OP}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
     _checks.check_same_device(_OP, name, tensor, "x", x)
+
+
+def _check_head(head: Tensor | None, x: Tensor) -> None:
+    if head is None:
+        return
+    _check_beside("head", head, x)
+    if head.dim() != 2 or head.shape[1] != x.shape[2]:
+        raise ValueError(
+            f"{_OP}: head must have shape [V, {x.shape[2]}] to go with x, got {tuple(head.shape)}"
+        )
 
 
 def _check_stack(stack: LayerStack, x: Tensor) -> None:

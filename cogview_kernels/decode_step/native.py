@@ -41,6 +41,7 @@ def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) ->
 def forward(
     x: Tensor,
     tensors: Sequence[Tensor],
+    head: Tensor | None,
     cache: Tensor,
     lengths: Tensor,
     layout: ThreeRegionLayout | None,
@@ -48,12 +49,14 @@ def forward(
     out: Tensor,
     backend: str,
 ) -> None:
-    """Fills ``out`` and the places of the new tokens in ``cache``; everything is contiguous."""
+    """Fills ``out`` and the places of the new tokens in ``cache``. Rows of ``head`` are contiguous, and
+    everything else throughout."""
     _extension.call(
         "decode_step",
         backend,
         x,
         out,
+        head,
         tensors,
         cache,
         lengths,

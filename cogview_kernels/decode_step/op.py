@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _flops
+from cogview_kernels._attention import with_rows
 from cogview_kernels._norms.rows import NormOptions
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.decode_step import native
@@ -22,13 +23,16 @@ def backend_module(backend: str) -> ModuleType:
     return native
 
 
-def _empty_output(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _empty_output(x: Tensor, tensors: Sequence[Tensor], head: Tensor | None, *_: object) -> Tensor:
+    if head is None:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape[0], x.shape[1], head.shape[0])
 
 
 def _forward(
     x: Tensor,
     tensors: Sequence[Tensor],
+    head: Tensor | None,
     cache: Tensor,
     lengths: Tensor,
     pivots: Tensor | None,
@@ -40,13 +44,14 @@ def _forward(
     pb_relax: str | None,
     backend: str,
 ) -> Tensor:
-    out = _empty_output(x)
-    if out.numel() > 0:
+    out = _empty_output(x, tensors, head)
+    if x.numel() > 0:
         layout = None
         if pivots is not None:
             pivots = pivots.contiguous()
             layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
-        inputs = x.contiguous(), tensors, cache, lengths.contiguous(), layout
+        head = None if head is None else with_rows(head)
+        inputs = x.contiguous(), tensors, head, cache, lengths.contiguous(), layout
         backend_module(backend).forward(*inputs, NormOptions(eps, pb_relax), out, backend)
     return out
 
@@ -67,12 +72,13 @@ def _flops_of(of, _):
         given = None if pivots[b] is None else [pivots[b]]
         # What earlier queries see does not change.
         pairs += layout.pairs(length + T, given) - layout.pairs(length, given)
-    products = sum(tensor.numel() for tensor in tensors if tensor.dim() == 2)
+    matrices = [tensor for tensor in (*tensors, of["head"]) if tensor is not None and tensor.dim() == 2]
+    products = sum(matrix.numel() for matrix in matrices)
     return 2 * B * T * products + 4 * pairs * C * cache.shape[0]
 
 
 decode_step_op = Op(
-    "decode_step(Tensor x, Tensor[] tensors, Tensor(a!) cache, Tensor lengths, Tensor? pivots, "
+    "decode_step(Tensor x, Tensor[] tensors, Tensor? head, Tensor(a!) cache, Tensor lengths, Tensor? pivots, "
     "int block_size, int window_blocks, float pivot_bias, SymInt density, float eps, str? pb_relax, "
     "str backend) -> Tensor",
     kernel=_forward,

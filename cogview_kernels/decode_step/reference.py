@@ -21,6 +21,7 @@ TENSORS = 16  # of a layer
 def decode_step_reference(
     x: Tensor,
     tensors: Sequence[Tensor],
+    head: Tensor | None,
     cache: Tensor,
     lengths: Tensor,
     layout: ThreeRegionLayout | None,
@@ -46,4 +47,4 @@ def decode_step_reference(
         x, normed = sandwich(branch, x, *attention_post, *mlp_pre)
         branch = linear(linear(normed, *mlp_up, "gelu_tanh"), *mlp_down, None)
         x, normed = sandwich(branch, x, *mlp_post, *next_pre)
-    return normed
+    return normed if head is None else linear(normed, head, None, None)

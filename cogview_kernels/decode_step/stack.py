@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +37,9 @@ class LayerWeights(NamedTuple):
 class LayerStack:
     """Layers, the norm after the last of them, and how all of their norms are computed.
 
+    It keeps hold of the memory of its tensors: changes of their values count, but to put other tensors in
+    their place takes a new stack.
+
     Args:
         eps, pb_relax: as of :func:`cogview_kernels.sandwich_layer_norm`.
     """
@@ -44,11 +48,21 @@ class LayerStack:
     final_norm: WeightAndBias
     eps: float = 1e-5
     pb_relax: str | None = "row"
-    tensors: list[Tensor] = field(init=False, repr=False)  # all of them, in the order above
+    # All of them, in the order above, each by a view of its own: `tensor.data = other` changes no stack, so
+    # that what was once checked of a stack remains true.
+    tensors: list[Tensor] = field(init=False, repr=False)
+    serial: int = field(init=False, repr=False, default_factory=itertools.count().__next__)
 
     def __post_init__(self) -> None:
-        flat = [x for layer in self.layers for pair in layer for x in pair]
-        object.__setattr__(self, "tensors", [*flat, *self.final_norm])
+        pairs = [*(pair for layer in self.layers for pair in layer), self.final_norm]
+        views = [x.detach() if isinstance(x, Tensor) else x for pair in pairs for x in pair]
+        object.__setattr__(self, "tensors", views)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors does."""
+        pairs = [*(pair for layer in self.layers for pair in layer), self.final_norm]
+        return any(getattr(x, "requires_grad", False) for pair in pairs for x in pair)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LayerStack:
         """The same layers with other tensors, ``function`` of each."""

@@ -69,8 +69,8 @@ struct Job {
     }
 };
 
-// A thread that waits for another: busily at first, then leaving the processor to whoever wants it, since on a
-// machine that is shared the other may be the one that waits for a processor.
+// A thread that waits for another: busily at first, then leaving the processor to whoever wants it, since on
+// a machine that is shared the other may be the one that waits for a processor.
 class Patience {
   public:
     void wait() {

@@ -19,28 +19,64 @@ constexpr int64_t kRun = 64 * kLanes;
 // each row of x and one of W fill the 16 registers of AVX2.
 constexpr int kAlone = 8, kShared = 4, kTogether = 3;
 
-// sums[r * stride + o] = x_r w_o. Rows of x are floats with zeros up to `width`, a multiple of kLanes.
+// Two vectors of consecutive elements, in an order that depends on T alone. Of bfloat16 those at even places
+// come first, since they are the lower halves of words: a shift and a mask widen them, where widening them in
+// their order takes two shuffles besides.
+struct Pair {
+    VecF first, second;
+};
+template <typename T>
+inline Pair load_pair(const T* p) {
+    return {load(p), load(p + kLanes)};
+}
+inline Pair load_pair(const BFloat16* p) {
+    VecU words;
+    std::memcpy(&words, p, sizeof(words));
+    return {bitcast<VecF>(words << 16), bitcast<VecF>(words & 0xffff0000)};
+}
+template <typename T>
+inline Pair load_pair(const T* p, Whole) {
+    return load_pair(p);
+}
+template <typename T>
+inline Pair load_pair(const T* p, Part part) {
+    T padded[2 * kLanes] = {};
+    std::memcpy(padded, p, part.n * sizeof(T));
+    return load_pair(padded);
+}
+
+// step(k, tag) for the pairs of elements `start` to `stop` - 1.
+template <typename Step>
+inline void for_each_pair(int64_t start, int64_t stop, const Step& step) {
+    int64_t k = start;
+    for (; k + 2 * kLanes <= stop; k += 2 * kLanes) step(k, Whole{});
+    if (k < stop) step(k, Part{int(stop - k)});
+}
+
+// sums[r * stride + o] = x_r w_o. Rows of x are floats in the order of pairs, with zeros up to `width`, which
+// whole pairs fill.
 template <int kOutputs, int kRows, typename T>
 inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t width, int64_t K, float* sums,
                          int64_t stride) {
     VecF total[kOutputs][kRows] = {};
     for (int64_t start = 0; start < K; start += kRun) {
-        const int64_t stop = start + kRun < K ? start + kRun : K;
         VecF run[kOutputs][kRows] = {};
-        const auto step = [&](int64_t k, auto tag) {
-            VecF values[kRows];
+        for_each_pair(start, start + kRun < K ? start + kRun : K, [&](int64_t k, auto tag) {
+            VecF first[kRows], second[kRows];
 #pragma GCC unroll 3
-            for (int r = 0; r < kRows; ++r) values[r] = load(x + r * width + k);
+            for (int r = 0; r < kRows; ++r) {
+                first[r] = load(x + r * width + k);
+                second[r] = load(x + r * width + k + kLanes);
+            }
 #pragma GCC unroll 8
             for (int o = 0; o < kOutputs; ++o) {
-                const VecF weight = load(w + o * w_stride + k, tag);
+                const Pair weights = load_pair(w + o * w_stride + k, tag);
 #pragma GCC unroll 3
-                for (int r = 0; r < kRows; ++r) run[o][r] += weight * values[r];
+                for (int r = 0; r < kRows; ++r) run[o][r] += weights.first * first[r];
+#pragma GCC unroll 3
+                for (int r = 0; r < kRows; ++r) run[o][r] += weights.second * second[r];
             }
-        };
-        int64_t k = start;
-        for (; k + kLanes <= stop; k += kLanes) step(k, Whole{});
-        if (k < stop) step(k, Part{int(stop - k)});
+        });
 #pragma GCC unroll 8
         for (int o = 0; o < kOutputs; ++o)
 #pragma GCC unroll 3
@@ -84,11 +120,13 @@ void forward(const DecodeLinear& a, int threads) {
     const T *x = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
     const T* bias = static_cast<const T*>(a.bias);
     T* y = static_cast<T*>(a.y);
-    const int64_t width = (a.K + kLanes - 1) / kLanes * kLanes;
+    const int64_t width = (a.K + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
     const Scratch wide(a.N * width);
     for (int64_t r = 0; r < a.N; ++r) {
-        for_each_vector(a.K, [&](int64_t k, auto tag) {
-            store(wide.data + r * width + k, load(x + r * a.K + k, tag));  // zeros behind a part
+        for_each_pair(0, a.K, [&](int64_t k, auto tag) {
+            const Pair values = load_pair(x + r * a.K + k, tag);  // zeros behind a part
+            store(wide.data + r * width + k, values.first);
+            store(wide.data + r * width + k + kLanes, values.second);
         });
     }
     const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;

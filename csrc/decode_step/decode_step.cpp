@@ -73,8 +73,12 @@ class Step {
             linear(normed_.data(), a_.C, layer.mlp_up, hidden_, true);
             linear(hidden_.data(), a_.F, layer.mlp_down, branch_, false);
             sandwich(residual, layer.mlp_post, last ? a_.final_norm : a_.layers[i + 1].attention_pre,
-                     last ? a_.y : normed_.data());
+                     last && a_.head == nullptr ? a_.y : normed_.data());
         }
+        if (a_.head == nullptr) return;
+        const DecodeLinear args = {normed_.data(), a_.head, nullptr,        a_.y,  a_.B * a_.T,
+                                   a_.C,           a_.V,    a_.head_stride, false, a_.dtype};
+        COGVIEW_PICK_ISA(decode_linear_cpu)(args, threads_);
     }
 
   private:
@@ -105,8 +109,7 @@ class Step {
     }
 
     void linear(const void* x, int64_t K, const LinearWeights& w, const Rows& y, bool gelu) {
-        const DecodeLinear args = {x, w.weight, w.bias, y.data(), a_.B * a_.T, K,
-                                   y.width, K, gelu, a_.dtype};
+        const DecodeLinear args = {x, w.weight, w.bias, y.data(), a_.B * a_.T, K, y.width, K, gelu, a_.dtype};
         COGVIEW_PICK_ISA(decode_linear_cpu)(args, threads_);
     }
 

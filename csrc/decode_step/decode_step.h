@@ -3,8 +3,8 @@
 // earlier keys and values are cached.
 //
 // Letters: L layers, B rows, T new tokens of each, C width, H heads, D = C / H, S tokens that the cache has
-// room for, F width inside the MLP. Bytes: the weights, L * (4 C^2 + 2 C F) elements, and the cached keys and
-// values that are seen, once each.
+// room for, F width inside the MLP, V logits. Bytes: the weights, L * (4 C^2 + 2 C F) elements, and the
+// cached keys and values that are seen, once each.
 #pragma once
 
 #include <cstdint>
@@ -32,9 +32,11 @@ struct DecodeStepLayer {
 
 struct DecodeStep {
     const void* x;  // [B, T, C], contiguous
-    void* y;        // [B, T, C], contiguous: the trunk behind the last layer, normalised
+    void* y;        // contiguous: [B, T, C], the trunk behind the last layer, normalised, or [B, T, V] logits
     std::vector<DecodeStepLayer> layers;
     Affine final_norm;
+    const void* head;  // [V, C], rows contiguous and `head_stride` elements apart, or nullptr: no logits
+    int64_t V, head_stride;
     void* cache;          // [L, 2, B, H, S, D], contiguous: keys, values
     IntegerList lengths;  // [B] tokens that are cached; the new ones are written behind them
     int64_t B, T, C, H, S, F;

@@ -261,7 +261,8 @@ def test_decode_step(data):
     x = draw(tensors([B, T, H * D], dtype, draw(values)))
     cache = draw(tensors([L, 2, B, H, S, D], dtype))
     lengths = torch.randint(-1 if draw(st.integers(0, 9)) == 0 else 0, max(1, S - T + 1), (B,))
-    check("decode_step", (x, stack, cache, lengths), {})
+    head = draw(st.none() | tensors([draw(sizes), H * D], dtype))
+    check("decode_step", (x, stack, cache, lengths), {"head": head})
 
 
 @many

@@ -28,20 +28,20 @@ def make(T=1, C=64, H=2, dtype=torch.float32, lengths=LENGTHS, **options):
     return stack, 2 * torch.randn(B, T, C).to(dtype), cache.to(dtype)
 
 
-def check(stack, x, cache, lengths=LENGTHS, layout=None):
+def check(stack, x, cache, lengths=LENGTHS, layout=None, head=None):
     """The result and the whole cache, of which only the places of the new tokens may have changed."""
     T = x.shape[1]
     new = (torch.arange(S) >= lengths[:, None]) & (torch.arange(S) < lengths[:, None] + T)
     written = new[None, None, :, None, :, None].expand_as(cache)
 
-    def reference(x, given, *tensors):
+    def reference(x, given, head, *tensors):
         given = given.clone()
-        y = decode_step_reference(x, tensors, given, lengths, layout, stack.eps, stack.pb_relax)
+        y = decode_step_reference(x, tensors, head, given, lengths, layout, stack.eps, stack.pb_relax)
         return [y, given[written]]
 
     mine = cache.clone()
-    out = decode_step(x, stack, mine, lengths, layout=layout, backend="cpu")
-    truth, eager = judge(reference, [x, cache, *stack.tensors])
+    out = decode_step(x, stack, mine, lengths, layout=layout, head=head, backend="cpu")
+    truth, eager = judge(reference, [x, cache, head, *stack.tensors])
     assert_within_budget(out, eager[0], truth[0], dtype=x.dtype)
     assert_within_budget(mine[written], eager[1], truth[1], dtype=x.dtype, name="cache")
     torch.testing.assert_close(mine[~written], cache[~written], rtol=0, atol=0, equal_nan=True)
@@ -53,6 +53,15 @@ def check(stack, x, cache, lengths=LENGTHS, layout=None):
 def test_error_budget(dtype, layout, T, backend_device):
     backend_device("cpu")
     check(*make(T, dtype=dtype), layout=layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits(dtype, backend_device):
+    """Of a part of an embedding's rows, and of columns that are not contiguous."""
+    backend_device("cpu")
+    head = torch.randn(30, 80).to(dtype)
+    for part in (head[5:18, :64], head[:, :64].t().contiguous().t()):
+        check(*make(2, dtype=dtype), head=part)
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
@@ -104,7 +113,8 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
 
     others = stack.map(lambda t: t.as_subclass(Quantized))
     for _ in range(2):  # the second time from memory
-        assert kernel_runs(x, stack, cache) and not kernel_runs(x, others, cache)
+        assert kernel_runs(x, stack, cache)
+        assert not kernel_runs(x, others, cache) and not kernel_runs(x, turned, cache)
         assert not kernel_runs(many[1], many[0], room, torch.tensor([0]))
     assert not stack.limit(native.MOST_ROWS, 32)
     for limit, message in (
@@ -116,16 +126,44 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
         (stack.map(lambda t: t.to("meta")).limit(1, 32), "serves CPU tensors"),
     ):
         assert message in limit
-    with pytest.raises(ValueError, match="tensors of stack must be contiguous"):  # also from memory
-        decode_step(x, turned, cache, LENGTHS)
+    arguments = (LENGTHS, None, 1, 1, 0.0, 1, 1e-5, "row", "cpu")
+    with pytest.raises(ValueError, match="tensors of stack must be contiguous"):
+        torch.ops.cogview_kernels.decode_step(x, turned.tensors, None, cache, *arguments)
     with pytest.raises(NotImplementedError, match="at most 64 rows"):
         decode_step(many[1], many[0], room, torch.tensor([0]), backend="cpu")
+
+
+@torch.no_grad()
+def test_a_stack_sees_new_values_and_survives_new_tensors(backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    weight = stack.layers[0].qkv[0]
+    first = decode_step(x, stack, cache, LENGTHS)
+    weight.mul_(2)
+    assert not torch.equal(decode_step(x, stack, cache, LENGTHS), first)
+    weight.div_(2)
+    weight.data = torch.empty(1)
+    assert torch.equal(decode_step(x, stack, cache, LENGTHS), first)
 
 
 def test_opcheck_and_compile(backend_device):
     backend_device("cpu")
     stack, x, cache = make()
-    arguments = (x, stack.tensors, cache, LENGTHS, LAYOUT.pivots, 4, 2, 0.5, 1, 1e-5, "row", "cpu")
+    arguments = (
+        x,
+        stack.tensors,
+        torch.randn(5, 64),
+        cache,
+        LENGTHS,
+        LAYOUT.pivots,
+        4,
+        2,
+        0.5,
+        1,
+        1e-5,
+        "row",
+        "cpu",
+    )
     torch.library.opcheck(torch.ops.cogview_kernels.decode_step, arguments)
     compiled = torch.compile(
         lambda x, cache: decode_step(x, stack, cache, LENGTHS), fullgraph=True, backend="aot_eager"
@@ -142,6 +180,7 @@ def test_nothing_to_read_and_no_derivative(backend_device):
     before = cache.clone()
     assert decode_step(x[:, :0], stack, cache, LENGTHS).shape == (3, 0, 64)
     assert decode_step(x[:0], stack, cache[:, :, :0], LENGTHS[:0]).shape == (0, 1, 64)
+    assert decode_step(x, stack, cache.clone(), LENGTHS, head=torch.ones(0, 64)).shape == (3, 1, 0)
     torch.testing.assert_close(cache, before, rtol=0, atol=0, equal_nan=True)
     for tensor in (x, stack.layers[0].qkv[0]):
         tensor.requires_grad_()
@@ -183,6 +222,13 @@ WIDE = torch.ones(65), torch.ones(64)
         ((X, changed(final_norm=WIDE), CACHE, LENGTHS), {}, ValueError, "final_norm's weight must have"),
         ((X, random_stack(pb_relax="none"), CACHE, LENGTHS), {}, ValueError, "pb_relax must be one of"),
         ((X, LayerStack((), WIDE), CACHE[:0], LENGTHS), {}, ValueError, "at least one layer"),
+        ((X, STACK, CACHE, LENGTHS), {"head": X}, ValueError, r"head must have shape \[V, 64\]"),
+        (
+            (X, STACK, CACHE, LENGTHS),
+            {"head": torch.ones(2, 64).half()},
+            TypeError,
+            "head must have the dtype",
+        ),
         ((X, STACK, CACHE, LENGTHS), {"layout": 1}, TypeError, "layout must be a ThreeRegionLayout"),
         (
             (X, STACK, CACHE, LENGTHS),

@@ -102,8 +102,10 @@ def test_decode_step_counts_its_layers(with_layout):
     seen = torch.ones(B, T, T, dtype=torch.bool).tril() if layout is None else layout.dense_mask(T)
     pairs = int(seen[0, T - 3 :].sum() + seen[1, 2:5].sum())
     x, cache = torch.randn(B, 3, H * D), torch.zeros(2, 2, B, H, T, D)
-    products = B * 3 * (4 * (H * D) ** 2 + 2 * H * D * 24) + 2 * H * D * pairs
-    assert flops(lambda: decode_step(x, stack, cache, lengths, layout=layout)) == (4 * products, 0)
+    products = 2 * B * 3 * (4 * (H * D) ** 2 + 2 * H * D * 24) + 4 * H * D * pairs
+    head = torch.randn(7, H * D)
+    counted = flops(lambda: decode_step(x, stack, cache, lengths, layout=layout, head=head))
+    assert counted == (2 * products + 2 * B * 3 * 7 * H * D, 0)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

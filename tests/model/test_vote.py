@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from cogview.cli import main
 from cogview.evaluation.vote import Ballot, wilson_interval
 from cogview.evaluation.vote_server import VoteServer
+from tests.helpers.browser import chromium
 
 TEXTS = [f"a picture of thing {number}" for number in range(12)]
 
@@ -177,35 +178,21 @@ def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_pa
 
 
 def test_people_vote_in_a_browser_by_click_and_by_key(folders, tmp_path):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser_path is None:
-        pytest.skip("needs Chromium")
     ballot = Ballot(folders, tmp_path)
-    with VoteServer(ballot) as server, sync_api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        try:
-            page = browser.new_page()
-            problems = []
-            page.on("console", lambda message: problems.append(message.text))
-            page.on("pageerror", lambda error: problems.append(str(error)))
-            page.goto(server.url)
-            for number, question in enumerate(ballot.questions):
-                page.wait_for_function(
-                    f"document.getElementById('count').textContent.startsWith('{number} ')"
-                )
-                assert page.inner_text("#prompt") == question.prompt
-                loaded = "[...document.images].every(image => image.complete && image.naturalWidth == 16)"
-                page.wait_for_function(loaded)
-                place = question.folders.index(str(folders[number % 2]))
-                if number % 3:
-                    page.keyboard.press(str(place + 1))
-                else:
-                    page.click(f"#pictures button:nth-child({place + 1})")
-            page.wait_for_selector("#shares td")
-            assert page.inner_text("#shares").count("50.0 %") == 2
-            assert server.finished.wait(10)
-            assert problems == []
-        finally:
-            browser.close()
+    with chromium() as (page, problems), VoteServer(ballot) as server:
+        page.goto(server.url)
+        for number, question in enumerate(ballot.questions):
+            page.wait_for_function(f"document.getElementById('count').textContent.startsWith('{number} ')")
+            assert page.inner_text("#prompt") == question.prompt
+            loaded = "[...document.images].every(image => image.complete && image.naturalWidth == 16)"
+            page.wait_for_function(loaded)
+            place = question.folders.index(str(folders[number % 2]))
+            if number % 3:
+                page.keyboard.press(str(place + 1))
+            else:
+                page.click(f"#pictures button:nth-child({place + 1})")
+        page.wait_for_selector("#shares td")
+        assert page.inner_text("#shares").count("50.0 %") == 2
+        assert server.finished.wait(10)
+        assert problems == []
     assert [vote.chosen for vote in ballot.votes] == [str(folders[n % 2]) for n in range(len(TEXTS))]

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vote page of ``cogview evaluate --vote`` under an address of this server."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import FileResponse, HTMLResponse
+from pydantic import BaseModel, ConfigDict
+
+from cogview.evaluation.vote import Ballot
+from cogview.evaluation.vote_server import ballot_state, vote_page
+
+
+class Choice(BaseModel):
+    """What the page sends."""
+
+    model_config = ConfigDict(strict=True)
+
+    question: int
+    place: int
+
+
+def vote_routes(ballot: Ballot) -> APIRouter:
+    """The addresses that :mod:`cogview.evaluation.vote_server` has."""
+    routes, lock = APIRouter(prefix="/vote"), threading.Lock()
+
+    @routes.get("/")
+    def page() -> HTMLResponse:
+        return HTMLResponse(vote_page())
+
+    @routes.get("/question")
+    def question() -> dict[str, Any]:
+        with lock:
+            return ballot_state(ballot)
+
+    @routes.get("/picture/{number}/{place}")
+    def picture(number: int, place: int) -> FileResponse:
+        questions = ballot.questions
+        if not (0 <= number < len(questions) and 0 <= place < len(questions[number].pictures)):
+            raise HTTPException(404)
+        path = questions[number].pictures[place]
+        if not path.is_file():
+            raise HTTPException(404)
+        return FileResponse(path, headers={"Cache-Control": "no-store"})
+
+    @routes.post("/vote")
+    def vote(choice: Choice) -> dict[str, Any]:
+        with lock:
+            try:
+                ballot.vote(choice.question, choice.place)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from None
+            return ballot_state(ballot)
+
+    return routes
