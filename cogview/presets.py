@@ -325,7 +325,7 @@ def with_vqgan(preset: Preset) -> Preset:
             training,
             commitment=ImageTokenizerTrainConfig.commitment,
             color_weight=0.0,
-            warmup_steps=max(1, training.steps // 20),
+            warmup_steps=1,
             vqgan=VQGANTrainConfig(
                 discriminator_start=training.steps // 5,
                 discriminator_channels=max(16, channels // 2),
