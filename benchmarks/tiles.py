@@ -37,8 +37,8 @@ def table() -> list[dict[str, float | str | int]]:
             {
                 "shape": shape.name,
                 "sizes": f"T={shape.T}, {shape.regions}",
-                "visible_pairs": plan.keys_per_query / plan.causal_keys_per_query,
-                "causal_tiles": plan.causal_tiles,
+                "visible_pairs": plan.keys_per_query / plan.dense_keys_per_query,
+                "causal_tiles": plan.dense_tiles,
                 "block_mask_tiles": touched_by_a_block_mask(layout, shape.T),
                 "gathered_tiles": plan.gathered_tiles,
                 "predicted_gain": plan.predicted_gain,

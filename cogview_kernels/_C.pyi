@@ -15,8 +15,8 @@ _Integers: TypeAlias = Tensor | None
 _Strided: TypeAlias = Tensor | None
 # keep_threshold, keep_scale, seed, address of a seed on the device.
 _Dropout: TypeAlias = tuple[int, float, int, _Address]
-# Pivots [B, P], block_size, window_blocks, pivot_bias.
-_Layout: TypeAlias = tuple[_Integers, int, int, float]
+# Pivots [B, P], block_size, window_blocks, pivot_bias, causal, starts [B].
+_Layout: TypeAlias = tuple[_Integers, int, int, float, bool, _Integers]
 # Rows and columns of the grid of keys, radii of the window, query_scale, causal.
 _Window: TypeAlias = tuple[int, int, int, int, int, bool]
 # A tensor of the rows' shape and dtype. eps, the mode of PB-Relax. For CUDA: address, number of blocks.

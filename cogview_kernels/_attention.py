@@ -9,7 +9,7 @@ from torch import contiguous_format as _contiguous
 from cogview_kernels.layout import ThreeRegionLayout
 
 # ``_C.pyi`` tells what the members are.
-NativeLayout = tuple[Tensor | None, int, int, float]
+NativeLayout = tuple[Tensor | None, int, int, float, bool, Tensor | None]
 
 _LARGEST = 2**30
 
@@ -36,13 +36,13 @@ def aligned(x: Tensor) -> Tensor:
     return x if fits else x.clone(memory_format=_contiguous)
 
 
-def native_layout(layout: ThreeRegionLayout, pivots: Tensor) -> NativeLayout:
-    """``pivots`` are those of ``layout``, contiguous; the caller keeps them alive."""
+def native_layout(layout: ThreeRegionLayout, pivots: Tensor, starts: Tensor | None) -> NativeLayout:
+    """``pivots`` are those of ``layout``, contiguous as ``starts`` are; the caller keeps both alive."""
     # Compiled code cuts blocks and window down to the sequence; here they are made to fit its integers.
     window = (min(layout.block_size, _LARGEST), min(layout.window_blocks, _LARGEST))
-    return pivots, *window, layout.pivot_bias
+    return pivots, *window, layout.pivot_bias, layout.causal, starts
 
 
-def causal_layout(num_keys: int) -> NativeLayout:
+def causal_layout(num_keys: int, starts: Tensor | None) -> NativeLayout:
     """Every key up to the query's own: one block as long as the keys, and no pivots."""
-    return None, num_keys, 1, 0.0
+    return None, num_keys, 1, 0.0, True, starts

@@ -132,11 +132,6 @@ def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
     check_same_device(op, "starts", starts, "q", other)
 
 
-def starts_limit(backend: str, starts: Tensor | None) -> str:
-    """Why kernels cannot take ``starts``; empty where there are none."""
-    return "" if starts is None else f"the {backend} backend takes no starts; use backend='sdpa'"
-
-
 def check_count(op: str, name: str, value: int, least: int) -> None:
     if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")

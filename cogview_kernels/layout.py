@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which keys a query sees: the pivots of each sample and the window, and what that costs.
 
-Everything in Python that asks whether a query sees a key asks :func:`window_start` here. The same rule stands
-once for C++ and CUDA, in csrc/common/regions.h, and once for Triton, in ``_regions_triton``.
+Everything in Python that asks whether a query sees a key asks :func:`window_start` and :func:`window_stop`
+here. The same rule stands once for C++ and CUDA, in csrc/common/regions.h, and once for Triton, in
+``_regions_triton``.
 """
 
 from __future__ import annotations
@@ -26,39 +27,58 @@ _BLOCK_OVERHEAD = 0.25
 Position = TypeVar("Position", int, Tensor)
 
 
-def window_start(query: Position, block_size: int, window_blocks: int) -> Position:
-    """The first position in the window of the query at position ``query``, which may lie before 0.
+def window_start(
+    query: Position, block_size: int, window_blocks: int, origin: Position | int = 0
+) -> Position:
+    """The first position in the window of the query at position ``query``, which may lie before ``origin``.
 
     The window is the query's own block up to the query, and the ``window_blocks - 1`` blocks before. Keys
-    before the window are far: they are seen if they are pivots.
+    before the window are far: they are seen if they are pivots. Blocks are counted from ``origin``, the first
+    position of the sample.
     """
-    return (query // block_size - (window_blocks - 1)) * block_size
+    return origin + ((query - origin) // block_size - (window_blocks - 1)) * block_size
+
+
+def window_stop(
+    query: Position, block_size: int, window_blocks: int, causal: bool, origin: Position | int = 0
+) -> Position:
+    """The position after the last one in the window of a query, which may lie past the end.
+
+    Of a causal layout the query's own is the last one; else the window has the query's own block whole and
+    the ``window_blocks - 1`` blocks after it, and pivots from here on are far, too.
+    """
+    if causal:
+        return query + 1
+    return origin + ((query - origin) // block_size + window_blocks) * block_size
 
 
 @dataclass(frozen=True)
 class ThreeRegionPlan:
-    """Work of :func:`three_region_attention` against dense causal attention, averaged over the samples.
+    """Work of :func:`three_region_attention` against dense attention, averaged over the samples.
 
-    A tile is ``block_size`` queries by ``block_size`` keys. ``predicted_gain`` is how many times faster than
-    dense causal attention a kernel of equal efficiency would be; below 1, dense attention wins.
+    Dense attention is causal where the layout is. A tile is ``block_size`` queries by ``block_size`` keys.
+    ``predicted_gain`` is how many times faster than dense attention a kernel of equal efficiency would be;
+    below 1, dense attention wins.
     """
 
     keys_per_query: float
-    causal_keys_per_query: float
+    dense_keys_per_query: float
     tiles_per_query_block: float
     gathered_tiles: float
-    causal_tiles: int
+    dense_tiles: int
     predicted_gain: float
+    causal: bool = True
 
     def __str__(self) -> str:
+        dense = "dense causal attention" if self.causal else "dense attention"
         verdict = (
-            f"about {self.predicted_gain:.2f}x faster than dense causal attention"
+            f"about {self.predicted_gain:.2f}x faster than {dense}"
             if self.predicted_gain > 1
-            else f"dense causal attention wins (predicted gain {self.predicted_gain:.2f}x)"
+            else f"{dense} wins (predicted gain {self.predicted_gain:.2f}x)"
         )
         return (
-            f"{self.keys_per_query:.0f} of {self.causal_keys_per_query:.0f} keys a query, "
-            f"{self.gathered_tiles:.0f} of {self.causal_tiles} tiles: {verdict}"
+            f"{self.keys_per_query:.0f} of {self.dense_keys_per_query:.0f} keys a query, "
+            f"{self.gathered_tiles:.0f} of {self.dense_tiles} tiles: {verdict}"
         )
 
 
@@ -70,6 +90,9 @@ class ThreeRegionLayout:
     window_blocks`` (window: its own block and the ``window_blocks - 1`` before it) or ``j`` is a pivot with
     ``b(j) <= b(i) - window_blocks`` (far). Far keys get ``pivot_bias`` added to their logits.
 
+    With ``causal=False``, for encoders, the window reaches to both sides, ``|b(i) - b(j)| < window_blocks``,
+    and all pivots outside it are far.
+
     Args:
         pivots: integer ``[B, P]``, on the device of the tensors it is used with: positions in ``[0, T)``,
             unique per sample, in any order; -1 pads. P may be 0.
@@ -79,6 +102,7 @@ class ThreeRegionLayout:
         density: how many positions a far pivot stands for, at least 1: its logarithm is added to
             ``pivot_bias``. Under ``torch.compile`` an integer may follow from the sequence length, where a
             float would cost a compilation per length.
+        causal: whether a query sees nothing after itself.
 
     A layout is a pytree node, whose leaf is ``pivots``: it may be an input of what ``torch.export`` exports,
     and ``tree_map`` and data loaders reach its tensor. It can be copied, pickled, and loaded with
@@ -92,6 +116,7 @@ class ThreeRegionLayout:
     window_blocks: int = 6
     pivot_bias: float = 0.0
     density: int = 1
+    causal: bool = True
 
     def __post_init__(self) -> None:
         op = type(self).__name__
@@ -108,6 +133,8 @@ class ThreeRegionLayout:
         _checks.check_count(op, "window_blocks", self.window_blocks, 1)
         _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
         _checks.check_count(op, "density", self.density, 1)
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"{op}: causal must be a bool, got {type(self.causal).__name__}")
 
     @classmethod
     def sample(
@@ -118,6 +145,7 @@ class ThreeRegionLayout:
         block_size: int = 128,
         window_blocks: int = 6,
         density_correction: bool = True,
+        causal: bool = True,
         valid_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> ThreeRegionLayout:
@@ -130,7 +158,7 @@ class ThreeRegionLayout:
         Args:
             text_mask: boolean ``[B, T]``; True positions always become pivots.
             num_pivots: pivots a sample. Where fewer valid positions exist, -1 fills the rest.
-            block_size, window_blocks: the window, as in :class:`ThreeRegionLayout`.
+            block_size, window_blocks, causal: the window, as in :class:`ThreeRegionLayout`.
             density_correction: ``pivot_bias = log(T // num_pivots)`` (0 where ``T <= num_pivots``), so that
                 the random pivots stand for the positions left out; False gives 0. Under ``torch.compile`` it
                 is the layout's ``density`` that says so.
@@ -182,12 +210,18 @@ class ThreeRegionLayout:
             pivots = torch.nn.functional.pad(pivots, (0, num_pivots - T), value=-1)
         density = T // num_pivots if density_correction and T > num_pivots > 0 else 1
         if torch.compiler.is_compiling() or isinstance(T, torch.SymInt):
-            return cls(pivots, block_size, window_blocks, density=density)
-        return cls(pivots, block_size, window_blocks, math.log(density))
+            return cls(pivots, block_size, window_blocks, density=density, causal=causal)
+        return cls(pivots, block_size, window_blocks, math.log(density), causal=causal)
 
     @classmethod
     def unchecked(
-        cls, pivots: Tensor, block_size: int, window_blocks: int, pivot_bias: float, density: int = 1
+        cls,
+        pivots: Tensor,
+        block_size: int,
+        window_blocks: int,
+        pivot_bias: float,
+        density: int = 1,
+        causal: bool = True,
     ) -> ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
@@ -195,7 +229,7 @@ class ThreeRegionLayout:
         if density != 1:  # kernels know of one number
             pivot_bias += math.log(density)
         members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, 1
-        members["block_size"], members["window_blocks"] = block_size, window_blocks
+        members["block_size"], members["window_blocks"], members["causal"] = block_size, window_blocks, causal
         return layout
 
     def far_bias(self, like: Tensor) -> Tensor:
@@ -225,21 +259,26 @@ class ThreeRegionLayout:
         pivots = self.pivots.long()
         return marks.scatter(1, pivots.masked_fill(pivots < 0, num_keys), True)[:, :num_keys]
 
-    def regions(self, query: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    def regions(self, query: Tensor, num_keys: int, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(window, far)``: which of ``num_keys`` keys (last dimension) a query sees, and in which region.
 
         Args:
             query: positions of the queries, ``[T]`` for all samples or ``[B, T]``; one below 0 sees nothing.
+            starts: ``[B]``, the first position of each sample; None is 0. A query before it sees nothing.
 
         Returns:
-            ``window``, boolean with the shape of ``query`` and ``num_keys`` behind it, and ``far``, boolean
-            ``[B, T, num_keys]``. No key is in both.
+            ``window``, boolean with the shape of ``query`` and ``num_keys`` behind it (with ``starts``
+            ``[B, T, num_keys]``), and ``far``, boolean ``[B, T, num_keys]``. No key is in both.
         """
         key = torch.arange(num_keys, device=query.device)
         query = query[..., None]
-        start = window_start(query, *self.window(num_keys))
-        window = (key >= start) & (key <= query)
-        return window, self.is_pivot(num_keys)[:, None, :] & (key < start)
+        origin = 0 if starts is None else starts.clamp(min=0)[:, None, None]
+        start = window_start(query, *self.window(num_keys), origin).clamp(min=origin)
+        stop = window_stop(query, *self.window(num_keys), self.causal, origin)
+        outside = key < start if self.causal else (key < start) | (key >= stop)
+        visible = (key >= origin) & (query >= origin)
+        pivot = self.is_pivot(num_keys)[:, None, :]
+        return visible & (key >= start) & (key < stop), visible & pivot & outside
 
     def sorted_pivots(self, padding: int) -> Tensor:
         """int64 ``[B, P]``, ascending, with ``padding`` in place of -1.
@@ -256,7 +295,7 @@ class ThreeRegionLayout:
         return window | far
 
     def plan(self, T: int) -> ThreeRegionPlan:
-        """Counts keys and tiles at sequence length ``T`` and predicts the gain over dense causal attention.
+        """Counts keys and tiles at sequence length ``T`` and predicts the gain over dense attention.
 
         Reads the pivots on the host, so it waits for the device: meant for choosing a setting, not for a
         training step.
@@ -270,41 +309,69 @@ class ThreeRegionLayout:
         for block in range(blocks):
             start = block * size
             window = max(0, window_start(start, size, self.window_blocks))
-            far = ((pivots >= 0) & (pivots < window)).sum(1)
-            tiles += int(((far + size - 1) // size).sum()) + B * min(self.window_blocks, block + 1)
-        causal_tiles = blocks * (blocks + 1) // 2
+            stop = min(blocks * size, window_stop(start + size - 1, size, self.window_blocks, self.causal))
+            outside = pivots < window if self.causal else (pivots < window) | (pivots >= stop)
+            far = ((pivots >= 0) & outside).sum(1)
+            tiles += int(((far + size - 1) // size).sum()) + B * ((stop - window) // size)
+        dense_tiles = blocks * (blocks + 1) // 2 if self.causal else blocks * blocks
         gathered = tiles / B
         return ThreeRegionPlan(
             keys_per_query=self.pairs(T, pivots.tolist()) / B / T,
-            causal_keys_per_query=(T + 1) / 2,
+            dense_keys_per_query=(T + 1) / 2 if self.causal else T,
             tiles_per_query_block=gathered / blocks,
             gathered_tiles=gathered,
-            causal_tiles=causal_tiles,
-            predicted_gain=causal_tiles / (gathered + _BLOCK_OVERHEAD * blocks),
+            dense_tiles=dense_tiles,
+            predicted_gain=dense_tiles / (gathered + _BLOCK_OVERHEAD * blocks),
+            causal=self.causal,
         )
 
-    def pairs(self, T: int, pivots: list[list[int]] | None) -> int:
+    def pairs(self, T: int, pivots: list[list[int]] | None, starts: list[int] | None = None) -> int:
         """How many pairs of a query and a key are seen at length ``T``, over all samples.
 
-        ``pivots`` are the layout's values. Where there are none, as in a fake tensor, as many are counted as
-        pivots see on average that are spread evenly.
+        ``pivots`` and ``starts`` are values. Where there are no pivots, as in a fake tensor, as many pairs
+        are counted as pivots see on average that are spread evenly; no starts are starts of 0.
         """
-        size, window_blocks = self.window(T)
         B, P = self.pivots.shape
-        near = 0
+        total = 0
+        for b, start in enumerate(starts or [0] * B):
+            start = min(max(start, 0), T)
+            length = T - start
+            total += self._window_pairs(length)
+            if pivots is None:
+                total += min(P, length) * self._far_pairs(length, range(length)) // max(length, 1)
+            else:
+                total += self._far_pairs(length, [p - start for p in pivots[b] if p >= start])
+        return total
+
+    def _window_pairs(self, T: int) -> int:
+        """Pairs of a query and a key of its window, in one sample of ``T`` positions."""
+        size, window_blocks = self.window(T)
+        pairs = 0
         for start in range(0, T, size):
             window = max(0, window_start(start, size, window_blocks))
             rows = min(T, start + size) - start
-            near += rows * (start - window) + rows * (rows + 1) // 2
+            if self.causal:
+                pairs += rows * (start - window) + rows * (rows + 1) // 2
+            else:
+                pairs += rows * (min(T, window_stop(start, size, window_blocks, False)) - window)
+        return pairs
 
-        def queries_past(key: int) -> int:
-            return max(0, T - (key // size + window_blocks) * size)
+    def _far_pairs(self, T: int, pivots: Iterable[int]) -> int:
+        """Pairs of a query and one of these pivots, far from it, in one sample of ``T`` positions."""
+        size, window_blocks = self.window(T)
+        pairs = 0
+        for pivot in pivots:
+            pairs += max(0, T - window_stop(pivot, size, window_blocks, False))
+            pairs += 0 if self.causal else max(0, window_start(pivot, size, window_blocks))
+        return pairs
 
-        if pivots is None:
-            far = B * min(P, T) * sum(map(queries_past, range(T))) // max(T, 1)
-        else:
-            far = sum(queries_past(p) for sample in pivots for p in sample if p >= 0)
-        return B * near + far
+    def check_causal(self, op: str) -> None:
+        """For ops that decode: a query of a sequence that is being written sees nothing after itself."""
+        if not self.causal:
+            raise ValueError(
+                f"{op}: layout must be causal, got causal=False; use three_region_attention for a whole "
+                "sequence that sees to both sides"
+            )
 
     def check_pivots(self, op: str, num_keys: int) -> None:
         """Where they can be read: pivots lie in [-1, ``num_keys``) and, -1 apart, differ within a sample."""
@@ -329,7 +396,7 @@ class ThreeRegionLayout:
 
 
 def _numbers(layout: ThreeRegionLayout) -> list[Any]:
-    return [layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density]
+    return [layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density, layout.causal]
 
 
 def _flatten(layout: ThreeRegionLayout) -> tuple[list[Any], list[Any]]:
@@ -343,7 +410,7 @@ def _flatten_with_keys(layout: ThreeRegionLayout) -> tuple[list[tuple[Any, Any]]
 def _unflatten(leaves: Iterable[Any], numbers: list[Any]) -> ThreeRegionLayout:
     # A leaf may be anything by now, so nothing is checked.
     layout = object.__new__(ThreeRegionLayout)
-    names = ("pivots", "block_size", "window_blocks", "pivot_bias", "density")
+    names = ("pivots", "block_size", "window_blocks", "pivot_bias", "density", "causal")
     layout.__dict__.update(zip(names, (*leaves, *numbers), strict=True))
     return layout
 

@@ -262,8 +262,8 @@ IntegerList integer_list(const PythonTensor& x) {
     return {x.data, x.bytes};
 }
 
-// Pivots [B, P], block size, window blocks, pivot bias.
-using LayoutArguments = std::tuple<PythonTensor, int64_t, int64_t, float>;
+// Pivots [B, P], block size, window blocks, pivot bias, causal, starts [B].
+using LayoutArguments = std::tuple<PythonTensor, int64_t, int64_t, float, bool, PythonTensor>;
 
 // For a sequence of `length` positions, past which neither block nor window reach.
 Layout layout_within(int64_t length, const LayoutArguments& x) {
@@ -271,7 +271,8 @@ Layout layout_within(int64_t length, const LayoutArguments& x) {
     const PythonTensor& pivots = std::get<0>(x);
     const int64_t block_size = std::min(std::get<1>(x), length);
     const int64_t window_blocks = std::min(std::get<2>(x), (length - 1) / block_size + 1);
-    return {integer_list(pivots), int(pivots.last), int(block_size), int(window_blocks), std::get<3>(x)};
+    return {integer_list(pivots),         int(pivots.last), int(block_size), int(window_blocks), std::get<3>(x),
+            integer_list(std::get<5>(x)), std::get<4>(x)};
 }
 
 // The sizes, in the order of AttentionShape.

@@ -17,12 +17,10 @@ _BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
 _INTEGERS = (torch.int64, torch.int32)
 
 
-def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor, starts: Tensor | None) -> str:
+def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
     if backend in ("sdpa", "reference"):
         return ""
-    return _checks.starts_limit(backend, starts) or backend_module(backend).limit(
-        backend, q, k_cache, v_cache
-    )
+    return backend_module(backend).limit(backend, q, k_cache, v_cache)
 
 
 def decode_attention(
@@ -55,9 +53,10 @@ def decode_attention(
             ``scaled_dot_product_attention``: keep the caches in its dtype, or each call copies them.
         lengths: int32 or int64 ``[B]`` on the device of ``q``: positions written so far, those of ``q``
             included, in ``[0, S]``. A query before position 0 gets zeros.
-        layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen.
+        layout: a causal :class:`ThreeRegionLayout`: only the keys that it allows are seen.
         starts: int32 or int64 ``[B]`` on the device of ``q``, for padding on the left: keys before a
-            sample's start have no influence, whatever they are, and a query before it gets zeros.
+            sample's start have no influence, whatever they are, and a query before it gets zeros. Blocks of
+            the layout are counted from the start; pivots are positions in the cache.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for device and arguments.
 
@@ -69,15 +68,16 @@ def decode_attention(
         ValueError: a shape above is not met, or devices differ; on the CPU also lengths or pivots
             out of range.
         NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no derivative, no
-            float64, no starts, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in
-            for starts and where a gradient is needed, not for derivatives in forward mode.
+            float64, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in where a
+            gradient is needed, not for derivatives in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
     """
     if torch._C._is_any_autocast_enabled():
         q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
-    regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
+    pivots, is_causal = getattr(layout, "pivots", layout), getattr(layout, "causal", True)
+    regions = pivots, is_causal, type(layout) is ThreeRegionLayout
     # No limit of a backend but this one depends on more than shapes, dtypes and the device.
     tensors = (q, k_cache, v_cache)
     recorded = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
@@ -89,7 +89,7 @@ def decode_attention(
         _checks.check_starts(_OP, starts, q.shape[0], q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
-        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache, starts)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
         _backends.remember(signature, chosen)
     _check_values(lengths, layout, k_cache.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -104,7 +104,7 @@ def decode_attention(
                 q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale, starts
             ).to(q.dtype)
     if layout is None:
-        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, scale, chosen)
+        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, starts, scale, chosen)
     return decode_attention_op(
         q,
         k_cache,
@@ -115,6 +115,7 @@ def decode_attention(
         layout.window_blocks,
         float(layout.pivot_bias),
         layout.density,
+        starts,
         scale,
         chosen,
     )
@@ -155,6 +156,7 @@ def _check(
     if layout is not None:
         if not isinstance(layout, ThreeRegionLayout):
             raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
+        layout.check_causal(_OP)
         pivots = layout.pivots
         if pivots.shape[0] != B:
             raise ValueError(

@@ -46,11 +46,13 @@ def forward(
     v_cache: Tensor,
     lengths: Tensor,
     layout: ThreeRegionLayout | None,
+    starts: Tensor | None,
     scale: float,
     out: Tensor,
     backend: str,
 ) -> None:
-    """Fills ``out``. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out`` throughout."""
+    """Fills ``out``. Rows of q and the caches are contiguous; ``lengths``, ``starts``, pivots and ``out`` are
+    throughout."""
     S = k_cache.shape[2]
     splits = (0, 0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
     if backend == "cuda":
@@ -69,7 +71,7 @@ def forward(
         v_cache,
         lengths,
         out,
-        causal_layout(S) if layout is None else native_layout(layout, layout.pivots),
+        causal_layout(S, starts) if layout is None else native_layout(layout, layout.pivots, starts),
         scale,
         splits,
     )

@@ -39,7 +39,7 @@ def decode_attention_reference(
     if layout is None:
         seen = key <= query[..., None]
     else:
-        window, far = layout.regions(query, S)
+        window, far = layout.regions(query, S, starts)
         seen = window | far
         logits = logits + far[:, None].to(q.dtype) * layout.far_bias(q)
     if starts is not None:

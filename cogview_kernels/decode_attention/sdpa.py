@@ -32,18 +32,18 @@ def forward(
         key = torch.arange(S, device=q.device).expand(q.shape[0], 1, -1)
         seen = key <= query[..., None]
     else:
-        key, near, far = _regions(layout, query, S)
+        key, near, far = _regions(layout, query, S, starts)
         if key.shape[-1] != S:
             index = key.clamp(0, S - 1)[:, 0]
             index = index[:, None, :, None].expand(-1, k_cache.shape[1], -1, k_cache.shape[3])
             keys, values = k_cache.gather(2, index), v_cache.gather(2, index)
         seen = near | far
-    first: Tensor | int = 0 if starts is None else starts.clamp(min=0)[:, None, None]
-    seen = seen & (key >= first)
+    origin: Tensor | int = 0 if starts is None else starts.clamp(min=0)[:, None, None]
+    seen = seen & (key >= origin)
     # A query before the first key sees nothing: it is given every key, so that no row is empty, then zeroed.
-    blind = query[..., None] < first
+    blind = query[..., None] < origin
     # What lies past the end may be anything, NaN included, which no weight of 0 would remove.
-    unwritten = ((key < first) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
+    unwritten = ((key < origin) | (key >= lengths[:, None, None]))[:, 0, None, :, None]
     keys, values = keys.masked_fill(unwritten, 0), values.masked_fill(unwritten, 0)
     mask = (seen | blind)[:, None]
     if layout is not None and (layout.pivot_bias != 0 or layout.density != 1):
@@ -54,7 +54,9 @@ def forward(
     return out.masked_fill(blind[:, None], 0)
 
 
-def _regions(layout: ThreeRegionLayout, query: Tensor, S: int) -> tuple[Tensor, Tensor, Tensor]:
+def _regions(
+    layout: ThreeRegionLayout, query: Tensor, S: int, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(key [B, 1, n], near, far [B, Tq, n])``: positions to read and the region each query sees them in.
 
     A position may stand among the pivots and in the window; each query sees it in one of the two alone.
@@ -68,9 +70,10 @@ def _regions(layout: ThreeRegionLayout, query: Tensor, S: int) -> tuple[Tensor, 
     if P + span >= S:
         key = torch.arange(S, device=query.device).expand(B, 1, -1)
         inside = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, layout.pivot_bias)
-        return key, *inside.regions(query, S)
+        return key, *inside.regions(query, S, starts)
     query = query[..., None]
-    start = window_start(query, block_size, window_blocks)
+    origin: Tensor | int = 0 if starts is None else starts.clamp(min=0)[:, None, None]
+    start = window_start(query, block_size, window_blocks, origin)
     window = start[:, :1] + torch.arange(span, device=query.device)
     key = torch.cat([pivots[:, None], window], 2)
     listed = torch.arange(P + span, device=query.device) < P

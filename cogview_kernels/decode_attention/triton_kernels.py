@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview_kernels import _counters
-from cogview_kernels._regions_triton import window_start
+from cogview_kernels._regions_triton import load_origin, window_start
 from cogview_kernels._triton import LOG2E, Launch, Plans, load_rows, offset, store_rounded
 from cogview_kernels.decode_attention import native
 from cogview_kernels.layout import ThreeRegionLayout
@@ -86,10 +86,10 @@ def _merge_splits(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, pivots_ptr, partial_ptr, counters_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, pivots_ptr, partial_ptr, counters_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     Hkv, G, Tq, S, P, block_size, window_blocks, row_tiles, splits, cells, sign, factor, bias,
-    HAS_REGIONS: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_REGIONS: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_SPLITS: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -108,14 +108,16 @@ def _decode_kernel(
     kv_head = bh % Hkv
     out_rows = start_m + tl.arange(0, BLOCK_M)
 
-    # Nothing past the sequence is ever read: it may be anything. A wrong length must not leave the cache.
+    # Nothing before or past the sequence is ever read: it may be anything. A wrong length must not leave the
+    # cache.
     length = tl.minimum(tl.maximum(tl.load(lengths_ptr + b), 0), S).to(tl.int32)
-    listed, window, latest_start = 0, 0, 0
+    origin = load_origin(starts_ptr, b, length, HAS_STARTS)
+    listed, window, latest_start = 0, origin, 0
     if HAS_REGIONS:
-        window = window_start(tl.maximum(length - Tq, 0), block_size, window_blocks)
-        latest_start = window_start(tl.maximum(length - 1, 0), block_size, window_blocks)
+        window = window_start(tl.maximum(length - Tq, 0), origin, block_size, window_blocks)
+        latest_start = window_start(tl.maximum(length - 1, 0), origin, block_size, window_blocks)
         # As long as the last query's window reaches the start, no key is far.
-        listed = tl.where(latest_start > 0, P, 0)
+        listed = tl.where(latest_start > origin, P, 0)
     items = listed + length - window
     share = tl.cdiv(tl.cdiv(items, splits), _STEP) * _STEP
     start = split * share
@@ -133,7 +135,7 @@ def _decode_kernel(
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     pivots_ptr += offset(b, P)
     position = length - Tq + rows % Tq
-    starts = window_start(tl.maximum(position, 0), block_size, window_blocks)
+    starts = window_start(tl.maximum(position, 0), origin, block_size, window_blocks)
 
     if BLOCK_M == 1:
         q = q.to(tl.float32)
@@ -149,7 +151,9 @@ def _decode_kernel(
             pivot = tl.load(pivots_ptr + item, mask=seen & far, other=-1).to(tl.int32)
             at = tl.where(far, pivot, window + item - listed)
             # A pivot in the window of every query stands among its positions, too.
-            seen = seen & (at >= 0) & ((at < latest_start) | ~far)
+            seen = seen & (at >= origin) & ((at < latest_start) | ~far)
+        elif HAS_STARTS:
+            at = origin + item
         k = load_rows(k_ptr, at, stride_kt, seen, D, BLOCK_D)
         v = load_rows(v_ptr, at, stride_vt, seen, D, BLOCK_D)
         if BLOCK_M == 1:
@@ -285,6 +289,7 @@ def _plan(
     k_cache: Tensor,
     v_cache: Tensor,
     layout: ThreeRegionLayout | None,
+    has_starts: bool,
     scale: float,
     tf32: bool,
 ) -> _Plan:
@@ -314,7 +319,8 @@ def _plan(
     )  # fmt: skip
     launch = Launch(
         _decode_kernel, (programs * splits,), numbers,
-        HAS_REGIONS=has_regions, HAS_SPLITS=splits > 1, PRECISION="tf32" if tf32 else "ieee",
+        HAS_REGIONS=has_regions, HAS_STARTS=has_starts, HAS_SPLITS=splits > 1,
+        PRECISION="tf32" if tf32 else "ieee",
         D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
         maxnreg=t.maxnreg,
     )  # fmt: skip
@@ -332,12 +338,13 @@ def forward(
     v_cache: Tensor,
     lengths: Tensor,
     layout: ThreeRegionLayout | None,
+    starts: Tensor | None,
     scale: float,
     out: Tensor,
     _: str,
 ) -> None:
-    """Fills ``out``, by one launch. Rows of q and the caches are contiguous, ``lengths``, pivots and ``out``
-    throughout."""
+    """Fills ``out``, by one launch. Rows of q and the caches are contiguous; ``lengths``, ``starts``, pivots
+    and ``out`` are throughout."""
     # PyTorch's own switch decides whether products of float32 may use tf32.
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     regions = None
@@ -345,13 +352,14 @@ def forward(
         regions = layout.pivots.shape[1], layout.block_size, layout.window_blocks, layout.pivot_bias
     key = (
         q.shape, k_cache.shape, q.stride(), k_cache.stride(), v_cache.stride(), q.dtype, q.get_device(),
-        regions, scale, tf32,
+        regions, starts is not None, scale, tf32,
     )  # fmt: skip
-    plan = _plans.get(key, q, k_cache, v_cache, layout, scale, tf32)
+    plan = _plans.get(key, q, k_cache, v_cache, layout, starts is not None, scale, tf32)
     pivots = layout.pivots if layout is not None and plan.has_regions else lengths
+    origins = lengths if starts is None else starts
     # Without splits neither is read.
     partial, counters = out, lengths
     if plan.counters:
         partial = out.new_empty(plan.partials, dtype=torch.float32)
         counters = _counters.zeroed(plan.counters, out.device)
-    plan.launch(q, k_cache, v_cache, lengths, pivots, partial, counters, out)
+    plan.launch(q, k_cache, v_cache, lengths, origins, pivots, partial, counters, out)

@@ -53,7 +53,7 @@ def decode_step(
         stack: at least one layer; dtype and device of ``x`` throughout, also under autocast.
         cache: ``[L, 2, B, H, S, D]``, contiguous, keys and values of each layer, C = H D. Written in place.
         lengths: int32 or int64 ``[B]``: tokens cached so far, in ``[0, S - T]``. It is not changed: add T.
-        layout: a :class:`ThreeRegionLayout`: only the keys that it allows are seen, in every layer.
+        layout: a causal :class:`ThreeRegionLayout`: only the keys that it allows are seen, in every layer.
         head: ``[V, C]``, dtype and device of ``x``: what gives the logits that are wanted.
         backend: "cpu" or "reference"; None takes the best for device and arguments.
 
@@ -76,7 +76,8 @@ def decode_step(
         raise TypeError(f"{_OP}: cache must be a tensor, got {type(cache).__name__}")
     if torch.is_grad_enabled():
         _refuse_derivatives(x, stack, cache, head)
-    regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
+    pivots, is_causal = getattr(layout, "pivots", layout), getattr(layout, "causal", True)
+    regions = pivots, is_causal, type(layout) is ThreeRegionLayout
     options = stack.eps, stack.pb_relax
     inputs = x, head, cache, cache.is_contiguous(), lengths
     # Of a stack the number is enough: it does not change, and to look at its tensors takes longer than the
@@ -150,6 +151,7 @@ def _check(
         return
     if not isinstance(layout, ThreeRegionLayout):
         raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
+    layout.check_causal(_OP)
     if layout.pivots.shape[0] != B:
         raise ValueError(
             f"{_OP}: layout.pivots must have shape [{B}, P] to go with x, got {tuple(layout.pivots.shape)}"

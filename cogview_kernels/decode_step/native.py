@@ -60,6 +60,6 @@ def forward(
         tensors,
         cache,
         lengths,
-        causal_layout(cache.shape[4]) if layout is None else native_layout(layout, layout.pivots),
+        causal_layout(cache.shape[4], None) if layout is None else native_layout(layout, layout.pivots, None),
         shared.options(norms),
     )

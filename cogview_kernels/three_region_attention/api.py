@@ -16,12 +16,12 @@ _OP = "three_region_attention"
 _BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
 
 
-def _limit(backend: str, q: Tensor, starts: Tensor | None, dropout_p: float, return_lse: bool) -> str:
+def _limit(backend: str, q: Tensor, dropout_p: float, return_lse: bool) -> str:
     if backend == "reference":
         return ""
     if backend == "sdpa":
         return sdpa.limit(dropout_p, return_lse)
-    return _checks.starts_limit(backend, starts) or backend_module(backend).limit(backend, q)
+    return backend_module(backend).limit(backend, q)
 
 
 def three_region_attention(
@@ -37,9 +37,10 @@ def three_region_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention over a block window and gathered pivot keys, under one softmax.
+    """Attention over a block window and gathered pivot keys, under one softmax.
 
-    Equals, with ``far`` the pivots left of a query's window (see :class:`ThreeRegionLayout`)::
+    Equals, with ``far`` the pivots left of a query's window, and right of it unless ``layout.causal`` (see
+    :class:`ThreeRegionLayout`)::
 
         bias = torch.zeros(B, T, T).masked_fill(far, layout.pivot_bias)
         bias = bias.masked_fill(~layout.dense_mask(T), -inf)
@@ -57,7 +58,8 @@ def three_region_attention(
         layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``.
         starts: int32 or int64 ``[B]`` on the device of ``q``, for padding on the left: keys before a
             sample's start are not seen, and queries before it see nothing: their output is 0, their lse -inf.
-            Pivots and blocks are counted from position 0 all the same.
+            Blocks are counted from the start, so a sample gives what it would give without its padding;
+            pivots are positions in the padded sequence.
         scale: finite, multiplies ``q @ k^T``; None is ``1 / sqrt(D)``.
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
             ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
@@ -75,7 +77,7 @@ def three_region_attention(
         ValueError: a shape or range above is not met, or devices differ. The values of pivots are checked on
             the CPU alone: reading them on a GPU would wait for it.
         NotImplementedError: a limit of the backend asked for ("sdpa": no dropout, no lse; "cuda": float16 and
-            D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256; all three: no starts).
+            D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256).
             Without ``backend`` "sdpa" steps in, or where that cannot, "reference". Also a derivative that
             kernels do not have: of second order, or in forward mode.
         RuntimeError: the named backend cannot run here; the message says why.
@@ -94,7 +96,7 @@ def three_region_attention(
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
-        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, starts, dropout_p, return_lse)
+        chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
         _backends.remember(signature, chosen)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed)
@@ -108,6 +110,8 @@ def three_region_attention(
             layout.window_blocks,
             float(layout.pivot_bias),
             layout.density,
+            layout.causal,
+            starts,
             scale,
             dropout_p,
             seed,

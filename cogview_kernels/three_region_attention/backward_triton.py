@@ -10,8 +10,15 @@ import triton
 import triton.language as tl
 
 from cogview_kernels._attention_triton import NO_SPECIALIZATION, dq_step, probabilities
-from cogview_kernels._regions_triton import first_query_past, in_window, window_start
+from cogview_kernels._regions_triton import (
+    first_query_past,
+    in_window,
+    load_origin,
+    window_start,
+    window_stop,
+)
 from cogview_kernels._triton import dropout_keeps, dropout_rows, load_rows, offset, store_rounded
+from cogview_kernels.three_region_attention.index_triton import far_range, sees_far
 
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
@@ -80,11 +87,12 @@ def _load_words(words_ptr, TP):
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
 def dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, starts_ptr, residuals_ptr, stats_ptr, words_ptr, dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dqb, stride_dqh, stride_dqt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, HAS_STARTS: tl.constexpr, CAUSAL: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -109,38 +117,52 @@ def dq_kernel(
     if HAS_DROPOUT:
         r0, r1 = _load_words(words_ptr + offset(bh, TP) * 2 + rows, TP)
 
-    first_window = window_start(start_m, block_size, window_blocks)
-    last_window = window_start(stop_m - 1, block_size, window_blocks)
+    origin = load_origin(starts_ptr, b, T, HAS_STARTS)
+    first_window = window_start(start_m, origin, block_size, window_blocks)
+    last_window = window_start(stop_m - 1, origin, block_size, window_blocks)
+    first_stop = window_stop(start_m, origin, T, block_size, window_blocks, CAUSAL)
+    last_stop = window_stop(stop_m - 1, origin, T, block_size, window_blocks, CAUSAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     if HAS_FAR:
         index_ptr = residuals_ptr + offset(b, stride_i)
-        far_counts_ptr = index_ptr + PP + T
-        full = tl.load(far_counts_ptr + start_m // block_size)
-        stop = tl.load(far_counts_ptr + (stop_m - 1) // block_size)
+        counts_ptr = index_ptr + PP + T
+        full, far_stop, stop, gap, full_again, total_far = far_range(
+            counts_ptr, start_m, stop_m, origin, T, block_size, window_blocks, CAUSAL
+        )
         far_peak, far_rest, _ = _load_stats(stats_ptr, TP, bias, TWO_PEAKS)
         for start in tl.range(0, stop, BLOCK_N, num_stages=2 * STAGES - 1):
             index = start + tl.arange(0, BLOCK_N)
-            columns = tl.load(index_ptr + index)
+            place = index
+            if not CAUSAL:
+                index += tl.where(index >= far_stop, gap, 0)
+                place = tl.minimum(index, PP - 1)
+            columns = tl.load(index_ptr + place)
             k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
             v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if start + BLOCK_N > full:
-                far_count = tl.load(far_counts_ptr + rows // block_size, mask=rows < T, other=0)
-                s = tl.where(index[None, :] < far_count[:, None], s, float("-inf"))
+            is_full = start + BLOCK_N <= full
+            if not CAUSAL:
+                is_full = is_full | ((start >= full_again) & (start + BLOCK_N <= stop))
+            if not is_full:
+                seen = sees_far(
+                    counts_ptr, index, rows, origin, T, total_far, block_size, window_blocks, CAUSAL
+                )
+                s = tl.where(seen, s, float("-inf"))
             dq = dq_step(
                 dq, dout, delta, far_peak, far_rest, s, factor, k, v, columns, r0, r1,
                 keep_threshold, keep_scale, TWO_PEAKS, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
 
-    for start in tl.range(first_window, stop_m, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(first_window, last_stop, BLOCK_N, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if (start + BLOCK_N > start_m + 1) | (start < last_window):
-            starts = window_start(rows, block_size, window_blocks)
-            seen = in_window(columns[None, :], rows[:, None], starts[:, None])
+        if (start + BLOCK_N > first_stop) | (start < last_window):
+            starts = window_start(rows, origin, block_size, window_blocks)
+            stops = window_stop(rows, origin, T, block_size, window_blocks, CAUSAL)
+            seen = in_window(columns[None, :], starts[:, None], stops[:, None])
             s = tl.where(seen, s, float("-inf"))
         dq = dq_step(
             dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
@@ -157,17 +179,19 @@ def dq_kernel(
 @triton.jit
 def _key_gradients(
     q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, end,
-    start_m, stop_m, full_lo, full_hi, b, kv_head,
+    start_m, stop_m, gap_at, gap, full_lo, full_hi, b, kv_head,
     stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
     H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-    HAS_END: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_END: tl.constexpr, OUTSIDE: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(dk / scale, dv) of a tile of keys, over the queries ``start_m <= i < stop_m`` of its G query heads.
 
     Key j is seen by the queries from first(j) up to end(j) (all later ones without HAS_END); tiles within
-    full_lo and full_hi need no mask.
+    full_lo and full_hi need no mask. OUTSIDE: it is seen by those before first(j) and from end(j) on; tiles
+    outside full_lo and full_hi need no mask, and of the queries from gap_at on, ``gap`` are skipped.
     dv_j = sum_i keep p_ij dout_i / (1 - p);  dk_j = scale sum_i ds_ij q_i.
     """
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -177,16 +201,26 @@ def _key_gradients(
         q_head = q_ptr + offset(b, stride_qb) + offset(h, stride_qh)
         dout_head = dout_ptr + offset(b, stride_gb) + offset(h, stride_gh)
         bh = b * H + h
-        for start in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
+        for step in tl.range(start_m, stop_m, BLOCK_M, num_stages=STAGES):
+            start = step
+            if OUTSIDE:
+                start += tl.where(step >= gap_at, gap, 0)
             rows = start + tl.arange(0, BLOCK_M)
             q = load_rows(q_head, rows, stride_qt, rows < T, D, BLOCK_D)
             dout = load_rows(dout_head, rows, stride_gt, rows < T, D, BLOCK_D)
             peak, rest, delta = _load_stats(stats_ptr + offset(bh, TP) * 3 + rows, TP, bias, TWO_PEAKS)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            if (start < full_lo) | (start + BLOCK_M > full_hi):
-                seen = rows[None, :] >= first[:, None]
-                if HAS_END:
-                    seen = seen & (rows[None, :] < end[:, None])
+            if OUTSIDE:
+                is_cut = (start + BLOCK_M > full_lo) & (start < full_hi)
+            else:
+                is_cut = (start < full_lo) | (start + BLOCK_M > full_hi)
+            if is_cut:
+                if OUTSIDE:
+                    seen = (rows[None, :] < first[:, None]) | (rows[None, :] >= end[:, None])
+                else:
+                    seen = rows[None, :] >= first[:, None]
+                    if HAS_END:
+                        seen = seen & (rows[None, :] < end[:, None])
                 s = tl.where(seen, s, float("-inf"))
             p = probabilities(s, factor, peak[None, :], rest[None, :], TWO_PEAKS)
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -204,10 +238,11 @@ def _key_gradients(
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
 def dkv_far_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, starts_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, bias, keep_threshold, keep_scale,
+    HAS_STARTS: tl.constexpr, CAUSAL: tl.constexpr,
     TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -226,16 +261,29 @@ def dkv_far_kernel(
     k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
     v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
 
-    first = first_query_past(columns, block_size, window_blocks)
-    start_m = tl.min(first, axis=0) // BLOCK_M * BLOCK_M
+    origin = load_origin(starts_ptr, b, T, HAS_STARTS)
+    past = first_query_past(columns, origin, block_size, window_blocks)
+    start_m = tl.min(past, axis=0) // BLOCK_M * BLOCK_M
+    stop_m = T
     # Pads count nowhere and are not stored, so they need no mask.
-    full_lo = tl.max(tl.where(columns < T, first, 0), axis=0)
+    full_lo = tl.max(tl.where(columns < T, past, 0), axis=0)
+    full_hi = T + BLOCK_M
+    first, gap_at, gap = past, 0, 0
+    if not CAUSAL:
+        # The queries before some key's window, then those after some key's window.
+        first = window_start(columns, origin, block_size, window_blocks)
+        full_hi = full_lo
+        full_lo = tl.min(first, axis=0)
+        gap_at = tl.cdiv(tl.max(tl.where(columns < T, first, 0), axis=0), BLOCK_M) * BLOCK_M
+        resume = tl.maximum(start_m, gap_at)
+        gap = resume - gap_at
+        start_m, stop_m = 0, gap_at + tl.maximum(T - resume, 0)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, first,
-        start_m, T, full_lo, T + BLOCK_M, b, kv_head,
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, past,
+        start_m, stop_m, gap_at, gap, full_lo, full_hi, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, bias, keep_threshold, keep_scale,
-        False, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        False, not CAUSAL, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     if HAS_DROPOUT:
         dv *= keep_scale
@@ -248,12 +296,13 @@ def dkv_far_kernel(
 
 @triton.jit(do_not_specialize=NO_SPECIALIZATION)
 def dkv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, starts_ptr, residuals_ptr, stats_ptr, words_ptr, dk_far_ptr, dv_far_ptr,
     dk_ptr, dv_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_gb, stride_gh, stride_gt, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
     H, G, T, TP, PP, stride_i, block_size, window_blocks, scale, factor, keep_threshold, keep_scale,
-    HAS_FAR: tl.constexpr, TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_FAR: tl.constexpr, HAS_STARTS: tl.constexpr, CAUSAL: tl.constexpr,
+    TWO_PEAKS: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -271,15 +320,28 @@ def dkv_kernel(
     k = load_rows(k_ptr, columns, stride_kt, columns < T, D, BLOCK_D)
     v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
 
-    start_m = start_n // BLOCK_M * BLOCK_M
-    stop_m = tl.minimum(first_query_past(stop_n - 1, block_size, window_blocks), T)
+    origin = load_origin(starts_ptr, b, T, HAS_STARTS)
+    # The queries in whose windows a key lies: of each key, of the first one and of the last one.
+    first, first_of_first, first_of_last = columns, start_n, stop_n - 1
+    if not CAUSAL:
+        first = window_start(columns, origin, block_size, window_blocks)
+        first_of_first = window_start(start_n, origin, block_size, window_blocks)
+        first_of_last = window_start(stop_n - 1, origin, block_size, window_blocks)
+    end = first_query_past(columns, origin, block_size, window_blocks)
+    end_of_first = first_query_past(start_n, origin, block_size, window_blocks)
+    start_m = first_of_first // BLOCK_M * BLOCK_M
+    stop_m = tl.minimum(first_query_past(stop_n - 1, origin, block_size, window_blocks), T)
+    if HAS_STARTS:
+        # Nobody sees a key before its sample.
+        end = tl.where(columns < origin, 0, end)
+        end_of_first = tl.where(start_n < origin, 0, end_of_first)
+        stop_m = tl.where(stop_n <= origin, start_m, stop_m)
     dk, dv = _key_gradients(
-        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns,
-        columns, first_query_past(columns, block_size, window_blocks),
-        start_m, stop_m, stop_n - 1, first_query_past(start_n, block_size, window_blocks), b, kv_head,
+        q_ptr, dout_ptr, stats_ptr, words_ptr, k, v, columns, first, end,
+        start_m, stop_m, 0, 0, first_of_last, end_of_first, b, kv_head,
         stride_qb, stride_qh, stride_qt, stride_gb, stride_gh, stride_gt,
         H, G, T, TP, factor, 0.0, keep_threshold, keep_scale,
-        True, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
+        True, False, TWO_PEAKS, HAS_DROPOUT, PRECISION, D, BLOCK_D, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
     dk *= scale
     if HAS_DROPOUT:

@@ -43,12 +43,12 @@ def _sorted_pivots(q: Tensor, layout: ThreeRegionLayout) -> Tensor:
     return layout.pivots.new_empty(q.shape[0], P, dtype=torch.int32)
 
 
-def _shared(q, k, layout, pivots, scale, dropout, sorted_pivots):
+def _shared(q, k, layout, pivots, starts, scale, dropout, sorted_pivots):
     """What both directions take, from the shape on."""
     B, H, T, D = q.shape
     return (
         (B, H, k.shape[1], T, D),
-        native_layout(layout, pivots),
+        native_layout(layout, pivots, starts),
         scale,
         native_arguments(dropout),
         _extension.DTYPE_CODES[q.dtype],
@@ -70,17 +70,17 @@ def forward(
     k: Tensor,
     v: Tensor,
     layout: ThreeRegionLayout,
+    starts: Tensor | None,
     scale: float,
     dropout: Dropout | None,
-    out: Tensor,
-    lse: Tensor,
-    residuals: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     backend: str,
 ) -> None:
-    """Fills ``out`` and ``lse``; there are no residuals. Rows of all tensors are contiguous."""
+    """Fills ``results``, out and lse; there are no residuals. Rows of all tensors are contiguous."""
+    out, lse, _ = results
     if backend == "cuda":
         q, k, v = aligned(q), aligned(k), aligned(v)
-    pivots = layout.pivots.contiguous()
+    pivots, starts = layout.pivots.contiguous(), None if starts is None else starts.contiguous()
     sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
     _extension.call(
         "three_region_attention_fwd",
@@ -90,7 +90,7 @@ def forward(
         v,
         out,
         lse.data_ptr(),
-        *_shared(q, k, layout, pivots, scale, dropout, sorted_pivots),
+        *_shared(q, k, layout, pivots, starts, scale, dropout, sorted_pivots),
     )
 
 
@@ -99,6 +99,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     layout: ThreeRegionLayout,
+    starts: Tensor | None,
     scale: float,
     dropout: Dropout | None,
     saved: tuple[Tensor, Tensor, Tensor],
@@ -113,7 +114,7 @@ def backward(
         gradients = gradients[0], *both_or_neither(k, v, *gradients[1:])
     if backend == "cuda":
         q, k, v, out, dout = map(aligned, (q, k, v, out, dout))
-    pivots = layout.pivots.contiguous()
+    pivots, starts = layout.pivots.contiguous(), None if starts is None else starts.contiguous()
     sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
     if sorted_pivots is not None:
         delta = torch.empty_like(lse)
@@ -128,6 +129,6 @@ def backward(
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
         gradients,
-        *_shared(q, k, layout, pivots, scale, dropout, sorted_pivots),
+        *_shared(q, k, layout, pivots, starts, scale, dropout, sorted_pivots),
         workspace,
     )

@@ -21,8 +21,8 @@ from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import native
 
 _FLAT = (
-    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, SymInt density, float scale, "
-    "float dropout_p, Tensor? seed, str backend"
+    "Tensor pivots, int block_size, int window_blocks, float pivot_bias, SymInt density, bool causal, "
+    "Tensor? starts, float scale, float dropout_p, Tensor? seed, str backend"
 )
 
 
@@ -57,54 +57,60 @@ def _empty_gradients(
 
 
 def _forward(
-    q, k, v, pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend,
+    q, k, v, pivots, block_size, window_blocks, pivot_bias, density, causal, starts,
+    scale, dropout_p, seed, backend,
 ):  # fmt: skip
     out, lse, residuals = _empty_outputs(q, k, v, pivots, block_size, window_blocks, backend)
     if out.numel() > 0:
-        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
+        layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
         dropout = Dropout.of(dropout_p, seed) if dropout_p else None
         inputs = with_rows(q), with_rows(k), with_rows(v)
-        backend_module(backend).forward(*inputs, layout, scale, dropout, out, lse, residuals, backend)
+        results = out, lse, residuals
+        backend_module(backend).forward(*inputs, layout, starts, scale, dropout, results, backend)
     return out, lse, residuals
 
 
 def _backward(
     dout, dlse, q, k, v, out, lse, residuals,
-    pivots, block_size, window_blocks, pivot_bias, density, scale, dropout_p, seed, backend, *wanted,
+    pivots, block_size, window_blocks, pivot_bias, density, causal, starts,
+    scale, dropout_p, seed, backend, *wanted,
 ):  # fmt: skip
     gradients = _empty_gradients(dout, dlse, q, k, v, *wanted)
     if q.numel() == 0 or not any(wanted):
         return tuple(x.zero_() for x in gradients)
-    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density)
+    layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()
     made = tuple(x if w else None for x, w in zip(gradients, wanted, strict=True))
-    backend_module(backend).backward(*inputs, layout, scale, dropout, saved, doutputs, made, backend)
+    backend_module(backend).backward(*inputs, layout, starts, scale, dropout, saved, doutputs, made, backend)
     return gradients
 
 
 def _save(ctx, arguments, outputs):
-    q, k, v, pivots, *ctx.options, seed, ctx.backend = arguments
-    return q, k, v, *outputs, pivots, seed
+    q, k, v, pivots, *ctx.regions, starts, ctx.scale, ctx.dropout_p, seed, ctx.backend = arguments
+    return q, k, v, *outputs, pivots, starts, seed
 
 
 def _differentiate(ctx, saved, dout, dlse, _):
-    q, k, v, out, lse, residuals, pivots, seed = saved
+    q, k, v, out, lse, residuals, pivots, starts, seed = saved
     if dout is None:
         dout = torch.zeros_like(out)
     wanted = ctx.needs_input_grad[:3]
     gradients = three_region_attention_backward_op(
-        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.options, seed, ctx.backend, *wanted
-    )
-    return *(x if w else None for x, w in zip(gradients, wanted, strict=True)), *(None,) * 9
+        dout, dlse, q, k, v, out, lse, residuals, pivots, *ctx.regions, starts,
+        ctx.scale, ctx.dropout_p, seed, ctx.backend, *wanted,
+    )  # fmt: skip
+    return *(x if w else None for x, w in zip(gradients, wanted, strict=True)), *(None,) * 11
 
 
 def _pairs(of):
     """Visible pairs of a query and a key, over all heads."""
-    layout = ThreeRegionLayout.unchecked(of["pivots"], of["block_size"], of["window_blocks"], 0.0)
-    return of["q"].shape[1] * layout.pairs(of["q"].shape[2], _flops.values(of["pivots"]))
+    regions = of["pivots"], of["block_size"], of["window_blocks"]
+    layout = ThreeRegionLayout.unchecked(*regions, 0.0, causal=of["causal"])
+    starts = None if of["starts"] is None else _flops.values(of["starts"])
+    return of["q"].shape[1] * layout.pairs(of["q"].shape[2], _flops.values(of["pivots"]), starts)
 
 
 three_region_attention_op = Op(

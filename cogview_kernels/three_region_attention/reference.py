@@ -24,13 +24,12 @@ def three_region_attention_reference(
     G = H // k.shape[1]
     k, v = (x.repeat_interleave(G, dim=1) if G > 1 else x for x in (k, v))
     position = torch.arange(T, device=q.device)
-    window, far = layout.regions(position, T)
+    window, far = layout.regions(position, T, starts)
     logits = (q * scale) @ k.transpose(-1, -2)
     logits = logits + far[:, None].to(q.dtype) * layout.far_bias(q)
     seen = (window | far)[:, None]
     blind = None
     if starts is not None:
-        seen = seen & (position >= starts[:, None, None, None])
         # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
         blind = (position < starts[:, None])[:, None, :, None]
         seen = seen | blind

@@ -2,7 +2,8 @@
 """Three-region attention through ``scaled_dot_product_attention``, on any device that PyTorch has.
 
 One call per query block over [sorted gathered pivots left of the window, window]; the first ``window_blocks``
-blocks, which see everything before them, share one causal call. Short sequences take one masked call.
+blocks, which see everything before them, share one causal call. Where the layout is not causal, each call has
+all pivots, and masks those in the window. Short sequences take one masked call.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from cogview_kernels import _torch_ops
-from cogview_kernels.layout import ThreeRegionLayout, window_start
+from cogview_kernels.layout import ThreeRegionLayout, window_start, window_stop
 
 # Up to here the calls of the loop cost more than the tiles they skip.
 DENSE_LENGTH = 512
@@ -34,7 +35,7 @@ def forward(
     block_size, window_blocks = layout.window(T)
     gqa = q.shape[1] != k.shape[1]
     if block_size * window_blocks >= T:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return scaled_dot_product_attention(q, k, v, is_causal=layout.causal, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
         window, far = layout.regions(torch.arange(T, device=q.device), T)
         mask = far.to(q.dtype) * layout.far_bias(q)
@@ -48,10 +49,10 @@ def _from_starts(
 ) -> Tensor:
     """One masked call: the rows of samples that start apart do not fall into blocks together."""
     position = torch.arange(q.shape[2], device=q.device)
-    window, far = layout.regions(position, q.shape[2])
+    window, far = layout.regions(position, q.shape[2], starts)
     # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
     blind = (position < starts[:, None])[..., None]
-    seen = ((window | far) & (position >= starts[:, None, None])) | blind
+    seen = window | far | blind
     mask = (far.to(q.dtype) * layout.far_bias(q)).masked_fill(~seen, -torch.inf)[:, None]
     out = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
@@ -60,42 +61,50 @@ def _from_starts(
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:
-    """One call for the blocks that see all before them, then one for each block."""
+    """One call for the blocks that see all before them, if causal, then one for each block."""
     T, gqa = q.shape[2], q.shape[1] != k.shape[1]
     block_size, window_blocks = layout.window(T)
     B, P = layout.pivots.shape
     sorted_pivots = layout.sorted_pivots(T)
     index = sorted_pivots.clamp(max=T - 1)[:, None, :, None]
     k_far, v_far = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (k, v))
-    starts = range(block_size * window_blocks, T, block_size)
-    windows = [window_start(start, block_size, window_blocks) for start in starts]
+    blocks = range(block_size * window_blocks if layout.causal else 0, T, block_size)
+    windows = [max(0, window_start(start, block_size, window_blocks)) for start in blocks]
     # How many pivots are far: exact where reading them costs no wait, else at most so many; the mask hides
     # those that are too many.
-    if _torch_ops.values_are_readable(sorted_pivots):
+    if not layout.causal:
+        far_counts = [P] * len(windows)
+    elif _torch_ops.values_are_readable(sorted_pivots):
         edges = torch.tensor(windows).expand(B, -1).contiguous()
         far_counts = torch.searchsorted(sorted_pivots, edges).amax(0).tolist()
     else:
         far_counts = [min(P, window) for window in windows]
 
     far_bias = layout.far_bias(q)
-    first = slice(0, block_size * window_blocks)
-    parts = [
-        scaled_dot_product_attention(
-            q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True, scale=scale, enable_gqa=gqa
+    parts = []
+    if layout.causal:
+        first = slice(0, block_size * window_blocks)
+        parts.append(
+            scaled_dot_product_attention(
+                q[:, :, first], k[:, :, first], v[:, :, first], is_causal=True, scale=scale, enable_gqa=gqa
+            )
         )
-    ]
-    for start, window, count in zip(starts, windows, far_counts, strict=True):
+    for start, window, count in zip(blocks, windows, far_counts, strict=True):
         stop = min(T, start + block_size)
-        far = far_bias.expand(B, 1, 1, count)
-        far = far.masked_fill(sorted_pivots[:, None, None, :count] >= window, -torch.inf)
-        diagonal = torch.full((stop - start, stop - window), -torch.inf, dtype=q.dtype, device=q.device)
-        near = diagonal.triu(start - window + 1)
+        end = min(T, window_stop(stop - 1, block_size, window_blocks, layout.causal))
+        pivots = sorted_pivots[:, None, None, :count]
+        is_near = pivots >= window if layout.causal else (pivots >= window) & (pivots < end) | (pivots == T)
+        far = far_bias.expand(B, 1, 1, count).masked_fill(is_near, -torch.inf)
+        after = torch.full(
+            (stop - start, end - window), -torch.inf if layout.causal else 0, dtype=q.dtype, device=q.device
+        )
+        near = after.triu(start - window + 1)
         mask = torch.cat([far.expand(-1, -1, stop - start, -1), near.expand(B, 1, -1, -1)], dim=3)
         parts.append(
             scaled_dot_product_attention(
                 q[:, :, start:stop],
-                torch.cat([k_far[:, :, :count], k[:, :, window:stop]], 2),
-                torch.cat([v_far[:, :, :count], v[:, :, window:stop]], 2),
+                torch.cat([k_far[:, :, :count], k[:, :, window:end]], 2),
+                torch.cat([v_far[:, :, :count], v[:, :, window:end]], 2),
                 attn_mask=mask,
                 scale=scale,
                 enable_gqa=gqa,

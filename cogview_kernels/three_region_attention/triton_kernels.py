@@ -23,7 +23,11 @@ FLOPs: with N visible (query, key) pairs of all heads, forward 4 N D (two produc
 scores and dprobs twice). Bytes, forward: q and out once, k and v of a tile's window and prefix by each tile
 of queries, out of the L2 cache for the most part.
 
-The kernels are in ``forward_triton`` and ``backward_triton``.
+Where the layout is not causal, far keys are a prefix and a suffix of the list, walked as one row. Where
+samples start apart, behind padding, ``origin`` is a sample's first position: blocks are counted from there,
+and pivots before it are none.
+
+The kernels are in ``index_triton``, ``forward_triton`` and ``backward_triton``.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ from cogview_kernels.three_region_attention.backward_triton import (
     dkv_kernel,
     dq_kernel,
 )
-from cogview_kernels.three_region_attention.forward_triton import fwd_kernel, index_kernel
+from cogview_kernels.three_region_attention.forward_triton import fwd_kernel
+from cogview_kernels.three_region_attention.index_triton import index_kernel
 from cogview_kernels.three_region_attention.launch_config import Config
 
 # Queries or keys of a tile, at most.
@@ -63,16 +68,18 @@ class _Call(NamedTuple):
     k: Tensor
     v: Tensor
     layout: ThreeRegionLayout
+    starts: Tensor | None
     scale: float
     dropout: Dropout | None
 
     def key(self) -> tuple[Any, ...]:
         """All that a plan looks at."""
-        q, k, v, layout, scale, dropout = self
+        q, k, v, layout, starts, scale, dropout = self
         pivots = layout.pivots
         return (
             q.dtype, q.get_device(), q.shape, k.shape, q.stride(), k.stride(), v.stride(), scale,
             pivots.shape, pivots.dtype, layout.block_size, layout.window_blocks, layout.pivot_bias,
+            layout.causal, None if starts is None else starts.dtype,
             dropout and dropout.keep_threshold, _is_tf32(q), launch_config.choose,
         )  # fmt: skip
 
@@ -100,7 +107,7 @@ def _stride_of_index(T: int, P: int, block_size: int, window_blocks: int) -> int
     the middle of a vector; 0 where no key is far."""
     if P == 0 or block_size * window_blocks >= T:
         return 0
-    return (_whole_tiles(P) + T + (T - 1) // block_size + 16) // 16 * 16
+    return (_whole_tiles(P) + T + (T - 1) // block_size + 17) // 16 * 16
 
 
 def residuals_size(q: Tensor, pivots: Tensor, block_size: int, window_blocks: int) -> int:
@@ -128,6 +135,8 @@ def _is_tf32(q: Tensor) -> bool:
 def _flags(call: _Call) -> dict[str, Any]:
     q, dropout = call.q, call.dropout
     return {
+        "HAS_STARTS": call.starts is not None,
+        "CAUSAL": call.layout.causal,
         "HAS_DROPOUT": dropout is not None,
         "PRECISION": "tf32" if _is_tf32(q) else "ieee",
         "D": q.shape[3],
@@ -156,9 +165,9 @@ def limit(backend: str, q: Tensor) -> str:
     return native.limit(backend, q)
 
 
-def _index_launch(sizes: _Sizes) -> Launch:
-    numbers = (sizes.P, sizes.PP, sizes.T, sizes.stride_i, sizes.block_size, sizes.window_blocks)
-    return Launch(index_kernel, (sizes.B,), numbers, BLOCK=1024, num_warps=8)
+def _index_launch(sizes: _Sizes, has_starts: bool) -> Launch:
+    numbers = (sizes.P, sizes.PP, sizes.T, sizes.stride_i, sizes.block_size)
+    return Launch(index_kernel, (sizes.B,), numbers, HAS_STARTS=has_starts, BLOCK=1024, num_warps=8)
 
 
 class _Forward(NamedTuple):
@@ -167,12 +176,13 @@ class _Forward(NamedTuple):
 
 
 def _plan_forward(call: _Call, out: Tensor, lse: Tensor, residuals: Tensor) -> _Forward:
-    q, k, v, layout, scale, dropout = call
+    q, k, v, layout, starts, scale, dropout = call
     sizes = _Sizes(q, k, layout)
     seed, keep_threshold, keep_scale = dropout_arguments(dropout)
-    sort = _index_launch(sizes) if sizes.has_far else None
+    origins = residuals if starts is None else starts
+    sort = _index_launch(sizes, starts is not None) if sizes.has_far else None
     if sort is not None:  # tuning launches the kernel on what it leaves
-        sort(layout.pivots.contiguous(), residuals)
+        sort(layout.pivots.contiguous(), origins, residuals)
 
     def fwd(config: Config) -> Launch:
         numbers = (
@@ -184,7 +194,7 @@ def _plan_forward(call: _Call, out: Tensor, lse: Tensor, residuals: Tensor) -> _
         grid = (triton.cdiv(sizes.T, config.block_m) * sizes.B * sizes.H,)
         return Launch(fwd_kernel, grid, numbers, HAS_FAR=sizes.has_far, **_flags(call), **_tiles(config))
 
-    tensors = (q, k, v, residuals, out, lse)
+    tensors = (q, k, v, origins, residuals, out, lse)
     return _Forward(sort, _chosen("fwd", call, fwd, lambda launch: launch(*tensors, seed=seed)))
 
 
@@ -196,21 +206,23 @@ def forward(
     k: Tensor,
     v: Tensor,
     layout: ThreeRegionLayout,
+    starts: Tensor | None,
     scale: float,
     dropout: Dropout | None,
-    out: Tensor,
-    lse: Tensor,
-    residuals: Tensor,
+    results: tuple[Tensor, Tensor, Tensor],
     _: str,
 ) -> None:
-    """Fills ``out``, ``lse`` and ``residuals``. Rows are contiguous. Two launches; one if no key is far."""
+    """Fills ``results``: out, lse and residuals. Rows are contiguous. Two launches; one if no key is far."""
+    out, lse, residuals = results
     if scale < 0:
         q, scale = -q, -scale
-    call = _Call(q, k, v, layout, scale, dropout)
+    starts = None if starts is None else starts.contiguous()
+    origins = residuals if starts is None else starts  # what is not read is any tensor
+    call = _Call(q, k, v, layout, starts, scale, dropout)
     plan = _forward_plans.get((call.key(), out.stride()), call, out, lse, residuals)
     if plan.sort is not None:
-        plan.sort(layout.pivots.contiguous(), residuals)
-    plan.fwd(q, k, v, residuals, out, lse, seed=dropout_arguments(dropout)[0])
+        plan.sort(layout.pivots.contiguous(), origins, residuals)
+    plan.fwd(q, k, v, origins, residuals, out, lse, seed=dropout_arguments(dropout)[0])
 
 
 class _Backward(NamedTuple):
@@ -232,7 +244,7 @@ def _plan_backward(
     doutputs: tuple[Tensor, Tensor | None],
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> _Backward:
-    q, k, v, layout, scale, dropout = call
+    q, k, v, layout, starts, scale, dropout = call
     (out, lse, residuals), (dout, dlse), (dq, dk, dv) = saved, doutputs, gradients
     sizes = _Sizes(q, k, layout)
     B, H, T, D = q.shape
@@ -279,7 +291,7 @@ def _plan_backward(
     stats, words = _empty_stats(lse, stats_shape, words_shape, dropout)
     far = k.new_empty(far_shape if sizes.has_far and dk is not None else (2, 0))
     rows(out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=seed)
-    before = (q, k, v, dout, residuals, stats, words)
+    before = (q, k, v, dout, residuals if starts is None else starts, residuals, stats, words)
     return _Backward(
         rows,
         None if dq is None else _chosen("dq", call, dq_launch, lambda launch: launch(*before, dq)),
@@ -310,6 +322,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     layout: ThreeRegionLayout,
+    starts: Tensor | None,
     scale: float,
     dropout: Dropout | None,
     saved: tuple[Tensor, Tensor, Tensor],
@@ -328,7 +341,8 @@ def backward(
     if scale < 0:
         # Scores stay what they were; dq belongs to -q, and its sign is turned back by dq_scale.
         q, scale = -q, -scale
-    call = _Call(q, k, v, layout, scale, dropout)
+    starts = None if starts is None else starts.contiguous()
+    call = _Call(q, k, v, layout, starts, scale, dropout)
     strides = (out.stride(), dout.stride(), *(None if x is None else x.stride() for x in gradients))
     key = (call.key(), dq_scale, dlse is None, strides)
     plan = _backward_plans.get(key, call, dq_scale, saved, doutputs, gradients)
@@ -337,7 +351,7 @@ def backward(
     plan.rows(
         out, dout, residuals, lse if dlse is None else dlse, stats, words, seed=dropout_arguments(dropout)[0]
     )
-    before = (q, k, v, dout, residuals, stats, words)
+    before = (q, k, v, dout, residuals if starts is None else starts, residuals, stats, words)
     if plan.dq is not None:
         plan.dq(*before, dq)
     if plan.dkv_far is not None:

@@ -87,9 +87,9 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
 
     const int length = int(min(int64_t(S), max(int64_t(0), a.lengths[b])));
     // The keys: first the pivots, then all positions from the first query's window on.
-    const int listed = a.layout.P;
-    const int window = a.layout.window_start(max(0, length - Tq));
-    const int latest_start = a.layout.window_start(max(0, length - 1));
+    const int listed = a.layout.P, origin = a.layout.origin_of(b, S);
+    const int window = a.layout.window_start(max(0, length - Tq), origin);
+    const int latest_start = a.layout.window_start(max(0, length - 1), origin);
     const int stop = min((split + 1) * a.chunk, listed + length - window);
 
     float q[ROWS][8], sum[ROWS][8], row_max[ROWS], total[ROWS];
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
     for (int r = 0; r < ROWS; ++r) {
         const int row = min(first_row + r, rows - 1), h = kv_head * heads + row / Tq, t = row % Tq;
         position[r] = length - Tq + t;
-        window_start[r] = a.layout.window_start(max(0, position[r]));
+        window_start[r] = a.layout.window_start(max(0, position[r]), origin);
         row_max[r] = -INFINITY;
         total[r] = 0.0f;
 #pragma unroll
@@ -120,8 +120,9 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
             at[n] = -1;
             if (item < stop)
                 at[n] = far[n] ? int(a.layout.pivots[int64_t(b) * listed + item]) : window + item - listed;
-            // Nothing past the sequence is read: it may be anything. Nor a pivot in every query's window.
-            if (at[n] >= length || (far[n] && at[n] >= latest_start)) at[n] = -1;
+            // Nothing before or past the sequence is read: it may be anything. Nor a pivot in every query's
+            // window.
+            if (at[n] < origin || at[n] >= length || (far[n] && at[n] >= latest_start)) at[n] = -1;
 #pragma unroll
             for (int i = 0; i < 8; ++i) k[n][i] = v[n][i] = 0.0f;
             if (at[n] >= 0 && holds) {
@@ -139,8 +140,7 @@ __global__ void __launch_bounds__(kDecodeThreads) decode_attention_kernel(Decode
 #pragma unroll
                 for (int step = LANES / 2; step > 0; step /= 2)
                     score += __shfl_xor_sync(kAllLanes, score, step);
-                const int window_last = a.layout.window_last(position[r]);
-                if (at[n] < 0 || !sees(far[n], at[n], window_start[r], window_last)) continue;
+                if (at[n] < 0 || !sees(far[n], at[n], window_start[r], position[r], true)) continue;
                 score = score * a.scale + (far[n] ? a.layout.pivot_bias : 0.0f);
                 const float next = fmaxf(row_max[r], score);
                 const float old = power(row_max[r] - next), p = power(score - next);

@@ -3,7 +3,7 @@
 //
 // Letters: B batch, H query heads, Hkv key heads, Tq new queries, S cache length, D head size, P pivots a
 // sample. Query t of sample b stands at position lengths[b] - Tq + t; which keys it sees is told in
-// common/regions.h.
+// common/regions.h, for a causal layout.
 #pragma once
 
 #include <cstdint>

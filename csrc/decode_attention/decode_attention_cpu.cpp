@@ -196,7 +196,7 @@ struct Parts {
 // query's window on.
 template <int kRows>
 struct Item {
-    int b, kv_head, rows, length;
+    int b, kv_head, rows, length, origin;
     int head[kRows], t[kRows], position[kRows], window_start[kRows];
     int listed;        // how many pivots come first
     int window;        // the position that follows them
@@ -209,19 +209,20 @@ struct Item {
         const int group = shape.H / shape.Hkv;
         rows = std::min(kRows, group * shape.Tq - first_row);
         length = int(std::clamp<int64_t>(a.lengths[b], 0, shape.S));
+        origin = a.layout.origin_of(b, shape.S);
         int earliest = length, last = -1;
         for (int r = 0; r < kRows; ++r) {
             const int row = first_row + std::min(r, rows - 1);
             head[r] = kv_head * group + row / shape.Tq;
             t[r] = row % shape.Tq;
             position[r] = length - shape.Tq + t[r];
-            window_start[r] = a.layout.window_start(std::max(0, position[r]));
+            window_start[r] = a.layout.window_start(std::max(0, position[r]), origin);
             earliest = std::min(earliest, std::max(0, position[r]));
             last = std::max(last, position[r]);
         }
         listed = last < 0 ? 0 : a.layout.P;
-        window = a.layout.window_start(earliest);
-        latest_start = a.layout.window_start(std::max(0, last));
+        window = a.layout.window_start(earliest, origin);
+        latest_start = a.layout.window_start(std::max(0, last), origin);
         keys = listed + std::max(0, last + 1 - window);
     }
 
@@ -234,7 +235,7 @@ struct Item {
         for (; i < std::min(end, listed); ++i) {
             const int64_t at = a.layout.pivots[int64_t(b) * a.layout.P + i];
             // Left out: padding, and what every query has in its window or ahead.
-            if (at >= 0 && at < latest_start && at < length) block.at[block.count++] = int(at);
+            if (at >= origin && at < latest_start && at < length) block.at[block.count++] = int(at);
         }
         block.far = block.count;
         for (; i < end; ++i) block.at[block.count++] = window + i - listed;
@@ -250,9 +251,8 @@ struct Item {
         for (int j = 0; j < block.count; j += kLanes) store(logits + j, load(logits + j) * a.scale);
         for (int j = 0; j < block.far; ++j) logits[j] += a.layout.pivot_bias;
         if (a.shape.Tq > 1) {  // else each key here is seen
-            const int last = a.layout.window_last(position[r]);
             for (int j = 0; j < block.count; ++j)
-                if (!sees(j < block.far, block.at[j], window_start[r], last)) logits[j] = -kInf;
+                if (!sees(j < block.far, block.at[j], window_start[r], position[r], true)) logits[j] = -kInf;
         }
         for (int j = block.count; j % kLanes != 0; ++j) logits[j] = -kInf;
     }

@@ -55,22 +55,33 @@ struct NextRow {
         const AttentionShape& shape = args.common.shape;
         const int64_t at = (int64_t(b) * shape.H + h) * shape.T + query;
         terms = {args.lse[at], args.delta[at]};
+        // Where a query sees nothing all its probabilities are to be 0.
+        if (terms.lse == -INFINITY) terms.lse = INFINITY;
         if (DROPOUT) words = philox(seed, query, h, b);
     }
 };
 
 // Of the queries of a tile. Two neighbours are read at once: hence the alignment.
-template <int ROWS>
+template <int ROWS, bool CAUSAL>
 struct __align__(16) RowData {
     static_assert(ROWS <= kBackwardThreads, "a thread puts one row");
     QueryTerms terms[ROWS];
     RowWords words[ROWS];
-    int window_start[ROWS];
+    int window[CAUSAL ? 1 : 2][ROWS];  // its first key; where the layout is not causal, its last one, too
 
     template <bool DROPOUT>
     __device__ __forceinline__ void put(int row, const NextRow<DROPOUT>& from) {
         terms[row] = from.terms;
         if (DROPOUT) words[row] = from.words;
+    }
+    __device__ __forceinline__ void put_window(const Attention& a, int b, int row, int query) {
+        const int T = a.shape.T, origin = a.layout.origin_of(b, T);
+        window[0][row] = a.layout.window_start(query, origin);
+        if (!CAUSAL) window[CAUSAL ? 0 : 1][row] = a.layout.window_last(query, origin, T, CAUSAL);
+    }
+    // Whether the query of a row sees a key.
+    __device__ __forceinline__ bool row_sees(bool far, int key, int row, int query) const {
+        return sees(far, key, window[0][row], CAUSAL ? query : window[CAUSAL ? 0 : 1][row], CAUSAL);
     }
     __device__ __forceinline__ void read_two(int row, QueryTerms* to) const {
         const float4 two = *reinterpret_cast<const float4*>(terms + row);
@@ -92,7 +103,7 @@ __device__ __forceinline__ float2 dropped_and_gradient(const Attention& a, float
     return make_float2(keep ? p : 0.0f, p * ((keep ? dprob * a.dropout.keep_scale : 0.0f) - delta));
 }
 
-template <int D>
+template <int D, bool CAUSAL = true>
 struct QueryGradientShape {
     // At 128 q and dq are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileKeys = D <= 96 ? 32 : 16;
@@ -108,23 +119,24 @@ struct QueryGradientShape {
     static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsDout ? 0 : kDoutHalves)) * 2;
     static constexpr int kStaged = kDoutHalves * 2;
     static constexpr int kShared =
-        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows>)) + kTileKeys * 4;
+        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows, CAUSAL>)) +
+        kTileKeys * 4;
 };
 
 // Occupancy on sm_70, by registers: 4 blocks of 4 warps at D = 32 (128 registers), else 2 (194 at D = 64, 213
 // to 238 past it), with 12 to 35 KB of shared memory.
-template <int D, bool DROPOUT>
+template <int D, bool DROPOUT, bool CAUSAL = true>
 __global__ void __launch_bounds__(kBackwardThreads, 2)
     three_region_attention_bwd_dq_kernel(AttentionBackward args) {
-    using Shape = QueryGradientShape<D>;
+    using Shape = QueryGradientShape<D, CAUSAL>;
     constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileKeys = Shape::kTileKeys;
     extern __shared__ __align__(128) char raw[];
     __half* keys = reinterpret_cast<__half*>(raw);
     __half* values = keys + kTileKeys * kRow;
     __half* strips = values + kTileKeys * kRow;
     __half* douts = strips + Shape::kStripHalves;
-    auto* rows = reinterpret_cast<RowData<kBackwardRows>*>(raw + Shape::kShared - kTileKeys * 4 -
-                                                           sizeof(RowData<kBackwardRows>));
+    using Rows = RowData<kBackwardRows, CAUSAL>;
+    auto* rows = reinterpret_cast<Rows*>(raw + Shape::kShared - kTileKeys * 4 - sizeof(Rows));
     int* key_positions = reinterpret_cast<int*>(rows + 1);
 
     const Attention& a = args.common;
@@ -157,7 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
             NextRow<DROPOUT> row;
             row.fetch(args, DROPOUT ? a.dropout.read_seed() : 0, b, h, query);
             rows->put(threadIdx.x, row);
-            rows->window_start[threadIdx.x] = a.layout.window_start(query);
+            rows->put_window(a, b, threadIdx.x, query);
         }
         __syncthreads();
         if (Shape::kHoldsDout) {
@@ -173,7 +185,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
     for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(dq[d], 0.0f);
 
-    const KeyWalk<kTileKeys> walk(a, b, first, last);
+    const KeyWalk<kTileKeys, CAUSAL> walk(a, b, first, last);
     const __half* k = a.k.head<__half>(b, kv_head);
     const __half* v = a.v.head<__half>(b, kv_head);
     using KeyCarrier = Carrier<kTileKeys, D, kBackwardThreads>;
@@ -184,8 +196,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         next_keys.fetch(k, a.k.stride[2], positions);
         next_values.fetch(v, a.v.stride[2], positions);
     };
-    find(0);
-    fetch();
+    if (walk.tiles > 0) {
+        find(0);
+        fetch();
+    }
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
         next_keys.put(keys, kRow);
@@ -230,8 +244,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const int query = row + places.row(i);
-                    if (!sees(far, key_positions[n * 16 + places.column(i)], rows->window_start[query],
-                              a.layout.window_last(first + query)))
+                    if (!rows->row_sees(far, key_positions[n * 16 + places.column(i)], query, first + query))
                         scores.x[i] = -INFINITY;
                 }
             }
@@ -273,7 +286,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
         });
 }
 
-template <int D>
+template <int D, bool CAUSAL = true>
 struct KeyGradientShape {
     // At 128 dk and dv are 128 registers a lane: what is fetched ahead must be little.
     static constexpr int kTileQueries = D <= 96 ? 32 : 16;
@@ -288,17 +301,18 @@ struct KeyGradientShape {
     static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsKeys ? 0 : 2 * kKeyHalves)) * 2;
     static constexpr int kStaged = kKeyHalves * 2;
     static constexpr int kShared =
-        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kTileQueries>)) + kBackwardRows * 4;
+        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kTileQueries, CAUSAL>)) + kBackwardRows * 4;
 };
 
-// FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them; else 64
-// positions, seen by the queries in whose window they lie.
+// FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them and, where
+// the layout is not causal, by those whose window lies left of them; else 64 positions, seen by the queries in
+// whose window they lie.
 // Occupancy on sm_70. D = 32: 161 registers, 13 KB, 3 blocks of 4 warps. D = 64, 80, 96: 211 to 242
 // registers, 17 to 46 KB, 2 blocks. D = 128: 251 registers, 52 KB, 1 block, by shared memory.
-template <int D, bool DROPOUT, bool FAR>
+template <int D, bool DROPOUT, bool FAR, bool CAUSAL = true>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     three_region_attention_bwd_dkv_kernel(AttentionBackward args) {
-    using Shape = KeyGradientShape<D>;
+    using Shape = KeyGradientShape<D, CAUSAL>;
     constexpr int kRow = Shape::kRow, kStripRow = Shape::kStripRow, kTileQueries = Shape::kTileQueries;
     extern __shared__ __align__(128) char raw[];
     __half* queries = reinterpret_cast<__half*>(raw);
@@ -306,8 +320,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     __half* strips = douts + kTileQueries * kRow;
     __half* held_keys = strips + Shape::kStripHalves;
     __half* held_values = held_keys + Shape::kKeyHalves;
-    auto* rows = reinterpret_cast<RowData<kTileQueries>*>(raw + Shape::kShared - kBackwardRows * 4 -
-                                                          sizeof(RowData<kTileQueries>));
+    using Rows = RowData<kTileQueries, CAUSAL>;
+    auto* rows = reinterpret_cast<Rows*>(raw + Shape::kShared - kBackwardRows * 4 - sizeof(Rows));
     int* key_positions = reinterpret_cast<int*>(rows + 1);
 
     const Attention& a = args.common;
@@ -364,24 +378,44 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     }
 
     // The queries that see the block's keys, [begin, end); those in [full_begin, full_end) see all of them.
+    // Far keys that are seen from both sides: `end` is the last query's, tiles from `pause` up to `resume` are
+    // left out, and those before full_before see all keys, too.
+    const int origin = a.layout.origin_of(b, shape.T);
     const int first_position = key_positions[0];
     const int last_position = key_positions[kBackwardRows - 1];
-    int begin, end, full_begin, full_end;
+    int begin, end, full_begin, full_end, pause = -1, resume = 0, full_before = 0;
     if (FAR) {
         const auto seen_from = [&](int position) {
-            return position == kNowhere ? shape.T : a.layout.first_query_past(position, shape.T);
+            return position == kNowhere ? shape.T : a.layout.first_query_past(position, origin, shape.T);
         };
         begin = seen_from(first_position);
         full_begin = seen_from(last_position);
         end = full_end = shape.T;
     } else {
-        begin = first_position;
-        end = a.layout.first_query_past(min(first_key + kBackwardRows, shape.T) - 1, shape.T);
-        full_begin = last_position == kNowhere ? shape.T : last_position;
-        full_end = a.layout.first_query_past(first_position, shape.T);
+        begin = CAUSAL ? max(first_position, origin) : a.layout.window_start(first_position, origin);
+        const int last_key = min(first_key + kBackwardRows, shape.T) - 1;
+        end = last_key < origin ? begin : a.layout.first_query_past(last_key, origin, shape.T);
+        full_begin = last_position == kNowhere ? shape.T
+                     : CAUSAL                  ? last_position
+                                               : a.layout.window_start(last_position, origin);
+        // Nobody sees a key before the sample.
+        full_end = first_position < origin ? begin : a.layout.first_query_past(first_position, origin, shape.T);
+    }
+    int tiles_of_queries = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
+    if (FAR && !CAUSAL) {
+        const int pivots = pivots_before(sorted_pivots + first_key, min(kBackwardRows, keys - first_key), shape.T);
+        const auto seen_up_to = [&](int row) { return a.layout.window_start(key_positions[row], origin); };
+        const int tiles_before =
+            pivots == 0 ? 0 : (seen_up_to(pivots - 1) + kTileQueries - 1) / kTileQueries;
+        pause = tiles_before * kTileQueries;
+        full_before = pivots == 0 ? 0 : seen_up_to(0);
+        resume = max(pause, begin / kTileQueries * kTileQueries);
+        tiles_of_queries = tiles_before + max(0, (end - resume + kTileQueries - 1) / kTileQueries);
+        begin = pause > 0 ? 0 : resume;
+        if (pivots == 0) tiles_of_queries = 0;
     }
     // Steps: the tiles of queries of one head, then those of the next head of the group.
-    int steps = max(0, (end - begin + kTileQueries - 1) / kTileQueries) * group;
+    int steps = tiles_of_queries * group;
     int next_h = kv_head * group, next_first = begin;
     const uint64_t seed = DROPOUT ? a.dropout.read_seed() : 0;
     Carrier<kTileQueries, D, kBackwardThreads> next_queries, next_douts;
@@ -397,17 +431,17 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     for (; steps > 0; --steps) {
         const int first = next_first;
         next_first += kTileQueries;
+        if (FAR && !CAUSAL && next_first == pause) next_first = resume;
         if (next_first >= end) ++next_h, next_first = begin;
         __syncthreads();  // no warp reads the tile before any more
         next_queries.put(queries, kRow);
         next_douts.put(douts, kRow);
-        const bool full = first >= full_begin && first + kTileQueries <= full_end;
+        const bool full = (first >= full_begin && first + kTileQueries <= full_end) ||
+                          (FAR && !CAUSAL && first + kTileQueries <= full_before);
         if (threadIdx.x < kTileQueries) {
             rows->put(threadIdx.x, next_row);
             // It takes a division, and only a mask asks for it.
-            if (!full)
-                rows->window_start[threadIdx.x] =
-                    a.layout.window_start(min(first + int(threadIdx.x), end - 1));
+            if (!full) rows->put_window(a, b, threadIdx.x, min(first + int(threadIdx.x), end - 1));
         }
         __syncthreads();
         if (steps > 1) fetch();
@@ -445,9 +479,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     const int query = m + places.column(i);
-                    if (first + query >= end ||
-                        !sees(FAR, key_positions[warp * 16 + places.row(i)], rows->window_start[query],
-                              a.layout.window_last(first + query)))
+                    const int key = key_positions[warp * 16 + places.row(i)];
+                    if (first + query >= end || !rows->row_sees(FAR, key, query, first + query))
                         scores.x[i] = -INFINITY;
                 }
             }

@@ -33,12 +33,14 @@ int64_t part_count(const Plan<kBf16>& plan) {
 }
 
 template <bool kBf16>
-Part part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index) {
+Part part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index, int64_t b) {
+    const int64_t origin = plan.origin_of(b);
     Part p;
     p.first_tile = plan.tiles * index / parts;
     p.last_tile = plan.tiles * (index + 1) / parts;
-    p.begin = round_down(plan.window_start(p.first_tile * kQueries), kTile);
-    p.end = round_up(plan.window_last(std::min(plan.T, p.last_tile * kQueries) - 1) + 1, kTile);
+    const int64_t last = std::min(plan.T, p.last_tile * kQueries) - 1;
+    p.begin = round_down(plan.window_start(p.first_tile * kQueries, origin), kTile);
+    p.end = std::max(p.begin, round_up(plan.window_last(last, origin) + 1, kTile));
     p.slots = plan.Pp + p.end - p.begin;
     return p;
 }
@@ -80,7 +82,8 @@ struct Backward {
     void run(int threads) {
         const int64_t heads = plan.B * plan.Hkv, head_units = plan.S * plan.Du, tiles = plan.S / kTile;
         int64_t part_slots = 0;
-        for (int64_t i = 0; i < parts; ++i) part_slots = std::max(part_slots, part_of(plan, parts, i).slots);
+        for (int64_t i = 0; i < plan.B * parts; ++i)
+            part_slots = std::max(part_slots, part_of(plan, parts, i % parts, i / parts).slots);
         const int64_t part_floats = 2 * part_slots * plan.Dp;
         // So many heads at a time that their packed keys and partial sums stay within about 64 MB, but enough
         // for every thread.
@@ -109,7 +112,7 @@ struct Backward {
             parallel_for(now * parts, 1, threads, [&](int64_t j, int64_t) {
                 const TileScope scope;
                 const int64_t i = j / parts, last = parts - 1 - j % parts;
-                compute_part(sample(i), head(i), part_of(plan, parts, last), keys(i), values(i),
+                compute_part(sample(i), head(i), part_of(plan, parts, last, sample(i)), keys(i), values(i),
                              sums(i) + last * part_floats);
             });
             if (!wants_dk() && !wants_dv()) continue;
@@ -170,6 +173,7 @@ struct Backward {
                               ds_b, N, m.dq, N, !first);
             first = false;
         });
+        if (first) std::memset(m.dq, 0, Dp * N * sizeof(float));
         if (wants_dq()) store_queries<kBf16, T>(plan, m.dq, args.dq, b, h, s, args.common.scale, m.stage);
     }
 
@@ -186,7 +190,9 @@ struct Backward {
         pack_b(staged, N, Dp, m.dout_rows);
         const int64_t row = (b * plan.H + h) * plan.T + s.first;
         for (int64_t c = 0; c < s.queries; ++c) {
-            const double lse = args.lse[row + c] * kLog2e;
+            // -inf where nothing is seen: all probabilities are then to be 0.
+            const double lse =
+                c < s.blind ? std::numeric_limits<float>::max() : args.lse[row + c] * kLog2e;
             lanes.lse[c] = float(lse);
             lanes.lse_low[c] = float(lse - lanes.lse[c]);
             const T* out = args.out.row<T>(b, h, s.first + c);
@@ -252,7 +258,7 @@ struct Backward {
         for (int64_t d = 0; d < Dp; d += kLanes) {
             VecF sum_k = VecF{}, sum_v = VecF{};
             for (int64_t i = 0; i < parts; ++i) {
-                const Part p = part_of(plan, parts, i);
+                const Part p = part_of(plan, parts, i, b);
                 const float* part_k = sums + i * part_floats;
                 const float* part_v = part_k + p.slots * Dp;
                 if (rank >= 0) {

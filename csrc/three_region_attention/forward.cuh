@@ -24,7 +24,8 @@ struct ForwardShape {
     static constexpr int kRows = 16 * kM;
     static constexpr int kWarps = 8 / kM;
     static constexpr int kThreads = 32 * kWarps;
-    static constexpr int kBlocks = D == 32 ? 3 : D == 64 ? 2 : 1;  // at once on a multiprocessor
+    // At once on a multiprocessor. Far keys on both sides cost registers, which at D = 32 would be spilled.
+    static constexpr int blocks(bool causal) { return D == 32 ? (causal ? 3 : 2) : D == 64 ? 2 : 1; }
     static constexpr int kQueries = 128;
     static constexpr int kRow = padded_row(D);       // halves
     static constexpr int kStripRow = kTileKeys + 4;  // floats
@@ -38,8 +39,8 @@ struct ForwardShape {
 
 // Occupancy on sm_70, by registers. D = 32: 168, 25 KB, 3 blocks of 4 warps. D = 64: 251, 29 KB, 2 blocks of
 // 4 warps. D = 80, 96, 128: 184 to 227, 30 to 37 KB, 1 block of 8 warps.
-template <int D, bool DROPOUT>
-__global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kBlocks)
+template <int D, bool DROPOUT, bool CAUSAL = true>
+__global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::blocks(CAUSAL))
     three_region_attention_fwd_kernel(AttentionForward args) {
     using Shape = ForwardShape<D>;
     constexpr int M = Shape::kM, kRows = Shape::kRows, kRow = Shape::kRow, kStripRow = Shape::kStripRow;
@@ -83,8 +84,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kB
     // This lane's row of the strip, and where in it its columns begin.
     const int row = lane % kRows, column = lane / kRows * (16 * M);
     const int query = first + warp * kRows + row;
-    const int window_start = a.layout.window_start(min(query, last));
-    const int window_last = a.layout.window_last(query);
+    const int window_start = a.layout.window_start(min(query, last), a.layout.origin_of(b, T));
+    const int window_last = a.layout.window_last(query, a.layout.origin_of(b, T), T, CAUSAL);
     RowWords words = {0, 0};
     if (DROPOUT) words = philox(a.dropout.read_seed(), query, h, b);
 
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kB
         for (int d = 0; d < D / 16; ++d) wmma::fill_fragment(out[m][d], 0.0f);
     float row_max = -INFINITY, sum = 0.0f;
 
-    const KeyWalk<kTileKeys> walk(a, b, first, last);
+    const KeyWalk<kTileKeys, CAUSAL> walk(a, b, first, last);
     const __half* k = a.k.head<__half>(b, kv_head);
     const __half* v = a.v.head<__half>(b, kv_head);
     using KeyCarrier = Carrier<kTileKeys, D, Shape::kThreads>;
@@ -106,8 +107,10 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kB
         next_keys.fetch(k, a.k.stride[2], positions);
         next_values.fetch(v, a.v.stride[2], positions);
     };
-    find(0);
-    fetch();
+    if (walk.tiles > 0) {
+        find(0);
+        fetch();
+    }
     for (int tile = 0; tile < walk.tiles; ++tile) {
         __syncthreads();  // no warp reads the tile before any more
         next_keys.put(keys, kRow);
@@ -149,7 +152,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kB
         if (!full) {
 #pragma unroll
             for (int c = 0; c < 16 * M; ++c)
-                if (!sees(far, key_positions[column + c], window_start, window_last)) x[c] = -INFINITY;
+                if (!sees(far, key_positions[column + c], window_start, window_last, CAUSAL))
+                    x[c] = -INFINITY;
         }
         float new_max = row_max;
 #pragma unroll
@@ -211,8 +215,11 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, ForwardShape<D>::kB
 
     if (M == 1) sum += __shfl_xor_sync(kAllLanes, sum, 16);
     if (column == 0) {
-        factors[row] = (DROPOUT ? a.dropout.keep_scale : 1.0f) / sum;
-        if (query <= last) args.lse[(int64_t(b) * H + h) * T + query] = row_max + logf(sum);
+        // A query before its sample sees nothing: it gives 0, whatever its scores are.
+        const bool blind = query < a.layout.origin_of(b, T);
+        factors[row] = blind ? 0.0f : (DROPOUT ? a.dropout.keep_scale : 1.0f) / sum;
+        if (query <= last)
+            args.lse[(int64_t(b) * H + h) * T + query] = blind ? -INFINITY : row_max + logf(sum);
     }
     __syncwarp();
     __half* to = args.out.head<__half>(b, h);

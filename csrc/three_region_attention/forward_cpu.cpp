@@ -110,6 +110,9 @@ struct Forward {
                           scores, N, out, N, !first);
             first = false;
         });
+        // What sees nothing gives 0, whatever its scores are.
+        if (first) std::memset(out, 0, Dp * N * sizeof(float));
+        for (int64_t c = 0; c < s.blind; ++c) lanes.sum[c] = kInf;
         finish(b, h, s, lanes, out, work);
     }
 
@@ -141,7 +144,7 @@ struct Forward {
         store_queries<kBf16, T>(plan, out, args.out, b, h, s, 1.0f, work);
         float* lse = args.lse + (b * plan.H + h) * plan.T + s.first;
         for (int64_t c = 0; c < s.queries; ++c)
-            lse[c] = float(lanes.row_max[c] * kLn2 + std::log(double(lanes.sum[c])));
+            lse[c] = c < s.blind ? -kInf : float(lanes.row_max[c] * kLn2 + std::log(double(lanes.sum[c])));
     }
 };
 

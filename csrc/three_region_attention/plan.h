@@ -6,7 +6,8 @@
 // across lanes, and each product finds its operands as the one before left them.
 //
 // The keys of a head are packed once, in slots: [0, Pp) the sorted pivots, [Pp, Pp + Tp) all positions, both
-// padded to whole tiles. A query tile sees a prefix of the first and a stretch of the second.
+// padded to whole tiles. A query tile sees a prefix of the first, a suffix too where the layout is not causal,
+// and a stretch of the second.
 #pragma once
 
 #include <algorithm>
@@ -19,9 +20,8 @@
 namespace cogview {
 namespace {
 
-constexpr int64_t kQueries = 64;       // of a tile
-constexpr int64_t kTile = 32;          // keys
-constexpr int32_t kNowhere = 1 << 30;  // the position of a padding slot
+constexpr int64_t kQueries = 64;  // of a tile
+constexpr int64_t kTile = 32;     // keys
 
 inline int64_t round_down(int64_t n, int64_t to) {
     return n / to * to;
@@ -69,8 +69,14 @@ struct Plan {
         return {broadcast(factor), broadcast(factor_low), shift, add - (shift + subtract) - subtract_low};
     }
 
-    int64_t window_start(int64_t query) const { return args.layout.window_start(int(query)); }
-    int64_t window_last(int64_t query) const { return args.layout.window_last(int(query)); }
+    // The first position of a sample.
+    int64_t origin_of(int64_t b) const { return args.layout.origin_of(int(b), int(T)); }
+    int64_t window_start(int64_t query, int64_t origin) const {
+        return args.layout.window_start(int(query), int(origin));
+    }
+    int64_t window_last(int64_t query, int64_t origin) const {
+        return args.layout.window_last(int(query), int(origin), int(T), args.layout.causal);
+    }
 
     int32_t slot_position(int64_t b, int64_t slot) const {
         if (slot >= Pp) return int32_t(slot - Pp);
@@ -87,25 +93,40 @@ struct Plan {
 // Which slots a query tile sees, and from where on they must be masked.
 struct Sight {
     int64_t first, queries, columns;  // queries of the tile; `columns` counts padding too
+    int64_t blind;                    // how many of the first queries see nothing: they are padding
     int64_t far, far_unmasked;        // slots [0, far), of which the first are seen by all queries
+    int64_t after, after_end;         // slots of pivots after the window, whole tiles
+    int64_t after_unmasked, pivots;   // all queries see the slots from the one up to the other
     int64_t begin, end;               // window positions, whole tiles
     int64_t unmasked_begin, unmasked_end;
 };
 
 template <bool kBf16>
 Sight sight(const Plan<kBf16>& plan, int64_t b, int64_t tile) {
-    Sight s;
+    Sight s = {};
     s.first = tile * kQueries;
     s.queries = std::min(kQueries, plan.T - s.first);
     s.columns = round_up(s.queries, Compute<kBf16>::kAlign);
-    const int64_t last = s.first + s.queries - 1;
-    const int64_t start = plan.window_start(s.first), start_of_last = plan.window_start(last);
+    const int64_t last = s.first + s.queries - 1, origin = plan.origin_of(b);
+    s.blind = std::min(std::max<int64_t>(origin - s.first, 0), s.queries);
+    if (s.blind == s.queries) return s;
+    const int64_t start = plan.window_start(s.first, origin);
+    const int64_t start_of_last = plan.window_start(last, origin);
+    const int64_t stop = plan.window_last(s.first, origin) + 1;
+    const int64_t stop_of_last = plan.window_last(last, origin) + 1;
     s.far = round_up(plan.pivots_before(b, start_of_last), kTile);
     s.far_unmasked = plan.pivots_before(b, start);
+    if (!plan.args.layout.causal) {
+        s.pivots = plan.sorted_pivots.counts[b];
+        // No slot twice, where the windows of the queries lie apart.
+        s.after = std::max(s.far, round_down(plan.pivots_before(b, stop), kTile));
+        s.after_end = round_up(s.pivots, kTile);
+        s.after_unmasked = plan.pivots_before(b, stop_of_last);
+    }
     s.begin = round_down(start, kTile);
-    s.end = round_up(plan.window_last(last) + 1, kTile);
+    s.end = round_up(stop_of_last, kTile);
     s.unmasked_begin = start_of_last;
-    s.unmasked_end = plan.window_last(s.first) + 1;
+    s.unmasked_end = stop;
     return s;
 }
 
@@ -123,6 +144,10 @@ inline void for_each_run(const Plan<kBf16>& plan, const Sight& s, int64_t most, 
     for (int64_t from = 0; from < s.far; from += most) {
         const int64_t rows = std::min(most, s.far - from);
         body(Run{from, rows, true, 0, clamp(s.far_unmasked - from, rows)});
+    }
+    for (int64_t from = s.after; from < s.after_end; from += most) {
+        const int64_t rows = std::min(most, s.after_end - from);
+        body(Run{from, rows, true, clamp(s.after_unmasked - from, rows), clamp(s.pivots - from, rows)});
     }
     for (int64_t from = s.begin; from < s.end; from += most) {
         const int64_t rows = std::min(most, s.end - from);
@@ -157,10 +182,11 @@ struct Lanes {
 template <bool kBf16>
 void start_lanes(const Plan<kBf16>& plan, const Sight& s, int64_t b, int64_t h, Lanes& lanes) {
     const Dropout& dropout = plan.args.dropout;
+    const int64_t origin = plan.origin_of(b);
     for (int64_t c = 0; c < s.columns; ++c) {
         const int64_t query = s.first + c;
-        lanes.window_start[c] = int32_t(plan.window_start(query));
-        lanes.window_last[c] = int32_t(plan.window_last(query));
+        lanes.window_start[c] = int32_t(plan.window_start(query, origin));
+        lanes.window_last[c] = int32_t(plan.window_last(query, origin));
         lanes.row_max[c] = -kInf;
         lanes.sum[c] = 0.0f;
         lanes.lse[c] = lanes.lse_low[c] = lanes.delta[c] = 0.0f;
@@ -192,6 +218,7 @@ inline auto keeps(const Plan<kBf16>& plan, const Run& run, int64_t r, int64_t b,
 template <bool kBf16>
 void mask_scores(const Plan<kBf16>& plan, const Run& run, int64_t b, const Lanes& lanes, int64_t columns,
                  float* scores) {
+    const bool causal = plan.args.layout.causal;
     for (int64_t r = 0; r < run.rows; ++r) {
         if (r >= run.begin && r < run.end) continue;
         const VecI key = VecI{} + plan.slot_position(b, run.slot + r);
@@ -199,7 +226,7 @@ void mask_scores(const Plan<kBf16>& plan, const Run& run, int64_t b, const Lanes
             const VecI start = lane_vector<VecI>(lanes.window_start + c);
             const VecI last = lane_vector<VecI>(lanes.window_last + c);
             float* p = scores + r * columns + c;
-            store(p, sees(run.far, key, start, last) ? load(p) : broadcast(-kInf));
+            store(p, sees(run.far, key, start, last, causal) ? load(p) : broadcast(-kInf));
         }
     }
 }

@@ -12,7 +12,7 @@ constexpr int kSortThreads = 256;
 __device__ __forceinline__ int pivot_key(const Attention& a, int b, int p) {
     const int T = a.shape.T;
     const int64_t pivot = a.layout.pivots[int64_t(b) * a.layout.P + p];
-    return pivot < 0 || pivot >= T ? T : int(pivot);
+    return pivot < a.layout.origin_of(b, T) || pivot >= T ? T : int(pivot);
 }
 
 // Every pivot counts those before it: P^2 comparisons a sample, a few microseconds up to P = 4096. Ties (the

@@ -35,7 +35,9 @@ SortedPivots::SortedPivots(const AttentionShape& shape, const Layout& layout) {
             rank[position] = 0;
         }
         int32_t count = 0;
-        for (int64_t j = 0; j < T; ++j) {
+        const int64_t origin = layout.origin_of(int(b), int(T));
+        std::fill(rank, rank + origin, -1);
+        for (int64_t j = origin; j < T; ++j) {
             if (rank[j] < 0) continue;
             positions[b * P + count] = int32_t(j);
             rank[j] = count++;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Causal attention over a block window and gathered pivot keys, under one softmax.
+// Attention over a block window and gathered pivot keys, under one softmax.
 //
 // Letters: B batch, H query heads, Hkv key heads, T sequence length, D head size, P pivots a sample. Which
 // keys a query sees is told in common/regions.h. logit = scale q_i k_j, + layout.pivot_bias where j is a far

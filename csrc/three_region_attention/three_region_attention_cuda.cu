@@ -39,44 +39,52 @@ int64_t tiles(int64_t length, int64_t tile) {
     return (length + tile - 1) / tile;
 }
 
-template <int D, bool DROPOUT>
+template <int D, bool DROPOUT, bool CAUSAL>
 void forward(const AttentionForward& args, void* stream) {
     using Shape = ForwardShape<D>;
     const AttentionShape& shape = args.common.shape;
-    launch("three_region_attention_fwd_kernel", three_region_attention_fwd_kernel<D, DROPOUT>,
+    launch("three_region_attention_fwd_kernel", three_region_attention_fwd_kernel<D, DROPOUT, CAUSAL>,
            tiles(shape.T, Shape::kQueries) * shape.H * shape.B, Shape::kThreads, Shape::kShared, args,
            stream);
 }
 
-template <int D, bool DROPOUT>
+template <int D, bool DROPOUT, bool CAUSAL>
 void backward(const AttentionBackward& args, void* stream) {
     const AttentionShape& shape = args.common.shape;
     launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
            tiles(int64_t(shape.B) * shape.H * shape.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
     if (args.dq.data != nullptr)
-        launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT>,
+        launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT, CAUSAL>,
                tiles(shape.T, kBackwardRows) * shape.H * shape.B, kBackwardThreads,
-               QueryGradientShape<D>::kShared, args, stream);
+               QueryGradientShape<D, CAUSAL>::kShared, args, stream);
     // These make both or none.
     if (args.dk.data == nullptr || args.dv.data == nullptr) return;
     if (args.common.layout.P > 0)
         launch("three_region_attention_bwd_dkv_kernel (pivots)",
-               three_region_attention_bwd_dkv_kernel<D, DROPOUT, true>,
+               three_region_attention_bwd_dkv_kernel<D, DROPOUT, true, CAUSAL>,
                tiles(args.common.layout.P, kBackwardRows) * shape.Hkv * shape.B, kBackwardThreads,
-               KeyGradientShape<D>::kShared, args, stream);
+               KeyGradientShape<D, CAUSAL>::kShared, args, stream);
     launch("three_region_attention_bwd_dkv_kernel (window)",
-           three_region_attention_bwd_dkv_kernel<D, DROPOUT, false>,
+           three_region_attention_bwd_dkv_kernel<D, DROPOUT, false, CAUSAL>,
            tiles(shape.T, kBackwardRows) * shape.Hkv * shape.B, kBackwardThreads,
-           KeyGradientShape<D>::kShared, args, stream);
+           KeyGradientShape<D, CAUSAL>::kShared, args, stream);
+}
+
+template <int D, bool DROPOUT, bool CAUSAL, typename Args>
+void run(const Args& args, void* stream) {
+    if constexpr (std::is_same_v<Args, AttentionForward>)
+        forward<D, DROPOUT, CAUSAL>(args, stream);
+    else
+        backward<D, DROPOUT, CAUSAL>(args, stream);
 }
 
 template <int D, typename Args>
-void dispatch_dropout(const Args& args, void* stream) {
+void dispatch_flags(const Args& args, void* stream) {
     const bool dropout = args.common.dropout.drops();
-    if constexpr (std::is_same_v<Args, AttentionForward>)
-        dropout ? forward<D, true>(args, stream) : forward<D, false>(args, stream);
+    if (args.common.layout.causal)
+        dropout ? run<D, true, true>(args, stream) : run<D, false, true>(args, stream);
     else
-        dropout ? backward<D, true>(args, stream) : backward<D, false>(args, stream);
+        dropout ? run<D, true, false>(args, stream) : run<D, false, false>(args, stream);
 }
 
 template <typename Args>
@@ -86,15 +94,15 @@ void dispatch(Args args, void* stream) {
     prepare(args.common, stream);
     switch (shape.D) {
         case 32:
-            return dispatch_dropout<32>(args, stream);
+            return dispatch_flags<32>(args, stream);
         case 64:
-            return dispatch_dropout<64>(args, stream);
+            return dispatch_flags<64>(args, stream);
         case 80:
-            return dispatch_dropout<80>(args, stream);
+            return dispatch_flags<80>(args, stream);
         case 96:
-            return dispatch_dropout<96>(args, stream);
+            return dispatch_flags<96>(args, stream);
         case 128:
-            return dispatch_dropout<128>(args, stream);
+            return dispatch_flags<128>(args, stream);
     }
     throw std::invalid_argument("three_region_attention: no CUDA kernel for a head size of " +
                                 std::to_string(shape.D));

@@ -25,7 +25,6 @@ using Accumulator = wmma::fragment<wmma::accumulator, 16, 16, 16, float>;
 static_assert(Accumulator::num_elements == 8, "256 elements over 32 lanes");
 
 constexpr float kLog2e = 1.4426950408889634f;
-constexpr int kNowhere = 0x7fffffff;  // the position of a key that does not exist
 
 // From one row of a tile to the next, in halves. Volta reads fragments 16 or 8 bytes a lane, from several
 // rows at once. They lie in different banks where the distance is an odd number of 32 bytes. At D = 80 that
@@ -169,38 +168,56 @@ struct Carrier {
 };
 
 // The keys that a tile of queries [first, last] walks over, TILE at a time: the pivots left of the last
-// query's window, then the first query's window up to the last query. Tiles need a mask only at the end of
-// the pivots, on the diagonal, and where the tile's queries have different windows.
-template <int TILE>
+// query's window and, where the layout is not causal, those after the first query's window, as one row; then
+// the window from that of the first query up to that of the last one. Tiles need a mask only at the ends of
+// the pivots, on the diagonal, and where the tile's queries have different windows. Queries that are padding
+// walk as they would without it, but over no keys: `tiles` is then 0 or what others need.
+template <int TILE, bool CAUSAL>
 struct KeyWalk {
     const int32_t* sorted_pivots;
-    int far, far_for_all;  // pivots that the last query sees; that all see
+    int far, far_for_all;  // pivots that some query sees; how many of the first of them all see
     int window_start, window_last, window_start_of_last, window_last_of_first;
     int far_tiles, tiles;
+    // Not causal: from place `prefix` on `gap` pivots of the list are left out, those from `suffix_for_all` on
+    // are seen by all.
+    int prefix, gap, suffix_for_all;
 
     __device__ __forceinline__ KeyWalk(const Attention& a, int b, int first, int last)
         : sorted_pivots(a.sorted_pivots + int64_t(b) * a.layout.P) {
-        const int P = a.layout.P;
-        window_start = a.layout.window_start(first);
-        window_start_of_last = a.layout.window_start(last);
-        window_last = a.layout.window_last(last);
-        window_last_of_first = a.layout.window_last(first);
+        const int P = a.layout.P, T = a.shape.T, origin = a.layout.origin_of(b, T);
+        window_start = a.layout.window_start(first, origin);
+        window_start_of_last = a.layout.window_start(last, origin);
+        window_last = a.layout.window_last(last, origin, T, CAUSAL);
+        window_last_of_first = a.layout.window_last(first, origin, T, CAUSAL);
         far = pivots_before(sorted_pivots, P, window_start_of_last);
         far_for_all =
             window_start == window_start_of_last ? far : pivots_before(sorted_pivots, P, window_start);
+        if (!CAUSAL) {
+            // Where the windows of the queries lie apart, nothing is left out, and nothing comes twice.
+            prefix = far;
+            const int suffix = max(far, pivots_before(sorted_pivots, P, window_last_of_first + 1));
+            gap = suffix - prefix;
+            far = pivots_before(sorted_pivots, P, T) - gap;  // less the padding
+            suffix_for_all = pivots_before(sorted_pivots, P, window_last + 1) - gap;
+        }
         far_tiles = (far + TILE - 1) / TILE;
-        tiles = far_tiles + (window_last - window_start) / TILE + 1;
+        tiles = far_tiles + (window_last - window_start + TILE) / TILE;
+        if (last < origin) tiles = 0;
     }
     __device__ __forceinline__ bool is_far(int tile) const { return tile < far_tiles; }
     __device__ __forceinline__ bool is_full(int tile) const {
-        if (is_far(tile)) return (tile + 1) * TILE <= far_for_all;
+        if (is_far(tile)) {
+            const bool in_suffix = !CAUSAL && tile * TILE >= suffix_for_all && (tile + 1) * TILE <= far;
+            return (tile + 1) * TILE <= far_for_all || in_suffix;
+        }
         const int key = window_start + (tile - far_tiles) * TILE;
         return key >= window_start_of_last && key + TILE - 1 <= window_last_of_first;
     }
     __device__ __forceinline__ int position(int tile, int row) const {
         if (is_far(tile)) {
             const int slot = tile * TILE + row;
-            return slot < far ? sorted_pivots[slot] : kNowhere;
+            if (slot >= far) return kNowhere;
+            return sorted_pivots[CAUSAL || slot < prefix ? slot : slot + gap];
         }
         const int key = window_start + (tile - far_tiles) * TILE + row;
         return key <= window_last ? key : kNowhere;

@@ -12,23 +12,27 @@ MASK32 = 0xFFFFFFFF
 
 
 def regions(
-    pivots: list[int], block_size: int, window_blocks: int, query: int
+    pivots: list[int], block_size: int, window_blocks: int, query: int, keys: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """``(window, far)``: the key positions that ``query`` sees in each region."""
+    """``(window, far)``: the key positions that ``query`` sees in each region.
+
+    ``keys``: how many there are, where it also sees those after itself."""
     window, far = [], []
-    for key in range(query + 1):
-        if key // block_size > query // block_size - window_blocks:
+    for key in range(query + 1 if keys is None else keys):
+        if abs(key // block_size - query // block_size) < window_blocks:
             window.append(key)
         elif key in pivots:
             far.append(key)
     return window, far
 
 
-def brute_force_mask(pivots: Tensor, block_size: int, window_blocks: int, T: int) -> Tensor:
+def brute_force_mask(
+    pivots: Tensor, block_size: int, window_blocks: int, T: int, causal: bool = True
+) -> Tensor:
     mask = torch.zeros(pivots.shape[0], T, T, dtype=torch.bool)
     for b, sample in enumerate(pivots.tolist()):
         for query in range(T):
-            for part in regions(sample, block_size, window_blocks, query):
+            for part in regions(sample, block_size, window_blocks, query, None if causal else T):
                 mask[b, query, part] = True
     return mask
 
@@ -57,7 +61,8 @@ def brute_force_attention(
     out, lse = torch.empty_like(q), torch.empty_like(q[..., 0])
     for b in range(B):
         for i in range(T):
-            window, far = regions(layout.pivots[b].tolist(), layout.block_size, layout.window_blocks, i)
+            sizes = layout.block_size, layout.window_blocks
+            window, far = regions(layout.pivots[b].tolist(), *sizes, i, None if layout.causal else T)
             for h in range(H):
                 logits = [scale * float(q[b, h, i] @ k[b, h // G, j]) for j in window]
                 logits += [scale * float(q[b, h, i] @ k[b, h // G, j]) + layout.pivot_bias for j in far]

@@ -8,6 +8,8 @@ run there from the PTX of compute capability 7.5.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -170,8 +172,7 @@ def test_limits(dtype, D, message, backend_device, monkeypatch):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 def test_opcheck(dropout_p, backend_device):
     q, k, v, layout = _small(backend_device("cuda"), requires_grad=True)
-    regions = (layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density)
-    arguments = (q, k, v, *regions, 0.125, dropout_p, torch.tensor(3), "cuda")
+    arguments = (q, k, v, *attention.regions(layout), 0.125, dropout_p, torch.tensor(3), "cuda")
     torch.library.opcheck(torch.ops.cogview_kernels.three_region_attention.default, arguments)
 
 
@@ -237,11 +238,12 @@ def _attention_kernels() -> list[str]:
     kernels = ["three_region_attention_sort_kernel"]
     for D in CUDA_HEADS:
         kernels.append(f"three_region_attention_bwd_delta_kernel<{D}>")
-        for dropout in ("false", "true"):
-            kernels.append(f"three_region_attention_fwd_kernel<{D}, {dropout}>")
-            kernels.append(f"three_region_attention_bwd_dq_kernel<{D}, {dropout}>")
+        for dropout, causal in itertools.product(("false", "true"), repeat=2):
+            kernels.append(f"three_region_attention_fwd_kernel<{D}, {dropout}, {causal}>")
+            kernels.append(f"three_region_attention_bwd_dq_kernel<{D}, {dropout}, {causal}>")
             kernels += [
-                f"three_region_attention_bwd_dkv_kernel<{D}, {dropout}, {far}>" for far in ("false", "true")
+                f"three_region_attention_bwd_dkv_kernel<{D}, {dropout}, {far}, {causal}>"
+                for far in ("false", "true")
             ]
     return kernels
 
@@ -266,6 +268,7 @@ def test_compiles_for_newer_chips(arch):
     """No spills there either. A release compiles all head sizes for 75, 80 and 90."""
     sizes = ("<64, false", "<128, false")
     kernels = [f"cogview::{kernel}" for kernel in _attention_kernels() if any(s in kernel for s in sizes)]
+    kernels = [kernel for kernel in kernels if kernel.endswith("true>")]  # the causal ones
     reports = cuda_compile.compile_kernels(_source("three_region_attention"), kernels, arch)
     assert len(reports) == 8
     for kernel, report in reports.items():
@@ -283,6 +286,8 @@ def test_compiles_for_sm_70(op):
             for shape in ("ForwardShape", "QueryGradientShape", "KeyGradientShape"):
                 limit = cuda_compile.SHARED_MEMORY_LIMIT[75]
                 source += f"static_assert(cogview::{shape}<{D}>::kShared <= {limit});\n"
+                if shape != "ForwardShape":
+                    source += f"static_assert(cogview::{shape}<{D}, false>::kShared <= {limit});\n"
     reports = cuda_compile.compile_kernels(source, [f"cogview::{kernel}" for kernel in kernels], 70)
     for kernel, report in reports.items():
         assert report.spills == 0, f"{kernel}: {report}"
@@ -290,6 +295,7 @@ def test_compiles_for_sm_70(op):
     if op == "three_region_attention":
         # As the kernel's comment says of occupancy: 65,536 registers, blocks of 128 (256) threads.
         for D, forward_blocks in ((32, 3), (64, 2), (128, 1)):
-            name = f"cogview::three_region_attention_fwd_kernel<{D}, true>"
             threads = 128 if D <= 64 else 256
-            assert 65536 // (threads * reports[name].registers) >= forward_blocks
+            for causal, blocks in (("true", forward_blocks), ("false", min(2, forward_blocks))):
+                name = f"cogview::three_region_attention_fwd_kernel<{D}, true, {causal}>"
+                assert 65536 // (threads * reports[name].registers) >= blocks

@@ -15,11 +15,12 @@ from torch.utils import _pytree
 from cogview_kernels import ThreeRegionLayout, decode_attention, linear_cross_entropy, three_region_attention
 
 LAYOUT = ThreeRegionLayout(torch.tensor([[1, 5, -1], [0, 3, 9]]), 4, 2, 0.5, 3)
+BOTH_SIDES = ThreeRegionLayout(LAYOUT.pivots, 4, 2, 0.5, 3, causal=False)
 
 
 def assert_same(found, expected=LAYOUT):
     assert type(found) is ThreeRegionLayout and torch.equal(found.pivots, expected.pivots)
-    for name in ("block_size", "window_blocks", "pivot_bias", "density"):
+    for name in ("block_size", "window_blocks", "pivot_bias", "density", "causal"):
         assert getattr(found, name) == getattr(expected, name)
 
 
@@ -44,6 +45,7 @@ def through_a_file(layout, weights_only):
 )
 def test_a_layout_comes_back_as_it_was(way):
     assert_same(way(LAYOUT))
+    assert_same(way(BOTH_SIDES), BOTH_SIDES)
 
 
 def test_a_file_cannot_hold_what_the_constructor_refuses():

@@ -28,19 +28,23 @@ def _large_tiles_in_the_interpreter(monkeypatch):
 
 
 def make(
-    B=1, H=2, Hkv=None, T=23, D=32, w=4, W=2, pivots=None, P=0, bias=0.7, dtype=torch.float32, device="cpu"
-):
+    B=1, H=2, Hkv=None, T=23, D=32, w=4, W=2, pivots=None, P=0, bias=0.7, causal=True,
+    dtype=torch.float32, device="cpu",
+):  # fmt: skip
     """Tensors large enough that every term matters, and a layout with ``pivots`` or ``P`` random ones."""
     if pivots is None:
         pivots = torch.stack([torch.randperm(T)[:P] for _ in range(B)])
-    layout = ThreeRegionLayout(torch.as_tensor(pivots, device=device, dtype=torch.int64), w, W, bias)
+    pivots = torch.as_tensor(pivots, device=device, dtype=torch.int64)
+    layout = ThreeRegionLayout(pivots, w, W, bias, causal=causal)
     shapes = [(B, H, T, D), (B, Hkv or H, T, D), (B, Hkv or H, T, D)]
     q, k, v = (torch.randn(s).to(dtype).to(device) for s in shapes)
     return q, k, v, layout
 
 
 def regions(layout):
-    return layout.pivots, layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density
+    """The flat arguments of the op, up to ``starts``."""
+    numbers = layout.block_size, layout.window_blocks, layout.pivot_bias, layout.density
+    return layout.pivots, *numbers, layout.causal, None
 
 
 SMALL = {
@@ -55,6 +59,8 @@ SMALL = {
     "odd_blocks_of_seven": {"T": 40, "w": 7, "W": 2, "P": 13},
     "grouped_heads": {"H": 6, "Hkv": 2, "P": 7},
     "one_key_head": {"H": 3, "Hkv": 1, "P": 7, "bias": 0.0},
+    "both_sides": {"B": 2, "T": 47, "Hkv": 1, "pivots": [[46, 3, -1, 20, 9, -1], [-1] * 6], "causal": False},
+    "both_sides_windows_apart": {"T": 45, "w": 3, "W": 1, "P": 40, "causal": False},
 }
 
 
@@ -163,6 +169,30 @@ def test_a_window_over_everything_is_causal_attention(backend, T, w, W, backend_
 
 
 @pytest.mark.parametrize("backend", ALL)
+def test_a_window_over_everything_to_both_sides_is_dense_attention(backend, backend_device):
+    q, k, v, layout = make(T=65, w=64, W=2, P=30, causal=False, device=backend_device(backend))
+    torch.testing.assert_close(
+        three_region_attention(q, k, v, layout, backend=backend),
+        scaled_dot_product_attention(q, k, v),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_both_sides_are_alike(backend, backend_device):
+    """Whole blocks turned round give the output turned round, since nothing tells left from right."""
+    q, k, v, layout = make(T=576, w=64, W=2, P=70, causal=False, device=backend_device(backend))
+    turned = ThreeRegionLayout(575 - layout.pivots, 64, 2, layout.pivot_bias, causal=False)
+    torch.testing.assert_close(
+        three_region_attention(*(x.flip(2) for x in (q, k, v)), turned, backend=backend).flip(2),
+        three_region_attention(q, k, v, layout, backend=backend),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_pivots_in_any_order_and_integer_type(backend, backend_device):
     q, k, v, layout = make(T=600, w=32, W=2, P=70, device=backend_device(backend))
     expected = three_region_attention(q, k, v, layout, backend=backend)
@@ -186,6 +216,7 @@ LARGE = {
     "D32": {"T": 190, "w": 32, "W": 2, "P": 40, "D": 32, "H": 4, "Hkv": 2},
     "D128": {"T": 290, "w": 64, "W": 2, "P": 129, "D": 128},
     "D256": {"T": 290, "w": 128, "W": 1, "P": 127, "D": 256, "H": 1},
+    "both_sides_of_many": {"H": 1, "T": 523, "w": 64, "W": 1, "P": 261, "D": 64, "causal": False},
 }
 
 
@@ -202,12 +233,15 @@ def with_gradients(function, q, k, v, *arguments, dout, dlse=None, **options):
     return [x.detach() for x in (*results, *gradients)]
 
 
-def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=False):
+def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=False, starts=None):
     q, k, v, layout = make(**case, dtype=dtype, device=device)
+    starts = None if starts is None else torch.tensor(starts, device=device)
     dout = torch.randn(q.shape).to(q)
     dlse = torch.randn(q.shape[:3]).to(device) if lse else None
     scale = 1.3 / q.shape[-1] ** 0.5
     options = {"dropout_p": dropout_p, "seed": 11 << 33 | 5} if dropout_p else {}
+    if starts is not None:
+        options["starts"] = starts
     ours = with_gradients(
         three_region_attention, q, k, v, layout, dout=dout, dlse=dlse, scale=scale, return_lse=lse,
         backend=backend, **options,
@@ -217,7 +251,7 @@ def check_against_reference(backend, case, dtype, device, *, dropout_p=0.0, lse=
 
     def reference(q, k, v, dout):
         def call(q, k, v):
-            out, log_sum = three_region_attention_reference(q, k, v, layout, scale, dropout)
+            out, log_sum = three_region_attention_reference(q, k, v, layout, scale, dropout, starts)
             return (out, log_sum) if lse else out
 
         return with_gradients(call, q, k, v, dout=dout, dlse=dlse.to(q.dtype) if lse else None)
@@ -252,7 +286,10 @@ def test_forward_and_backward(backend, dtype, case, backend_device, monkeypatch)
 
 @pytest.mark.budget
 @pytest.mark.parametrize("tiles", [(16, 16), (32, 16), (16, 32)], ids=str)
-@pytest.mark.parametrize("case", ["remainder", "different_counts", "odd_blocks_of_seven", "grouped_heads"])
+@pytest.mark.parametrize(
+    "case",
+    ["remainder", "different_counts", "odd_blocks_of_seven", "grouped_heads", "both_sides_windows_apart"],
+)
 def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
     """Several tiles each way, inside, at and across the borders of window blocks."""
     monkeypatch.setattr(launch_config, "choose", lambda *_: launch_config.Config(*tiles, 4, 1))
@@ -262,7 +299,7 @@ def test_small_triton_tiles(case, tiles, backend_device, monkeypatch):
 
 @pytest.mark.budget
 @pytest.mark.parametrize(
-    "case", ["any_order_and_pads", "grouped_heads", "all_are_pivots", "no_pivots", "D128"]
+    "case", ["any_order_and_pads", "grouped_heads", "all_are_pivots", "no_pivots", "D128", "both_sides"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", KERNELS)
@@ -290,8 +327,10 @@ def test_dropout_draws_the_mask_of_the_reference(backend, backend_device):
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_two_runs_give_the_same_bits(backend, backend_device):
-    q, k, v, layout = make(T=300, w=32, W=2, P=100, H=4, Hkv=2, device=backend_device(backend))
+@pytest.mark.parametrize("causal", [True, False])
+def test_two_runs_give_the_same_bits(backend, causal, backend_device):
+    device = backend_device(backend)
+    q, k, v, layout = make(T=300, w=32, W=2, P=100, H=4, Hkv=2, causal=causal, device=device)
     options = {"dropout_p": 0.1, "seed": 5, "backend": backend}
     dout = torch.randn_like(q)
     first, second = (
@@ -528,7 +567,8 @@ def test_last_dimension_of_any_stride(backend_device):
 @pytest.mark.parametrize("backend", KERNELS)
 def test_opcheck(backend, backend_device):
     q, k, v, layout = make(T=30, w=8, P=9, Hkv=1, device=backend_device(backend))
-    arguments = (*regions(layout), 0.2, 0.25, torch.tensor(3), backend)
+    starts = torch.tensor([4], device=q.device)
+    arguments = (*regions(layout)[:-1], starts, 0.2, 0.25, torch.tensor(3), backend)
     op, backward = (
         torch.ops.cogview_kernels.three_region_attention,
         torch.ops.cogview_kernels.three_region_attention_backward,

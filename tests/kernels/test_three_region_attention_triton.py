@@ -17,15 +17,16 @@ from tests.helpers.triton_compile import Call, assert_clean, benchmark_calls, co
 # ---- the pivots' index and the branches of the launcher
 
 
-def index_of(pivots, T, w, W):
-    """Sorted pivots, ranks of positions, and how many pivots are far from each block."""
+def index_of(pivots, T, w, W, starts=None):
+    """Sorted pivots, ranks of positions, and how many pivots lie before each block and before the end."""
     from cogview_kernels.three_region_attention import triton_kernels
 
     q = torch.empty(len(pivots), 1, T, 32, device=pivots.device)
     sizes = triton_kernels._Sizes(q, q, ThreeRegionLayout(pivots, w, W))
     residuals = torch.empty(sizes.peaks_at, dtype=torch.int32, device=pivots.device)
-    triton_kernels._index_launch(sizes)(pivots, residuals)
-    widths = (sizes.PP, T, sizes.blocks)
+    origins = residuals if starts is None else starts
+    triton_kernels._index_launch(sizes, starts is not None)(pivots, origins, residuals)
+    widths = (sizes.PP, T, sizes.blocks + 1)
     return residuals.view(len(pivots), -1)[:, : sum(widths)].split(widths, 1)
 
 
@@ -35,11 +36,14 @@ def test_index(T, w, W, P, dtype, backend_device):
     device = backend_device("triton")
     pivots = torch.stack([torch.randperm(T)[:P] for _ in range(3)])
     pivots[1, ::3] = -1
-    sorted_pivots, rank_of_pivot, far_counts = index_of(pivots.to(device, dtype), T, w, W)
-    expected = pivots.masked_fill(pivots < 0, T).sort(1).values
+    # Pivots before a sample's start are none, and its blocks are counted from there.
+    starts = torch.tensor([0, 11, T]) if dtype == torch.int32 else torch.zeros(3, dtype=torch.int64)
+    given = starts.to(device) if dtype == torch.int32 else None
+    sorted_pivots, rank_of_pivot, counts = index_of(pivots.to(device, dtype), T, w, W, given)
+    expected = pivots.masked_fill(pivots < starts[:, None], T).sort(1).values
     assert torch.equal(sorted_pivots.cpu().long(), torch.nn.functional.pad(expected, (0, -P % 128), value=T))
-    starts = ((torch.arange(-(-T // w)) - W + 1).clamp(min=0) * w).expand(3, -1).contiguous()
-    assert torch.equal(far_counts.cpu().long(), torch.searchsorted(expected, starts))
+    edges = (starts[:, None] + torch.arange(-(-T // w) + 1) * w).clamp(max=T)
+    assert torch.equal(counts.cpu().long(), torch.searchsorted(expected, edges))
     for sample in range(3):
         rank = {p: r for r, p in enumerate(expected[sample].tolist()) if p < T}
         assert rank_of_pivot[sample].tolist() == [rank.get(j, -1) for j in range(T)]
@@ -207,13 +211,16 @@ _SPILLS = {
 }
 
 
-def call(arch, D, dtype, regions, tf32=False, **dropout):
+def call(arch, D, dtype, regions, tf32=False, causal=True, has_starts=False, **options):
     """Both directions, at the size of the benchmark's first shape."""
     s = shapes.ATTENTION.gpu[0]
     q, k, v = (meta(s.B, s.H, s.T, D, dtype=dtype, grad=True) for _ in range(3))
     pivots = meta(s.B, regions.P, dtype=torch.int64)
-    layout = ThreeRegionLayout(pivots, regions.block_size, regions.window_blocks, pivot_bias=1.5)
-    return Call("three_region_attention", (q, k, v, layout), dropout, arch, tf32)
+    sizes = regions.block_size, regions.window_blocks
+    layout = ThreeRegionLayout(pivots, *sizes, pivot_bias=1.5, causal=causal)
+    if has_starts:
+        options["starts"] = meta(s.B, dtype=torch.int64)
+    return Call("three_region_attention", (q, k, v, layout), options, arch, tf32)
 
 
 def spills_allowed(report):
@@ -266,4 +273,12 @@ def test_compiles_for_sm80_and_sm90(D, arch):
             call(arch, D, torch.bfloat16, shapes.PAPER, **_DROPOUT),
             call(arch, D, torch.float32, shapes.PAPER),
         ]
+    assert_compiles(calls)
+
+
+@pytest.mark.parametrize(("arch", "D"), [(80, 128), (90, 64)])
+def test_compiles_both_sides_and_starts(arch, D):
+    calls = [call(arch, D, torch.bfloat16, shapes.PAPER, causal=False)]
+    if arch == 90:
+        calls.append(call(arch, D, torch.float16, shapes.PAPER, has_starts=True))
     assert_compiles(calls)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,30 +27,33 @@ MASKS = {
 
 
 @pytest.mark.parametrize("case", MASKS)
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16], ids=str)
-def test_dense_mask(case, dtype):
+def test_dense_mask(case, dtype, causal):
     T, w, W, pivots = MASKS[case]
-    layout = ThreeRegionLayout(torch.tensor(pivots, dtype=dtype), w, W, 0.5)
-    expected = brute_force_mask(layout.pivots, w, W, T)
+    layout = ThreeRegionLayout(torch.tensor(pivots, dtype=dtype), w, W, 0.5, causal=causal)
+    expected = brute_force_mask(layout.pivots, w, W, T, causal)
     assert torch.equal(layout.dense_mask(T), expected)
     assert bool(expected.diagonal(dim1=1, dim2=2).all()), "every query sees itself"
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("case", [c for c in MASKS if c != "one_position"])
-def test_plan_counts_keys_and_tiles(case):
+def test_plan_counts_keys_and_tiles(case, causal):
     T, w, W, pivots = MASKS[case]
-    plan = ThreeRegionLayout(torch.tensor(pivots, dtype=torch.int64), w, W).plan(T)
+    plan = ThreeRegionLayout(torch.tensor(pivots, dtype=torch.int64), w, W, causal=causal).plan(T)
+    ahead = None if causal else T
     keys = tiles = 0
     for sample in pivots:
-        keys += sum(len(part) for i in range(T) for part in regions(sample, w, W, i))
+        keys += sum(len(part) for i in range(T) for part in regions(sample, w, W, i, ahead))
         for start in range(0, T, w):
-            window, far = regions(sample, w, W, min(T, start + w) - 1)
+            window, far = regions(sample, w, W, min(T, start + w) - 1, ahead)
             tiles += len({j // w for j in window}) + -(-len(far) // w)
     assert plan.keys_per_query == pytest.approx(keys / len(pivots) / T)
     assert plan.gathered_tiles == pytest.approx(tiles / len(pivots))
     blocks = -(-T // w)
-    assert plan.causal_tiles == blocks * (blocks + 1) // 2
-    assert plan.causal_keys_per_query == (T + 1) / 2
+    assert plan.dense_tiles == (blocks * (blocks + 1) // 2 if causal else blocks**2)
+    assert plan.dense_keys_per_query == ((T + 1) / 2 if causal else T)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +71,7 @@ def test_plan_says_where_dense_wins():
     layout = ThreeRegionLayout.sample(torch.zeros(1, 700, dtype=torch.bool), 64)
     assert layout.plan(700).predicted_gain < 1
     assert "dense causal attention wins" in str(layout.plan(700))
+    assert "dense attention wins" in str(replace(layout, causal=False).plan(700))
 
 
 # ---- sample
@@ -90,6 +95,11 @@ def test_sample_takes_all_text_and_unique_valid_positions():
             assert len(set(drawn)) == len(drawn) == min(12, int((text[b] | valid[b]).sum()))
             assert set(text[b].nonzero()[:, 0].tolist()) <= set(drawn)
             assert all(bool(text[b, p] | valid[b, p]) for p in drawn)
+
+
+def test_sample_of_both_sides():
+    layout = ThreeRegionLayout.sample(masks()[0], 12, block_size=4, causal=False)
+    assert not layout.causal and layout.pivot_bias == math.log(50 // 12)
 
 
 def test_sample_is_uniform():
@@ -176,6 +186,7 @@ def test_text_is_never_lost():
         ({"block_size": 2.0}, TypeError, "block_size must be an int, got float"),
         ({"window_blocks": -1}, ValueError, "window_blocks must be at least 1, got -1"),
         ({"pivot_bias": float("nan")}, ValueError, "pivot_bias must be a finite number, got nan"),
+        ({"causal": 0}, TypeError, "causal must be a bool, got int"),
     ],
     ids=lambda value: None,
 )

@@ -175,33 +175,14 @@ class ThreeRegionImplementation:
             raise NotImplementedError(
                 f"{self.name}: there is no dropout over a cache; call model.eval() first"
             )
-        out = self._rows(q, k, value, lengths, pivots, starts, dropout_p=dropout, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-    def _rows(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lengths: Tensor,
-        pivots: Tensor,
-        starts: Tensor | None,
-        *,
-        dropout_p: float,
-        scale: float | None,
-    ) -> Tensor:
-        among_themselves = q.shape[2] == k.shape[2]
-        if starts is not None:
-            # Rows are moved to the left, so that each begins with its first token as if it were alone.
-            k, v = _moved(k, starts), _moved(v, starts)
-            q = _moved(q, starts) if among_themselves else q
-            lengths = lengths - starts
-            pivots = torch.where(pivots < 0, pivots, pivots - starts[:, None])
+        # Blocks are counted from a row's first token, as if it were alone.
         layout = ThreeRegionLayout(pivots, self.block_size, self.window_blocks, self.pivot_bias)
-        if not among_themselves:
-            return decode_attention(q, k, v, lengths, layout=layout, scale=scale)
-        out = cast(Tensor, three_region_attention(q, k, v, layout, scale=scale, dropout_p=dropout_p))
-        return out if starts is None else _moved(out, -starts)
+        options: dict[str, Any] = {"layout": layout, "starts": starts, "scale": scaling}
+        if q.shape[2] == k.shape[2]:
+            out = cast(Tensor, three_region_attention(q, k, value, **options, dropout_p=dropout))
+        else:
+            out = decode_attention(q, k, value, lengths, **options)
+        return out.transpose(1, 2).contiguous(), None
 
 
 def _starts(valid: Tensor) -> Tensor | None:
@@ -210,10 +191,3 @@ def _starts(valid: Tensor) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(valid[:, 0].all()):
         return None
     return valid.int().argmax(1)
-
-
-def _moved(x: Tensor, by: Tensor) -> Tensor:
-    """``x[b, :, t + by[b]]`` at place t of row b of ``x`` ``[B, H, T, D]``; the ends are repeated."""
-    T = x.shape[2]
-    source = (torch.arange(T, device=x.device) + by[:, None]).clamp(0, T - 1)
-    return x.gather(2, source[:, None, :, None].expand_as(x))
