@@ -92,8 +92,8 @@ class TrainTokenizer:
     preset: PresetName = None
     """sizes and schedule; every other option overrides it"""
     kind: Annotated[Literal["vqvae", "vqgan"] | None, _shown("KIND", "the preset's")] = None
-    """vqvae, or vqgan: sharper, at several times the cost; its sizes are --image-tokenizer.vqgan... and
-    --image-tokenizer-train.vqgan..."""
+    """vqvae, or vqgan: perceptual and adversarial losses, several times the cost; its sizes are
+    --image-tokenizer.vqgan... and --image-tokenizer-train.vqgan..."""
     settings: SettingsFile = None
     """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     skip_bad: bool = False

@@ -190,7 +190,7 @@ def read(visit: Visit, picture: bytes) -> None:
     visit.drop(b"no picture", "image/png")
     visit.told("cannot be read as a picture")
     visit.drop(picture, "image/png", more=LARGEST_UPLOAD)
-    visit.told("the file is larger than 20 MiB; save it smaller")
+    visit.told("larger than 20 MiB")
     visit.drop(picture, "image/png")
     caption = visit.page.locator("[data-part=caption]")
     caption.get_by_text("“").wait_for()

@@ -95,7 +95,7 @@ class LPIPS(PerceptualDistance):
         )
         of_channels = {_number(name): tensor for name, tensor in _state(linear).items()}
         load_weights(self.linear, of_channels, linear)
-        self.requires_grad_(False)
+        self.float().requires_grad_(False)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         x, found = (images - self.mean) / self.std, []

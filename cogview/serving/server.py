@@ -20,6 +20,7 @@ from cogview.evaluation.vote import Ballot
 from cogview.serving.guard import Application, Guard, is_loopback
 from cogview.serving.models import load_models
 from cogview.serving.page import build_page
+from cogview.serving.picture_box import upload_routes
 from cogview.serving.service import Service
 from cogview.serving.uploads import LARGEST_UPLOAD
 from cogview.serving.vote_routes import vote_routes
@@ -72,6 +73,7 @@ def _address(host: str, port: int, token: str | None) -> str:
 
 def _application(service: Service, ballot: Ballot | None) -> Application:
     application = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    application.include_router(upload_routes())
     if ballot is not None:
         application.include_router(vote_routes(ballot))
 

@@ -30,7 +30,7 @@ class Loaded:
 def load_upload(content: bytes, size: int) -> Loaded:
     """The square in the middle of a picture. ValueError, one line, for what is too large or no picture."""
     if len(content) > LARGEST_UPLOAD:
-        raise ValueError(too_large())
+        raise ValueError(f"the file is larger than {LARGEST_UPLOAD >> 20} MiB; save it smaller")
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             count = picture.width * picture.height
@@ -54,8 +54,3 @@ def load_drawn(picture: Image.Image, size: int) -> Loaded:
     """A picture that the page itself has drawn."""
     side = max(1, SHOWN_SIDE // picture.width) * picture.width
     return Loaded(pixels_of(picture, size), picture.resize((side, side), Image.Resampling.NEAREST))
-
-
-def too_large() -> str:
-    """The line about a file of too many bytes."""
-    return f"the file is larger than {LARGEST_UPLOAD >> 20} MiB; save it smaller"

@@ -29,7 +29,7 @@ from cogview.training.lock import RunLock
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
 
 SETTINGS = "train-clip.json"
-MOST_CAPTIONS = 6  # of a picture: more say the same in other words
+MOST_CAPTIONS = 4  # of a picture: more say the same in other words
 TOGETHER = 64  # pictures that the tower sees at once
 
 

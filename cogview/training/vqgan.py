@@ -122,7 +122,7 @@ class VQGANTrainer(ImageTokenizerTrainer):
         return StepResult(values, descent)
 
     def _compare(self, rebuilt: Tensor, images: Tensor) -> _Pictures:
-        distance = torch.zeros((), device=self.device)
+        distance = torch.zeros((), dtype=torch.float32, device=self.device)
         if self.perceptual is not None:
             # In float32 always: 16 bits round away the small differences that it measures.
             distance = self.perceptual(rebuilt, images).mean()
@@ -135,8 +135,8 @@ class VQGANTrainer(ImageTokenizerTrainer):
         with precision.autocast():
             fooling = fooling_loss(self.discriminator(rebuilt))
         self.discriminator.requires_grad_(True)
-        scale = torch.ones((), device=self.device) if precision.scaler is None else precision.loss_scale()
-        assert scale is not None
+        scale = precision.loss_scale()
+        scale = torch.ones_like(told) if scale is None else scale
         pulls = [
             torch.autograd.grad(loss * scale, self.tokenizer.last_layer, retain_graph=True)[0].norm() / scale
             for loss in (told, fooling)

@@ -326,7 +326,8 @@ inline VecF exp2(VecF x, VecF low = VecF{}) {
     p = p * f + 0.24022650718688965f;
     p = p * f + 0.6931471824645996f;
     p = p * f + 1.0f;
-    const VecF scaled = bitcast<VecF>(bitcast<VecI>(p) + (n << 23));
+    // Without signs, since what is not taken may overflow.
+    const VecF scaled = bitcast<VecF>(bitcast<VecU>(p) + (bitcast<VecU>(n) << 23));
     return x < -126.0f ? VecF{} : (x != x ? x : scaled);
 }
 

@@ -11,9 +11,14 @@ import torch
 from cogview.cli import main
 from cogview.config import ImageTokenizerConfig, VQGANConfig
 from cogview.files import load_tensors
+from cogview.model.transformer import CogView
+from cogview.parsing import parse
 from cogview.presets import PRESETS, with_vqgan
+from cogview.settings import TokenizerSettings, tokenizer_options, write_options
 from cogview.tokens.vqgan import PIXELS, VQGAN
-from cogview.training.memory import count_parameters
+from cogview.training.loop import backward, descend
+from cogview.training.memory import MicroBatch, count_parameters, step_memory
+from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 SMALL = ImageTokenizerConfig(
     num_codes=24,
@@ -150,6 +155,21 @@ def test_every_preset_has_a_vqgan_of_as_many_codes():
     assert with_vqgan(PRESETS["fashion"]) == PRESETS["fashion"]
 
 
+def test_the_command_line_and_a_file_of_settings_mean_the_same(tmp_path):
+    words = ["--data", "photos", "--out", "run", "--kind", "vqgan"]
+    given = parse("train-tokenizer", [*words, "--image-tokenizer.vqgan.residual-blocks", "3"], "")
+    wanted = with_vqgan(PRESETS["small"])
+    assert given.image_tokenizer_train == wanted.image_tokenizer_train
+    assert given.image_tokenizer.vqgan == dataclasses.replace(wanted.image_tokenizer.vqgan, residual_blocks=3)
+    settings = TokenizerSettings("photos", 9, given.image_tokenizer, given.image_tokenizer_train, "small")
+    write_options(tmp_path / "train-tokenizer.toml", tokenizer_options(settings))
+    again = parse("train-tokenizer", ["--settings", str(tmp_path / "train-tokenizer.toml"), "--out", "b"], "")
+    assert again.image_tokenizer == given.image_tokenizer
+    assert again.image_tokenizer_train == given.image_tokenizer_train
+    with pytest.raises(ValueError, match="--kind must be vqgan for the preset fashion"):
+        parse("train-tokenizer", [*words[:4], "--preset", "fashion", "--kind", "vqvae"], "")
+
+
 def test_fashion_is_the_paper_s_design():
     preset = PRESETS["fashion"]
     assert preset.image_tokenizer.grid == 50 and preset.image_tokenizer.image_size == 800
@@ -158,6 +178,38 @@ def test_fashion_is_the_paper_s_design():
         tokenizer = VQGAN(preset.image_tokenizer)
     # Encoder 29.3 M, decoder 42.4 M as in taming-transformers, 8192 codes of 256 numbers.
     assert sum(parameter.numel() for parameter in tokenizer.parameters()) == 73_976_707
+
+
+def test_fashion_fits_one_gpu_of_80_gb_a_row_at_a_time():
+    preset = PRESETS["fashion"]
+    tokens = preset.model.max_positions - 1
+    alone = step_memory(preset.model, MicroBatch(1, tokens, size=2, accumulates=True))
+    shared = step_memory(preset.model, MicroBatch(1, tokens, size=2, accumulates=True, gpus=8))
+    assert 50e9 < alone.total < 52e9 and 10e9 < shared.total < 11e9
+
+
+def test_fashion_takes_a_step_at_full_length_and_reduced_width():
+    preset = PRESETS["fashion"]
+    narrow = {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "vocab_size": 512}
+    model = CogView(dataclasses.replace(preset.model, **narrow))
+    length, three_region = preset.model.max_positions - 1, preset.model.three_region
+    assert length == preset.max_text_tokens + preset.image_tokenizer.codes_per_image + 4
+    is_text = torch.arange(length)[None] < preset.max_text_tokens
+    layout = ThreeRegionLayout.sample(
+        is_text,
+        three_region.num_pivots,
+        block_size=three_region.block_size,
+        window_blocks=three_region.window_blocks,
+    )
+    row = torch.randint(512, (1, length + 1))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    hidden = model(row[:, :-1], layout=layout)
+    loss = linear_cross_entropy(hidden.flatten(0, 1), model.word_embeddings.weight, row[:, 1:].flatten())
+    backward(loss)
+    assert not descend(loss, model, optimizer).skipped
+    moved = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert len(moved) == len(before)
 
 
 def test_what_does_not_fit_a_vqgan_is_refused():
