@@ -271,8 +271,9 @@ Layout layout_within(int64_t length, const LayoutArguments& x) {
     const PythonTensor& pivots = std::get<0>(x);
     const int64_t block_size = std::min(std::get<1>(x), length);
     const int64_t window_blocks = std::min(std::get<2>(x), (length - 1) / block_size + 1);
-    return {integer_list(pivots),         int(pivots.last), int(block_size), int(window_blocks), std::get<3>(x),
-            integer_list(std::get<5>(x)), std::get<4>(x)};
+    return {integer_list(pivots), int(pivots.last), int(block_size),
+            int(window_blocks),   std::get<3>(x),   integer_list(std::get<5>(x)),
+            std::get<4>(x)};
 }
 
 // The sizes, in the order of AttentionShape.

@@ -2,10 +2,10 @@
 // Which keys a query sees: the rule of cogview_kernels/layout.py, for CPU and CUDA.
 //
 // Positions are divided into blocks of block_size, counted from the first position of the sample. The window
-// of a query begins window_blocks - 1 blocks before its own block and ends with the query itself or, where the
-// layout is not causal, window_blocks - 1 blocks after its own block. A pivot outside the window is a far key,
-// left of it alone where the layout is causal: it is seen too. With the pivots of a sample sorted, the far
-// keys of a query are those before its window_start, a prefix, and those after its window_last, a suffix.
+// of a query begins window_blocks - 1 blocks before its own block and ends with the query itself or, where
+// the layout is not causal, window_blocks - 1 blocks after its own block. A pivot outside the window is a far
+// key, left of it alone where the layout is causal: it is seen too. With the pivots of a sample sorted, the
+// far keys of a query are those before its window_start, a prefix, and those after its window_last, a suffix.
 // Pivots before the first position of the sample are none.
 #pragma once
 

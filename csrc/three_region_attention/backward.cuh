@@ -120,8 +120,7 @@ struct QueryGradientShape {
     static constexpr int kMain = (kTileHalves + kStripHalves + (kHoldsDout ? 0 : kDoutHalves)) * 2;
     static constexpr int kStaged = kDoutHalves * 2;
     static constexpr int kShared =
-        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows, CAUSAL>)) +
-        kTileKeys * 4;
+        (kMain > kStaged ? kMain : kStaged) + int(sizeof(RowData<kBackwardRows, CAUSAL>)) + kTileKeys * 4;
 };
 
 // Occupancy on sm_70, by registers: 4 blocks of 4 warps at D = 32 (128 registers), else 2 (194 at D = 64, 213
@@ -304,10 +303,10 @@ struct KeyGradientShape {
 };
 
 // FAR: the block's keys are 64 sorted pivots, seen by the queries whose window lies right of them and, where
-// the layout is not causal, by those whose window lies left of them; else 64 positions, seen by the queries in
-// whose window they lie.
-// Occupancy on sm_70. D = 32: 161 registers, 13 KB, 3 blocks of 4 warps. D = 64, 80, 96: 211 to 242
-// registers, 17 to 46 KB, 2 blocks. D = 128: 251 registers, 52 KB, 1 block, by shared memory.
+// the layout is not causal, by those whose window lies left of them; else 64 positions, seen by the queries
+// in whose window they lie. Occupancy on sm_70. D = 32: 161 registers, 13 KB, 3 blocks of 4 warps. D = 64,
+// 80, 96: 211 to 242 registers, 17 to 46 KB, 2 blocks. D = 128: 251 registers, 52 KB, 1 block, by shared
+// memory.
 template <int D, bool DROPOUT, bool FAR, bool CAUSAL = true>
 __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     three_region_attention_bwd_dkv_kernel(AttentionBackward args) {
@@ -377,8 +376,8 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
     }
 
     // The queries that see the block's keys, [begin, end); those in [full_begin, full_end) see all of them.
-    // Far keys that are seen from both sides: `end` is the last query's, tiles from `pause` up to `resume` are
-    // left out, and those before full_before see all keys, too.
+    // Far keys that are seen from both sides: `end` is the last query's, tiles from `pause` up to `resume`
+    // are left out, and those before full_before see all keys, too.
     const int origin = a.layout.origin_of(b, shape.T);
     const int first_position = key_positions[0];
     const int last_position = key_positions[kBackwardRows - 1];
@@ -398,14 +397,15 @@ __global__ void __launch_bounds__(kBackwardThreads, D <= 96 ? 2 : 1)
                      : CAUSAL                  ? last_position
                                                : a.layout.window_start(last_position, origin);
         // Nobody sees a key before the sample.
-        full_end = first_position < origin ? begin : a.layout.first_query_past(first_position, origin, shape.T);
+        full_end =
+            first_position < origin ? begin : a.layout.first_query_past(first_position, origin, shape.T);
     }
     int tiles_of_queries = max(0, (end - begin + kTileQueries - 1) / kTileQueries);
     if (FAR && !CAUSAL) {
-        const int pivots = pivots_before(sorted_pivots + first_key, min(kBackwardRows, keys - first_key), shape.T);
+        const int pivots =
+            pivots_before(sorted_pivots + first_key, min(kBackwardRows, keys - first_key), shape.T);
         const auto seen_up_to = [&](int row) { return a.layout.window_start(key_positions[row], origin); };
-        const int tiles_before =
-            pivots == 0 ? 0 : (seen_up_to(pivots - 1) + kTileQueries - 1) / kTileQueries;
+        const int tiles_before = pivots == 0 ? 0 : (seen_up_to(pivots - 1) + kTileQueries - 1) / kTileQueries;
         pause = tiles_before * kTileQueries;
         full_before = pivots == 0 ? 0 : seen_up_to(0);
         resume = max(pause, begin / kTileQueries * kTileQueries);

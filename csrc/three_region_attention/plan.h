@@ -6,8 +6,8 @@
 // across lanes, and each product finds its operands as the one before left them.
 //
 // The keys of a head are packed once, in slots: [0, Pp) the sorted pivots, [Pp, Pp + Tp) all positions, both
-// padded to whole tiles. A query tile sees a prefix of the first, a suffix too where the layout is not causal,
-// and a stretch of the second.
+// padded to whole tiles. A query tile sees a prefix of the first, a suffix too where the layout is not
+// causal, and a stretch of the second.
 #pragma once
 
 #include <algorithm>

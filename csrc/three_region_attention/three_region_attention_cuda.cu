@@ -54,7 +54,8 @@ void backward(const AttentionBackward& args, void* stream) {
     launch("three_region_attention_bwd_delta_kernel", three_region_attention_bwd_delta_kernel<D>,
            tiles(int64_t(shape.B) * shape.H * shape.T, kBackwardWarps), kBackwardThreads, 0, args, stream);
     if (args.dq.data != nullptr)
-        launch("three_region_attention_bwd_dq_kernel", three_region_attention_bwd_dq_kernel<D, DROPOUT, CAUSAL>,
+        launch("three_region_attention_bwd_dq_kernel",
+               three_region_attention_bwd_dq_kernel<D, DROPOUT, CAUSAL>,
                tiles(shape.T, kBackwardRows) * shape.H * shape.B, kBackwardThreads,
                QueryGradientShape<D, CAUSAL>::kShared, args, stream);
     // These make both or none.

@@ -178,8 +178,8 @@ struct KeyWalk {
     int far, far_for_all;  // pivots that some query sees; how many of the first of them all see
     int window_start, window_last, window_start_of_last, window_last_of_first;
     int far_tiles, tiles;
-    // Not causal: from place `prefix` on `gap` pivots of the list are left out, those from `suffix_for_all` on
-    // are seen by all.
+    // Not causal: from place `prefix` on `gap` pivots of the list are left out, those from `suffix_for_all`
+    // on are seen by all.
     int prefix, gap, suffix_for_all;
 
     __device__ __forceinline__ KeyWalk(const Attention& a, int b, int first, int last)
