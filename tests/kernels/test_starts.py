@@ -117,7 +117,7 @@ def test_decoding_gives_the_last_rows(backend, Tq, with_layout, backend_device):
     expected = three_region_attention(*wide, layout, starts=starts, backend="reference").to(dtype)
     for b, start in enumerate(STARTS.tolist()):  # the padding is never looked at
         k[b, :, :start] = v[b, :, :start] = torch.nan
-    lengths = torch.tensor([T, 23, T - 1])
+    lengths = torch.tensor([23, T, T - 1])
     last = torch.stack([q[b, :, n - Tq : n] for b, n in enumerate(lengths.tolist())])
     layout = layout if with_layout else None
     out = decode_attention(last, k, v, lengths.to(device), layout=layout, starts=starts, backend=backend)
