@@ -8,8 +8,6 @@ run there from the PTX of compute capability 7.5.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
@@ -238,7 +236,8 @@ def _attention_kernels() -> list[str]:
     kernels = ["three_region_attention_sort_kernel"]
     for D in CUDA_HEADS:
         kernels.append(f"three_region_attention_bwd_delta_kernel<{D}>")
-        for dropout, causal in itertools.product(("false", "true"), repeat=2):
+        # Of layouts to both sides the plain kernels alone: compiling takes long.
+        for dropout, causal in (("false", "true"), ("true", "true"), ("false", "false")):
             kernels.append(f"three_region_attention_fwd_kernel<{D}, {dropout}, {causal}>")
             kernels.append(f"three_region_attention_bwd_dq_kernel<{D}, {dropout}, {causal}>")
             kernels += [

@@ -276,9 +276,11 @@ def test_compiles_for_sm80_and_sm90(D, arch):
     assert_compiles(calls)
 
 
-@pytest.mark.parametrize(("arch", "D"), [(80, 128), (90, 64)])
-def test_compiles_both_sides_and_starts(arch, D):
-    calls = [call(arch, D, torch.bfloat16, shapes.PAPER, causal=False)]
-    if arch == 90:
-        calls.append(call(arch, D, torch.float16, shapes.PAPER, has_starts=True))
-    assert_compiles(calls)
+def test_compiles_both_sides_and_starts():
+    """For one architecture and head size: they change which tiles are masked, not how tiles are multiplied."""
+    assert_compiles(
+        [
+            call(90, 64, torch.bfloat16, shapes.PAPER, causal=False),
+            call(90, 64, torch.float16, shapes.PAPER, has_starts=True),
+        ]
+    )
