@@ -277,7 +277,7 @@ def test_compiles_for_sm80_and_sm90(D, arch):
 
 
 def test_compiles_both_sides_and_starts():
-    """For one architecture and head size: they change which tiles are masked, not how tiles are multiplied."""
+    """Of one architecture and head size: which tiles are masked changes, not how tiles are multiplied."""
     assert_compiles(
         [
             call(90, 64, torch.bfloat16, shapes.PAPER, causal=False),

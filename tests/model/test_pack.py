@@ -4,7 +4,7 @@ import torch
 
 from cogview.cli import main
 from cogview.pack import pack_run
-from cogview.run import load_run
+from cogview.run import PRETRAINED, load_run
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +49,11 @@ def test_command_and_its_mistakes(run_folder, tmp_path, capsys):
     assert main(["pack", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "run folder not found" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_the_run_that_ships_draws(tmp_path):
+    out = tmp_path / "tiger.png"
+    assert main(["generate", "a tiger", "--num", "2", "--device", "cpu", "--out", str(out)]) == 0
+    assert out.stat().st_size > 0
+    size = sum(path.stat().st_size for path in PRETRAINED.rglob("*") if path.is_file())
+    assert size < 24 << 20, "what every installation downloads"
