@@ -95,7 +95,7 @@ def test_calls_can_be_sent_to_other_processes():
 
 @pytest.fixture
 def check(tmp_path):
-    wishes = script.Wishes(stages=(), deadline=time.monotonic() + 60, rehearse=True)
+    wishes = script.Wishes(stages=(), deadline=time.monotonic() + 600, rehearse=True)
     return script.Check(tmp_path, wishes, "no machine", None)
 
 

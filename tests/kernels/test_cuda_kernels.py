@@ -295,6 +295,7 @@ def test_compiles_for_sm_70(op):
         # As the kernel's comment says of occupancy: 65,536 registers, blocks of 128 (256) threads.
         for D, forward_blocks in ((32, 3), (64, 2), (128, 1)):
             threads = 128 if D <= 64 else 256
-            for causal, blocks in (("true", forward_blocks), ("false", min(2, forward_blocks))):
-                name = f"cogview::three_region_attention_fwd_kernel<{D}, true, {causal}>"
+            both_sides = ("false", "false", min(2, forward_blocks))
+            for dropout, causal, blocks in (("true", "true", forward_blocks), both_sides):
+                name = f"cogview::three_region_attention_fwd_kernel<{D}, {dropout}, {causal}>"
                 assert 65536 // (threads * reports[name].registers) >= blocks

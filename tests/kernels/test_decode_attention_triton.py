@@ -280,7 +280,7 @@ def test_values_that_a_gpu_is_not_asked_to_check_stay_inside_the_tensors(kernels
     for lengths, clamped in (([-4, 50], [0, 20]), ([2**40, -(2**40)], [20, 0])):
         lengths, clamped = (torch.tensor(x, device=device) for x in (lengths, clamped))
         out, expected = (
-            op(q, k, v, n, layout.pivots, 2, 2, 0.5, 1, 0.3, "triton") for n in (lengths, clamped)
+            op(q, k, v, n, layout.pivots, 2, 2, 0.5, 1, None, 0.3, "triton") for n in (lengths, clamped)
         )
         assert torch.equal(out, expected) and bool(out.isfinite().all())
 
@@ -359,7 +359,7 @@ def test_opcheck(with_layout, kernels, device):
     q, k, v, lengths = make([40, 7], 50, "several", device=device)
     k, v = k.nan_to_num(0, 0, 0), v.nan_to_num(0, 0, 0)  # it compares the inputs before and after
     pivots = make_layout(2, 50, 9, device=device).pivots if with_layout else None
-    arguments = (q, k, v, lengths, pivots, 8, 2, 0.5, 1, 0.3, "triton")
+    arguments = (q, k, v, lengths, pivots, 8, 2, 0.5, 1, None, 0.3, "triton")
     torch.library.opcheck(torch.ops.cogview_kernels.decode_attention, arguments)
 
 
