@@ -94,13 +94,15 @@ def compare(found, expected, inputs, numbers):
 
 def is_steep(rows):
     """Whether a row is 0 or almost constant: up to 1 / sqrt(eps) times its rounding comes out of a norm, and
-    its gradients are differences of numbers as large. The norms' own tests judge such rows."""
+    its gradients are off by about eps |x| / spread^2, which is 7e-5 in float32 for a spread of 0.03 around 1.
+    The norms' own tests judge such rows."""
     if rows.numel() == 0 or rows.is_meta or rows.dim() == 0:
         return False
     rows = rows.detach().double()
     spread = (rows - rows.mean(-1, keepdim=True)).abs().amax(-1)
     largest = rows.abs().amax(-1)
-    return bool(((largest == 0) | ((spread <= 1e-3 * largest) & (rows.shape[-1] > 1))).any())
+    is_close = (spread <= 3e-2 * largest.clamp(min=1)) & (rows.shape[-1] > 1)
+    return bool(((largest == 0) | is_close).any())
 
 
 def check(name, arguments, options):
