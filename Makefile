@@ -40,7 +40,7 @@ build: $(VENV)/.ready  ## (re)compile the extension in place
 demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
 	$(BIN)/cogview demo
 
-pictures: build  ## train CogView on OpenMoji's drawings and draw them, about an hour on 2 cores
+pictures: build  ## train CogView on OpenMoji's drawings and draw them, est. 80 minutes on 2 cores
 	$(BIN)/cogview demo --data emoji
 
 # The run that ships with the package, else what the demo of digits has trained.

@@ -63,7 +63,7 @@ commands:
 
 examples:
   cogview demo                                     learn to draw digits and show it, a few minutes
-  cogview demo --data emoji                        learn to draw emoji and show it, an hour
+  cogview demo --data emoji                        learn to draw emoji and show it, est. 80 minutes
   cogview generate --run runs/demo "a handwritten seven" --num 8 --out seven.png
   cogview caption --run runs/demo photo.png
 

@@ -45,7 +45,10 @@ def save_contact_sheet(
             ]
             block[:] = RIGHT if is_right else WRONG
             block[frame:-frame, frame:-frame] = tile
-    figure = Figure(figsize=(13, 0.55 * len(rows) + 1.2), dpi=110, layout="constrained")
+    # Inches: a cell has 0.55, a letter of a label or of the title about 0.08.
+    width = 0.55 * len(columns) + 0.08 * max(len(row.label) for row in rows)
+    size = (max(width, 0.08 * len(title)) + 0.5, 0.55 * len(rows) + 1.2)
+    figure = Figure(figsize=size, dpi=110, layout="compressed")  # for a fixed aspect
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest", aspect="equal")
     heights = [(place + 0.5) * cell for place in range(len(rows))]
@@ -54,7 +57,7 @@ def save_contact_sheet(
     axes.tick_params(length=0)
     axes.set_xlabel(f"rank by CapLoss, best first (red frame: the judge reads {if_wrong})")
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=11)
+    figure.suptitle(title, fontsize=11)
     save_figure(path, figure)
 
 
