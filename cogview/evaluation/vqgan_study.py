@@ -35,7 +35,7 @@ from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
 
 KINDS = ("vqvae", "vqgan")
-SIZES: dict[str, Preset] = {"small": PRESETS["digits"], "paper": PRESETS["emoji"]}  # "emoji" takes an hour
+SIZES: dict[str, Preset] = {"small": PRESETS["digits"], "paper": PRESETS["emoji"]}
 SIDE = 96  # pixels to which pictures are enlarged for the network
 SHOWN = 16  # pictures on the sheet
 RATE = 1e-3  # of the VQGAN, where the preset's is above it; no other has been tried against a discriminator
