@@ -15,14 +15,14 @@ from torch import Tensor
 
 from cogview.config import SamplingConfig
 from cogview.device import usable_device
-from cogview.files import StrPath, digest, exists, read_json
+from cogview.files import StrPath, digest
 from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import DrawOptions
 from cogview.images import to_picture
 from cogview.model.clip_gen import ClipGen
 from cogview.perception.clip import Clip, load_clip
 from cogview.run import Run
-from cogview.settings import build
+from cogview.settings import load_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import MODEL, check_origin, latest_checkpoint, read_state, verified_tensors
@@ -122,12 +122,9 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
     folder, device = Path(folder), usable_device(device)
     hint = f"train it first: cogview train-clip-gen --data DATA --clip CLIP --out {folder}"
     checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None or not exists(folder / SETTINGS):
+    if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no CLIP-GEN; {hint}")
-    try:
-        settings = build(ClipGenSettings, read_json(folder / SETTINGS))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / SETTINGS} is damaged, or of another version: {error}") from None
+    settings = load_settings(ClipGenSettings, folder / SETTINGS, hint)
     check_origin(checkpoint, {"tokenizers": digest(folder / IMAGE_TOKENIZER)})
     its_clip = load_clip(clip or settings.clip, device)
     if its_clip.width != settings.embedding_width:

@@ -42,6 +42,13 @@ def _require_finite(settings: object, *names: str) -> None:
 # How the codebook of a VQ-VAE is learned, or that it is not: see ``Quantizer`` in ``cogview.tokens.vqvae``.
 CodebookMethod = Literal["moving-average", "straight-through", "gumbel", "fixed"]
 
+TrainPrecision = Literal["fp32", "bf16", "fp16"]
+
+
+def _require_precision(precision: str) -> None:
+    known = precision in typing.get_args(TrainPrecision)
+    _require(known, "precision", '"fp32", "bf16" or "fp16"', precision)
+
 
 @dataclass(frozen=True)
 class VQGANConfig:
@@ -120,15 +127,14 @@ class VQGANTrainConfig:
     discriminator_start: int = 10_000  # the step from which on the discriminator plays
     discriminator_channels: int = 64
     discriminator_layers: int = 3  # of stride 2: how large a patch is that it judges
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    precision: TrainPrecision = "fp32"  # of activations; weights are always fp32
 
     def __post_init__(self) -> None:
         _require_finite(self, "perceptual", "adversarial")
         _require_between(self, 0, MOST_STEPS, "discriminator_start")
         _require_between(self, 1, 1 << 20, "discriminator_channels")
         _require_between(self, 1, 16, "discriminator_layers")
-        known = self.precision in ("fp32", "bf16", "fp16")
-        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require_precision(self.precision)
 
     @property
     def smallest_image(self) -> int:
@@ -199,7 +205,7 @@ class ClipGenTrainConfig:
     weight_decay: float = 0.04
     embedding_noise: float = 0.0  # length of the noise on embeddings of length 1: texts lie beside pictures
     embedding_loss: float = 0.0  # weight of 1 - cosine between the embeddings of input and of what is drawn
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    precision: TrainPrecision = "fp32"  # of activations; weights are always fp32
     checkpoint_every: int = 500
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
@@ -209,8 +215,7 @@ class ClipGenTrainConfig:
         _require_between(self, 1, 1 << 24, "batch_size")
         _require_between(self, 0, 1, "warmup_fraction")
         _require_finite(self, "learning_rate", "weight_decay", "embedding_noise", "embedding_loss")
-        known = self.precision in ("fp32", "bf16", "fp16")
-        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require_precision(self.precision)
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
 
 
@@ -281,7 +286,7 @@ class TrainConfig:
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of activations; weights are always fp32
+    precision: TrainPrecision = "fp32"  # of activations; weights are always fp32
     accumulate: int = 1  # parts of a batch, one after another: less memory
     log_every: int = 1  # steps that the device does between two reports
     compile_layers: bool = False  # by torch.compile, which needs a compiler
@@ -300,8 +305,7 @@ class TrainConfig:
         _require_finite(self, "learning_rate", "betas", "weight_decay", "text_weight")
         _require(max(self.betas) < 1, "betas", "below 1", self.betas)
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
-        known = self.precision in ("fp32", "bf16", "fp16")
-        _require(known, "precision", '"fp32", "bf16" or "fp16"', self.precision)
+        _require_precision(self.precision)
         _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
         _require(self.samples_every >= 0, "samples_every", "0 (none) or more", self.samples_every)
         _require(0 <= self.validation < 1, "validation", "in [0, 1)", self.validation)

@@ -225,7 +225,11 @@ def claim_settings(path: StrPath, settings: Any) -> None:
         write_settings(path, settings)
 
 
-def _load(kind: type[T], path: Path, hint: str) -> T:
+def load_settings(kind: type[T], path: Path, hint: str) -> T:
+    """What :func:`write_settings` wrote.
+
+    FileNotFoundError with the ``hint`` where there is no such file, ValueError for a damaged one.
+    """
     if not exists(path.parent):
         raise FileNotFoundError(f"run folder not found: {path.parent}; {hint}")
     if not exists(path):
@@ -248,9 +252,9 @@ def train_model_hint(folder: StrPath) -> str:
 
 def load_tokenizer_settings(folder: StrPath) -> TokenizerSettings:
     """Settings of a run's tokenizers. FileNotFoundError or ValueError naming the file and the way out."""
-    return _load(TokenizerSettings, Path(folder) / TOKENIZER_SETTINGS, train_tokenizers_hint(folder))
+    return load_settings(TokenizerSettings, Path(folder) / TOKENIZER_SETTINGS, train_tokenizers_hint(folder))
 
 
 def load_model_settings(folder: StrPath) -> ModelSettings:
     """Settings of a run's transformer. FileNotFoundError or ValueError naming the file and the way out."""
-    return _load(ModelSettings, Path(folder) / MODEL_SETTINGS, train_model_hint(folder))
+    return load_settings(ModelSettings, Path(folder) / MODEL_SETTINGS, train_model_hint(folder))

@@ -34,7 +34,7 @@ from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.vqvae import new_image_tokenizer, train_image_tokenizer
+from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
 
 METHODS: tuple[CodebookMethod, ...] = typing.get_args(CodebookMethod)
 SIMILAR = 0.1  # The worst method is at most so much above the best one where all are "at a similar level".

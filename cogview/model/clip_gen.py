@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogview.config import ImageTokenizerConfig, ModelConfig
@@ -52,6 +52,5 @@ class ClipGen(nn.Module):
 
         The state in place i tells of code i.
         """
-        nothing = torch.zeros_like(codes[:, :1]) if codes.shape[1] else codes.new_zeros(len(embeddings), 1)
-        tokens = torch.cat([nothing, codes], dim=1)
+        tokens = F.pad(codes, (1, 0))  # The embedding takes the place of the first.
         return self.transformer(tokens, layout=layout, cache=cache, first_word=self.condition(embeddings))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cogview.files import StrPath, exists, load_tensors, read_json, save_tensors
 from cogview.perception.efficientnet import EfficientNetLite0Features, require_images
-from cogview.settings import build, write_settings
+from cogview.settings import load_settings, write_settings
 from cogview.weights import load_weights
 
 SETTINGS, HEADS = "clip.json", "clip.safetensors"
@@ -223,19 +223,13 @@ def load_clip(folder: StrPath, device: str = "cpu") -> SmallClip | TransformersC
         ModuleNotFoundError: a package that it needs is not installed.
     """
     folder = Path(folder)
+    hint = f"train one: cogview train-clip --data DATA --out {folder}"
     if exists(folder / SETTINGS):
-        try:
-            config = build(SmallClipConfig, read_json(folder / SETTINGS))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{folder / SETTINGS} is damaged, or of another version: {error}") from None
-        small = SmallClip(config)
+        small = SmallClip(load_settings(SmallClipConfig, folder / SETTINGS, hint))
         load_weights(small.heads, load_tensors(folder / HEADS), folder / HEADS)
         return small.to(device)
     if not exists(folder / "config.json"):
-        raise FileNotFoundError(
-            f"{folder} holds no CLIP, neither {SETTINGS} nor config.json; train one: cogview train-clip "
-            f"--data DATA --out {folder}"
-        )
+        raise FileNotFoundError(f"{folder} holds no CLIP, neither {SETTINGS} nor config.json; {hint}")
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "clip":
         raise ValueError(f"{folder} must hold a model of type clip, got {kind}")

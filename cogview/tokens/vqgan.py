@@ -89,7 +89,7 @@ class Doubling(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one size of feature maps, each with attention behind it or none has."""
+    """Residual blocks of one size of feature maps, with attention behind each of them if ``attends``."""
 
     def __init__(self, inner: int, outer: int, blocks: int, attends: bool) -> None:
         super().__init__()

@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from cogview.config import CodebookMethod, ImageTokenizerConfig
 
-CHROMA = 2.5  # how many times as far apart hues are as greys, where colours are compared
-
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
+
+CHROMA = 2.5  # by how much ``stretched_hues`` moves a colour from its grey
 
 
 def stretched_hues() -> Tensor:
-    """The map of RGB, ``[3, 3]``, that leaves greys where they are and moves all else from them.
+    """A symmetric map of RGB, ``[3, 3]``: greys stay, and other colours move away from their grey.
 
-    By the squared difference of RGB, light skin is nearer to light grey than a line is to its neighbour.
+    Plain RGB makes little of hues: OpenMoji's light skin (#fadcbc) is as far from its light grey (#d0cfce) as
+    two greys that differ by 27 of 255. Under this map it is as far as two greys that differ by 62.
     """
     grey = torch.full((3, 3), 1 / 3, dtype=DTYPE)
     return grey + CHROMA * (torch.eye(3, dtype=DTYPE) - grey)
@@ -290,8 +291,8 @@ class ImageTokenizer(nn.Module):
         if len(to_code) >= pixels:
             turn = nn.init.orthogonal_(torch.empty(len(to_code), pixels, dtype=DTYPE))
             mean = torch.full((pixels // 3, pixels // 3), 3 / pixels, dtype=DTYPE)
-            apart = stretched_hues()
-            metric = torch.eye(pixels, dtype=DTYPE) + color_weight * torch.kron(apart @ apart, mean)
+            hues = stretched_hues()
+            metric = torch.eye(pixels, dtype=DTYPE) + color_weight * torch.kron(hues @ hues, mean)
             squares, axes = torch.linalg.eigh(metric.double())
             root = (axes * squares.sqrt()) @ axes.t()
             to_code = turn @ root.to(turn) @ from_cell.t()

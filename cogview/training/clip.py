@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,17 +19,17 @@ from cogview.data.order import batch_indices
 from cogview.data.pairs import Pairs, open_pairs
 from cogview.device import default_device
 from cogview.files import StrPath
-from cogview.perception.clip import Heads, SmallClip, SmallClipConfig, save_clip
+from cogview.perception.clip import TOGETHER, Heads, SmallClip, SmallClipConfig, save_clip
 from cogview.progress import Progress
 from cogview.seeding import derive_seed
 from cogview.settings import check_settings, write_settings
 from cogview.training.checkpoint import check_resumable, latest_checkpoint
 from cogview.training.lock import RunLock
 from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
+from cogview.training.optim import cosine_to_zero
 
 SETTINGS = "train-clip.json"
 MOST_CAPTIONS = 4  # of a picture: more say the same in other words
-TOGETHER = 64  # pictures that the tower sees at once
 
 
 class Features(NamedTuple):
@@ -90,8 +89,7 @@ class ClipTrainer(Trainer):
             heads.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
         )
         self.optimizers = {"optimizer": self.optimizer}
-        angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
-        self._schedule = 0.5 * (1 + torch.cos(angle))
+        self._schedule = cosine_to_zero(config.steps)
 
     def batches(self, first: int) -> Iterator[list[int]]:
         for step in range(first, self.config.steps):
@@ -162,17 +160,8 @@ def train_clip(options: TrainClip, pairs: Pairs | None = None) -> History:
         features = see(clip, pairs, options.train.image_size, progress=options.progress)
         lock.take()
         write_settings(out / SETTINGS, settings)
-        history = _train(clip.heads, features, options, origin)
+        trainer = ClipTrainer(clip.heads, features, options.train)
+        trainer.origin = origin
+        history = run_loop(trainer, options.train, out, progress=options.progress)
         save_clip(out, options.shape, clip.heads)
         return history
-
-
-def _train(
-    heads: Heads,
-    features: Features,
-    options: TrainClip,
-    origin: Mapping[str, str] = MappingProxyType({}),
-) -> History:
-    trainer = ClipTrainer(heads, features, options.train)
-    trainer.origin = origin
-    return run_loop(trainer, options.train, options.out, progress=options.progress)

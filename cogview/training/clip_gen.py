@@ -25,7 +25,7 @@ from cogview.data.pairs import Pairs, open_pictures
 from cogview.device import default_device
 from cogview.files import StrPath, digest
 from cogview.model.clip_gen import ClipGen, clip_gen_config
-from cogview.perception.clip import Clip, load_clip
+from cogview.perception.clip import TOGETHER, Clip, load_clip
 from cogview.progress import Progress
 from cogview.seeding import derive_seed
 from cogview.settings import check_settings, write_settings
@@ -40,7 +40,6 @@ from cogview_kernels import ThreeRegionLayout, linear_cross_entropy
 
 SETTINGS = "clip-gen.json"
 CHECKPOINTS = "clip-gen-checkpoints"
-TOGETHER = 64  # pictures that are encoded at once
 CLIP_NORM = 1.0
 
 

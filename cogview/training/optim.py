@@ -57,6 +57,12 @@ def shrunk_gradient(embedding: nn.Embedding, factor: float) -> Iterator[None]:
         handle.remove()
 
 
+def cosine_to_zero(steps: int) -> Tensor:
+    """The shares of the full rate in steps 0 to ``steps``: from 1 to 0."""
+    angle = torch.linspace(0, torch.pi, steps + 1, dtype=torch.float32)
+    return 0.5 * (1 + torch.cos(angle))
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Rate of step 0, 1, ...: linear warm-up, then a cosine from the full rate to its final fraction.
 

@@ -49,18 +49,17 @@ from cogview.settings import (
 )
 from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
-from cogview.tokens.vqgan import VQGAN
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.compilation import require_compiler
+from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitting_preset
 from cogview.training.precision import Precision
 from cogview.training.start import Start
 from cogview.training.transformer import TrainingData, train
-from cogview.training.vqgan import train_vqgan
-from cogview.training.vqvae import ImageTokenizerTrainer, new_image_tokenizer, train_image_tokenizer
+from cogview.training.vqvae import ImageTokenizerTrainer
 
 TOKENIZER_HISTORY = "image_tokenizer_history.json"
 TRAINING_ROWS = "rows"  # of pictures that are trained on, in the run folder
@@ -187,12 +186,15 @@ def _train_image_tokenizer(
     torch.manual_seed(derive_seed(preset.image_tokenizer_train.seed, "init image tokenizer"))
     tokenizer = new_image_tokenizer(preset.image_tokenizer, preset.image_tokenizer_train)
     tokenizer = tokenizer.to(options.device)
-    training = preset.image_tokenizer_train
-    common: dict[str, Any] = {"origin": origin, "progress": options.progress, "workers": options.workers}
-    if isinstance(tokenizer, VQGAN):
-        history = train_vqgan(tokenizer, pairs, training, out, **common)
-    else:
-        history = train_image_tokenizer(tokenizer, pairs, training, out, **common)
+    history = train_image_tokenizer(
+        tokenizer,
+        pairs,
+        preset.image_tokenizer_train,
+        out,
+        origin=origin,
+        progress=options.progress,
+        workers=options.workers,
+    )
     # The weights last: they are what makes the tokenizer a finished one.
     write_json(out / TOKENIZER_HISTORY, history)
     save_tensors(out / IMAGE_TOKENIZER, tokenizer.state_dict())

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +19,13 @@ from torch import Tensor, nn
 
 from cogview.config import ImageTokenizerTrainConfig
 from cogview.data.pairs import Pairs
-from cogview.files import StrPath
 from cogview.perception.distance import perceptual_distance
 from cogview.tokens.vqgan import VQGAN
 from cogview.training.discriminator import PatchDiscriminator, fooling_loss, hinge_loss
-from cogview.training.loop import Descent, History, StepResult, backward, descend, run_loop
+from cogview.training.loop import Descent, StepResult, backward, descend
 from cogview.training.precision import Precision
 from cogview.training.vqvae import ImageTokenizerTrainer
 
-BETAS = (0.5, 0.9)  # of Adam, for both
 MOST = 1e4  # the weight that adapts, at most
 EPS = 1e-4  # added to the gradient that it divides by
 
@@ -52,6 +49,9 @@ class _Pictures(NamedTuple):
 class VQGANTrainer(ImageTokenizerTrainer):
     """Two players, each with its Adam and, in fp16, its loss scale; a cosine to zero for both.
 
+    ``reconstruction`` is the mean squared error of pixels, for comparison with a VQ-VAE. ``fooling``,
+    ``discriminator`` and ``adaptive_weight`` are 0 before the discriminator plays.
+
     Raises:
         ValueError: pictures that are too small for the discriminator, or a device that cannot compute in the
             precision.
@@ -60,6 +60,7 @@ class VQGANTrainer(ImageTokenizerTrainer):
 
     label = "train VQGAN"
     recorded = ("reconstruction", "codes_used", "perceptual", "fooling", "discriminator", "adaptive_weight")
+    betas = (0.5, 0.9)
 
     def __init__(
         self, tokenizer: VQGAN, pairs: Pairs, config: ImageTokenizerTrainConfig, workers: int = 0
@@ -77,14 +78,8 @@ class VQGANTrainer(ImageTokenizerTrainer):
         discriminator = PatchDiscriminator(self.game.discriminator_channels, self.game.discriminator_layers)
         self.discriminator = discriminator.to(self.device)
         self.model = Players(tokenizer, self.discriminator)
-        learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
-        self.optimizers = {
-            name: torch.optim.Adam(weights, lr=config.learning_rate, betas=BETAS, fused=True)
-            for name, weights in (
-                ("optimizer", learned),
-                ("discriminator_optimizer", list(self.discriminator.parameters())),
-            )
-        }
+        learned = list(self.discriminator.parameters())
+        self.optimizers = {**self.optimizers, "discriminator_optimizer": self.adam(learned)}
         self.precisions = {name: Precision(self.game.precision, self.device) for name in self.optimizers}
         self.perceptual = None
         if self.game.perceptual:
@@ -162,25 +157,3 @@ class VQGANTrainer(ImageTokenizerTrainer):
     def load_state(self, state: Mapping[str, Any], source: Path) -> None:
         for name, precision in self.precisions.items():
             precision.load_state(state.get(name, {}), source)
-
-
-def train_vqgan(
-    tokenizer: VQGAN,
-    pairs: Pairs,
-    config: ImageTokenizerTrainConfig,
-    out: StrPath,
-    *,
-    origin: Mapping[str, str] = MappingProxyType({}),
-    progress: bool = True,
-    workers: int = 0,
-) -> History:
-    """Train ``tokenizer`` in place, as :func:`cogview.training.vqvae.train_image_tokenizer` trains a VQ-VAE.
-
-    A player whose loss or gradient is not finite does not move in that step. Returns the history:
-    ``reconstruction`` (the mean squared error of pixels, for comparison), ``codes_used``, ``perceptual``,
-    ``fooling``, ``discriminator`` and ``adaptive_weight`` per step; the last three are 0 before
-    ``discriminator_start``.
-    """
-    trainer = VQGANTrainer(tokenizer, pairs, config, workers)
-    trainer.origin = origin
-    return run_loop(trainer, config, out, progress=progress)

@@ -3,22 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
+from cogview.config import ImageTokenizerTrainConfig
 from cogview.data.loading import training_images
 from cogview.data.order import StepBatches
 from cogview.data.pairs import Pairs
-from cogview.files import StrPath
 from cogview.seeding import derive_seed
-from cogview.tokens.vqgan import make_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer, stretched_hues
-from cogview.training.loop import History, StepResult, Trainer, backward, descend, run_loop, set_learning_rate
+from cogview.training.loop import StepResult, Trainer, backward, descend, set_learning_rate
+from cogview.training.optim import cosine_to_zero
 from cogview.training.speed import peak_memory_gb
 
 LAST_TEMPERATURE = 1 / 16  # of the codebook method "gumbel", reached at half of the training, as by DALL-E
@@ -36,6 +34,7 @@ class ImageTokenizerTrainer(Trainer):
     board = "image_tokenizer"
     checkpoints = "tokenizer-checkpoints"
     recorded: tuple[str, ...] = ("reconstruction", "codes_used")
+    betas = (0.9, 0.999)  # of Adam
 
     def __init__(
         self, tokenizer: ImageTokenizer, pairs: Pairs, config: ImageTokenizerTrainConfig, workers: int = 0
@@ -48,11 +47,13 @@ class ImageTokenizerTrainer(Trainer):
         self.device = next(tokenizer.parameters()).device
         tokenizer.quantizer.learn_by(config.codebook)
         learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(learned, lr=config.learning_rate, fused=True)
-        self.optimizers = {"optimizer": self.optimizer}
-        self._apart = stretched_hues().to(self.device)
-        angle = torch.linspace(0, torch.pi, config.steps + 1, dtype=torch.float32)
-        self._schedule = 0.5 * (1 + torch.cos(angle))
+        self.optimizers = {"optimizer": self.adam(learned)}
+        self._hues = stretched_hues().to(self.device)
+        self._schedule = cosine_to_zero(config.steps)
+
+    def adam(self, learned: Sequence[nn.Parameter]) -> torch.optim.Adam:
+        """The optimizer of one of the trained networks."""
+        return torch.optim.Adam(learned, lr=self.config.learning_rate, betas=self.betas, fused=True)
 
     def batches(self, first: int) -> Iterator[Tensor]:
         config = self.config
@@ -85,10 +86,10 @@ class ImageTokenizerTrainer(Trainer):
         if self.config.color_weight:
             # Outlines make up most of the pixels' error; this tells one plain colour from another.
             means = F.avg_pool2d(result.images - images, 2**self.tokenizer.config.stages)
-            apart = torch.einsum("ij,bjhw->bihw", self._apart, means)
-            loss = loss + self.config.color_weight * apart.square().mean()
+            errors = torch.einsum("ij,bjhw->bihw", self._hues, means)
+            loss = loss + self.config.color_weight * errors.square().mean()
         backward(loss)
-        descent = descend(loss, self.model, self.optimizer)
+        descent = descend(loss, self.model, self.optimizers["optimizer"])
         self.put_back(book, descent.skipped)
         codes_used = float(len(result.codes.unique()))
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
@@ -99,36 +100,3 @@ class ImageTokenizerTrainer(Trainer):
 
     def shown(self, values: Mapping[str, float]) -> str:
         return f"mse {values['reconstruction']:.5f}, codes {values['codes_used']:.0f}"
-
-
-def new_image_tokenizer(shape: ImageTokenizerConfig, config: ImageTokenizerTrainConfig) -> ImageTokenizer:
-    """A tokenizer that is ready to be trained; it follows from PyTorch's global generator."""
-    tokenizer = make_image_tokenizer(shape)
-    if shape.patches:
-        tokenizer.begin_with_patches(config.color_weight)
-    return tokenizer
-
-
-def train_image_tokenizer(
-    tokenizer: ImageTokenizer,
-    pairs: Pairs,
-    config: ImageTokenizerTrainConfig,
-    out: StrPath,
-    *,
-    origin: Mapping[str, str] = MappingProxyType({}),
-    progress: bool = True,
-    workers: int = 0,
-) -> History:
-    """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
-
-    Loss: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight`` times the MSE
-    of the cells' mean colours under ``stretched_hues`` and, where ``codebook`` is "straight-through", the
-    codebook's own; Adam, cosine to zero.
-    A step whose loss or gradient is not finite changes nothing. ``workers`` processes read images ahead; 0
-    reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained on. Seeds
-    PyTorch's global generators. Returns the history: ``reconstruction`` (MSE) and ``codes_used`` (distinct
-    codes in the batch) per step. The rest is :func:`cogview.training.loop.run_loop`.
-    """
-    trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
-    trainer.origin = origin
-    return run_loop(trainer, config, out, progress=progress)

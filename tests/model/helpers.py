@@ -88,3 +88,15 @@ def naive_caption_loss(model: CogView, codes: Tensor, text: list[int]) -> Tensor
     logits[:, : VOCAB.num_image_codes] = -torch.inf
     first = len(prompt) - 1
     return F.cross_entropy(logits[first : first + len(ids)], torch.tensor(ids))
+
+
+def die_in_step(number, monkeypatch, module):
+    """Let a training that takes its batches from ``module.batch_indices`` raise "killed" in a step."""
+    real = module.batch_indices
+
+    def dies(seed, step, *arguments):
+        if step == number:
+            raise RuntimeError("killed")
+        return real(seed, step, *arguments)
+
+    monkeypatch.setattr(module, "batch_indices", dies)

@@ -79,9 +79,8 @@ def test_heads_learn_which_text_belongs_to_which_picture_and_resume(tmp_path):
     heads = Heads(SHAPE)
     whole = run_loop(ClipTrainer(heads, features, config), config, tmp_path / "a", progress=False)
     assert whole["right"][0] < 0.3 and whole["right"][-1] > 0.8
-    short = ClipTrainConfig(steps=40, batch_size=20, checkpoint_every=20, learning_rate=3e-3)
     torch.manual_seed(0)
-    trainer = ClipTrainer(Heads(SHAPE), features, short)
+    trainer = ClipTrainer(Heads(SHAPE), features, config)
     real = trainer.step
 
     def dies(step, batch):
@@ -91,9 +90,9 @@ def test_heads_learn_which_text_belongs_to_which_picture_and_resume(tmp_path):
 
     trainer.step = dies
     with pytest.raises(RuntimeError, match="killed"):
-        run_loop(trainer, short, tmp_path / "b", progress=False)
-    other = ClipTrainer(Heads(SHAPE), features, short)
-    assert run_loop(other, short, tmp_path / "b", progress=False) == whole
+        run_loop(trainer, config, tmp_path / "b", progress=False)
+    other = ClipTrainer(Heads(SHAPE), features, config)
+    assert run_loop(other, config, tmp_path / "b", progress=False) == whole
 
 
 class FewDigits(DigitPairs):

@@ -29,7 +29,7 @@ from cogview.training.clip_gen import (
 )
 from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 from tests.model.clips import save_tiny_clip
-from tests.model.helpers import save_photos
+from tests.model.helpers import die_in_step, save_photos
 
 MODEL = ModelConfig(num_layers=2, hidden_size=32, num_heads=2, dropout=0.1)
 TRAIN = ClipGenTrainConfig(steps=6, batch_size=4, checkpoint_every=3)
@@ -182,14 +182,7 @@ def test_a_killed_run_resumes_to_the_same_bits(folders, monkeypatch):
     options = wanted(folders, run_at(folders, "whole"), embedding_noise=0.1, precision="bf16")
     whole = train_clip_gen(options, WithoutCaptions())
     cut = dataclasses.replace(options, out=run_at(folders, "cut"))
-    real = training.batch_indices
-
-    def dies(seed, step, *arguments):
-        if step == 4:
-            raise RuntimeError("killed")
-        return real(seed, step, *arguments)
-
-    monkeypatch.setattr(training, "batch_indices", dies)
+    die_in_step(4, monkeypatch, training)
     with pytest.raises(RuntimeError, match="killed"):
         train_clip_gen(cut, WithoutCaptions())
     monkeypatch.undo()

@@ -12,8 +12,8 @@ from cogview.data.order import batch_indices
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.image_tokenizer import train_image_tokenizer
 from cogview.training.transformer import train
-from cogview.training.vqvae import train_image_tokenizer
 from tests.model.helpers import SMALL, VOCAB, CogView
 
 

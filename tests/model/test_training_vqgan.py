@@ -14,7 +14,9 @@ from cogview.data.digits import DigitPairs
 from cogview.tokens.vqgan import PIXELS, VQGAN
 from cogview.training import vqgan
 from cogview.training.discriminator import PatchDiscriminator, hinge_loss
-from cogview.training.vqgan import VQGANTrainer, train_vqgan
+from cogview.training.image_tokenizer import train_image_tokenizer
+from cogview.training.vqgan import VQGANTrainer
+from tests.model.helpers import die_in_step
 
 SHAPE = ImageTokenizerConfig(
     num_codes=16,
@@ -45,7 +47,7 @@ def changed(**game):
 
 def test_training_learns(tmp_path):
     config = dataclasses.replace(changed(discriminator_start=30), steps=45, checkpoint_every=45)
-    history = train_vqgan(tokenizer(), DigitPairs(), config, tmp_path, progress=False)
+    history = train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path, progress=False)
     assert sum(history["reconstruction"][-5:]) < 0.6 * sum(history["reconstruction"][:5])
     assert history["codes_used"][-1] > 6
     assert not any(history["discriminator"][:30])
@@ -58,21 +60,14 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, precision)
     codebook = "straight-through" if precision == "bf16" else "moving-average"
     config = dataclasses.replace(changed(precision=precision), batch_size=4, codebook=codebook)
     uncut = tokenizer()
-    whole = train_vqgan(uncut, DigitPairs(), config, tmp_path / "whole", progress=False)
+    whole = train_image_tokenizer(uncut, DigitPairs(), config, tmp_path / "whole", progress=False)
     assert all(torch.isfinite(torch.tensor(values)).all() for values in whole.values())
-    real = cogview.data.order.batch_indices
-
-    def dies_in_step_seven(seed, step, *arguments):
-        if step == 7:
-            raise RuntimeError("killed")
-        return real(seed, step, *arguments)
-
-    monkeypatch.setattr(cogview.data.order, "batch_indices", dies_in_step_seven)
+    die_in_step(7, monkeypatch, cogview.data.order)
     with pytest.raises(RuntimeError, match="killed"):
-        train_vqgan(tokenizer(), DigitPairs(), config, tmp_path / "cut", progress=False)
+        train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path / "cut", progress=False)
     monkeypatch.undo()
     other = tokenizer(seed=9)
-    assert train_vqgan(other, DigitPairs(), config, tmp_path / "cut", progress=False) == whole
+    assert train_image_tokenizer(other, DigitPairs(), config, tmp_path / "cut", progress=False) == whole
     states = uncut.state_dict(), other.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 

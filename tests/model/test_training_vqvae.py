@@ -9,7 +9,8 @@ import cogview.training.vqvae
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.digits import DigitPairs
 from cogview.tokens.vqvae import ImageTokenizer, Quantizer
-from cogview.training.vqvae import train_image_tokenizer
+from cogview.training.image_tokenizer import train_image_tokenizer
+from tests.model.helpers import die_in_step
 
 SHAPE = ImageTokenizerConfig(
     num_codes=16,
@@ -37,14 +38,7 @@ def test_training_learns(tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):
     whole = train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "whole", progress=False)
-    real = cogview.data.order.batch_indices
-
-    def dies_in_step_seven(seed, step, *arguments):
-        if step == 7:
-            raise RuntimeError("killed")
-        return real(seed, step, *arguments)
-
-    monkeypatch.setattr(cogview.data.order, "batch_indices", dies_in_step_seven)
+    die_in_step(7, monkeypatch, cogview.data.order)
     with pytest.raises(RuntimeError, match="killed"):
         train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "cut", progress=False)
     monkeypatch.undo()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of a VQGAN beside a VQ-VAE: what is measured, written, and not done twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+
+import cogview.evaluation.vqgan_study as study
+from cogview.data.digits import DigitPairs
+from cogview.files import read_json
+from cogview.presets import PRESETS
+
+DIGITS = PRESETS["digits"]
+
+
+class FewDigits(DigitPairs):
+    """Twenty scans."""
+
+    def __len__(self) -> int:
+        return 20
+
+
+def test_both_kinds_are_trained_once_measured_and_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_pictures", lambda preset: (FewDigits(), FewDigits("test")))
+    training = dataclasses.replace(DIGITS.image_tokenizer_train, steps=2, batch_size=4)
+    preset = dataclasses.replace(DIGITS, image_tokenizer_train=training)
+    options = study.VQGANStudy(tmp_path, preset, "cpu", progress=False)
+    records = study.study_vqgan(options)
+    assert [record["kind"] for record in records] == ["vqvae", "vqgan"]
+    assert all(record["psnr_db"] > 0 and 0 <= record["feature_distance"] <= 2 for record in records)
+    assert len(read_json(tmp_path / "vqgan" / "history.json")["discriminator"]) == 2
+    assert read_json(tmp_path / "vqgan.json")["tokenizers"] == records
+    assert "sharpness" in study.vqgan_table(records)
+    with Image.open(tmp_path / "vqgan.png") as sheet:
+        assert min(sheet.size) > 40
+    monkeypatch.setattr(study, "train_image_tokenizer", None)
+    assert study.study_vqgan(options) == records
+
+
+def test_a_blurred_picture_is_less_sharp_and_itself_as_sharp():
+    real = torch.rand(4, 3, 32, 32)
+    blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
+    network = study.EfficientNetLite0Features(side=32)
+    found = study.compare(network, blurred, real)
+    assert 0 < found["sharpness"] < 0.5 and found["feature_distance"] > 0
+    assert study.gradient_energy(real) == pytest.approx(2 / 6, rel=0.1)  # of independent uniform pixels
