@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from cogview.config import SamplingConfig
 from cogview.data.image_files import read_image
 from cogview.generation.engine import DrawOptions
 from cogview.model.decoder import Decoder
-from cogview.run import load_run
+from cogview.run import PRETRAINED, load_run
 from cogview.serving import uploads
 from cogview.serving.asked import LONGEST_TEXT, Fields, Settings, read_settings, read_text
 from cogview.serving.downloads import enlarged_file, picture_file, pictures_of, sheet_file
@@ -428,3 +430,20 @@ def test_the_command_names_a_wrong_option(run_folder, capsys):
     ):
         assert main(["serve", "--run", str(run_folder), *words]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(run_folder, capsys):
+    from cogview.cli import main
+
+    pytest.importorskip("nicegui", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--run", str(run_folder), "--port", str(port)]) == 2
+    line = f"cogview serve: 127.0.0.1:{port} cannot be used: Address already in use; choose another --port or"
+    assert capsys.readouterr().err == f"{line} --host\n"
+
+
+def test_a_run_is_called_by_its_folder_wherever_the_command_runs(run, run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    assert Models(run, Path()).name == Models(run, run_folder).name == run_folder.name
+    assert Models(run, PRETRAINED).name == "emoji"
