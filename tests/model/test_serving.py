@@ -23,7 +23,7 @@ from cogview.model.decoder import Decoder
 from cogview.run import PRETRAINED, load_run
 from cogview.serving import uploads
 from cogview.serving.asked import LONGEST_TEXT, Fields, Settings, read_settings, read_text
-from cogview.serving.downloads import enlarged_file, picture_file, pictures_of, sheet_file
+from cogview.serving.downloads import enlarged_file, picture_file, sheet_file
 from cogview.serving.jobs import DrawJob, EnlargeJob, Job, ReadJob, ScoreJob, State, Stopped
 from cogview.serving.models import Models, load_models
 from cogview.serving.queue import Queue
@@ -404,10 +404,10 @@ def test_parts_that_the_model_never_learned_are_told(run, run_folder):
 
 def test_files_hold_prompt_and_seed_and_are_named_by_numbers_alone(run):
     job = draw_job(run, "手写数字七", num=3, seed=12)
-    assert pictures_of(job) == []
+    assert job.pictures == []
     draw_together(run, [job])
     best = job.ranked[0]
-    assert [number for number, _ in pictures_of(job)] == [drawing.candidate for drawing in job.ranked]
+    assert [number for number, _ in job.pictures] == [drawing.candidate for drawing in job.ranked]
     one, sheet = picture_file(job, best), sheet_file(job)
     large = enlarged_file(best, best.image.resize((32, 32)))
     assert (one.name, sheet.name) == (f"cogview-12-{best.candidate}.png", "cogview-12-sheet.png")
