@@ -15,7 +15,7 @@ help:  ## list the targets
 
 setup: build  ## virtual environment, pinned dependencies, compiled extension
 	@echo "[setup] done; the command is $(BIN)/cogview, or cogview after: . $(BIN)/activate"
-	@echo "[setup] next: $(BIN)/cogview demo"
+	@echo "[setup] next: $(BIN)/cogview generate 'a cat' --out cat.png"
 
 # The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
 # --no-compile: Python compiles the modules that it imports, pip all of PyTorch, which takes twice as long as
@@ -43,11 +43,8 @@ demo: build  ## train CogView on handwritten digits and draw them, about 6 minut
 pictures: build  ## train CogView on OpenMoji's drawings and draw them, est. 80 minutes on 2 cores
 	$(BIN)/cogview demo --data emoji
 
-# The run that ships with the package, else what the demo of digits has trained.
-PAGE_RUN := $(if $(wildcard cogview/pretrained/model.json),,--run runs/demo)
-page: build  ## draw, describe and paint in the browser; without a run that ships, the digits are trained first
-	@$(if $(PAGE_RUN),[ -e runs/demo/report.json ] || $(BIN)/cogview demo --out runs/demo,true)
-	$(BIN)/cogview serve --open $(PAGE_RUN)
+page: build  ## draw, describe and paint in the browser, with the run that ships
+	$(BIN)/cogview serve --open
 
 # A worker a core: each has its share of the threads (tests/conftest.py), and takes over what another has left.
 test: build  ## every test that this machine can run

@@ -5,10 +5,10 @@
 
     import cogview
 
-    run = cogview.load_run("runs/demo")
-    images, losses = run.generate("a handwritten seven", num=16)  # PIL pictures, best first
+    run = cogview.load_run()  # the one that ships, of emoji; or a folder that cogview train wrote
+    images, losses = run.generate("a cat", num=16)  # PIL pictures, best first
     text = run.caption(images[0])
-    order = run.rerank("a handwritten seven", images)
+    order = run.rerank("a cat", images)
 
 What is named here is loaded when it is first used, so ``import cogview`` alone loads not even PyTorch.
 """

@@ -62,10 +62,11 @@ commands:
   cogview COMMAND --help explains each.
 
 examples:
+  cogview generate "a cat" --num 8 --out cat.png   draw with the run that ships, of emoji
+  cogview caption photo.png                        describe a picture with it
+  cogview serve --open                             do both in the browser
   cogview demo                                     learn to draw digits and show it, a few minutes
   cogview demo --data emoji                        learn to draw emoji and show it, est. 80 minutes
-  cogview generate --run runs/demo "a handwritten seven" --num 8 --out seven.png
-  cogview caption --run runs/demo photo.png
 
   your own pictures, in photos/ with photos/captions.tsv:
   cogview train-tokenizer --data photos --out runs/photos

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cogview.files import StrPath, exists, save_tensors, write_json
+from cogview.files import StrPath, exists, folder_written_aside, save_tensors, write_json
 from cogview.settings import (
     MODEL_SETTINGS,
     TOKENIZER_SETTINGS,
@@ -56,9 +56,7 @@ def pack_run(run: StrPath, out: StrPath) -> int:
         raise FileNotFoundError(f"{run} has no checkpoint yet; {train_model_hint(run)}")
     state = read_state(checkpoint)
     weights = verified_tensors(checkpoint, MODEL, state)
-    aside = out.with_name(f"{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
+    with folder_written_aside(out) as aside:
         packed = aside / CHECKPOINTS / checkpoint.name
         packed.mkdir(parents=True)
         for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
@@ -69,9 +67,6 @@ def pack_run(run: StrPath, out: StrPath) -> int:
         save_tensors(packed / MODEL, _narrow(weights))
         origin = {"tokenizers": state.origin["tokenizers"]} if "tokenizers" in state.origin else {}
         complete_checkpoint(packed, CheckpointState(state.step, {}, origin=origin))
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

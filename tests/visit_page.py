@@ -4,8 +4,9 @@
 A test makes it on a run with next to no training. By hand, on a real one, it also takes the pictures of docs/
 and tells how long a visitor waits::
 
-    python -m tests.visit_page runs/demo --enlarger runs/enlarger --shots docs
-    python -m tests.visit_page runs/demo --requests 500
+    python -m tests.visit_page --text "police officer: dark skin tone" --other "a cat" --shots docs
+    python -m tests.visit_page --run runs/demo --enlarger runs/enlarger
+    python -m tests.visit_page --requests 500
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60_000  # milliseconds, for a machine that has other things to do
 WINDOW = {"width": 900, "height": 760}
 RANKED = "best first by CapLoss"
-TEXT = "a handwritten seven"
 
 
 @contextlib.contextmanager
-def served(run: Path, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """The address of a page of ``run``, and the process that serves it."""
-    words = [sys.executable, "-m", "cogview", "serve", "--run", str(run), "--port", "0", "--device", "cpu"]
-    server = subprocess.Popen([*words, *options], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+def served(run: Path | None, *options: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The address of a page of ``run``, None for the one that ships, and the process that serves it."""
+    words = [sys.executable, "-m", "cogview", "serve", "--port", "0", "--device", "cpu"]
+    of_run = [] if run is None else ["--run", str(run)]
+    server = subprocess.Popen([*words, *of_run, *options], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
@@ -58,6 +59,8 @@ class Visit:
 
     page: Any
     shots: Path | None = None
+    text: str = "a handwritten seven"  # what is drawn
+    other: str = "a handwritten two"  # what a picture is compared with
     seconds: dict[str, float] = field(default_factory=dict)
 
     def arrive(self, address: str) -> None:
@@ -148,7 +151,7 @@ def draw(visit: Visit, num: int) -> None:
     visit.button("Draw").click()
     visit.told("tokens, at most")
     visit.field("pictures").fill(str(num))
-    visit.field("What to draw").fill(TEXT)
+    visit.field("What to draw").fill(visit.text)
     with visit.measured("the ranked set"):
         with visit.measured("the first partial picture"):
             visit.button("Draw").click()
@@ -166,13 +169,13 @@ def draw(visit: Visit, num: int) -> None:
     seed = visit.field("seed").input_value()
     visit.page.get_by_role("button", name="pick 2").click()
     picture, about = visit.download("Download picture")
-    assert picture == first[1] and (about["prompt"], about["seed"]) == (TEXT, seed)
+    assert picture == first[1] and (about["prompt"], about["seed"]) == (visit.text, seed)
     _, about = visit.download("Download sheet")
-    assert (about["prompt"], about["seed"]) == (TEXT, seed)
+    assert (about["prompt"], about["seed"]) == (visit.text, seed)
 
 
 def stop(visit: Visit) -> None:
-    """Ask for much, and stop; a text in Chinese, with the key Enter."""
+    """Ask for much, in Chinese and with the key Enter, and stop; then ask for less."""
     visit.field("pictures").fill("64")
     visit.field("seed").fill("")
     visit.field("What to draw").fill("手写数字七")
@@ -180,6 +183,7 @@ def stop(visit: Visit) -> None:
     visit.button("Stop").click()
     visit.wait_until(3, f"^stopped|{RANKED}")  # A fast machine may have drawn them all.
     visit.field("pictures").fill("4")
+    visit.field("What to draw").fill(visit.text)
     visit.button("Draw").click()
     visit.wait_until(4, RANKED)
 
@@ -195,7 +199,7 @@ def read(visit: Visit, picture: bytes) -> None:
     caption = visit.page.locator("[data-part=caption]")
     caption.get_by_text("“").wait_for()
     visit.page.locator("img[alt='its reconstruction']").wait_for()
-    visit.field("A text of your own").fill("a handwritten two")
+    visit.field("A text of your own").fill(visit.other)
     visit.button("How well does it fit?").click()
     visit.page.locator("[data-part=cap-loss]").get_by_text(re.compile(r"CapLoss \d")).wait_for()
     visit.shot("read")
@@ -241,13 +245,12 @@ def vote(visit: Visit) -> None:
     frame.get_by_text("1 of ").wait_for()
 
 
-def watch_memory(page: Any, address: str, server: subprocess.Popen, requests: int) -> None:
+def watch_memory(visit: Visit, address: str, server: subprocess.Popen, requests: int) -> None:
     """The memory of the server over many requests, a visitor coming and leaving every 25 of them."""
     for first in range(0, requests, 25):
-        visit = Visit(page)
         visit.arrive(address)
         visit.field("pictures").fill("4")
-        visit.field("What to draw").fill(TEXT)
+        visit.field("What to draw").fill(visit.text)
         for request in range(1, 26):
             visit.button("Draw").click()
             visit.wait_until(request, RANKED)
@@ -259,18 +262,20 @@ def watch_memory(page: Any, address: str, server: subprocess.Popen, requests: in
 def main(arguments: Sequence[str] | None = None) -> None:
     """The visit by hand."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path)
+    parser.add_argument("--run", type=Path, help="by default the one that ships")
     parser.add_argument("--enlarger", type=Path)
     parser.add_argument("--shots", type=Path)
+    parser.add_argument("--text", default=Visit.text, help="what is drawn")
+    parser.add_argument("--other", default=Visit.other, help="what the dropped picture is compared with")
     parser.add_argument("--picture", type=Path, help="a picture to drop; by default one that is drawn")
     parser.add_argument("--requests", type=int, help="rather watch the memory of the server over so many")
     given = parser.parse_args(arguments)
     options = ["--enlarger", str(given.enlarger)] if given.enlarger else []
     with chromium(viewport=WINDOW) as (page, said), served(given.run, *options) as (address, server):
+        visit = Visit(page, given.shots, given.text, given.other)
         if given.requests:
-            watch_memory(page, address, server, given.requests)
+            watch_memory(visit, address, server, given.requests)
             return
-        visit = Visit(page, given.shots)
         visit.arrive(address)
         draw(visit, 8)
         stop(visit)

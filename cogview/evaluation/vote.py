@@ -135,11 +135,7 @@ class Ballot:
 
         ValueError for a question or a place that there is not.
         """
-        if not 0 <= question < len(self.questions):
-            raise ValueError(f"question must be from 0 to {len(self.questions) - 1}, got {question}")
-        asked = self.questions[question]
-        if not 0 <= place < len(asked.folders):
-            raise ValueError(f"place must be from 0 to {len(asked.folders) - 1}, got {place}")
+        asked = self._asked(question, place)
         if any(vote.question == question for vote in self.votes):
             return
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -147,6 +143,18 @@ class Ballot:
         votes = [asdict(each) for each in (*self.votes, vote)]
         write_json(self.path, asdict(VoteFile(self.folders, self.seed, votes)))
         self.votes.append(vote)
+
+    def picture(self, question: int, place: int) -> Path:
+        """The file shown at ``place``. ValueError for a question or a place that there is not."""
+        return self._asked(question, place).pictures[place]
+
+    def _asked(self, question: int, place: int) -> Question:
+        if not 0 <= question < len(self.questions):
+            raise ValueError(f"question must be from 0 to {len(self.questions) - 1}, got {question}")
+        asked = self.questions[question]
+        if not 0 <= place < len(asked.folders):
+            raise ValueError(f"place must be from 0 to {len(asked.folders) - 1}, got {place}")
+        return asked
 
     def shares(self) -> list[Share]:
         """Of the votes so far, the most chosen folder first."""

@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self._is_for_this_machine():
             return
-        picture = re.fullmatch(r"/picture/(\d+)/(\d+)", self.path)
+        picture = re.fullmatch(r"/picture/(\d{1,9})/(\d{1,9})", self.path)
         if self.path == "/":
             self._answer(vote_page(), "text/html; charset=utf-8")
         elif self.path == "/question":
@@ -132,14 +132,10 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _answer_picture(self, number: int, place: int) -> None:
-        questions = self.server.ballot.questions
-        if number >= len(questions) or place >= len(questions[number].pictures):
-            self.send_error(HTTPStatus.NOT_FOUND)
-            return
-        path = questions[number].pictures[place]
         try:
+            path = self.server.ballot.picture(number, place)
             self._answer(path.read_bytes(), mimetypes.guess_type(path)[0] or "application/octet-stream")
-        except OSError:
+        except (ValueError, OSError):
             self.send_error(HTTPStatus.NOT_FOUND)
 
     def _answer_json(self, content: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image
@@ -51,11 +50,3 @@ def _about(job: DrawJob) -> dict[str, object]:
         "top_k": settings.sampling.top_k,
         "guidance": f"{settings.guidance:g}",
     }
-
-
-def pictures_of(job: DrawJob) -> Sequence[tuple[int, Image.Image]]:
-    """What there is to look at, by number: finished pictures in the order of CapLoss once all are there."""
-    if len(job.drawings) == job.settings.num:
-        return [(drawing.candidate, drawing.image) for drawing in job.ranked]
-    finished = {drawing.candidate: drawing.image for drawing in job.drawings}
-    return sorted({**job.partial, **finished}.items())

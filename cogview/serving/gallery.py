@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from nicegui import ui
 
 from cogview.run import Drawing
-from cogview.serving.downloads import picture_file, pictures_of, sheet_file
+from cogview.serving.downloads import picture_file, sheet_file
 from cogview.serving.jobs import DrawJob
 from cogview.serving.panel import Shown, download
 from cogview.serving.status import cap_loss_line
@@ -51,7 +51,7 @@ class Gallery:
             self.job, self.picked = job, 0
             self._make_cells(job.settings.num)
         losses = {drawing.candidate: drawing.loss for drawing in job.drawings}
-        for cell, (number, picture) in zip(self._cells, pictures_of(job), strict=False):
+        for cell, (number, picture) in zip(self._cells, job.pictures, strict=False):
             cell.picture.set(picture)
             cell.label.text = cap_loss_line(losses[number]) if number in losses else "…"
         self._actions.visible = self._is_ranked
@@ -59,7 +59,7 @@ class Gallery:
 
     @property
     def _is_ranked(self) -> bool:
-        return self.job is not None and len(self.job.drawings) == self.job.settings.num
+        return self.job is not None and self.job.has_all
 
     def _make_cells(self, count: int) -> None:
         self._grid.clear()

@@ -21,7 +21,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 COOKIE = "cogview-token"
 
 
@@ -59,7 +58,7 @@ class Guard:
 
     def _refusal(self, scope: Scope, headers: MutableMapping[str, str]) -> tuple[HTTPStatus | None, str]:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if self.token is None and _host_name(host) not in LOOPBACK_NAMES:
+        if self.token is None and not is_loopback(_host_name(host)):
             # A name of another site that was made to lead here.
             return HTTPStatus.FORBIDDEN, "this page is for this machine alone"
         if origin is not None and origin not in (f"http://{host}", f"https://{host}"):

@@ -61,7 +61,7 @@ class Job:
         return False
 
     def work(self, models: Models) -> None:
-        """Do what is asked. ``check`` is to be called at every step."""
+        """Do what is asked, and call ``check`` at every step. A DrawJob shares its work: :mod:`.together`."""
         raise NotImplementedError
 
     def check(self, _: object = None) -> None:
@@ -129,8 +129,21 @@ class DrawJob(Job):
         """A finished picture; the last one ends the job."""
         self.drawings = (*self.drawings, drawing)
         self.changes += 1
-        if len(self.drawings) == self.settings.num:
+        if self.has_all:
             self.finish()
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every picture is finished."""
+        return len(self.drawings) == self.settings.num
+
+    @property
+    def pictures(self) -> list[tuple[int, Image.Image]]:
+        """What there is to look at, by number; once all are finished, in the order of CapLoss."""
+        if self.has_all:
+            return [(drawing.candidate, drawing.image) for drawing in self.ranked]
+        finished = {drawing.candidate: drawing.image for drawing in self.drawings}
+        return sorted({**self.partial, **finished}.items())
 
     @property
     def ranked(self) -> list[Drawing]:

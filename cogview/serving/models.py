@@ -24,11 +24,16 @@ class Models:
     folder: Path
     enlarger: Run | None = None
 
+    @property
+    def name(self) -> str:
+        """What the page calls the run."""
+        return "emoji" if self.folder == PRETRAINED else self.folder.resolve().name
+
     def require_present(self) -> None:
         """FileNotFoundError if the run's folder has gone: whoever removed it wants it used no longer."""
         if not exists(self.folder / MODEL_SETTINGS):
             raise FileNotFoundError(
-                f"the run {self.folder.name} is no longer there; put it back, or start cogview serve with "
+                f"the run {self.name} is no longer there; put it back, or start cogview serve with "
                 "another --run"
             )
 

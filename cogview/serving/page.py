@@ -22,7 +22,7 @@ def build_page(client: Client, service: Service, has_votes: bool) -> None:
     """The page of one visitor. Its requests end when the visitor has left."""
     with ui.header().style("align-items: center"):
         ui.label("CogView").classes("text-h6")
-        ui.label(service.models.folder.name)
+        ui.label(service.models.name)
         ui.space()
         busy = ui.label().props("data-part=busy")
     with ui.tabs().classes("full-width") as tabs:

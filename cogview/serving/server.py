@@ -9,7 +9,6 @@ import secrets
 import socket
 import warnings
 import webbrowser
-from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
@@ -59,14 +58,14 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise OSError(
-            f"{host}:{port} cannot be used: {error.strerror or error}; choose another --port or --host"
-        ) from None
+        # Python names the address a second time, in brackets.
+        reason = str(error.strerror or error).partition(" (while attempting")[0]
+        raise OSError(f"{host}:{port} cannot be used: {reason}; choose another --port or --host") from None
 
 
 def _address(host: str, port: int, token: str | None) -> str:
     """Where a browser finds the page. A server on all addresses is named by the machine's name."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
+    name = socket.gethostname() if host in ("", "0.0.0.0", "::") else host
     name = f"[{name}]" if ":" in name else name
     return f"http://{name}:{port}/" + (f"?token={token}" if token else "")
 
@@ -83,7 +82,7 @@ def _application(service: Service, ballot: Ballot | None) -> Application:
 
     ui.run_with(
         application,
-        title=f"CogView: {Path(service.models.folder).name}",
+        title=f"CogView: {service.models.name}",
         favicon="🎨",
         tailwind=False,
         show_welcome_message=False,

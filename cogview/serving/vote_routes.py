@@ -38,10 +38,10 @@ def vote_routes(ballot: Ballot) -> APIRouter:
 
     @routes.get("/picture/{number}/{place}")
     def picture(number: int, place: int) -> FileResponse:
-        questions = ballot.questions
-        if not (0 <= number < len(questions) and 0 <= place < len(questions[number].pictures)):
-            raise HTTPException(404)
-        path = questions[number].pictures[place]
+        try:
+            path = ballot.picture(number, place)
+        except ValueError:
+            raise HTTPException(404) from None
         if not path.is_file():
             raise HTTPException(404)
         return FileResponse(path, headers={"Cache-Control": "no-store"})

@@ -6,9 +6,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,10 +20,10 @@ from cogview.config import SamplingConfig
 from cogview.data.image_files import read_image
 from cogview.generation.engine import DrawOptions
 from cogview.model.decoder import Decoder
-from cogview.run import load_run
+from cogview.run import PRETRAINED, load_run
 from cogview.serving import uploads
 from cogview.serving.asked import LONGEST_TEXT, Fields, Settings, read_settings, read_text
-from cogview.serving.downloads import enlarged_file, picture_file, pictures_of, sheet_file
+from cogview.serving.downloads import enlarged_file, picture_file, sheet_file
 from cogview.serving.jobs import DrawJob, EnlargeJob, Job, ReadJob, ScoreJob, State, Stopped
 from cogview.serving.models import Models, load_models
 from cogview.serving.queue import Queue
@@ -402,10 +404,10 @@ def test_parts_that_the_model_never_learned_are_told(run, run_folder):
 
 def test_files_hold_prompt_and_seed_and_are_named_by_numbers_alone(run):
     job = draw_job(run, "手写数字七", num=3, seed=12)
-    assert pictures_of(job) == []
+    assert job.pictures == []
     draw_together(run, [job])
     best = job.ranked[0]
-    assert [number for number, _ in pictures_of(job)] == [drawing.candidate for drawing in job.ranked]
+    assert [number for number, _ in job.pictures] == [drawing.candidate for drawing in job.ranked]
     one, sheet = picture_file(job, best), sheet_file(job)
     large = enlarged_file(best, best.image.resize((32, 32)))
     assert (one.name, sheet.name) == (f"cogview-12-{best.candidate}.png", "cogview-12-sheet.png")
@@ -428,3 +430,20 @@ def test_the_command_names_a_wrong_option(run_folder, capsys):
     ):
         assert main(["serve", "--run", str(run_folder), *words]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_one_line(run_folder, capsys):
+    from cogview.cli import main
+
+    pytest.importorskip("nicegui", reason="needs the extra serve")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main(["serve", "--run", str(run_folder), "--port", str(port)]) == 2
+    line = f"cogview serve: 127.0.0.1:{port} cannot be used: Address already in use; choose another --port or"
+    assert capsys.readouterr().err == f"{line} --host\n"
+
+
+def test_a_run_is_called_by_its_folder_wherever_the_command_runs(run, run_folder, monkeypatch):
+    monkeypatch.chdir(run_folder)
+    assert Models(run, Path()).name == Models(run, run_folder).name == run_folder.name
+    assert Models(run, PRETRAINED).name == "emoji"

@@ -60,7 +60,7 @@ def ask(guard, kind="http", query="", chunks=(b"",), **headers):
 
 def test_on_the_loopback_address_this_machine_is_let_in_and_other_names_and_sites_are_not():
     guard = Guard(Behind(), None, LARGEST)
-    for host in ("127.0.0.1:8766", "localhost:8766", "[::1]:8766", "localhost"):
+    for host in ("127.0.0.1:8766", "127.8.8.8:8766", "localhost:8766", "[::1]:8766", "localhost"):
         assert ask(guard, host=host)[0] == 200
         assert ask(guard, host=host, origin=f"http://{host}")[0] == 200
     for host in ("example.org:8766", "127.0.0.1.example.org", "", "[::1"):
