@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{options.ranked} candidates drawn and ranked: {document['ranked']['seconds']:.2f} s", flush=True
         )
-    path = chosen.save / f"generate-{chosen.shape}-{chosen.dtype}.json"
+    path = chosen.save / "generate" / f"{chosen.shape}-{chosen.dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
     print(f"saved: {path}")

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What attention ops hand to compiled code: tensors ``[B, heads, positions, D]`` and the layout."""
+"""What attention ops share: how compiled code is handed tensors ``[B, heads, positions, D]`` and the layout,
+and what a layout must be where keys are cached."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch import contiguous_format as _contiguous
 
+from cogview_kernels import _checks, _torch_ops
 from cogview_kernels.layout import ThreeRegionLayout
 
 # ``_C.pyi`` tells what the members are.
@@ -46,3 +48,28 @@ def native_layout(layout: ThreeRegionLayout, pivots: Tensor, starts: Tensor | No
 def causal_layout(num_keys: int, starts: Tensor | None) -> NativeLayout:
     """Every key up to the query's own: one block as long as the keys, and no pivots."""
     return None, num_keys, 1, 0.0, True, starts
+
+
+def check_layout_of_cache(op: str, layout: ThreeRegionLayout | None, other_name: str, other: Tensor) -> None:
+    """``layout`` is None, or causal and for the batch and device of ``other``, ``[B, ...]``."""
+    if layout is None:
+        return
+    if not isinstance(layout, ThreeRegionLayout):
+        raise TypeError(f"{op}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
+    layout.check_causal(op)
+    pivots, B = layout.pivots, other.shape[0]
+    if pivots.shape[0] != B:
+        raise ValueError(
+            f"{op}: layout.pivots must have shape [{B}, P] to go with {other_name}, got {tuple(pivots.shape)}"
+        )
+    _checks.check_same_device(op, "layout.pivots", pivots, other_name, other)
+
+
+def check_pivots_of_cache(op: str, layout: ThreeRegionLayout | None, size: int) -> None:
+    """Where they can be read. Decoding is short, so the whole check of a layout's pivots would be felt."""
+    if layout is None or not _torch_ops.values_are_readable(layout.pivots):
+        return
+    if layout.pivots.numel() > 0 and int(layout.pivots.max()) >= size:
+        raise ValueError(
+            f"{op}: layout.pivots must lie below the cache's size, {size}, got {int(layout.pivots.max())}"
+        )

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+# Whose memory holds their values; other subclasses may compute them.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 # A tracer keeps sizes, and numbers that follow from them, as symbols.
 _INTS = (int, torch.SymInt)
@@ -120,16 +122,20 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
         raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
+def check_positions(op: str, name: str, x: Tensor, B: int, other_name: str, other: Tensor) -> None:
+    """``x`` is ``[B]`` integers beside ``other``."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
+    if x.shape != (B,):
+        raise ValueError(f"{op}: {name} must have shape [{B}], got {tuple(x.shape)}")
+    check_same_device(op, name, x, other_name, other)
+
+
 def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
     """``starts`` is None, or ``[B]`` integers beside ``other``, which is q."""
-    if starts is None:
-        return
-    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int64, torch.int32):
-        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
-        raise TypeError(f"{op}: starts must be an int32 or int64 tensor, got {got}")
-    if starts.shape != (B,):
-        raise ValueError(f"{op}: starts must have shape [{B}], got {tuple(starts.shape)}")
-    check_same_device(op, "starts", starts, "q", other)
+    if starts is not None:
+        check_positions(op, "starts", starts, B, "q", other)
 
 
 def check_count(op: str, name: str, value: int, least: int) -> None:

@@ -27,18 +27,18 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogview_kernels import _flops
+from cogview_kernels._checks import PLAIN
 
 _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
-_PLAIN = (Tensor, Parameter)
 # What the arguments of an op are, tensors apart: to ask for the type is faster than isinstance(x, Tensor).
 _SCALARS = frozenset((int, float, bool, str, type(None)))
 
 
 def _has_memory(x: Tensor) -> bool:
     """Whether the memory of ``x`` holds its values; a kernel given another address would crash."""
-    return type(x) in _PLAIN and (x.is_cpu or x.is_cuda) and not (x.is_neg() or x._is_zerotensor())
+    return type(x) in PLAIN and (x.is_cpu or x.is_cuda) and not (x.is_neg() or x._is_zerotensor())
 
 
 def _is_watched() -> bool:

@@ -61,8 +61,8 @@ class Decoder:
         if fits is None:
             config = self.model.config
             limit = stack.limit(rows, config.hidden_size // config.num_heads)
-            fits = self._fitting[rows] = not limit and not torch.is_autocast_enabled("cpu")
-        return fits
+            fits = self._fitting[rows] = not limit
+        return fits and not torch.is_autocast_enabled("cpu")
 
 
 def layer_stack(model: CogView) -> LayerStack | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
 from cogview_kernels.decode_attention import sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
@@ -14,7 +15,6 @@ from cogview_kernels.layout import ThreeRegionLayout
 
 _OP = "decode_attention"
 _BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
-_INTEGERS = (torch.int64, torch.int32)
 
 
 def _limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
@@ -91,7 +91,8 @@ def decode_attention(
             _checks.check_finite_number(_OP, "scale", scale)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
         _backends.remember(signature, chosen)
-    _check_values(lengths, layout, k_cache.shape[2])
+    _check_lengths(lengths, k_cache.shape[2])
+    check_pivots_of_cache(_OP, layout, k_cache.shape[2])
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if k_cache.shape[2] == 0 or q.shape[2] == 0:
         return torch.zeros_like(q)
@@ -147,31 +148,10 @@ def _check(
         raise ValueError(
             f"{_OP}: q's heads must be a multiple of the cache's, got {H} and {k_cache.shape[1]}"
         )
-    if not isinstance(lengths, Tensor) or lengths.dtype not in _INTEGERS:
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"{_OP}: lengths must be an int32 or int64 tensor, got {got}")
-    if lengths.shape != (B,):
-        raise ValueError(f"{_OP}: lengths must have shape [{B}], got {tuple(lengths.shape)}")
-    _checks.check_same_device(_OP, "lengths", lengths, "q", q)
-    if layout is not None:
-        if not isinstance(layout, ThreeRegionLayout):
-            raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
-        layout.check_causal(_OP)
-        pivots = layout.pivots
-        if pivots.shape[0] != B:
-            raise ValueError(
-                f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(pivots.shape)}"
-            )
-        _checks.check_same_device(_OP, "layout.pivots", pivots, "q", q)
+    _checks.check_positions(_OP, "lengths", lengths, B, "q", q)
+    check_layout_of_cache(_OP, layout, "q", q)
 
 
-def _check_values(lengths: Tensor, layout: ThreeRegionLayout | None, S: int) -> None:
-    """Where values can be read. Decoding is short, so the whole check of a layout's pivots would be felt."""
-    if not _torch_ops.values_are_readable(lengths):
-        return
-    if any(not 0 <= length <= S for length in lengths.tolist()):
+def _check_lengths(lengths: Tensor, S: int) -> None:
+    if _torch_ops.values_are_readable(lengths) and any(not 0 <= length <= S for length in lengths.tolist()):
         raise ValueError(f"{_OP}: lengths must lie in [0, {S}] (the cache's size), got {lengths.tolist()}")
-    if layout is not None and layout.pivots.numel() > 0 and int(layout.pivots.max()) >= S:
-        raise ValueError(
-            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(layout.pivots.max())}"
-        )

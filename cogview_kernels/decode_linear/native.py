@@ -11,8 +11,6 @@ from cogview_kernels import _checks, _extension
 # More rows are the work of a matrix product, which keeps blocks of both factors in the caches.
 MOST_ROWS = 16
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def limit(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Why the kernel cannot take these, and the way out; empty when it can."""
@@ -22,7 +20,7 @@ def limit(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     if x.numel() > MOST_ROWS * x.shape[-1]:
         rows = x.numel() // x.shape[-1]
         return f"the {backend} backend takes x of at most {MOST_ROWS} rows, got {rows}; {instead}"
-    if type(weight) not in _PLAIN:
+    if type(weight) not in _checks.PLAIN:
         return f"the {backend} backend takes a plain weight, got {type(weight).__name__}; {instead}"
     if _checks.is_autocast(x.device):
         return f"the {backend} backend does not cast, and autocast is on; {instead}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
 from cogview_kernels.decode_step.op import backend_module, decode_step_op
 from cogview_kernels.decode_step.reference import decode_step_reference
 from cogview_kernels.decode_step.stack import LayerStack, LayerWeights, WeightAndBias
@@ -89,8 +90,7 @@ def decode_step(
         _check_head(head, x)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
         _backends.remember(signature, chosen)
-    if layout is not None:
-        _check_pivots(layout, cache.shape[4])
+    check_pivots_of_cache(_OP, layout, cache.shape[4])
     if chosen == "reference":
         _check_lengths(lengths, cache.shape[4] - x.shape[1])  # the kernel looks at them by itself
         with _checks.no_autocast(x.device):
@@ -140,23 +140,9 @@ def _check(
         )
     if not cache.is_contiguous():
         raise ValueError(f"{_OP}: cache must be contiguous, since it is written in place")
-    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int64, torch.int32):
-        got = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise TypeError(f"{_OP}: lengths must be an int32 or int64 tensor, got {got}")
-    if lengths.shape != (B,):
-        raise ValueError(f"{_OP}: lengths must have shape [{B}], got {tuple(lengths.shape)}")
-    _checks.check_same_device(_OP, "lengths", lengths, "x", x)
+    _checks.check_positions(_OP, "lengths", lengths, B, "x", x)
     _check_stack(stack, x)
-    if layout is None:
-        return
-    if not isinstance(layout, ThreeRegionLayout):
-        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
-    layout.check_causal(_OP)
-    if layout.pivots.shape[0] != B:
-        raise ValueError(
-            f"{_OP}: layout.pivots must have shape [{B}, P] to go with x, got {tuple(layout.pivots.shape)}"
-        )
-    _checks.check_same_device(_OP, "layout.pivots", layout.pivots, "x", x)
+    check_layout_of_cache(_OP, layout, "x", x)
 
 
 def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -179,7 +165,9 @@ def _check_head(head: Tensor | None, x: Tensor) -> None:
 def _check_stack(stack: LayerStack, x: Tensor) -> None:
     _checks.check_finite_number(_OP, "stack.eps", stack.eps, positive=True)
     _checks.check_choice(_OP, "stack.pb_relax", stack.pb_relax, _PB_RELAX)
-    C, F = x.shape[2], stack.layers[0].mlp_up[1].numel()
+    bias = stack.layers[0].mlp_up[1]
+    _check_beside("stack.layers[0].mlp_up's bias", bias, x)
+    C, F = x.shape[2], bias.numel()
     linear = {"qkv": (3 * C, C), "attention_out": (C, C), "mlp_up": (F, C), "mlp_down": (C, F)}
     parts: dict[str, tuple[WeightAndBias, tuple[int, ...]]] = {"final_norm": (stack.final_norm, (C,))}
     for index, layer in enumerate(stack.layers):
@@ -198,12 +186,4 @@ def _check_lengths(lengths: Tensor, most: int) -> None:
         raise ValueError(
             f"{_OP}: lengths must lie in [0, {most}] (the cache's size less the new tokens), "
             f"got {lengths.tolist()}"
-        )
-
-
-def _check_pivots(layout: ThreeRegionLayout, S: int) -> None:
-    pivots = layout.pivots
-    if _torch_ops.values_are_readable(pivots) and pivots.numel() > 0 and int(pivots.max()) >= S:
-        raise ValueError(
-            f"{_OP}: layout.pivots must lie below the cache's size, {S}, got {int(pivots.max())}"
         )

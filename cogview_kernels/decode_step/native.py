@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
@@ -18,8 +17,6 @@ LARGEST_HEAD = 256
 # More rows are the work of matrix products, which keep blocks of both factors in the caches.
 MOST_ROWS = 64
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) -> str:
     """Why the kernel cannot take so many rows through a stack of these; empty when it can."""
@@ -30,7 +27,8 @@ def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) ->
         return f"the {backend} backend takes x of at most {MOST_ROWS} rows in all, got {rows}; {instead}"
     if head_size > LARGEST_HEAD:
         return f"the {backend} backend takes head sizes up to {LARGEST_HEAD}, got {head_size}; {instead}"
-    if unfit := [tensor for tensor in tensors if type(tensor) not in _PLAIN or not tensor.is_contiguous()]:
+    unfit = [x for x in tensors if type(x) not in _checks.PLAIN or not x.is_contiguous()]
+    if unfit:
         return (
             f"the {backend} backend takes plain and contiguous tensors in stack, got a "
             f"{type(unfit[0]).__name__} of strides {unfit[0].stride()}; {instead}"

@@ -19,8 +19,8 @@
 namespace cogview {
 namespace {
 
-// About 50 us of work: threads that are woken for less cost more than they save, most of all when other
-// processes want the processors too.
+// Threads that are woken for less work cost more than they save, most of all when other processes want the
+// processors too.
 constexpr int64_t kProductsOfAThread = 1 << 20;
 
 int64_t bytes_of(DType dtype) {

@@ -29,7 +29,7 @@ def test_a_run_tells_and_saves_what_it_measured(tmp_path, capsys, monkeypatch):
     assert bench_generate.main([*arguments, "--save", str(tmp_path)]) == 0
     shown = capsys.readouterr()
     assert "transformers is not installed" in shown.err
-    document = json.loads((tmp_path / "generate-tiny-fp32.json").read_text())
+    document = json.loads((tmp_path / "generate" / "tiny-fp32.json").read_text())
     (result,) = document["results"]
     assert set(result["drawings"]) == {"ours", "ours, 3 codes a step", "re-projection"}
     assert result["share_of_floor"] == pytest.approx(result["floor_ms_a_step"] / result["ms_a_step"])

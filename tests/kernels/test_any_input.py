@@ -172,37 +172,31 @@ def norm_options(draw, names):
     return options
 
 
+def norm_tensors(draw, rows, parameters):
+    """What is normalised, ``rows`` of one shape, and the norms' parameters."""
+    dtype, shape = draw(dtypes), draw(st.lists(sizes, min_size=0, max_size=3))
+
+    def beside():
+        return draw(st.sampled_from([dtype, torch.float32]))
+
+    found = [draw(tensors(shape, dtype, draw(values)))]
+    found += [draw(tensors(shape, beside())) for _ in range(rows - 1)]
+    return *found, *(draw(st.none() | tensors(shape[-1:] or [1], beside())) for _ in range(parameters))
+
+
 @many
 @given(st.data())
 def test_layer_norm(data):
-    draw, dtype = data.draw, data.draw(dtypes)
-    shape = draw(st.lists(sizes, min_size=0, max_size=3))
-    width = shape[-1:] or [1]
-    parameters = [
-        draw(st.none() | tensors(width, draw(st.sampled_from([dtype, torch.float32])))) for _ in range(2)
-    ]
-    check(
-        "layer_norm",
-        (draw(tensors(shape, dtype, draw(values))), *parameters),
-        norm_options(draw, ("eps", "pb_relax")),
-    )
+    draw = data.draw
+    check("layer_norm", norm_tensors(draw, 1, 2), norm_options(draw, ("eps", "pb_relax")))
 
 
 @many
 @given(st.data())
 def test_sandwich_layer_norm(data):
-    draw, dtype = data.draw, data.draw(dtypes)
-    shape = draw(st.lists(sizes, min_size=0, max_size=3))
-    width = shape[-1:] or [1]
-    parameters = [
-        draw(st.none() | tensors(width, draw(st.sampled_from([dtype, torch.float32])))) for _ in range(4)
-    ]
-    rows = (
-        draw(tensors(shape, dtype, draw(values))),
-        draw(tensors(shape, draw(st.sampled_from([dtype, torch.float32])))),
-    )
+    draw = data.draw
     options = norm_options(draw, ("eps", "pb_relax", "dropout_p", "seed"))
-    check("sandwich_layer_norm", (*rows, *parameters), options)
+    check("sandwich_layer_norm", norm_tensors(draw, 2, 4), options)
 
 
 def rms_options(draw, names):
@@ -217,26 +211,16 @@ def rms_options(draw, names):
 @many
 @given(st.data())
 def test_rms_norm(data):
-    draw, dtype = data.draw, data.draw(dtypes)
-    shape = draw(st.lists(sizes, min_size=0, max_size=3))
-    weight = draw(st.none() | tensors(shape[-1:] or [1], draw(st.sampled_from([dtype, torch.float32]))))
-    rows = draw(tensors(shape, dtype, draw(values)))
-    check("rms_norm", (rows, weight), rms_options(draw, ("eps", "pb_relax")))
+    draw = data.draw
+    check("rms_norm", norm_tensors(draw, 1, 1), rms_options(draw, ("eps", "pb_relax")))
 
 
 @many
 @given(st.data())
 def test_sandwich_rms_norm(data):
-    draw, dtype = data.draw, data.draw(dtypes)
-    shape = draw(st.lists(sizes, min_size=0, max_size=3))
-    width = shape[-1:] or [1]
-    post, pre = (
-        draw(st.none() | tensors(width, draw(st.sampled_from([dtype, torch.float32])))) for _ in range(2)
-    )
-    branch = draw(tensors(shape, dtype, draw(values)))
-    residual = draw(tensors(shape, draw(st.sampled_from([dtype, torch.float32]))))
+    draw = data.draw
     options = rms_options(draw, ("eps", "pb_relax", "dropout_p", "seed"))
-    check("sandwich_rms_norm", (branch, residual, post, pre), options)
+    check("sandwich_rms_norm", norm_tensors(draw, 2, 2), options)
 
 
 @many

@@ -220,6 +220,12 @@ WIDE = torch.ones(65), torch.ones(64)
         ((X, STACK, CACHE, LENGTHS - 1), {}, ValueError, r"lengths must lie in \[0, 39\]"),
         ((X, changed(qkv=WIDE), CACHE, LENGTHS), {}, ValueError, r"layers\[0\].qkv's weight must have shape"),
         ((X, changed(final_norm=WIDE), CACHE, LENGTHS), {}, ValueError, "final_norm's weight must have"),
+        (
+            (X, changed(mlp_up=(WIDE[0], None)), CACHE, LENGTHS),
+            {},
+            TypeError,
+            "mlp_up's bias must be a tensor",
+        ),
         ((X, random_stack(pb_relax="none"), CACHE, LENGTHS), {}, ValueError, "pb_relax must be one of"),
         ((X, LayerStack((), WIDE), CACHE[:0], LENGTHS), {}, ValueError, "at least one layer"),
         ((X, STACK, CACHE, LENGTHS), {"head": X}, ValueError, r"head must have shape \[V, 64\]"),

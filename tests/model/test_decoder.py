@@ -92,8 +92,19 @@ def test_what_is_not_the_models_own_goes_through_the_modules(change):
 def test_a_plain_model_and_autocast_take_the_modules(taken):
     config = ModelConfig(1, 64, 2, 40, 10, sandwich_norm=False)
     for model, autocast in ((CogView(config).eval(), False), (small_model(), True)):
-        cache = KVCache(model.config.num_layers, 1, 2, 9, 32)
+        caches = [KVCache(model.config.num_layers, 1, 2, 9, 32) for _ in range(2)]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            hidden = Decoder(model)(torch.tensor([[1, 2]]), KVCache(len(cache.buffer), 1, 2, 9, 32))
-            torch.testing.assert_close(hidden, model(torch.tensor([[1, 2]]), cache=cache), rtol=0, atol=0)
+            hidden = Decoder(model)(torch.tensor([[1, 2]]), caches[0])
+            expected = model(torch.tensor([[1, 2]]), cache=caches[1])
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=0)
     assert not taken
+
+
+@NEEDS_EXTENSION
+@torch.no_grad()
+def test_a_decoder_follows_autocast_from_call_to_call(taken):
+    decoder, tokens = Decoder(small_model()), torch.tensor([[1, 2]])
+    for calls, autocast in ((1, False), (1, True), (2, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            decoder(tokens, KVCache(2, 1, 2, 9, 32))
+        assert len(taken) == calls
