@@ -120,16 +120,16 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
         raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
-def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
-    """``starts`` is None, or ``[B]`` integers beside ``other``, which is q."""
+def check_starts(op: str, starts: Tensor | None, q: Tensor) -> None:
+    """``starts`` is None, or an integer for each sample of ``q``, beside it."""
     if starts is None:
         return
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int64, torch.int32):
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
         raise TypeError(f"{op}: starts must be an int32 or int64 tensor, got {got}")
-    if starts.shape != (B,):
-        raise ValueError(f"{op}: starts must have shape [{B}], got {tuple(starts.shape)}")
-    check_same_device(op, "starts", starts, "q", other)
+    if starts.shape != q.shape[:1]:
+        raise ValueError(f"{op}: starts must have shape [{q.shape[0]}], got {tuple(starts.shape)}")
+    check_same_device(op, "starts", starts, "q", q)
 
 
 def check_count(op: str, name: str, value: int, least: int) -> None:

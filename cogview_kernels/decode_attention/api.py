@@ -86,7 +86,7 @@ def decode_attention(
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k_cache, v_cache, lengths, layout)
-        _checks.check_starts(_OP, starts, q.shape[0], q)
+        _checks.check_starts(_OP, starts, q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
