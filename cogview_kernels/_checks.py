@@ -122,20 +122,20 @@ def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str,
         raise ValueError(f"{op}: seed must have at most 64 bits, got {seed}")
 
 
-def check_positions(op: str, name: str, x: Tensor, B: int, other_name: str, other: Tensor) -> None:
-    """``x`` is ``[B]`` integers beside ``other``."""
+def check_positions(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` is an integer for each sample of ``other``, beside it."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int64, torch.int32):
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{op}: {name} must be an int32 or int64 tensor, got {got}")
-    if x.shape != (B,):
-        raise ValueError(f"{op}: {name} must have shape [{B}], got {tuple(x.shape)}")
+    if x.shape != other.shape[:1]:
+        raise ValueError(f"{op}: {name} must have shape [{other.shape[0]}], got {tuple(x.shape)}")
     check_same_device(op, name, x, other_name, other)
 
 
-def check_starts(op: str, starts: Tensor | None, B: int, other: Tensor) -> None:
-    """``starts`` is None, or ``[B]`` integers beside ``other``, which is q."""
+def check_starts(op: str, starts: Tensor | None, q: Tensor) -> None:
+    """``starts`` is None, or an integer for each sample of ``q``, beside it."""
     if starts is not None:
-        check_positions(op, "starts", starts, B, "q", other)
+        check_positions(op, "starts", starts, "q", q)
 
 
 def check_count(op: str, name: str, value: int, least: int) -> None:

@@ -86,7 +86,7 @@ def decode_attention(
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k_cache, v_cache, lengths, layout)
-        _checks.check_starts(_OP, starts, q.shape[0], q)
+        _checks.check_starts(_OP, starts, q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
@@ -148,7 +148,7 @@ def _check(
         raise ValueError(
             f"{_OP}: q's heads must be a multiple of the cache's, got {H} and {k_cache.shape[1]}"
         )
-    _checks.check_positions(_OP, "lengths", lengths, B, "q", q)
+    _checks.check_positions(_OP, "lengths", lengths, "q", q)
     check_layout_of_cache(_OP, layout, "q", q)
 
 

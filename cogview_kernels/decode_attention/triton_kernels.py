@@ -135,7 +135,7 @@ def _decode_kernel(
     v_ptr += offset(b, stride_vb) + offset(kv_head, stride_vh)
     pivots_ptr += offset(b, P)
     position = length - Tq + rows % Tq
-    starts = window_start(tl.maximum(position, 0), origin, block_size, window_blocks)
+    window_starts = window_start(tl.maximum(position, 0), origin, block_size, window_blocks)
 
     if BLOCK_M == 1:
         q = q.to(tl.float32)
@@ -171,7 +171,7 @@ def _decode_kernel(
             visible = seen[None, :] & (at[None, :] <= position[:, None])
             if HAS_REGIONS:
                 x += tl.where(far, bias, 0.0)[None, :]
-                visible = visible & (far[None, :] == (at[None, :] < starts[:, None]))
+                visible = visible & (far[None, :] == (at[None, :] < window_starts[:, None]))
             x = tl.where(visible, x, float("-inf"))
             new_max = tl.maximum(row_max, tl.max(x, axis=1))
             p = tl.exp2((x - new_max[:, None]) * factor)

@@ -140,7 +140,7 @@ def _check(
         )
     if not cache.is_contiguous():
         raise ValueError(f"{_OP}: cache must be contiguous, since it is written in place")
-    _checks.check_positions(_OP, "lengths", lengths, B, "x", x)
+    _checks.check_positions(_OP, "lengths", lengths, "x", x)
     _check_stack(stack, x)
     check_layout_of_cache(_OP, layout, "x", x)
 

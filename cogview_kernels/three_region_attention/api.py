@@ -92,7 +92,7 @@ def three_region_attention(
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k, v, layout)
-        _checks.check_starts(_OP, starts, q.shape[0], q)
+        _checks.check_starts(_OP, starts, q)
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)

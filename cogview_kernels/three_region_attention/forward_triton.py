@@ -96,9 +96,9 @@ def fwd_kernel(
         v = load_rows(v_ptr, columns, stride_vt, columns < T, D, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if (start + BLOCK_N > first_stop) | (start < last_window):
-            starts = window_start(rows, origin, block_size, window_blocks)
-            stops = window_stop(rows, origin, T, block_size, window_blocks, CAUSAL)
-            seen = in_window(columns[None, :], starts[:, None], stops[:, None])
+            window_starts = window_start(rows, origin, block_size, window_blocks)
+            window_stops = window_stop(rows, origin, T, block_size, window_blocks, CAUSAL)
+            seen = in_window(columns[None, :], window_starts[:, None], window_stops[:, None])
             s = tl.where(seen, s, float("-inf"))
         acc, row_max, rest, total = softmax_step(
             acc, row_max, rest, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,

@@ -76,11 +76,11 @@ def forward(
     results: tuple[Tensor, Tensor, Tensor],
     backend: str,
 ) -> None:
-    """Fills ``results``, out and lse; there are no residuals. Rows of all tensors are contiguous."""
+    """Fills ``results``, out and lse; there are no residuals. Rows are contiguous, ``starts`` throughout."""
     out, lse, _ = results
     if backend == "cuda":
         q, k, v = aligned(q), aligned(k), aligned(v)
-    pivots, starts = layout.pivots.contiguous(), None if starts is None else starts.contiguous()
+    pivots = layout.pivots.contiguous()
     sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
     _extension.call(
         "three_region_attention_fwd",
@@ -108,13 +108,12 @@ def backward(
     backend: str,
 ) -> None:
     """Fills ``gradients``, of q, k and v; None is not wanted. ``saved`` and ``doutputs``: of out and lse.
-    Rows are contiguous."""
+    Rows are contiguous, ``starts`` throughout."""
     (out, lse, _), (dout, dlse) = saved, doutputs
     if backend == "cuda":
         gradients = gradients[0], *both_or_neither(k, v, *gradients[1:])
-    if backend == "cuda":
         q, k, v, out, dout = map(aligned, (q, k, v, out, dout))
-    pivots, starts = layout.pivots.contiguous(), None if starts is None else starts.contiguous()
+    pivots = layout.pivots.contiguous()
     sorted_pivots = None if backend == "cpu" else _sorted_pivots(q, layout)
     if sorted_pivots is not None:
         delta = torch.empty_like(lse)

@@ -64,6 +64,7 @@ def _forward(
     if out.numel() > 0:
         layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
         dropout = Dropout.of(dropout_p, seed) if dropout_p else None
+        starts = None if starts is None else starts.contiguous()
         inputs = with_rows(q), with_rows(k), with_rows(v)
         results = out, lse, residuals
         backend_module(backend).forward(*inputs, layout, starts, scale, dropout, results, backend)
@@ -80,6 +81,7 @@ def _backward(
         return tuple(x.zero_() for x in gradients)
     layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
     dropout = Dropout.of(dropout_p, seed) if dropout_p else None
+    starts = None if starts is None else starts.contiguous()
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals
     doutputs = with_rows(dout), None if dlse is None else dlse.contiguous()

@@ -3,7 +3,7 @@
 
 One call per query block over [sorted gathered pivots left of the window, window]; the first ``window_blocks``
 blocks, which see everything before them, share one causal call. Where the layout is not causal, each call has
-all pivots, and masks those in the window. Short sequences take one masked call.
+all pivots, and masks those in the window. Short sequences and samples that start apart take one masked call.
 """
 
 from __future__ import annotations
@@ -29,35 +29,35 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, starts: Tensor | None = None
 ) -> Tensor:
     """See :func:`cogview_kernels.three_region_attention`; in the dtype of ``q``."""
-    if starts is not None:
-        return _from_starts(q, k, v, layout, scale, starts)
     T = q.shape[2]
     block_size, window_blocks = layout.window(T)
-    gqa = q.shape[1] != k.shape[1]
+    if starts is not None:
+        # The rows of samples that start apart do not fall into blocks together.
+        return _masked(q, k, v, layout, scale, starts)
     if block_size * window_blocks >= T:
+        gqa = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, is_causal=layout.causal, scale=scale, enable_gqa=gqa)
     if T <= DENSE_LENGTH:
-        window, far = layout.regions(torch.arange(T, device=q.device), T)
-        mask = far.to(q.dtype) * layout.far_bias(q)
-        mask = mask.masked_fill(~(window | far), -torch.inf)[:, None]
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        return _masked(q, k, v, layout, scale, None)
     return _by_blocks(q, k, v, layout, scale)
 
 
-def _from_starts(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, starts: Tensor
+def _masked(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float, starts: Tensor | None
 ) -> Tensor:
-    """One masked call: the rows of samples that start apart do not fall into blocks together."""
-    position = torch.arange(q.shape[2], device=q.device)
-    window, far = layout.regions(position, q.shape[2], starts)
-    # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
-    blind = (position < starts[:, None])[..., None]
-    seen = window | far | blind
+    """One call over all keys."""
+    T, gqa = q.shape[2], q.shape[1] != k.shape[1]
+    position = torch.arange(T, device=q.device)
+    window, far = layout.regions(position, T, starts)
+    seen = window | far
+    blind = None
+    if starts is not None:
+        # A query before its start sees nothing: it is given every key, so that no row is empty, then zeroed.
+        blind = (position < starts[:, None])[..., None]
+        seen = seen | blind
     mask = (far.to(q.dtype) * layout.far_bias(q)).masked_fill(~seen, -torch.inf)[:, None]
-    out = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-    return out.masked_fill(blind[:, None], 0)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=gqa)
+    return out if blind is None else out.masked_fill(blind[:, None], 0)
 
 
 def _by_blocks(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, scale: float) -> Tensor:

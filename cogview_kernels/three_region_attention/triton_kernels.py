@@ -212,11 +212,12 @@ def forward(
     results: tuple[Tensor, Tensor, Tensor],
     _: str,
 ) -> None:
-    """Fills ``results``: out, lse and residuals. Rows are contiguous. Two launches; one if no key is far."""
+    """Fills ``results``: out, lse and residuals. Rows are contiguous, ``starts`` throughout.
+
+    Two launches; one if no key is far."""
     out, lse, residuals = results
     if scale < 0:
         q, scale = -q, -scale
-    starts = None if starts is None else starts.contiguous()
     origins = residuals if starts is None else starts  # what is not read is any tensor
     call = _Call(q, k, v, layout, starts, scale, dropout)
     plan = _forward_plans.get((call.key(), out.stride()), call, out, lse, residuals)
@@ -333,7 +334,8 @@ def backward(
     """Fills ``gradients``, of q, k and v; None is not wanted. ``saved``: out, lse and residuals;
     ``doutputs``: of out and lse.
 
-    Rows are contiguous. Four launches, three where no key is far, fewer where a gradient is not wanted."""
+    Rows are contiguous, ``starts`` throughout. Four launches, three where no key is far, fewer where a
+    gradient is not wanted."""
     (out, lse, residuals), (dout, dlse), (dq, *dkv) = saved, doutputs, gradients
     dk, dv = native.both_or_neither(k, v, *dkv)
     gradients = dq, dk, dv
@@ -341,7 +343,6 @@ def backward(
     if scale < 0:
         # Scores stay what they were; dq belongs to -q, and its sign is turned back by dq_scale.
         q, scale = -q, -scale
-    starts = None if starts is None else starts.contiguous()
     call = _Call(q, k, v, layout, starts, scale, dropout)
     strides = (out.stride(), dout.stride(), *(None if x is None else x.stride() for x in gradients))
     key = (call.key(), dq_scale, dlse is None, strides)

@@ -170,8 +170,8 @@ struct Carrier {
 // The keys that a tile of queries [first, last] walks over, TILE at a time: the pivots left of the last
 // query's window and, where the layout is not causal, those after the first query's window, as one row; then
 // the window from that of the first query up to that of the last one. Tiles need a mask only at the ends of
-// the pivots, on the diagonal, and where the tile's queries have different windows. Queries that are padding
-// walk as they would without it, but over no keys: `tiles` is then 0 or what others need.
+// the pivots, on the diagonal, and where the tile's queries have different windows. A tile whose queries all
+// lie before their sample walks over no keys: `tiles` is 0.
 template <int TILE, bool CAUSAL>
 struct KeyWalk {
     const int32_t* sorted_pivots;
