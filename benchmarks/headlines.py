@@ -25,6 +25,7 @@ from benchmarks.rivals import attention
 _DENSE = ("dense causal SDPA, flash", "dense causal SDPA, cuDNN", attention.LOOP)
 _ATTENTION, _SANDWICH = "three_region_attention", "sandwich_layer_norm"
 _LOSS, _DECODE, _SOFTMAX = "linear_cross_entropy", "decode_attention", "stable_softmax"
+_LOCAL = "local_attention_2d"
 
 
 class Wanted(NamedTuple):
@@ -46,7 +47,11 @@ def _plan() -> Iterator[Wanted]:
         yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", "SDPA over the cache"))
     for shape in ("cogview", "long", "16k"):
         yield Wanted(_ATTENTION, shape, ways, ("triton", *_DENSE))
-    yield Wanted("layer_norm", "width", ways, ("triton", "eager F.layer_norm"))
+    for shape in ("64x64", "32x32"):
+        yield Wanted(_LOCAL, shape, ways, ("triton", "dense SDPA, mask"))
+    yield Wanted("layer_norm", "width", ways, ("triton", "cuda", "eager F.layer_norm"))
+    for op in ("sandwich_rms_norm", "rms_norm"):
+        yield Wanted(op, "width", ways, ("triton", "cuda", "eager", "eager F.rms_norm"))
     for shape in ("width", "vocabulary", "causal"):
         yield Wanted(_SOFTMAX, shape, ways, ("triton", "cuda", "eager softmax"))
 
@@ -55,10 +60,14 @@ PLAN = tuple(_plan())
 
 # What must be compiled first or be installed: by op and shape, added with --rivals.
 _NORMS = ("torch.compile PB-relax", "Liger LayerNorm", "quack LayerNorm", "Apex LayerNorm")
+_RMS_NORMS = ("torch.compile", "Liger RMSNorm", "quack RMSNorm")
 RIVALS = {
     (_ATTENTION, "paper"): (attention.GATHERED, "FlexAttention, mask"),
     (_SANDWICH, "width"): _NORMS,
     ("layer_norm", "width"): _NORMS,
+    ("sandwich_rms_norm", "width"): _RMS_NORMS,
+    ("rms_norm", "width"): _RMS_NORMS,
+    (_LOCAL, "64x64"): ("FlexAttention, mask",),
     (_LOSS, "cogview"): ("Liger", "Cut Cross-Entropy, exact"),
 }
 
