@@ -37,6 +37,7 @@ def draw_by_clip(given: options.ClipGenerate) -> None:
     outlet.write_sheet([[drawing.image for drawing in row] for row in rows], about)
     to = sys.stderr if outlet.is_standard_output else sys.stdout
     for text, row in zip(given.texts, rows, strict=True):
-        span = f"{row[0].cosine:.3f} to {row[-1].cosine:.3f}"
-        print(f'"{text}": {len(row)} pictures, best first, cosine {span}', file=to)
+        cosines = sorted(drawing.cosine for drawing in row)
+        span = f"cosine from {cosines[0]:.3f} to {cosines[-1]:.3f}"
+        print(f'"{text}": {len(row)} pictures, best first by {given.rank}, {span}', file=to)
     print(f"written: {'standard output' if outlet.is_standard_output else outlet.name}", file=to)

@@ -436,7 +436,7 @@ def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
     from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
 
     size = dataclasses.replace(SIZES[given.size], **changes)
-    records = study_stability(StabilityStudy(given.out, size, given.seeds, usable_device(given.device)))
+    records = study_stability(StabilityStudy(given.out, size, given.seeds or 3, usable_device(given.device)))
     print(stability_table(records))
     print(finding(records))
 
@@ -446,7 +446,7 @@ def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
 
     size = study.SIZES[given.size]
     size = dataclasses.replace(size, train=dataclasses.replace(size.train, **changes))
-    asked = study.TokenizerStudy(given.out, size, given.seeds, usable_device(given.device))
+    asked = study.TokenizerStudy(given.out, size, given.seeds or 3, usable_device(given.device))
     records = study.study_tokenizers(asked)
     print(study.tokenizer_table(records))
     print(study.tokenizer_finding(records))

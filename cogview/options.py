@@ -746,7 +746,7 @@ class Study:
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
     """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
-    seeds: int = 3
+    seeds: Annotated[int | None, _shown("INT", "3; vqgan: 1, and no other")] = None
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None
     """of each training, unless it overflows before"""
@@ -760,3 +760,7 @@ class Study:
             value = getattr(self, option)
             if value is not None and value <= 0:
                 raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
+        if self.name == "vqgan" and self.seeds not in (None, 1):
+            raise ValueError(
+                f"--seeds must be 1 for vqgan, which trains each once, got {self.seeds}; leave it out"
+            )

@@ -80,13 +80,20 @@ def study_vqgan(options: VQGANStudy) -> list[dict[str, Any]]:
     size = options.preset.image_tokenizer.image_size
     real = torch.stack([held_out.image(index, size) for index in range(len(held_out))])
     network = EfficientNetLite0Features(side=SIDE)
+    seen = last_features(network, real)
     records, rebuilt = [], []
     for kind, preset in presets.items():
         tokenizer = _tokenizer(kind, preset, training, options)
         codes = tokenizer.encode(real.to(tokenizer.mean))
         images = tokenizer.decode(codes).cpu()
         rebuilt.append(images)
-        records.append({"kind": kind, "codes": len(codes.unique()), **compare(network, images, real)})
+        records.append(
+            {
+                "kind": kind,
+                "codes": len(codes.unique()),
+                **compare(images, last_features(network, images), real, seen),
+            }
+        )
     write_json(out / "vqgan.json", {"tokenizers": records})
     stride = -(-len(real) // SHOWN)
     rows = [[to_picture(image) for image in images[::stride]] for images in (real, *rebuilt)]
@@ -117,16 +124,20 @@ def _tokenizer(kind: str, preset: Preset, pairs: Pairs, options: VQGANStudy) -> 
 
 
 @torch.no_grad()
-def compare(network: EfficientNetLite0Features, rebuilt: Tensor, real: Tensor) -> dict[str, float]:
+def last_features(network: EfficientNetLite0Features, images: Tensor) -> Tensor:
+    """The network's last features of each picture, of which no training here knows."""
+    return torch.cat([network(part) for part in images.split(64)])
+
+
+def compare(rebuilt: Tensor, rebuilt_features: Tensor, real: Tensor, features: Tensor) -> dict[str, float]:
     """How near rebuilt pictures are to real ones: in pixels, in a network's features, in sharpness.
 
-    The features are the network's last ones, of which no training here knows. Sharpness is the energy of the
-    differences between neighbouring pixels over that of the real pictures: 1 is as sharp, below is blurred.
+    Sharpness is the energy of the differences between neighbouring pixels over that of the real pictures: 1
+    is as sharp, below is blurred.
     """
-    features = [torch.cat([network(part) for part in images.split(64)]) for images in (rebuilt, real)]
     return {
         "psnr_db": -10 * math.log10(F.mse_loss(rebuilt, real).item()),
-        "feature_distance": (1 - F.cosine_similarity(features[0], features[1])).mean().item(),
+        "feature_distance": (1 - F.cosine_similarity(rebuilt_features, features)).mean().item(),
         "sharpness": (gradient_energy(rebuilt) / gradient_energy(real)).item(),
     }
 

@@ -252,7 +252,10 @@ def vqgan_config(tensors: Mapping[str, LazyTensor], image_size: int, source: obj
     channels = tensors["encoder.conv_in.weight"].shape[0]
     biases = [tensors.get(f"encoder.down.{level}.block.0.conv2.bias") for level in range(levels)]
     widths = [channels if bias is None else bias.shape[0] for bias in biases]
-    num_codes, code_dim = tensors[BOOK].shape
+    book = tuple(tensors[BOOK].shape)
+    if len(book) != 2:
+        raise ValueError(f"{source}: {BOOK} must be a matrix [codes, numbers a code], got shape {list(book)}")
+    num_codes, code_dim = book
     return ImageTokenizerConfig(
         num_codes=num_codes,
         code_dim=code_dim,

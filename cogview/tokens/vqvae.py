@@ -21,6 +21,11 @@ DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokeni
 CHROMA = 2.5  # by how much ``stretched_hues`` moves a colour from its grey
 
 
+def count_used(codes: Tensor, num_codes: int) -> Tensor:
+    """How many of the ``num_codes`` codes there are stand in ``codes``: a tensor, which nothing waits for."""
+    return torch.zeros(num_codes, device=codes.device).index_fill_(0, codes.flatten(), 1.0).sum()
+
+
 def stretched_hues() -> Tensor:
     """A symmetric map of RGB, ``[3, 3]``: greys stay, and other colours move away from their grey.
 

@@ -21,6 +21,7 @@ from cogview.config import ImageTokenizerTrainConfig
 from cogview.data.pairs import Pairs
 from cogview.perception.distance import perceptual_distance
 from cogview.tokens.vqgan import VQGAN
+from cogview.tokens.vqvae import count_used
 from cogview.training.discriminator import PatchDiscriminator, fooling_loss, hinge_loss
 from cogview.training.loop import Descent, StepResult, backward, descend
 from cogview.training.precision import Precision
@@ -104,7 +105,7 @@ class VQGANTrainer(ImageTokenizerTrainer):
         self.put_back(book, descent.skipped)
         values: dict[str, float | Tensor] = {
             "reconstruction": F.mse_loss(pictures.rebuilt.detach(), images),
-            "codes_used": float(len(result.codes.unique())),
+            "codes_used": count_used(result.codes, self.tokenizer.config.num_codes),
             "perceptual": pictures.perceptual,
             "fooling": fooling,
             "discriminator": torch.zeros_like(loss),

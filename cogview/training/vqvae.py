@@ -14,7 +14,7 @@ from cogview.data.loading import training_images
 from cogview.data.order import StepBatches
 from cogview.data.pairs import Pairs
 from cogview.seeding import derive_seed
-from cogview.tokens.vqvae import ImageTokenizer, stretched_hues
+from cogview.tokens.vqvae import ImageTokenizer, count_used, stretched_hues
 from cogview.training.loop import StepResult, Trainer, backward, descend, set_learning_rate
 from cogview.training.optim import cosine_to_zero
 from cogview.training.speed import peak_memory_gb
@@ -91,7 +91,7 @@ class ImageTokenizerTrainer(Trainer):
         backward(loss)
         descent = descend(loss, self.model, self.optimizers["optimizer"])
         self.put_back(book, descent.skipped)
-        codes_used = float(len(result.codes.unique()))
+        codes_used = count_used(result.codes, self.tokenizer.config.num_codes)
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
 
     def speed(self, seconds: float) -> dict[str, float]:

@@ -106,7 +106,9 @@ def test_from_a_folder_without_captions_by_the_command(folders, capsys):
     assert main([str(word) for word in (*command, *sizes)]) == 0
     drawn = ["clip-generate", "--run", out, "a dog", "--num", 2, "--out", out / "dog.png", "--device", "cpu"]
     assert main([str(word) for word in drawn]) == 0
-    assert (out / "dog.png").exists() and "2 pictures, best first, cosine" in capsys.readouterr().out
+    assert (
+        out / "dog.png"
+    ).exists() and "2 pictures, best first by clip, cosine from" in capsys.readouterr().out
     save_tiny_clip(folders / "wide", width=12)
     assert main([str(word) for word in (*drawn, "--force", "--clip", folders / "wide")]) == 2
     assert "embeddings of 8 numbers, the CLIP in" in capsys.readouterr().err

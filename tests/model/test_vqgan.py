@@ -136,6 +136,7 @@ def test_published_weights_convert_and_compute_the_same(tmp_path):
     [
         ({"encoder.down.0.strange.weight": torch.zeros(1)}, "unknown architecture"),
         ({"decoder.conv_out.weight": torch.zeros(4, 16, 3, 3)}, "decoder.conv_out.weight must be"),
+        ({"quantize.embedding.weight": torch.zeros(8, 4, 1, 1)}, "must be a matrix"),
     ],
 )
 def test_weights_of_another_architecture_are_refused(tmp_path, capsys, changes, message):

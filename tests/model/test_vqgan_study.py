@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 import cogview.evaluation.vqgan_study as study
 from cogview.data.digits import DigitPairs
 from cogview.files import read_json
+from cogview.options import Study
 from cogview.presets import PRESETS
 
 DIGITS = PRESETS["digits"]
@@ -45,6 +47,12 @@ def test_a_blurred_picture_is_less_sharp_and_itself_as_sharp():
     real = torch.rand(4, 3, 32, 32)
     blurred = torch.nn.functional.avg_pool2d(real, 3, 1, 1)
     network = study.EfficientNetLite0Features(side=32)
-    found = study.compare(network, blurred, real)
+    features = [study.last_features(network, images) for images in (blurred, real)]
+    found = study.compare(blurred, features[0], real, features[1])
     assert 0 < found["sharpness"] < 0.5 and found["feature_distance"] > 0
     assert study.gradient_energy(real) == pytest.approx(2 / 6, rel=0.1)  # of independent uniform pixels
+
+
+def test_more_than_one_seed_is_refused():
+    with pytest.raises(ValueError, match=r"--seeds must be 1 for vqgan.*got 2"):
+        Study("vqgan", Path("unused"), seeds=2)
