@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from cogview.config import (
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
@@ -112,6 +110,9 @@ def build(kind: type[T], content: Any) -> T:
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:
+    # Only a run that is read needs it: presets, which the benchmarks of kernels look at, do not.
+    from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
     if typing.get_origin(hint) in (types.UnionType, typing.Union) and value is not None:
         hint = next(choice for choice in typing.get_args(hint) if choice is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and value is not None:

@@ -245,9 +245,12 @@ def test_strided_tensors(rows, kernels, device, monkeypatch):
     expected = decode_attention(q, k, v, lengths, layout=layout, backend="triton")
     arguments = (strided_q, strided_k, strided_v, lengths.repeat(2, 1).T.flatten()[::2])
     out = decode_attention(*arguments, layout=layout, backend="triton")
-    assert out.is_contiguous() and torch.equal(out, expected)
+    # A compiler that knows strides to be multiples of 16 loads in vectors, and sums in another order.
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     columns = (x.mT.contiguous().mT for x in (q, k, v))
-    assert torch.equal(decode_attention(*columns, lengths, layout=layout, backend="triton"), expected)
+    out = decode_attention(*columns, lengths, layout=layout, backend="triton")
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
     one = k[:, :1].expand(-1, Hkv, -1, -1)
     check(q, one, v, lengths, layout)
 
