@@ -42,9 +42,10 @@ _SMALLEST_NORMAL = 1.1754943508222875e-38
 # Items of a split are a multiple of it.
 _STEP = tl.constexpr(16)
 
-# Programs that a chip of 132 multiprocessors should have, and those from which on heads are not split: two on
-# a multiprocessor have 32 KB on their way, more than the memory's latency asks for, and a merge takes time.
-_PROGRAMS, _ENOUGH_PROGRAMS = 4 * 132, 2 * 132
+# Programs that a chip of 132 multiprocessors gets at most by splitting heads: two on each, at once. They have
+# 32 KB on their way, more than the memory's latency asks for; more programs make a longer merge, and one that
+# starts when another ends costs its whole latency (measured on an H100, see benchmarks/NOTES.md).
+_PROGRAMS = 2 * 132
 _MOST_SPLITS = 128
 
 
@@ -262,12 +263,12 @@ def tiles(rows: int, D: int, bits: int, has_regions: bool) -> Tiles:
 
 def split_count(programs: int, keys: int, t: Tiles) -> int:
     """For at most ``keys`` and ``programs`` unsplit ones; from shapes alone, as a CUDA graph needs."""
-    if programs >= _ENOUGH_PROGRAMS:
+    if programs >= _PROGRAMS:
         return 1
+    # From one program a multiprocessor on, twice as many share the work more evenly.
+    at_most = (1 if programs <= _PROGRAMS // 2 else 2) * _PROGRAMS // programs
     # What a program has on its way at once is worth one.
-    units = triton.cdiv(keys, 2 * t.block_n)
-    a_split = max(1, round(units * programs / _PROGRAMS))
-    return min(triton.cdiv(units, a_split), _MOST_SPLITS)
+    return min(triton.cdiv(keys, 2 * t.block_n), at_most, _MOST_SPLITS)
 
 
 def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
