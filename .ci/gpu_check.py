@@ -123,6 +123,10 @@ class Check:
         self.out, self.wishes, self.rehearse = out, wishes, wishes.rehearse
         self.machine, self.capability = machine, capability
         self.stages: list[dict[str, Any]] = []
+        # A shell that runs this in the background has interrupts ignored, by every command of a stage as
+        # well: none could be stopped in time to write down what it has.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         # nvcc and its companions are not always on the path.
         path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
         self.env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
