@@ -291,7 +291,17 @@ def layouts(draw, B, T):
     bias = draw(st.sampled_from([0.0, 0.7, -3.0]))
     dtype = draw(st.sampled_from([torch.int64] * 4 + [torch.int32, torch.int16]))
     w, W = draw(st.integers(1, 9)), draw(st.integers(1, 4))
-    return ThreeRegionLayout(pivots.to(dtype), w, W, bias, draw(st.integers(1, 3)))
+    causal = draw(st.sampled_from([True, True, False]))
+    return ThreeRegionLayout(pivots.to(dtype), w, W, bias, draw(st.integers(1, 3)), causal=causal)
+
+
+def starts(draw, B, T):
+    """First positions of samples, none most often; now and then of another dtype or one sample too many."""
+    if draw(st.integers(0, 2)):
+        return {}
+    dtype = draw(st.sampled_from([torch.int64] * 5 + [torch.int32] * 5 + [torch.float32]))
+    rows = B + (draw(st.integers(0, 20)) == 0)
+    return {"starts": torch.randint(0, T + 1, (rows,)).to(dtype)}
 
 
 def attention_options(draw):
@@ -309,8 +319,9 @@ def test_three_region_attention(data):
     draw = data.draw
     T = draw(sizes)
     q, k, v = heads(draw, (T, T, T), draw(dtypes))
-    layout = layouts(draw, q.shape[0] if q.dim() else 1, T)
-    check("three_region_attention", (q, k, v, layout), attention_options(draw))
+    B = q.shape[0] if q.dim() else 1
+    layout = layouts(draw, B, T)
+    check("three_region_attention", (q, k, v, layout), attention_options(draw) | starts(draw, B, T))
 
 
 @many
@@ -325,6 +336,7 @@ def test_decode_attention(data):
     options = {"scale": draw(numbers)} if draw(st.booleans()) else {}
     if draw(st.booleans()):
         options["layout"] = layouts(draw, B, S)
+    options |= starts(draw, B, S)
     check("decode_attention", (q, k, v, lengths), options)
 
 
