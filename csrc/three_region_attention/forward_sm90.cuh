@@ -97,9 +97,9 @@ struct Seen {
           window_full(tiles.far + (span.window_full - tiles.window + KEYS - 1) / KEYS),
           window_full_stop(tiles.far + (span.first + 1 - tiles.window) / KEYS),
           stop(tiles.far + (span.last - tiles.window) / KEYS + 1) {}
-    COGVIEW_HOST_DEVICE bool any(int tile) const { return tile < far || (tile >= window && tile < stop); }
+    COGVIEW_HOST_DEVICE bool any(int tile) const { return (tile < far) | ((tile >= window) & (tile < stop)); }
     COGVIEW_HOST_DEVICE bool all(int tile) const {
-        return tile < far_full || (tile >= window_full && tile < window_full_stop);
+        return (tile < far_full) | ((tile >= window_full) & (tile < window_full_stop));
     }
 };
 
@@ -152,7 +152,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
 }
 
 // OVERLAP: the scores of the next tile are under way during the softmax of this one. TURNS: warpgroups issue
-// products in turn. CONSUMER_REGISTERS: 0, or what setmaxnreg gives consumers (then PRODUCERS is 4).
+// products in turn. CONSUMER_REGISTERS: 0, or what setmaxnreg gives consumers; it takes whole warpgroups, so
+// that some warps of the producers' then do nothing.
 template <typename T_, int WARPGROUPS_, int KEYS_, int STAGES_, int PRODUCERS_, bool OVERLAP_, bool TURNS_,
           int BLOCKS_, int CONSUMER_REGISTERS_ = 0, int PRODUCER_REGISTERS_ = 0>
 struct Sm90Shape {
@@ -162,7 +163,7 @@ struct Sm90Shape {
     static constexpr int kBlocks = BLOCKS_;  // of a multiprocessor
     static constexpr int kConsumerRegisters = CONSUMER_REGISTERS_, kProducerRegisters = PRODUCER_REGISTERS_;
     static constexpr int kQueries = 64 * kWarpgroups;
-    static constexpr int kThreads = 128 * kWarpgroups + 32 * kProducers;
+    static constexpr int kThreads = 128 * kWarpgroups + (kConsumerRegisters > 0 ? 128 : 32 * kProducers);
     static constexpr int kProducerRows = kKeys / kProducers;  // of a tile, a warp
     static constexpr int kQueryBuffers = kBlocks == 1 ? 2 : 1;
     static constexpr int kScores = kKeys / 2;  // registers
@@ -171,7 +172,7 @@ struct Sm90Shape {
     static constexpr int kKeysAt = kQueryBuffers * kQueryTile;
     static constexpr int kValuesAt = kKeysAt + kStages * kKeyTile;
     static constexpr int kBarriersAt = kValuesAt + kStages * kKeyTile;
-    static constexpr int kBarriers = 2 * kQueryBuffers + 4 * kStages;
+    static constexpr int kBarriers = 2 * kQueryBuffers + 2 * kStages;
     static constexpr int kShared = kBarriersAt + 8 * kBarriers + kSwizzleAtom;  // the last to align
     static_assert(kProducerRows % 8 == 0 && kQueries % (4 * kProducers) == 0 && kKeys % 16 == 0, "");
 };
@@ -183,10 +184,8 @@ struct Barriers {
 
     __device__ uint32_t full_q(int i) const { return at + 8 * i; }
     __device__ uint32_t empty_q(int i) const { return at + 8 * (Shape::kQueryBuffers + i); }
-    __device__ uint32_t full_k(int i) const { return at + 8 * (2 * Shape::kQueryBuffers + i); }
-    __device__ uint32_t empty_k(int i) const { return full_k(Shape::kStages + i); }
-    __device__ uint32_t full_v(int i) const { return full_k(2 * Shape::kStages + i); }
-    __device__ uint32_t empty_v(int i) const { return full_k(3 * Shape::kStages + i); }
+    __device__ uint32_t full(int stage) const { return at + 8 * (2 * Shape::kQueryBuffers + stage); }
+    __device__ uint32_t empty(int stage) const { return full(Shape::kStages + stage); }
 
     __device__ void init() const {
         for (int i = 0; i < Shape::kQueryBuffers; ++i) {
@@ -194,10 +193,8 @@ struct Barriers {
             barrier_init(empty_q(i), 4 * Shape::kWarpgroups);
         }
         for (int i = 0; i < Shape::kStages; ++i) {
-            barrier_init(full_k(i), Shape::kProducers);
-            barrier_init(full_v(i), Shape::kProducers);
-            barrier_init(empty_k(i), 4 * Shape::kWarpgroups);
-            barrier_init(empty_v(i), 4 * Shape::kWarpgroups);
+            barrier_init(full(i), Shape::kProducers);
+            barrier_init(empty(i), 4 * Shape::kWarpgroups);
         }
         barriers_initialized();
     }
@@ -214,33 +211,32 @@ struct Ring {
     }
 };
 
-// Tells consumers what has arrived, up to two tiles late, so that copies are always under way; at once where
-// the producer has to wait itself.
+// Tells consumers what has arrived, one tile late, so that copies are always under way; at once where the
+// producer has to wait itself.
 struct Arrivals {
-    uint32_t older = 0, newer = 0;
+    uint32_t pending = 0;  // a barrier
     int lane;
 
     __device__ __forceinline__ explicit Arrivals(int lane) : lane(lane) {}
-    __device__ __forceinline__ void announce(uint32_t barrier) const {
+    __device__ __forceinline__ void announce() const {
+        fence_for_products();
         __syncwarp();
-        if (lane == 0) barrier_arrive(barrier);
+        if (lane == 0) barrier_arrive(pending);
     }
     __device__ __forceinline__ void push(uint32_t barrier) {
         copies_commit();
-        if (older != 0) {
-            copies_wait<2>();
-            fence_for_products();
-            announce(older);
+        if (pending != 0) {
+            copies_wait<1>();
+            announce();
         }
-        older = newer;
-        newer = barrier;
+        pending = barrier;
     }
     __device__ __forceinline__ void flush() {
-        copies_wait<0>();
-        fence_for_products();
-        if (older != 0) announce(older);
-        if (newer != 0) announce(newer);
-        older = newer = 0;
+        if (pending != 0) {
+            copies_wait<0>();
+            announce();
+        }
+        pending = 0;
     }
     __device__ __forceinline__ void acquire(uint32_t barrier, uint32_t parity) {
         if (__all_sync(0xffffffffu, barrier_passed(barrier, parity))) return;
@@ -248,21 +244,6 @@ struct Arrivals {
         barrier_wait(barrier, parity);
     }
 };
-
-// Copies rows by their positions: a lane has position of row 32 j + lane in positions[j].
-template <int ROWS>
-__device__ __forceinline__ void copy_rows(uint32_t tile, const char* base, int64_t stride,
-                                          const int (&positions)[(ROWS + 31) / 32], int T,
-                                          int lane) {
-    const int chunk = lane % 8, row = lane / 8;
-    const uint32_t even = tile + swizzled(row, chunk), odd = tile + swizzled(row + 4, chunk);
-#pragma unroll
-    for (int i = 0; i < ROWS / 4; ++i) {
-        const int position = __shfl_sync(0xffffffffu, positions[i / 8], i % 8 * 4 + row);
-        const uint32_t to = i % 2 ? odd + (i - 1) * 4 * kSwizzledRow : even + i * 4 * kSwizzledRow;
-        copy_chunk(to, base + int64_t(uint32_t(position)) * uint32_t(stride), position < T);
-    }
-}
 
 template <typename Shape>
 __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, int warp, int lane) {
@@ -281,13 +262,15 @@ __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, i
         const Span span(a.has_far ? sorted + a.PP + a.T : nullptr, item.first,
                         min(item.first + Shape::kQueries, a.T) - 1, a.block_size, a.window_blocks);
         const Tiles<kKeys> tiles(span);
-        // 2 bytes an element, 16 a chunk.
+        // 2 bytes an element. A lane copies chunk lane % 8 of every fourth row.
+        const int chunk = lane % 8, row = lane / 8;
         const char* q = static_cast<const char*>(a.q) +
-                        2 * (item.b * a.q_stride[0] + item.h * a.q_stride[1]) + lane % 8 * 16;
+                        2 * (item.b * a.q_stride[0] + item.h * a.q_stride[1] + chunk * 8);
         const char* k = static_cast<const char*>(a.k) +
-                        2 * (item.b * a.k_stride[0] + item.h / a.G * a.k_stride[1]) + lane % 8 * 16;
+                        2 * (item.b * a.k_stride[0] + item.h / a.G * a.k_stride[1] + chunk * 8);
         const char* v = static_cast<const char*>(a.v) +
-                        2 * (item.b * a.v_stride[0] + item.h / a.G * a.v_stride[1]) + lane % 8 * 16;
+                        2 * (item.b * a.v_stride[0] + item.h / a.G * a.v_stride[1] + chunk * 8);
+        const uint32_t k_stride = 2 * a.k_stride[2], v_stride = 2 * a.v_stride[2];
 
         auto fetch_positions = [&](int tile, int(&positions)[(kRows + 31) / 32]) {
             const bool far = tiles.is_far(tile);
@@ -304,10 +287,9 @@ __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, i
         arrivals.acquire(barriers.empty_q(q_ring.place), q_ring.parity ^ 1);
         {
             const uint32_t tile = shared + q_ring.place * Shape::kQueryTile;
-            const int chunk = lane % 8;
-            for (int row = warp * 4 + lane / 8; row < Shape::kQueries; row += 4 * Shape::kProducers) {
-                const int query = item.first + row;
-                copy_chunk(tile + swizzled(row, chunk), q + 2 * a.q_stride[2] * query, query < a.T);
+            for (int i = warp * 4 + row; i < Shape::kQueries; i += 4 * Shape::kProducers) {
+                const int query = item.first + i;
+                copy_chunk(tile + swizzled(i, chunk), q + 2 * a.q_stride[2] * query, query < a.T);
             }
         }
         arrivals.push(barriers.full_q(q_ring.place));
@@ -315,13 +297,19 @@ __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, i
 
         for (int tile = 0; tile < tiles.count; ++tile) {
             fetch_positions(tile + 1, next);  // past the last: not used
-            const uint32_t rows = shared + ring.place * Shape::kKeyTile + warp * kRows * kSwizzledRow;
-            arrivals.acquire(barriers.empty_k(ring.place), ring.parity ^ 1);
-            copy_rows<kRows>(rows + Shape::kKeysAt, k, 2 * a.k_stride[2], positions, a.T, lane);
-            arrivals.push(barriers.full_k(ring.place));
-            arrivals.acquire(barriers.empty_v(ring.place), ring.parity ^ 1);
-            copy_rows<kRows>(rows + Shape::kValuesAt, v, 2 * a.v_stride[2], positions, a.T, lane);
-            arrivals.push(barriers.full_v(ring.place));
+            const uint32_t tile_at = shared + Shape::kKeysAt + ring.place * Shape::kKeyTile +
+                                     warp * kRows * kSwizzledRow;
+            const uint32_t even = tile_at + swizzled(row, chunk), odd = tile_at + swizzled(row + 4, chunk);
+            arrivals.acquire(barriers.empty(ring.place), ring.parity ^ 1);
+#pragma unroll
+            for (int i = 0; i < kRows / 4; ++i) {
+                const uint32_t position = __shfl_sync(0xffffffffu, positions[i / 8], i % 8 * 4 + row);
+                const uint32_t to = i % 2 ? odd + (i - 1) * 4 * kSwizzledRow : even + i * 4 * kSwizzledRow;
+                const bool valid = position < uint32_t(a.T);
+                copy_chunk(to, k + uint64_t(position) * k_stride, valid);
+                copy_chunk(to + Shape::kValuesAt - Shape::kKeysAt, v + uint64_t(position) * v_stride, valid);
+            }
+            arrivals.push(barriers.full(ring.place));
             ring.next();
 #pragma unroll
             for (int j = 0; j < (kRows + 31) / 32; ++j) positions[j] = next[j];
@@ -487,77 +475,65 @@ __device__ __forceinline__ void consume(const Sm90Forward& a, uint32_t shared, i
         if constexpr (Shape::kOverlap) {
             // Tiles past the last query of this warpgroup are left out; others without a visible key do no
             // harm.
-            Ring<Shape::kStages> before = ring;
+            int before = ring.place;
+            barrier_wait(barriers.full(ring.place), ring.parity);
             my_turn();
-            barrier_wait(barriers.full_k(ring.place), ring.parity);
             issue_scores(ring.place);
             pass_turn();
             products_wait<0>();
             pin(s);
-            release(barriers.empty_k(ring.place));
             to_probabilities(0);
             round_probabilities();
             ring.next();
 #pragma unroll 1
             for (int tile = 1; tile < seen.stop; ++tile) {
-                barrier_wait(barriers.full_k(ring.place), ring.parity);
+                barrier_wait(barriers.full(ring.place), ring.parity);
                 my_turn();
                 issue_scores(ring.place);
-                barrier_wait(barriers.full_v(before.place), before.parity);
-                issue_output(before.place);
+                issue_output(before);
                 pass_turn();
                 products_wait<1>();
                 pin(s);
-                release(barriers.empty_k(ring.place));
                 to_probabilities(tile);
                 products_wait<0>();
                 pin(out);
                 pin(p);
-                release(barriers.empty_v(before.place));
+                release(barriers.empty(before));
                 rescale();
                 round_probabilities();
-                before = ring;
+                before = ring.place;
                 ring.next();
             }
-            barrier_wait(barriers.full_v(before.place), before.parity);
-            issue_output(before.place);
+            issue_output(before);
             products_wait<0>();
             pin(out);
-            release(barriers.empty_v(before.place));
+            release(barriers.empty(before));
             for (int tile = seen.stop; tile < tiles.count; ++tile, ring.next()) {
                 my_turn();
                 pass_turn();
-                barrier_wait(barriers.full_k(ring.place), ring.parity);
-                release(barriers.empty_k(ring.place));
-                barrier_wait(barriers.full_v(ring.place), ring.parity);
-                release(barriers.empty_v(ring.place));
+                barrier_wait(barriers.full(ring.place), ring.parity);
+                release(barriers.empty(ring.place));
             }
         } else {
 #pragma unroll 1
             for (int tile = 0; tile < tiles.count; ++tile, ring.next()) {
-                barrier_wait(barriers.full_k(ring.place), ring.parity);
-                if (!seen.any(tile)) {
-                    my_turn();
-                    pass_turn();
-                    release(barriers.empty_k(ring.place));
-                    barrier_wait(barriers.full_v(ring.place), ring.parity);
-                    release(barriers.empty_v(ring.place));
-                    continue;
-                }
+                barrier_wait(barriers.full(ring.place), ring.parity);
                 my_turn();
-                issue_scores(ring.place);
-                products_wait<0>();
-                pin(s);
-                pass_turn();
-                release(barriers.empty_k(ring.place));
-                to_probabilities(tile);
-                rescale();
-                round_probabilities();
-                barrier_wait(barriers.full_v(ring.place), ring.parity);
-                issue_output(ring.place);
-                products_wait<0>();
-                pin(out);
-                release(barriers.empty_v(ring.place));
+                if (seen.any(tile)) {
+                    issue_scores(ring.place);
+                    products_wait<0>();
+                    pin(s);
+                    pass_turn();
+                    to_probabilities(tile);
+                    rescale();
+                    round_probabilities();
+                    issue_output(ring.place);
+                    products_wait<0>();
+                    pin(out);
+                } else {
+                    pass_turn();
+                }
+                release(barriers.empty(ring.place));
             }
         }
         release(barriers.empty_q(q_ring.place));
@@ -594,8 +570,8 @@ __device__ __forceinline__ void three_region_attention_fwd_sm90(const Sm90Forwar
     if (threadIdx.x >= 128 * Shape::kWarpgroups) {
         if constexpr (Shape::kProducerRegisters > 0)
             give_registers_back<Shape::kProducerRegisters>();
-        produce<Shape>(a, shared, __shfl_sync(0xffffffffu, threadIdx.x / 32 - 4 * Shape::kWarpgroups, 0),
-                       threadIdx.x % 32);
+        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 - 4 * Shape::kWarpgroups, 0);
+        if (warp < Shape::kProducers) produce<Shape>(a, shared, warp, threadIdx.x % 32);
     } else {
         if constexpr (Shape::kConsumerRegisters > 0)
             take_registers<Shape::kConsumerRegisters>();
