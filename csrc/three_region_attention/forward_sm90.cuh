@@ -116,6 +116,9 @@ struct Visible {
 
 // ---- running softmax of a row
 
+// How far a score may pass the maximum that sums refer to, in log2: 2^8 is no danger to float16.
+constexpr float kSlack = 8.f;
+
 struct RunningRow {
     float max = kLowest, rest = 0.f, total = 0.f;  // total: of the keys this thread has
 
@@ -125,11 +128,13 @@ struct RunningRow {
     // The row has got a tile whose largest product is `top`. Returns what its sums shrink by. Probabilities
     // are then 2^(s factor + shift), with s - top in the place of s where `large`.
     template <typename Exp2>
-    COGVIEW_HOST_DEVICE float advance(float top, float factor, float bias, bool large, float& shift,
+    COGVIEW_HOST_DEVICE float advance(float top, float factor, float bias, bool large, float slack, float& shift,
                                       Exp2 exp2_of) {
-        const float peak = fmaf(top, factor, bias), new_max = fmaxf(max, peak);
+        const float peak = fmaf(top, factor, bias);
+        const bool grows = peak > max + slack;
+        const float new_max = grows ? peak : max;
         shift = large ? peak - new_max : bias - new_max;
-        if (peak > max) rest = large ? fmaf(top, factor, -peak) + bias : 0.f;
+        if (grows) rest = large ? fmaf(top, factor, -peak) + bias : 0.f;
         const float shrink = exp2_of(max - new_max);
         max = new_max;
         total *= shrink;
@@ -151,20 +156,19 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
     return *reinterpret_cast<const uint32_t*>(&x);
 }
 
-// OVERLAP: the scores of the next tile are under way during the softmax of this one. TURNS: warpgroups issue
-// products in turn. CONSUMER_REGISTERS: 0, or what setmaxnreg gives consumers; it takes whole warpgroups, so
-// that some warps of the producers' then do nothing.
-template <typename T_, int WARPGROUPS_, int KEYS_, int STAGES_, int PRODUCERS_, bool OVERLAP_, bool TURNS_,
-          int BLOCKS_, int CONSUMER_REGISTERS_ = 0, int PRODUCER_REGISTERS_ = 0>
+// A producer warp owns a stage of the ring. OVERLAP: the scores of the next tile are under way during the
+// softmax of this one. TURNS: warpgroups issue products in turn. LAZY: sums are rescaled only where the maximum
+// grows by more than kSlack. Registers are what setmaxnreg gives to consumers and producers.
+template <typename T_, int WARPGROUPS_, int KEYS_, int STAGES_, bool OVERLAP_, bool TURNS_, bool LAZY_, int BLOCKS_,
+          int CONSUMER_REGISTERS_, int PRODUCER_REGISTERS_>
 struct Sm90Shape {
     using T = T_;
-    static constexpr int kWarpgroups = WARPGROUPS_, kKeys = KEYS_, kStages = STAGES_, kProducers = PRODUCERS_;
-    static constexpr bool kOverlap = OVERLAP_, kTurns = TURNS_;
+    static constexpr int kWarpgroups = WARPGROUPS_, kKeys = KEYS_, kStages = STAGES_;
+    static constexpr bool kOverlap = OVERLAP_, kTurns = TURNS_, kLazy = LAZY_;
     static constexpr int kBlocks = BLOCKS_;  // of a multiprocessor
     static constexpr int kConsumerRegisters = CONSUMER_REGISTERS_, kProducerRegisters = PRODUCER_REGISTERS_;
     static constexpr int kQueries = 64 * kWarpgroups;
-    static constexpr int kThreads = 128 * kWarpgroups + (kConsumerRegisters > 0 ? 128 : 32 * kProducers);
-    static constexpr int kProducerRows = kKeys / kProducers;  // of a tile, a warp
+    static constexpr int kThreads = 128 * (kWarpgroups + 1);  // setmaxnreg takes whole warpgroups
     static constexpr int kQueryBuffers = kBlocks == 1 ? 2 : 1;
     static constexpr int kScores = kKeys / 2;  // registers
     // Bytes of shared memory.
@@ -174,7 +178,7 @@ struct Sm90Shape {
     static constexpr int kBarriersAt = kValuesAt + kStages * kKeyTile;
     static constexpr int kBarriers = 2 * kQueryBuffers + 2 * kStages;
     static constexpr int kShared = kBarriersAt + 8 * kBarriers + kSwizzleAtom;  // the last to align
-    static_assert(kProducerRows % 8 == 0 && kQueries % (4 * kProducers) == 0 && kKeys % 16 == 0, "");
+    static_assert(kStages <= 4 && kKeys % 32 == 0, "");
 };
 
 // Addresses of the barriers.
@@ -189,11 +193,11 @@ struct Barriers {
 
     __device__ void init() const {
         for (int i = 0; i < Shape::kQueryBuffers; ++i) {
-            barrier_init(full_q(i), Shape::kProducers);
+            barrier_init(full_q(i), Shape::kStages);
             barrier_init(empty_q(i), 4 * Shape::kWarpgroups);
         }
         for (int i = 0; i < Shape::kStages; ++i) {
-            barrier_init(full(i), Shape::kProducers);
+            barrier_init(full(i), 1);
             barrier_init(empty(i), 4 * Shape::kWarpgroups);
         }
         barriers_initialized();
@@ -211,49 +215,22 @@ struct Ring {
     }
 };
 
-// Tells consumers what has arrived, one tile late, so that copies are always under way; at once where the
-// producer has to wait itself.
-struct Arrivals {
-    uint32_t pending = 0;  // a barrier
-    int lane;
-
-    __device__ __forceinline__ explicit Arrivals(int lane) : lane(lane) {}
-    __device__ __forceinline__ void announce() const {
-        fence_for_products();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(pending);
-    }
-    __device__ __forceinline__ void push(uint32_t barrier) {
-        copies_commit();
-        if (pending != 0) {
-            copies_wait<1>();
-            announce();
-        }
-        pending = barrier;
-    }
-    __device__ __forceinline__ void flush() {
-        if (pending != 0) {
-            copies_wait<0>();
-            announce();
-        }
-        pending = 0;
-    }
-    __device__ __forceinline__ void acquire(uint32_t barrier, uint32_t parity) {
-        if (__all_sync(0xffffffffu, barrier_passed(barrier, parity))) return;
-        flush();
-        barrier_wait(barrier, parity);
-    }
-};
-
+// The warp of stage `stage`: of every kStages tiles in a row it gathers one, and tells when it has arrived. All
+// of them share the queries.
 template <typename Shape>
-__device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, int warp, int lane) {
-    constexpr int kRows = Shape::kProducerRows, kKeys = Shape::kKeys;
+__device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, int stage, int lane) {
+    constexpr int kKeys = Shape::kKeys;
     const Barriers<Shape> barriers{shared + Shape::kBarriersAt};
     const int tiles_of_head = (a.T + Shape::kQueries - 1) / Shape::kQueries;
     const int items = tiles_of_head * a.B * a.H;
-    Arrivals arrivals(lane);
-    Ring<Shape::kStages> ring;
+    // A lane copies chunk lane % 8 of every fourth row.
+    const int chunk = lane % 8, row = lane / 8;
+    const uint32_t keys_at = shared + Shape::kKeysAt + stage * Shape::kKeyTile;
+    const uint32_t even = keys_at + swizzled(row, chunk), odd = keys_at + swizzled(row + 4, chunk);
+    int skip = stage;  // tiles until the next one of this warp
+    uint32_t parity = 1;
     Ring<Shape::kQueryBuffers> q_ring;
+
     for (int round = 0; round * int(gridDim.x) < items; ++round) {
         const int place = Item::place(round, blockIdx.x, gridDim.x);
         if (place >= items) continue;
@@ -262,60 +239,63 @@ __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, i
         const Span span(a.has_far ? sorted + a.PP + a.T : nullptr, item.first,
                         min(item.first + Shape::kQueries, a.T) - 1, a.block_size, a.window_blocks);
         const Tiles<kKeys> tiles(span);
-        // 2 bytes an element. A lane copies chunk lane % 8 of every fourth row.
-        const int chunk = lane % 8, row = lane / 8;
-        const char* q = static_cast<const char*>(a.q) +
-                        2 * (item.b * a.q_stride[0] + item.h * a.q_stride[1] + chunk * 8);
+        // Strides in bytes, of 2 an element.
         const char* k = static_cast<const char*>(a.k) +
                         2 * (item.b * a.k_stride[0] + item.h / a.G * a.k_stride[1] + chunk * 8);
         const char* v = static_cast<const char*>(a.v) +
                         2 * (item.b * a.v_stride[0] + item.h / a.G * a.v_stride[1] + chunk * 8);
         const uint32_t k_stride = 2 * a.k_stride[2], v_stride = 2 * a.v_stride[2];
 
-        auto fetch_positions = [&](int tile, int(&positions)[(kRows + 31) / 32]) {
+        barrier_wait(barriers.empty_q(q_ring.place), q_ring.parity ^ 1);
+        {
+            const char* q = static_cast<const char*>(a.q) +
+                            2 * (item.b * a.q_stride[0] + item.h * a.q_stride[1] + chunk * 8);
+            const uint32_t q_at = shared + q_ring.place * Shape::kQueryTile;
+            int i = stage * 4 + row;
+            keep_here(i);
+#pragma unroll 1
+            for (; i < Shape::kQueries; i += 4 * Shape::kStages) {
+                const int query = item.first + i;
+                copy_chunk(q_at + swizzled(i, chunk), q + 2 * a.q_stride[2] * query, query < a.T);
+            }
+        }
+        uint32_t q_pending = barriers.full_q(q_ring.place);
+        auto arrived = [&] {
+            copies_commit();
+            copies_wait<0>();
+            fence_for_products();
+            __syncwarp();
+            if (q_pending != 0 && lane == 0) barrier_arrive(q_pending);
+            q_pending = 0;
+        };
+        q_ring.next();
+
+        int tile = skip;
+        for (; tile < tiles.count; tile += Shape::kStages) {
             const bool far = tiles.is_far(tile);
-            const int first = tiles.start(tile) + warp * kRows + lane;
+            const int first = tiles.start(tile) + lane;
+            int positions[kKeys / 32];  // of row 32 j + lane
 #pragma unroll
-            for (int j = 0; j < (kRows + 31) / 32; ++j) {
+            for (int j = 0; j < kKeys / 32; ++j) {
                 const int index = first + 32 * j;
                 positions[j] = far ? (index < a.PP ? __ldg(sorted + index) : a.T) : index;
             }
-        };
-        int positions[(kRows + 31) / 32], next[(kRows + 31) / 32];
-        fetch_positions(0, positions);
-
-        arrivals.acquire(barriers.empty_q(q_ring.place), q_ring.parity ^ 1);
-        {
-            const uint32_t tile = shared + q_ring.place * Shape::kQueryTile;
-            for (int i = warp * 4 + row; i < Shape::kQueries; i += 4 * Shape::kProducers) {
-                const int query = item.first + i;
-                copy_chunk(tile + swizzled(i, chunk), q + 2 * a.q_stride[2] * query, query < a.T);
-            }
-        }
-        arrivals.push(barriers.full_q(q_ring.place));
-        q_ring.next();
-
-        for (int tile = 0; tile < tiles.count; ++tile) {
-            fetch_positions(tile + 1, next);  // past the last: not used
-            const uint32_t tile_at = shared + Shape::kKeysAt + ring.place * Shape::kKeyTile +
-                                     warp * kRows * kSwizzledRow;
-            const uint32_t even = tile_at + swizzled(row, chunk), odd = tile_at + swizzled(row + 4, chunk);
-            arrivals.acquire(barriers.empty(ring.place), ring.parity ^ 1);
+            barrier_wait(barriers.empty(stage), parity);
+            parity ^= 1;
 #pragma unroll
-            for (int i = 0; i < kRows / 4; ++i) {
+            for (int i = 0; i < kKeys / 4; ++i) {
                 const uint32_t position = __shfl_sync(0xffffffffu, positions[i / 8], i % 8 * 4 + row);
                 const uint32_t to = i % 2 ? odd + (i - 1) * 4 * kSwizzledRow : even + i * 4 * kSwizzledRow;
                 const bool valid = position < uint32_t(a.T);
-                copy_chunk(to, k + uint64_t(position) * k_stride, valid);
-                copy_chunk(to + Shape::kValuesAt - Shape::kKeysAt, v + uint64_t(position) * v_stride, valid);
+                copy_chunk(to, row_address(k, position, k_stride), valid);
+                copy_chunk(to + Shape::kValuesAt - Shape::kKeysAt, row_address(v, position, v_stride), valid);
             }
-            arrivals.push(barriers.full(ring.place));
-            ring.next();
-#pragma unroll
-            for (int j = 0; j < (kRows + 31) / 32; ++j) positions[j] = next[j];
+            arrived();
+            if (lane == 0) barrier_arrive(barriers.full(stage));
         }
+        if (q_pending != 0) arrived();
+        skip = tile - tiles.count;
     }
-    arrivals.flush();
 }
 
 // The scores of keys that a query does not see become -inf.
@@ -325,7 +305,7 @@ __device__ __forceinline__ void mask(float (&s)[R], const Sm90Forward& a, const 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         int query = min(row + 8 * half, a.T - 1);
-        asm volatile("" : "+r"(query));  // else it is worked out before the loop, and kept in registers
+        keep_here(query);
         const Visible visible(counts, far, query, a.block_size, a.window_blocks);
         const int offset = start + lane % 4 * 2 - visible.low;
         const uint32_t length = visible.high - visible.low;
@@ -336,9 +316,9 @@ __device__ __forceinline__ void mask(float (&s)[R], const Sm90Forward& a, const 
     }
 }
 
-// Scores become probabilities; `shrink` is what the sums of both rows shrink by.
-template <int R>
-__device__ __forceinline__ void softmax(float (&s)[R], RunningRow (&rows)[2], float (&shrink)[2], float factor,
+// Scores become probabilities. Returns whether the sums of some row of the warp shrink, by `shrink`.
+template <bool LAZY, int R>
+__device__ __forceinline__ bool softmax(float (&s)[R], RunningRow (&rows)[2], float (&shrink)[2], float factor,
                                         float bias) {
     float top[2] = {kLowest, kLowest}, shift[2];
     {
@@ -363,7 +343,8 @@ __device__ __forceinline__ void softmax(float (&s)[R], RunningRow (&rows)[2], fl
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-        shrink[half] = rows[half].advance(top[half], factor, bias, large, shift[half], exp2_approximate);
+        shrink[half] = rows[half].advance(top[half], factor, bias, large, LAZY ? kSlack : 0.f, shift[half],
+                                          exp2_approximate);
     float sum[4] = {};
 #pragma unroll
     for (int i = 0; i < R; ++i) {
@@ -372,6 +353,7 @@ __device__ __forceinline__ void softmax(float (&s)[R], RunningRow (&rows)[2], fl
     }
     rows[0].total += sum[0] + sum[1];
     rows[1].total += sum[2] + sum[3];
+    return !LAZY || __any_sync(0xffffffffu, shrink[0] != 1.f || shrink[1] != 1.f);
 }
 
 // Writes out of a warp's 16 rows: lanes exchange halves, so that four of them fill a sector of 32 bytes.
@@ -434,6 +416,7 @@ __device__ __forceinline__ void consume(const Sm90Forward& a, uint32_t shared, i
         RunningRow rows[2];
         float s[kScores], out[32], shrink[2];
         uint32_t p[kScores / 2];
+        bool grows = true;
 #pragma unroll
         for (int i = 0; i < 32; ++i) out[i] = 0.f;
         const uint64_t q = swizzled_descriptor(shared + q_ring.place * Shape::kQueryTile +
@@ -460,13 +443,14 @@ __device__ __forceinline__ void consume(const Sm90Forward& a, uint32_t shared, i
         auto to_probabilities = [&](int tile) {
             const bool far = tiles.is_far(tile);
             if (!seen.all(tile)) mask(s, a, counts, far, tiles.start(tile), row, lane);
-            softmax(s, rows, shrink, a.factor, far ? a.bias : 0.f);
+            grows = softmax<Shape::kLazy>(s, rows, shrink, a.factor, far ? a.bias : 0.f);
         };
         auto round_probabilities = [&] {
 #pragma unroll
             for (int i = 0; i < kScores / 2; ++i) p[i] = pack(s[2 * i], s[2 * i + 1], T{});
         };
         auto rescale = [&] {
+            if (!grows) return;
 #pragma unroll
             for (int i = 0; i < 32; ++i) out[i] *= shrink[i >> 1 & 1];
         };
@@ -571,7 +555,7 @@ __device__ __forceinline__ void three_region_attention_fwd_sm90(const Sm90Forwar
         if constexpr (Shape::kProducerRegisters > 0)
             give_registers_back<Shape::kProducerRegisters>();
         const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 - 4 * Shape::kWarpgroups, 0);
-        if (warp < Shape::kProducers) produce<Shape>(a, shared, warp, threadIdx.x % 32);
+        if (warp < Shape::kStages) produce<Shape>(a, shared, warp, threadIdx.x % 32);
     } else {
         if constexpr (Shape::kConsumerRegisters > 0)
             take_registers<Shape::kConsumerRegisters>();

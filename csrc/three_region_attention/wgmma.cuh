@@ -100,6 +100,16 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// What follows from x is worked out here, not before the loop, where it would take registers all along.
+__device__ __forceinline__ void keep_here(int& x) { asm volatile("" : "+r"(x)); }
+
+// base + row * stride in one instruction; stride in bytes.
+__device__ __forceinline__ const char* row_address(const char* base, uint32_t row, uint32_t stride) {
+    uint64_t address;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(address) : "r"(row), "r"(stride), "l"(base));
+    return reinterpret_cast<const char*>(address);
+}
+
 // 16 bytes from global to shared memory, zeros where not `valid` (then nothing is read).
 __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
