@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward of three-region attention for Hopper (sm_90a): head size 64, 16 bits, causal, no dropout, no starts.
+// Forward of three-region attention for Hopper (sm_90a): head size 64, 16 bits, causal, no dropout, no
+// starts.
 //
-// A block takes 64 queries a consumer warpgroup. Producer warps gather rows of k and v, those of sorted pivots
-// first, then those of the window, into a ring of tiles in shared memory; consumers never touch the others'
-// tiles' addresses nor wait for one another, so one's softmax runs beside another's products. Scores are
-// q k^T from shared memory, out += p v with p in registers. Visible keys, units of log2 and what is left for
-// the backward are those of forward_triton.py, whose index kernel runs before.
+// A block takes 64 queries a consumer warpgroup. Producer warps gather rows of k and v, those of sorted
+// pivots first, then those of the window, into a ring of tiles in shared memory; consumers never touch the
+// others' tiles' addresses nor wait for one another, so one's softmax runs beside another's products. Scores
+// are q k^T from shared memory, out += p v with p in registers. Visible keys, units of log2 and what is left
+// for the backward are those of forward_triton.py, whose index kernel runs before.
 //
 // FLOPs: 4 D a visible pair. Bytes: k and v of a tile of queries once from L2. exp2: one a pair.
 #pragma once
@@ -107,7 +108,8 @@ struct Seen {
 struct Visible {
     int low, high;
 
-    COGVIEW_HOST_DEVICE Visible(const int32_t* counts, bool far, int query, int block_size, int window_blocks) {
+    COGVIEW_HOST_DEVICE Visible(const int32_t* counts, bool far, int query, int block_size,
+                                int window_blocks) {
         const int block = window_block_of(query, block_size, window_blocks);
         low = far ? 0 : block * block_size;
         high = far ? counts[block] : query + 1;
@@ -128,8 +130,8 @@ struct RunningRow {
     // The row has got a tile whose largest product is `top`. Returns what its sums shrink by. Probabilities
     // are then 2^(s factor + shift), with s - top in the place of s where `large`.
     template <typename Exp2>
-    COGVIEW_HOST_DEVICE float advance(float top, float factor, float bias, bool large, float slack, float& shift,
-                                      Exp2 exp2_of) {
+    COGVIEW_HOST_DEVICE float advance(float top, float factor, float bias, bool large, float slack,
+                                      float& shift, Exp2 exp2_of) {
         const float peak = fmaf(top, factor, bias);
         const bool grows = peak > max + slack;
         const float new_max = grows ? peak : max;
@@ -157,10 +159,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
 }
 
 // A producer warp owns a stage of the ring. OVERLAP: the scores of the next tile are under way during the
-// softmax of this one. TURNS: warpgroups issue products in turn. LAZY: sums are rescaled only where the maximum
-// grows by more than kSlack. Registers are what setmaxnreg gives to consumers and producers.
-template <typename T_, int WARPGROUPS_, int KEYS_, int STAGES_, bool OVERLAP_, bool TURNS_, bool LAZY_, int BLOCKS_,
-          int CONSUMER_REGISTERS_, int PRODUCER_REGISTERS_>
+// softmax of this one. TURNS: warpgroups issue products in turn. LAZY: sums are rescaled only where the
+// maximum grows by more than kSlack. Registers are what setmaxnreg gives to consumers and producers.
+template <typename T_, int WARPGROUPS_, int KEYS_, int STAGES_, bool OVERLAP_, bool TURNS_, bool LAZY_,
+          int BLOCKS_, int CONSUMER_REGISTERS_, int PRODUCER_REGISTERS_>
 struct Sm90Shape {
     using T = T_;
     static constexpr int kWarpgroups = WARPGROUPS_, kKeys = KEYS_, kStages = STAGES_;
@@ -215,8 +217,8 @@ struct Ring {
     }
 };
 
-// The warp of stage `stage`: of every kStages tiles in a row it gathers one, and tells when it has arrived. All
-// of them share the queries.
+// The warp of stage `stage`: of every kStages tiles in a row it gathers one, and tells when it has arrived.
+// All of them share the queries.
 template <typename Shape>
 __device__ __forceinline__ void produce(const Sm90Forward& a, uint32_t shared, int stage, int lane) {
     constexpr int kKeys = Shape::kKeys;
@@ -318,8 +320,8 @@ __device__ __forceinline__ void mask(float (&s)[R], const Sm90Forward& a, const 
 
 // Scores become probabilities. Returns whether the sums of some row of the warp shrink, by `shrink`.
 template <bool LAZY, int R>
-__device__ __forceinline__ bool softmax(float (&s)[R], RunningRow (&rows)[2], float (&shrink)[2], float factor,
-                                        float bias) {
+__device__ __forceinline__ bool softmax(float (&s)[R], RunningRow (&rows)[2], float (&shrink)[2],
+                                        float factor, float bias) {
     float top[2] = {kLowest, kLowest}, shift[2];
     {
         float other[2] = {kLowest, kLowest};
@@ -335,8 +337,8 @@ __device__ __forceinline__ bool softmax(float (&s)[R], RunningRow (&rows)[2], fl
         top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 1));
         top[half] = fmaxf(top[half], __shfl_xor_sync(0xffffffffu, top[half], 2));
     }
-    const bool large = __any_sync(0xffffffffu, rows[0].is_large(top[0], factor, bias) ||
-                                                   rows[1].is_large(top[1], factor, bias));
+    const bool large = __any_sync(
+        0xffffffffu, rows[0].is_large(top[0], factor, bias) || rows[1].is_large(top[1], factor, bias));
     if (large) {
 #pragma unroll
         for (int i = 0; i < R; ++i) s[i] -= top[i >> 1 & 1];
@@ -419,8 +421,8 @@ __device__ __forceinline__ void consume(const Sm90Forward& a, uint32_t shared, i
         bool grows = true;
 #pragma unroll
         for (int i = 0; i < 32; ++i) out[i] = 0.f;
-        const uint64_t q = swizzled_descriptor(shared + q_ring.place * Shape::kQueryTile +
-                                               warpgroup * 64 * kSwizzledRow);
+        const uint64_t q =
+            swizzled_descriptor(shared + q_ring.place * Shape::kQueryTile + warpgroup * 64 * kSwizzledRow);
 
         auto issue_scores = [&](int stage) {
             const uint64_t k = swizzled_descriptor(shared + Shape::kKeysAt + stage * Shape::kKeyTile);
@@ -552,13 +554,11 @@ __device__ __forceinline__ void three_region_attention_fwd_sm90(const Sm90Forwar
     if (threadIdx.x == 0) Barriers<Shape>{shared + Shape::kBarriersAt}.init();
     __syncthreads();
     if (threadIdx.x >= 128 * Shape::kWarpgroups) {
-        if constexpr (Shape::kProducerRegisters > 0)
-            give_registers_back<Shape::kProducerRegisters>();
+        if constexpr (Shape::kProducerRegisters > 0) give_registers_back<Shape::kProducerRegisters>();
         const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32 - 4 * Shape::kWarpgroups, 0);
         if (warp < Shape::kStages) produce<Shape>(a, shared, warp, threadIdx.x % 32);
     } else {
-        if constexpr (Shape::kConsumerRegisters > 0)
-            take_registers<Shape::kConsumerRegisters>();
+        if constexpr (Shape::kConsumerRegisters > 0) take_registers<Shape::kConsumerRegisters>();
         consume<Shape>(a, shared, threadIdx.x);
     }
 }

@@ -15,9 +15,9 @@
 
 namespace cogview {
 
-constexpr int kSwizzledRow = 128;    // bytes
-constexpr int kSwizzleAtom = 1024;   // bytes, eight rows
-constexpr int kRowChunks = 8;        // of 16 bytes
+constexpr int kSwizzledRow = 128;   // bytes
+constexpr int kSwizzleAtom = 1024;  // bytes, eight rows
+constexpr int kRowChunks = 8;       // of 16 bytes
 
 // Byte offset of a 16-byte chunk of a row.
 COGVIEW_HOST_DEVICE constexpr int swizzled(int row, int chunk) {
@@ -101,7 +101,9 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
 }
 
 // What follows from x is worked out here, not before the loop, where it would take registers all along.
-__device__ __forceinline__ void keep_here(int& x) { asm volatile("" : "+r"(x)); }
+__device__ __forceinline__ void keep_here(int& x) {
+    asm volatile("" : "+r"(x));
+}
 
 // base + row * stride in one instruction; stride in bytes.
 __device__ __forceinline__ const char* row_address(const char* base, uint32_t row, uint32_t stride) {
@@ -115,7 +117,9 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool v
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 }
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void copies_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int PENDING>
 __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
@@ -143,7 +147,9 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 
 // ---- products of a warpgroup
 
-__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_begin() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void products_commit() {
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -163,15 +169,15 @@ __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
     for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-#define COGVIEW_WGMMA_D32 \
+#define COGVIEW_WGMMA_D32                                                    \
     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define COGVIEW_WGMMA_D48 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define COGVIEW_WGMMA_D48                                                              \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define COGVIEW_WGMMA_D64 \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define COGVIEW_WGMMA_D64                                                              \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
     "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -187,20 +193,21 @@ __device__ __forceinline__ void pin(uint32_t (&x)[N]) {
 template <typename T, int N>
 struct Products;
 
-#define COGVIEW_SCORES(TYPE, N, R, A, B, P)                                                                 \
+#define COGVIEW_SCORES(TYPE, N, R, A, B, P)                                                                  \
     static __device__ __forceinline__ void scores(float (&d)[R], uint64_t a, uint64_t b, bool add) {         \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                       \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" COGVIEW_WGMMA_D##R  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P                                                 \
+                     ", 0;\n"                                                                                \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" COGVIEW_WGMMA_D##R \
                      "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n"                                              \
                      : COGVIEW_F##R(d)                                                                       \
                      : "l"(a), "l"(b), "r"(int(add)));                                                       \
     }
-#define COGVIEW_OUTPUT(TYPE)                                                                                \
-    static __device__ __forceinline__ void output(float (&d)[32], const uint32_t* a, uint64_t b) {           \
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" COGVIEW_WGMMA_D32       \
-                     "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                           \
-                     : COGVIEW_F32(d)                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                  \
+#define COGVIEW_OUTPUT(TYPE)                                                                            \
+    static __device__ __forceinline__ void output(float (&d)[32], const uint32_t* a, uint64_t b) {      \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" COGVIEW_WGMMA_D32 \
+                     "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;\n"                                      \
+                     : COGVIEW_F32(d)                                                                   \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                             \
     }
 
 template <>
