@@ -3,7 +3,8 @@
 
 Where a C++ compiler is found, the CPU part is built: each ``csrc/<op>/*_cpu.cpp`` once per instruction set,
 the rest once, so that one binary serves every processor and picks at run time. The CUDA part,
-``csrc/<op>/*_cuda.cu``, is built when an nvcc is found too.
+``csrc/<op>/*_cuda.cu``, is built when an nvcc is found too; ``csrc/<op>/*_sm90.cu``, whose instructions
+Hopper alone has, for compute capability 9.0 and no other.
 
 Environment variables
     COGVIEW_CUDA             0 leaves the CUDA part out, 1 makes a missing nvcc an error.
@@ -101,6 +102,13 @@ def cuda_archs(nvcc: str) -> list[int]:
     return [a for a in DEFAULT_CUDA_ARCHS if a in known]
 
 
+def knows_sm_90a(nvcc: str) -> bool:
+    """From CUDA 12 on. What is compiled for it runs on compute capability 9.0 alone."""
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)", version)
+    return found is not None and int(found.group(1)) >= 12
+
+
 def extensions() -> list[Extension]:
     """None where there is no compiler: plain PyTorch and Triton remain, and ``info`` says so."""
     if os.environ.get("COGVIEW_SKIP_EXTENSION") == "1":
@@ -126,6 +134,8 @@ class NinjaBuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         nvcc = find_nvcc()
+        archs = [] if nvcc is None else cuda_archs(nvcc)
+        has_sm90 = nvcc is not None and 90 in archs and knows_sm_90a(nvcc)
         # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
         # compiles again what another command would compile, keeps them for an isolated build of the wheel.
         python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -144,7 +154,7 @@ class NinjaBuildExt(build_ext):
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
         )
         per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
-        edge("cxx", CSRC / "bindings.cpp", "", flags=python)
+        edge("cxx", CSRC / "bindings.cpp", "", flags=[*python, f"-DCOGVIEW_HAS_SM90={int(has_sm90)}"])
         for source in sorted(set(CSRC.glob("*/*.cpp")).difference(per_isa)):
             edge("cxx", source, "")
         for source in per_isa:
@@ -157,7 +167,6 @@ class NinjaBuildExt(build_ext):
             sanitize = f"{SANITIZERS} " if SANITIZED_OPS else ""
             link = f"{CXX} -shared -pthread {sanitize}-o $out $in -ldl"
         else:
-            archs = cuda_archs(nvcc)
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
             print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
@@ -165,12 +174,17 @@ class NinjaBuildExt(build_ext):
                 f"-ccbin {CXX} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
                 "-Wno-deprecated-gpu-targets"
             )
-            rules.append(
-                f"rule nvcc\n  command = {nvcc} -MD -MF $out.d {host} {' '.join(codes + defines)} -I{CSRC} "
-                "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
-            )
-            for source in sorted(CSRC.glob("*/*_cuda.cu")):
-                edge("nvcc", source, "")
+            parts = {"cuda": codes}
+            if has_sm90:
+                parts["sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
+            for part, options in parts.items():
+                rules.append(
+                    f"rule nvcc_{part}\n  command = {nvcc} -MD -MF $out.d {host} "
+                    f"{' '.join(options + defines)} -I{CSRC} -c $in -o $out\n"
+                    "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
+                )
+                for source in sorted(CSRC.glob(f"*/*_{part}.cu")):
+                    edge(f"nvcc_{part}", source, "")
             # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
             link = f"{nvcc} -ccbin {CXX} -shared --cudart static -Xcompiler -pthread -o $out $in -ldl"
 

@@ -59,7 +59,7 @@ CORES = len(os.sched_getaffinity(0))
 # Compiling alone, and what a CPU runs, was tested without a GPU.
 TESTS = "(triton or cuda or gpu or counters) and not compil and not tune"
 REHEARSED_TESTS = "test_empty and triton"
-LARGEST = r"regex:^(fwd|dq|dkv|dkv_far)_kernel"
+LARGEST = r"regex:^(fwd|dq|dkv|dkv_far|three_region_attention_fwd_sm90)_kernel"
 SECTIONS = ("SpeedOfLight", "WarpStateStats", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis")
 
 PROBE = """

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True.
+"""The compiled extension, csrc/bindings.cpp. Functions ending in ``_cuda`` exist where has_cuda is True,
+those ending in ``_sm90`` where nvcc compiled for compute capability 9.0.
 
 Integers named after tensors are addresses, 0 for none. Dtypes are the codes of ``_extension.DTYPE_CODES``.
 """
@@ -420,6 +421,17 @@ def three_region_attention_fwd_cuda(
     dropout: _Dropout,
     dtype: int,
     sorted_pivots: _Address,
+    stream: int,
+) -> None: ...
+def three_region_attention_fwd_sm90(
+    q: _Strided,
+    k: _Strided,
+    v: _Strided,
+    out: _Strided,
+    lse: _Address,
+    residuals: _Address,
+    index: tuple[int, int, int, int],
+    scores: tuple[float, float],
     stream: int,
 ) -> None: ...
 def three_region_attention_bwd_cuda(

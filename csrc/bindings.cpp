@@ -300,6 +300,27 @@ AttentionForward attention_forward(PythonTensor q, PythonTensor k, PythonTensor 
             pointer<float>(lse)};
 }
 
+// index: padded pivots and integers of a sample, block size, window blocks; scores: factor and bias.
+[[maybe_unused]] AttentionForwardSm90 attention_forward_sm90(PythonTensor q, PythonTensor k, PythonTensor v,
+                                                             PythonTensor out, Address lse, Address residuals,
+                                                             std::tuple<int, int64_t, int, int> index,
+                                                             std::pair<float, float> scores) {
+    return {{int(q.size[0]), int(q.size[1]), int(k.size[1]), int(q.size[2]), int(q.size[3])},
+            q.dtype,
+            strided_input(q),
+            strided_input(k),
+            strided_input(v),
+            strided_output(out),
+            pointer<float>(lse),
+            pointer<int32_t>(residuals),
+            std::get<0>(index),
+            std::get<1>(index),
+            std::get<2>(index),
+            std::get<3>(index),
+            scores.first,
+            scores.second};
+}
+
 // inputs: q, k, v, out, dout; gradients: dq, dk, dv; workspace (CUDA): delta, dk_far, dv_far.
 AttentionBackward attention_backward(std::array<PythonTensor, 5> inputs, Address lse, Address dlse,
                                      std::array<PythonTensor, 3> gradients, AttentionSizes shape,
@@ -534,6 +555,8 @@ constexpr const char* kGradient[] = {"logits",    "objective", "target", "coeffi
                                      "logit_max", "total",     "dbias"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
+[[maybe_unused]] constexpr const char* kAttentionForwardSm90[] = {"q",   "k",         "v",     "out",
+                                                                  "lse", "residuals", "index", "scores"};
 constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",     "gradients",
                                               "shape",  "layout",        "scale",    "dropout",
                                               "dtype",  "sorted_pivots", "workspace"};
@@ -628,5 +651,9 @@ PYBIND11_MODULE(_C, m) {
     bind_cuda(m, "three_region_attention_bwd_cuda", attention_backward, kAttentionBackward,
               three_region_attention_bwd_cuda);
     bind_cuda(m, "decode_attention_cuda", decode_arguments, kDecode, decode_attention_cuda);
+#endif
+#if COGVIEW_HAS_SM90
+    bind_cuda(m, "three_region_attention_fwd_sm90", attention_forward_sm90, kAttentionForwardSm90,
+              three_region_attention_fwd_sm90);
 #endif
 }

@@ -77,10 +77,11 @@ def test_stub_and_module_agree():
     if _extension.native is None:
         pytest.skip(_extension.missing_reason)
     missing = _check(_extension.native)
-    assert not missing or not _extension.has_cuda
-    assert all(name.endswith("_cuda") for name in missing), missing
+    # Those of Hopper are missing, too, where nvcc compiled for other chips.
+    assert not _extension.has_cuda or all(name.endswith("_sm90") for name in missing), missing
+    assert all(name.endswith(("_cuda", "_sm90")) for name in missing), missing
 
 
 @pytest.mark.skipif(HAS_GPU, reason="the extension itself has the CUDA functions")
 def test_stub_and_cuda_functions_agree():
-    assert not {name for name in _check(emulated_cuda()) if name.endswith("_cuda")}
+    assert not {name for name in _check(emulated_cuda()) if name.endswith(("_cuda", "_sm90"))}

@@ -38,16 +38,18 @@ ALLOWED = {
         "native",
         "pieces",
         "index_triton",
+        "forward_hopper",
         "forward_triton",
         "backward_triton",
         "window",
         "objective",
     },
+    "forward_hopper": set(),
     "index_triton": set(),
     "forward_triton": {"index_triton"},
     "backward_triton": {"forward_triton", "index_triton"},
     "launch_config": set(),
-    "tune": {"api", "launch_config"},
+    "tune": {"api", "forward_hopper", "launch_config"},
 }
 
 

@@ -27,7 +27,9 @@ Where the layout is not causal, far keys are a prefix and a suffix of the list, 
 samples start apart, behind padding, ``origin`` is a sample's first position: blocks are counted from there,
 and pivots before it are none.
 
-The kernels are in ``index_triton``, ``forward_triton`` and ``backward_triton``.
+The kernels are in ``index_triton``, ``forward_triton`` and ``backward_triton``. On compute capability 9.0 a
+compiled forward stands in for that of Triton in the calls that ``forward_hopper`` takes; index and backward
+are the same.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from torch import Tensor
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._triton import LOG2E, Launch, Plans, dropout_arguments
 from cogview_kernels.layout import ThreeRegionLayout
-from cogview_kernels.three_region_attention import launch_config, native
+from cogview_kernels.three_region_attention import forward_hopper, launch_config, native
 from cogview_kernels.three_region_attention.backward_triton import (
     bwd_rows_kernel,
     dkv_far_kernel,
@@ -172,7 +174,7 @@ def _index_launch(sizes: _Sizes, has_starts: bool) -> Launch:
 
 class _Forward(NamedTuple):
     sort: Launch | None
-    fwd: Launch
+    fwd: Callable[..., None]
 
 
 def _plan_forward(call: _Call, out: Tensor, lse: Tensor, residuals: Tensor) -> _Forward:
@@ -183,6 +185,9 @@ def _plan_forward(call: _Call, out: Tensor, lse: Tensor, residuals: Tensor) -> _
     sort = _index_launch(sizes, starts is not None) if sizes.has_far else None
     if sort is not None:  # tuning launches the kernel on what it leaves
         sort(layout.pivots.contiguous(), origins, residuals)
+    if forward_hopper.takes((q, k, v, out), layout, starts, dropout):
+        index = (sizes.PP, sizes.stride_i, sizes.block_size, sizes.window_blocks)
+        return _Forward(sort, forward_hopper.launch(index, _factor(scale), layout.pivot_bias * LOG2E.value))
 
     def fwd(config: Config) -> Launch:
         numbers = (
@@ -220,7 +225,8 @@ def forward(
         q, scale = -q, -scale
     origins = residuals if starts is None else starts  # what is not read is any tensor
     call = _Call(q, k, v, layout, starts, scale, dropout)
-    plan = _forward_plans.get((call.key(), out.stride()), call, out, lse, residuals)
+    is_aligned = forward_hopper.is_aligned(q, k, v, out)
+    plan = _forward_plans.get((call.key(), out.stride(), is_aligned), call, out, lse, residuals)
     if plan.sort is not None:
         plan.sort(layout.pivots.contiguous(), origins, residuals)
     plan.fwd(q, k, v, origins, residuals, out, lse, seed=dropout_arguments(dropout)[0])

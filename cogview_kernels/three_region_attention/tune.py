@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from cogview_kernels.layout import ThreeRegionLayout
-from cogview_kernels.three_region_attention import launch_config
+from cogview_kernels.three_region_attention import forward_hopper, launch_config
 from cogview_kernels.three_region_attention.api import three_region_attention
 from cogview_kernels.three_region_attention.launch_config import KERNELS, Config
 
@@ -79,12 +79,13 @@ def configurations(kernel: str, arch: int, D: int, bits: int) -> list[Config]:
 
 @contextmanager
 def _choosing(choose) -> Iterator[None]:
-    original = launch_config.choose
-    launch_config.choose = choose
+    """Every kernel is one of Triton's, and ``choose`` is asked for its configuration."""
+    original, takes = launch_config.choose, forward_hopper.takes
+    launch_config.choose, forward_hopper.takes = choose, lambda *_: False
     try:
         yield
     finally:
-        launch_config.choose = original
+        launch_config.choose, forward_hopper.takes = original, takes
 
 
 def compile_some(problem: Problem, wanted: list[tuple[str, Config]], device: torch.device) -> int:

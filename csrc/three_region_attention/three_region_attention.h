@@ -78,4 +78,24 @@ COGVIEW_DECLARE_PER_ISA_WITH_BF16(void three_region_attention_fwd_cpu(const Atte
 void three_region_attention_fwd_cuda(const AttentionForward& args, void* stream);
 void three_region_attention_bwd_cuda(const AttentionBackward& args, void* stream);
 
+// ---- CUDA for Hopper alone, compute capability 9.0 (sm_90a); beside the Triton kernels, whose index of the
+// pivots it takes and for whose backward it leaves the peaks of rows
+
+// Causal, without starts and dropout; D is 64, in 16 bits; rows begin at multiples of 16 bytes.
+struct AttentionForwardSm90 {
+    AttentionShape shape;
+    DType dtype;
+    StridedInput q, k, v;
+    StridedOutput out;
+    float* lse;            // [B, H, T]
+    int32_t* residuals;    // [B, index_stride], see index_triton.py; then [B, H, 2, T], see forward_triton.py
+    int padded_pivots;     // of a sample's index
+    int64_t index_stride;  // 0 where no key is far
+    int block_size, window_blocks;
+    float factor, bias;  // of log2
+};
+
+// Throws std::runtime_error with the kernel's name on a CUDA error.
+void three_region_attention_fwd_sm90(const AttentionForwardSm90& args, void* stream);
+
 }  // namespace cogview

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the CUDA kernels of csrc/ on a machine without a GPU.
 
-``emulated_cuda()`` compiles ``csrc/bindings.cpp`` and every ``csrc/<op>/*_cuda.cu`` with the C++ compiler
-against ``cuda_emulation.h`` (and the headers of ``include/``, which stand in for CUDA's) into a module like
+``emulated_cuda()`` compiles ``csrc/bindings.cpp`` and every ``csrc/<op>/*_cuda.cu`` and ``*_sm90.cu`` with
+the C++ compiler against ``cuda_emulation.h`` (and the headers of ``include/``, which stand in for CUDA's, and
+``wgmma.cuh``, which stands in for the instructions of Hopper) into a module like
 ``cogview_kernels._C``; the fixture ``emulation`` of tests/conftest.py puts it in the extension's place, so
 that ``backend="cuda"`` serves CPU tensors, launcher, bindings and all. Beforehand two constructs that C++
 lacks are rewritten: ``kernel<<<...>>>(...)`` and ``extern __shared__ T name[];``.
@@ -48,10 +49,14 @@ CSRC = ROOT / "csrc"
 FLAGS = [
     *("-std=c++17", "-O2", "-march=native", "-fPIC", "-fvisibility=hidden", "-w"),
     # longjmp between stacks is how coroutines switch; the checked one would call it an error.
-    *("-U_FORTIFY_SOURCE", "-fno-stack-protector", "-DCOGVIEW_HAS_CUDA=1", "-DCOGVIEW_X86=0"),
+    *("-U_FORTIFY_SOURCE", "-fno-stack-protector", "-DCOGVIEW_X86=0"),
+    *("-DCOGVIEW_HAS_CUDA=1", "-DCOGVIEW_HAS_SM90=1"),
     # Kernels read vectors through pointers of other types, as CUDA allows.
     "-fno-strict-aliasing",
 ]
+
+# Headers of csrc/ that files of this folder replace.
+STAND_INS = ("isa.h", "wgmma.cuh")
 
 _LAUNCH = re.compile(r"(\b\w+(?:<[^<>;(){}]*>)?)\s*<<<(.*?)>>>\s*\(", re.DOTALL)
 _SHARED = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w:\s]+?)\s+(\w+)\[\];")
@@ -79,7 +84,7 @@ def _compile(folder: Path) -> Path:
         if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
             target = sources / path.relative_to(CSRC)
             target.parent.mkdir(parents=True, exist_ok=True)
-            text = (HERE / "isa.h" if path.name == "isa.h" else path).read_text()
+            text = (HERE / path.name if path.name in STAND_INS else path).read_text()
             target.write_text(rewrite(text))
             if path.suffix in (".h", ".cuh"):
                 headers.append(text)
@@ -91,7 +96,7 @@ def _compile(folder: Path) -> Path:
         HERE / "control.cpp",
         probe,
     ]
-    units += sorted(sources.glob("*/*_cuda.cu"))
+    units += sorted([*sources.glob("*/*_cuda.cu"), *sources.glob("*/*_sm90.cu")])
     # What an op shares between its parts; the CPU part and its choice of instruction set stay out.
     shared = (path for path in sources.glob("*/*.cpp") if path.parent.name != "common")
     units += sorted(path for path in shared if not path.stem.endswith("_cpu"))

@@ -31,6 +31,7 @@ using uint64_t = unsigned long long; using uintptr_t = unsigned long long;
 @dataclass(frozen=True)
 class Report:
     registers: int
+    serialized: bool  # ptxas lets products of a warpgroup run one after the other (C7510 to C7520)
     spills: int  # bytes stored and loaded
     shared: int  # bytes, static
 
@@ -50,7 +51,7 @@ def why_not() -> str:
     return ""
 
 
-def compile_kernels(source: str, kernels: list[str], arch: int) -> dict[str, Report]:
+def compile_kernels(source: str, kernels: list[str], arch: int | str) -> dict[str, Report]:
     """A report for each of ``kernels``: names that ``source`` knows, with template arguments."""
     packages = [_package(f"cuda_{name}") for name in ("nvrtc", "runtime", "nvcc")]
     folders = [path for path in packages if path is not None]
@@ -96,4 +97,5 @@ def _report(log: str, name: str) -> Report:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
     registers = int(re.search(r"Used (\d+) registers", part).group(1))  # type: ignore[union-attr]
     shared = re.search(r"(\d+) bytes smem", part)
-    return Report(registers, spills, int(shared.group(1)) if shared else 0)
+    serialized = "wgmma" in log and name in "".join(re.findall(r".*C75\d\d.*", log))
+    return Report(registers, serialized, spills, int(shared.group(1)) if shared else 0)
