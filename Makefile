@@ -90,7 +90,7 @@ bounds: build  ## wall-clock bounds that the project promises; wants a quiet mac
 	$(BIN)/python -m benchmarks.bounds
 
 # Takes the machine as it is: $(PYTHON) with its PyTorch and Triton, no virtual environment, no network.
-gpu-check:  ## on an NVIDIA GPU, into OUT=folder: TIER=quick (3 minutes), full (6, the default) or deep (7)
+gpu-check:  ## on an NVIDIA GPU, into OUT=folder: TIER=quick (3 minutes), full (6, the default) or deep (8)
 	@$(PYTHON) .ci/gpu_check.py --tier "$(TIER)" --out "$(OUT)"
 
 # PyTorch is in the environment the wheel is installed into, but not in the one that builds it. Both builds

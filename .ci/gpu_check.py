@@ -7,7 +7,7 @@ kernels that come next:
 - quick, at most 170 s: headlines, that is whether attention is right, then the figures that matter most;
 - full, at most 380 s: the tests that need a GPU, tiles tuned for the shape ``paper``, and headlines with the
   rivals that must be compiled;
-- deep, at most 400 s: profiler counters of the attention kernels, compute-sanitizer's memcheck, generation
+- deep, at most 480 s: profiler counters of the attention kernels, compute-sanitizer's memcheck, generation
   and a training step of the preset ``base``, and the CUDA C++ kernels built for a V100 (a T4 where the nvcc
   no longer can), whose PTX this GPU's driver compiles and tests run.
 
@@ -17,7 +17,8 @@ stage has a limit and writes down what it finds line by line, so a run that is c
 status 0: nothing failed; a stage that a tier can do without may be late.
 
 In OUT, at most eight files: summary.txt, results.json (``python -m benchmarks.report --import`` takes it),
-tests.xml, tuned.txt, build.log, tests.log (each test's outcome as it comes) and run.log. Without a GPU,
+tests.xml, tuned.txt, build.log, tests.log (each test's outcome as it comes) and run.log; of a whole model
+generate/*.json and training_step.json in a folder named for the device, to be copied. Without a GPU,
 GPU_CHECK_REHEARSE=1 runs the same stages on the CPU: Triton kernels in the interpreter, tiny shapes, few
 tests, times that mean nothing.
 """
@@ -44,7 +45,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import OPS  # noqa: E402  (found by the line above: this file is run by its path)
 
-BUDGETS = {"quick": 170, "full": 380, "deep": 400}
+BUDGETS = {"quick": 170, "full": 380, "deep": 480}
 TIERS = {
     "quick": ("build", "headlines"),
     "full": ("build", "tests", "tune", "rivals"),
@@ -262,8 +263,25 @@ class Check:
         self.stage(Stage(name, command, "run.log", limit, env, may_be_late=True))
 
     def model(self) -> None:
-        command = module("benchmarks.model", *self.tiny)
-        self.stage(Stage("preset base", command, "run.log", 100, may_be_late=True))
+        device = "cpu" if self.rehearse else "cuda"
+        shape = ("--shape", "tiny", "--ranked", "2") if self.rehearse else ("--shape", "base")
+        options = (
+            "--dtype",
+            "bf16",
+            "--no-rivals",
+            "--seconds",
+            "3",
+            "--device",
+            device,
+            "--save",
+            str(self.out),
+        )
+        command = module("benchmarks.bench_generate", *shape, *options)
+        self.stage(Stage("generation of base", command, "run.log", 80, may_be_late=True))
+        # Another shape, or a step compiled whole, would take minutes.
+        wanted = ("--select", r"^(base|tiny)-bfloat16-\w+ (cogview, three-region|plain PyTorch)")
+        command = module("benchmarks", "training_step", *wanted, "--save", str(self.out), *self.tiny)
+        self.stage(Stage("training step of base", command, "run.log", 120, may_be_late=True))
 
     def old_ptx(self) -> None:
         nvcc = self.tool("nvcc")

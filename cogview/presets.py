@@ -72,7 +72,7 @@ _PRESETS: dict[str, Preset] = {
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=7400,
+            steps=6400,
             batch_size=16,
             learning_rate=1.2e-3,
             warmup_fraction=0.03,

@@ -217,12 +217,26 @@ def paint(visit: Visit) -> None:
     visit.page.mouse.down()
     visit.page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.9 * box["height"], steps=8)
     visit.page.mouse.up()
-    visit.page.locator("[data-part=canvas] polyline").wait_for(state="attached")
+    strokes = visit.page.locator("[data-part=canvas] polyline")
+    strokes.wait_for(state="attached")
+    finger_stroke(visit, box)
+    strokes.nth(1).wait_for(state="attached")
     visit.button("Draw it anew").click()
     visit.wait_until(1, RANKED)
     assert len(visit.pictures()) == 4
     visit.button("Download sheet").scroll_into_view_if_needed()
     visit.shot("paint")
+
+
+def finger_stroke(visit: Visit, box: dict[str, float]) -> None:
+    """From the middle to the right, as on a telephone."""
+    send = visit.page.context.new_cdp_session(visit.page).send
+    send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    y = box["y"] + 0.5 * box["height"]
+    for kind, across in (("touchStart", 0.5), ("touchMove", 0.6), ("touchMove", 0.7), ("touchEnd", None)):
+        points = [] if across is None else [{"x": box["x"] + across * box["width"], "y": y}]
+        send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    send("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
 def enlarge(visit: Visit) -> None:

@@ -33,10 +33,11 @@ class PaintTab:
         with ui.row(align_items="center") as self.tools:
             self.canvas = ui.interactive_image(
                 on_mouse=self._paint,
-                events=["mousedown", "mousemove"],
+                events=["pointerdown", "pointermove"],  # of a mouse, a pen or a finger
                 sanitize=False,  # What is laid over the picture are numbers of ours.
             )
-            self.canvas.style(f"width: {SHOWN_SIDE}px; cursor: crosshair; {PIXELATED}")
+            # A finger paints; it does not scroll the page.
+            self.canvas.style(f"width: {SHOWN_SIDE}px; cursor: crosshair; touch-action: none; {PIXELATED}")
             self.canvas.props("data-part=canvas")
             with ui.column():
                 ui.label("Paint over what is to be drawn anew")
@@ -77,7 +78,7 @@ class PaintTab:
             return
         side = self.loaded.shown.width
         x, y = event.image_x / side, event.image_y / side
-        if event.type == "mousedown":
+        if event.type == "pointerdown":
             self.painting.begin(x, y, self.width.value)
         elif event.buttons & LEFT_BUTTON:
             self.painting.go_on(x, y)

@@ -91,8 +91,9 @@ def decode_step(
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
         _backends.remember(signature, chosen)
     check_pivots_of_cache(_OP, layout, cache.shape[4])
+    if chosen == "reference" or x.numel() == 0:
+        _check_lengths(lengths, cache.shape[4] - x.shape[1])  # else the kernel looks at them by itself
     if chosen == "reference":
-        _check_lengths(lengths, cache.shape[4] - x.shape[1])  # the kernel looks at them by itself
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
     if layout is None:

@@ -218,6 +218,7 @@ WIDE = torch.ones(65), torch.ones(64)
         ((X, STACK, CACHE, LENGTHS[:1]), {}, ValueError, r"lengths must have shape \[3\]"),
         ((X, STACK, CACHE, LENGTHS + 3), {}, ValueError, r"lengths must lie in \[0, 39\]"),
         ((X, STACK, CACHE, LENGTHS - 1), {}, ValueError, r"lengths must lie in \[0, 39\]"),
+        ((X[:, :0], STACK, CACHE, LENGTHS - 1), {}, ValueError, r"lengths must lie in \[0, 40\]"),
         ((X, changed(qkv=WIDE), CACHE, LENGTHS), {}, ValueError, r"layers\[0\].qkv's weight must have shape"),
         ((X, changed(final_norm=WIDE), CACHE, LENGTHS), {}, ValueError, "final_norm's weight must have"),
         (
