@@ -31,7 +31,7 @@ using uint64_t = unsigned long long; using uintptr_t = unsigned long long;
 @dataclass(frozen=True)
 class Report:
     registers: int
-    serialized: bool  # ptxas lets products of a warpgroup run one after the other (C7510 to C7520)
+    waits: bool  # ptxas makes products of a warpgroup wait where the source does not (its messages C75xx)
     spills: int  # bytes stored and loaded
     shared: int  # bytes, static
 
@@ -97,5 +97,5 @@ def _report(log: str, name: str) -> Report:
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
     registers = int(re.search(r"Used (\d+) registers", part).group(1))  # type: ignore[union-attr]
     shared = re.search(r"(\d+) bytes smem", part)
-    serialized = "wgmma" in log and name in "".join(re.findall(r".*C75\d\d.*", log))
-    return Report(registers, serialized, spills, int(shared.group(1)) if shared else 0)
+    waits = any(name in line for line in re.findall(r".*\(C75\d\d\).*", log))
+    return Report(registers, waits, spills, int(shared.group(1)) if shared else 0)

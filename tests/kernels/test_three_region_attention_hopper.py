@@ -31,6 +31,8 @@ LARGE = {
     "blocks_of_seven": {"T": 300, "w": 7, "W": 2, "P": 250},
     "paper": {"B": 2, "H": 4, "T": 4224, "w": 128, "W": 6, "P": 768},
 }
+# Products of whole numbers are exact in any order of addition.
+INPUTS = {"plain": lambda x: x, "past_float16": lambda x: (2 * x).round() * 1024}
 large_on_a_gpu = [
     pytest.param(c, marks=[] if HAS_GPU else pytest.mark.skip(reason="needs a GPU")) for c in LARGE
 ]
@@ -95,14 +97,14 @@ def _forward(q, k, v, layout, scale):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("spread", "scale"), [(1, 0.125), (40, 0.125), (1, 0.0), (1, -0.3)])
-def test_what_it_leaves_is_what_triton_leaves_on_a_gpu(spread, scale, dtype, hopper, monkeypatch):
+@pytest.mark.parametrize(("kind", "scale"), [("plain", 0.125), ("plain", 0.0), ("past_float16", -0.3)])
+def test_what_it_leaves_is_what_triton_leaves_on_a_gpu(kind, scale, dtype, hopper, monkeypatch):
     """Twice the same bits, also of rows that lie apart."""
     from cogview_kernels.three_region_attention import forward_hopper, triton_kernels
 
     device, launches = hopper
     q, k, v, layout = attention.make(B=2, T=140, w=16, W=2, P=100, D=64, dtype=dtype, device=device)
-    q, k = q * spread, k * spread
+    q, k = map(INPUTS[kind], (q, k))
     ours = _forward(q, k, v, layout, scale)
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     for a, b in zip(_forward(*apart, layout, scale), ours, strict=True):
@@ -115,6 +117,8 @@ def test_what_it_leaves_is_what_triton_leaves_on_a_gpu(spread, scale, dtype, hop
     torch.testing.assert_close(ours[1], expected[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[2].sum(2), expected[2].sum(2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(ours[2][:, :, 0], expected[2][:, :, 0], atol=1e-5, rtol=1e-5)
+    if kind == "past_float16":  # what the maximum was rounded by is many times the sum's logarithm
+        torch.testing.assert_close(ours[2][:, :, 1], expected[2][:, :, 1], atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="checks of the emulation; the GPU runs the kernel")
@@ -169,12 +173,12 @@ def test_what_it_takes(monkeypatch):
 
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
 def test_compiles_for_sm_90a():
-    """No spills, products that overlap, and shared memory and registers for two blocks."""
+    """No spills nor waits that nobody wrote, and shared memory and registers for two blocks."""
     types = ("__half", "__nv_bfloat16")
     kernels = [f"cogview::three_region_attention_fwd_sm90_kernel<{t}>" for t in types]
     limit = (cuda_compile.SHARED_MEMORY_LIMIT[90] + 1024) // 2 - 1024  # a block needs 1 KB besides
     source = '#include "three_region_attention/forward_sm90.cuh"\n'
     source += f"static_assert(cogview::Sm90Shape::kShared <= {limit});\n"
     for kernel, report in cuda_compile.compile_kernels(source, kernels, "90a").items():
-        assert report.spills == 0 and not report.serialized, f"{kernel}: {report}"
+        assert report.spills == 0 and not report.waits, f"{kernel}: {report}"
         assert report.registers <= 80, f"{kernel}: {report}"
