@@ -60,7 +60,7 @@ def hopper(backend_device, monkeypatch):
             pytest.skip("the extension was built without compute capability 9.0")
     else:
         backend_device("cuda")  # the emulation
-        monkeypatch.setattr(forward_hopper, "takes", lambda *_: True)
+        monkeypatch.setattr(forward_hopper, "takes", lambda tensors, *_: forward_hopper.is_aligned(*tensors))
     launches = []
     launch = forward_hopper.launch
     monkeypatch.setattr(forward_hopper, "launch", lambda *a: launches.append(a) or launch(*a))
@@ -119,6 +119,19 @@ def test_what_it_leaves_is_what_triton_leaves_on_a_gpu(kind, scale, dtype, hoppe
     torch.testing.assert_close(ours[2][:, :, 0], expected[2][:, :, 0], atol=1e-5, rtol=1e-5)
     if kind == "past_float16":  # what the maximum was rounded by is many times the sum's logarithm
         torch.testing.assert_close(ours[2][:, :, 1], expected[2][:, :, 1], atol=1e-4, rtol=1e-5)
+
+
+def test_rows_between_multiples_of_16_bytes_are_left_to_triton_on_a_gpu(hopper):
+    device, launches = hopper
+    *tensors, layout = attention.make(T=70, w=16, W=2, P=30, D=72, dtype=torch.float16, device=device)
+    q, k, v = (x[..., 8:] for x in tensors)
+    moved = k.new_empty(*k.shape[:3], 72)[..., 4:68].copy_(k)  # alike but for the address
+    expected = _forward(q, k, v, layout, 0.125)
+    assert len(launches) == 1
+    out, lse, _ = _forward(q, moved, v, layout, 0.125)
+    assert len(launches) == 1
+    torch.testing.assert_close(out, expected[0], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(lse, expected[1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="checks of the emulation; the GPU runs the kernel")
