@@ -265,18 +265,8 @@ class Check:
     def model(self) -> None:
         device = "cpu" if self.rehearse else "cuda"
         shape = ("--shape", "tiny", "--ranked", "2") if self.rehearse else ("--shape", "base")
-        options = (
-            "--dtype",
-            "bf16",
-            "--no-rivals",
-            "--seconds",
-            "3",
-            "--device",
-            device,
-            "--save",
-            str(self.out),
-        )
-        command = module("benchmarks.bench_generate", *shape, *options)
+        options = ("--dtype", "bf16", "--no-rivals", "--seconds", "3", "--device", device)
+        command = module("benchmarks.bench_generate", *shape, *options, "--save", str(self.out))
         self.stage(Stage("generation of base", command, "run.log", 80, may_be_late=True))
         # Another shape, or a step compiled whole, would take minutes.
         wanted = ("--select", r"^(base|tiny)-bfloat16-\w+ (cogview, three-region|plain PyTorch)")

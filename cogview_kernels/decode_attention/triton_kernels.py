@@ -43,8 +43,8 @@ _SMALLEST_NORMAL = 1.1754943508222875e-38
 _STEP = tl.constexpr(16)
 
 # Programs that a chip of 132 multiprocessors gets at most by splitting heads: two on each, at once. They have
-# 32 KB on their way, more than the memory's latency asks for; more programs make a longer merge, and one that
-# starts when another ends costs its whole latency (measured on an H100, see benchmarks/NOTES.md).
+# 32 KB on their way, more than the memory's latency asks for, and more programs make a longer merge. A sweep
+# on an H100 found 240 programs the fastest for 40 heads, see benchmarks/NOTES.md.
 _PROGRAMS = 2 * 132
 _MOST_SPLITS = 128
 
@@ -265,7 +265,7 @@ def split_count(programs: int, keys: int, t: Tiles) -> int:
     """For at most ``keys`` and ``programs`` unsplit ones; from shapes alone, as a CUDA graph needs."""
     if programs >= _PROGRAMS:
         return 1
-    # From one program a multiprocessor on, twice as many share the work more evenly.
+    # From one program a multiprocessor on, twice as many should share the work more evenly; not timed.
     at_most = (1 if programs <= _PROGRAMS // 2 else 2) * _PROGRAMS // programs
     # What a program has on its way at once is worth one.
     return min(triton.cdiv(keys, 2 * t.block_n), at_most, _MOST_SPLITS)

@@ -119,15 +119,17 @@ def test_a_stage_is_stopped_at_its_limit(check, may_be_late, monkeypatch):
     assert check.finish() == (0 if may_be_late else 1)
 
 
-def test_what_runs_in_the_background_can_be_stopped(tmp_path):
+def test_what_runs_in_the_background_can_be_stopped(tmp_path, monkeypatch):
     """There a shell has interrupts ignored, and commands inherit that."""
+    monkeypatch.setattr(script, "SHORTEST_S", 0)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         check = script.Check(tmp_path, script.Wishes((), time.monotonic() + 60), "a GPU", None)
-        check.stage(script.Stage("slow", ["sleep", "60"], "run.log", 2))
+        check.stage(script.Stage("slow", ["sleep", "60"], "run.log", 1))
     finally:
         signal.signal(signal.SIGINT, before)
-    assert check.stages[-1]["seconds"] < 12
+    assert check.stages[-1]["outcome"] == "out of time"
+    assert check.stages[-1]["seconds"] < 12  # a command that ignores the interrupt is waited for for 15
 
 
 def test_tests_that_are_cut_keep_their_names(check, tmp_path, monkeypatch):

@@ -137,7 +137,10 @@ def test_rows_between_multiples_of_16_bytes_are_left_to_triton_on_a_gpu(hopper):
 @pytest.mark.skipif(HAS_GPU, reason="checks of the emulation; the GPU runs the kernel")
 def test_the_order_of_threads_does_not_matter(hopper, emulation):
     q, k, v, layout = attention.make(B=1, T=250, w=16, W=2, P=200, D=64, dtype=torch.bfloat16)
-    call = lambda: three_region_attention(q, k, v, layout, backend="triton")  # noqa: E731
+
+    def call():
+        return three_region_attention(q, k, v, layout, backend="triton")
+
     expected = call()
     for order in (7, 11):
         emulation.configure(order=order)
@@ -152,7 +155,10 @@ def test_what_it_takes(monkeypatch):
     tensors, native = (q, k, v, q.clone()), type("C", (), {forward_hopper._FUNCTION: None})
     both_sides = ThreeRegionLayout(layout.pivots, 4, 2, causal=False)
     starts, dropout = torch.zeros(1, dtype=torch.int64), Dropout.of(0.1, torch.tensor(1))
-    pretend = lambda capability: _device.Properties("a GPU", capability, 132)  # noqa: E731
+
+    def pretend(capability):
+        return _device.Properties("a GPU", capability, 132)
+
     assert not forward_hopper.takes(tensors, layout, None, None)  # on the CPU
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(_extension, "native", native)
