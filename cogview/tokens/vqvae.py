@@ -23,7 +23,7 @@ CHROMA = 2.5  # by how much ``stretched_hues`` moves a colour from its grey
 
 def count_used(codes: Tensor, num_codes: int) -> Tensor:
     """How many of the ``num_codes`` codes there are stand in ``codes``: a tensor, which nothing waits for."""
-    return torch.zeros(num_codes, device=codes.device).index_fill_(0, codes.flatten(), 1.0).sum()
+    return torch.zeros(num_codes, device=codes.device, dtype=DTYPE).index_fill_(0, codes.flatten(), 1.0).sum()
 
 
 def stretched_hues() -> Tensor:
