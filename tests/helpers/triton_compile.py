@@ -36,6 +36,11 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 # An A100 and an H100.
 _MULTIPROCESSORS = {80: 108, 90: 132}
 
+# What decides on each chip. Products in float32 need no unit of the chip, so that both get the same PTX. The
+# two dtypes of 16 bits share their tiles and differ in conversions; on sm_90, where registers are scarcest,
+# either may be the first that spills. A GPU compiles all three (`make gpu-check`).
+DECIDING = {80: (torch.bfloat16, torch.float32), 90: (torch.bfloat16, torch.float16)}
+
 
 @dataclass(frozen=True)
 class Call:
@@ -69,12 +74,17 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -
     return torch.empty(shape, dtype=dtype, device=META, requires_grad=grad)
 
 
-def benchmark_calls(op: str, arch: int, **options: Any) -> Iterator[Call]:
-    """Those of every case that the benchmark of ``op`` has on a GPU, with ``options`` besides."""
+def benchmark_calls(
+    op: str, arch: int, dtypes: tuple[torch.dtype, ...] = (), **options: Any
+) -> Iterator[Call]:
+    """Those of every case that the benchmark of ``op`` has on a GPU in ``dtypes``, by default those that
+    decide on the chip, with ``options`` besides."""
     from benchmarks.definitions import FORWARD, benchmark_of
 
     benchmark = benchmark_of(op)
     for case in benchmark.cases(torch.device("cuda"), False):
+        if case.dtype not in (dtypes or DECIDING[arch]):
+            continue
         inputs = benchmark.inputs(case, META)
         for name in inputs.leaves if case.direction != FORWARD else ():
             inputs.values[name].requires_grad_()
