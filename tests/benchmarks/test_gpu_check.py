@@ -138,7 +138,7 @@ def test_what_runs_in_the_background_can_be_stopped(tmp_path, monkeypatch):
 def test_tests_that_are_cut_keep_their_names(check, tmp_path, monkeypatch):
     """Both the log and the report name what failed before the limit."""
     (tmp_path / "test_slow.py").write_text(
-        "import time\ndef test_red(): assert False\ndef test_slow(): time.sleep(60)\n"
+        "import time\ndef test_red(): assert False\ndef test_slow(): time.sleep(600)\n"
     )
     monkeypatch.setattr(script, "CORES", 4)  # two workers
     command, env = script.pytest_command()
