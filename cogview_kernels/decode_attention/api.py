@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels import _backends, _checks, _sharding, _torch_ops
 from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
 from cogview_kernels.decode_attention import sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
@@ -89,6 +92,9 @@ def decode_attention(
         _checks.check_starts(_OP, starts, q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
+        if _sharding.is_sharded(q, backend):
+            options = {"scale": scale, "backend": backend}
+            return _in_parts(q, k_cache, v_cache, lengths, layout, starts, options)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
         _backends.remember(signature, chosen)
     _check_lengths(lengths, k_cache.shape[2])
@@ -120,6 +126,26 @@ def decode_attention(
         scale,
         chosen,
     )
+
+
+def _in_parts(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+    starts: Tensor | None,
+    options: dict[str, Any],
+) -> Any:
+    """Of DTensors, cut along samples and heads."""
+    parts = _sharding.Parts(_OP, "q", q, (0, 1))
+    tensors = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
+    q, k_cache, v_cache = (parts.of(name, x, (0, 1)) for name, x in tensors)
+    if layout is not None:
+        layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
+    lengths, starts = parts.of("lengths", lengths, (0,)), parts.of("starts", starts, (0,))
+    out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, starts=starts, **options)
+    return parts.join(out, (0, 1))
 
 
 def _check(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels import _backends, _checks, _dropout, _sharding
 from cogview_kernels.local_attention_2d import sdpa
 from cogview_kernels.local_attention_2d.op import backend_module, local_attention_2d_op
 from cogview_kernels.local_attention_2d.reference import local_attention_2d_reference
@@ -98,6 +100,9 @@ def local_attention_2d(
     if torch._C._is_any_autocast_enabled():
         q, k, v, extra_k, extra_v = _checks.autocast(q, k, v, extra_k, extra_v)
     _check_tensors(q, k, v, window)
+    if _sharding.is_sharded(q, backend):
+        options = {"scale": scale, "return_lse": return_lse, "backend": backend}
+        return _in_parts(q, Keys(k, v, extra_k, extra_v, extra_mask), window, dropout_p, options)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
     if scale is None:
@@ -133,6 +138,25 @@ def local_attention_2d(
             q.to(wide), keys.map(lambda x: x.to(wide)), window, scale, dropout
         )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+
+def _in_parts(q: Tensor, keys: Keys, window: Window, dropout_p: float, options: dict[str, Any]) -> Any:
+    """Of DTensors, cut along samples and heads."""
+    parts = _sharding.Parts(_OP, "q", q, (0, 1))
+    parts.check_no_dropout(dropout_p)
+    names = ("k", "v", "extra_k", "extra_v")
+    of_rank = {name: parts.of(name, getattr(keys, name), (0, 1)) for name in names}
+    out = local_attention_2d(
+        parts.of("q", q, (0, 1)),
+        grid=(window.height, window.width),
+        kernel_size=(window.kernel_height, window.kernel_width),
+        query_scale=window.query_scale,
+        causal=window.causal,
+        extra_mask=parts.of("extra_mask", keys.extra_mask, (0,)),
+        **of_rank,
+        **options,
+    )
+    return parts.join(out, (0, 1))
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels.stable_softmax.op import backend_module, stable_softmax_op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 
@@ -63,12 +65,26 @@ def stable_softmax(
     chosen = _backends.passed(signature)
     if chosen is None:
         chosen = _backends.remember(signature, _checked(scores, alpha, scale, mask, causal, backend))
+        if _sharding.is_sharded(scores, backend):
+            options = {"alpha": alpha, "scale": scale, "causal": causal, "backend": backend}
+            return _in_parts(scores, mask, options)
     if chosen == "reference":
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
             scores.dtype
         )
     return stable_softmax_op(scores, float(alpha), float(scale), mask, causal, chosen)
+
+
+def _in_parts(scores: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Any:
+    """Of DTensors, cut along all dimensions but those that a row's probabilities depend on."""
+    rows = range(scores.dim() - (2 if options["causal"] else 1))
+    parts = _sharding.Parts(_OP, "scores", scores, rows)
+    if mask is not None:
+        missing = scores.dim() - mask.dim()
+        dims = [i + missing if mask.shape[i] == scores.shape[i + missing] else None for i in range(mask.dim())]
+        mask = parts.of("mask", mask, dims)
+    return parts.join(stable_softmax(parts.of("scores", scores, rows), mask=mask, **options), rows)
 
 
 def _checked(
