@@ -18,7 +18,7 @@ _OtherTensor = TypeVar("_OtherTensor", Tensor, Tensor | None)
 
 
 def is_sharded(x: Tensor, backend: str | None) -> bool:
-    """Whether a call that ``x`` leads is computed in parts; to plain PyTorch DTensors are left as they are."""
+    """Whether a call that ``x`` leads is computed in parts. Plain PyTorch knows DTensors itself."""
     # By name, because to import DTensor takes a second.
     return type(x).__name__ == "DTensor" and backend != "reference"
 
@@ -60,12 +60,12 @@ class Parts:
     def check_no_dropout(self, dropout_p: float) -> None:
         if dropout_p:
             self.refuse(
-                f"dropout_p must be 0 where {self.name} is a DTensor, because ranks would draw masks of their "
-                f"own, got {dropout_p}; use F.dropout"
+                f"dropout_p must be 0 where {self.name} is a DTensor, because each rank would draw a mask of "
+                f"its own, got {dropout_p}"
             )
 
     def of(self, name: str, x: _OtherTensor, dims: Sequence[int | None] = ()) -> _OtherTensor:
-        """What this rank has of the argument ``name``. A tensor that is no DTensor lies whole on every rank."""
+        """What this rank has of the argument ``name``; what is no DTensor lies whole on every rank."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         if x is None:
@@ -87,7 +87,7 @@ class Parts:
         return x.to_local(grad_placements=self._placements(dims, Partial()))
 
     def join(self, outputs: Any, dims: Sequence[int], *, summed: bool = False) -> Any:
-        """The DTensor of which ``outputs`` is this rank's part, or with ``summed`` its summand; or several."""
+        """The DTensor of which ``outputs`` is this rank's part, with ``summed`` its summand; or several."""
         from torch.distributed.tensor import DTensor, Partial, Replicate
 
         if isinstance(outputs, tuple):

@@ -82,7 +82,8 @@ def _in_parts(scores: Tensor, mask: Tensor | None, options: dict[str, Any]) -> A
     parts = _sharding.Parts(_OP, "scores", scores, rows)
     if mask is not None:
         missing = scores.dim() - mask.dim()
-        dims = [i + missing if mask.shape[i] == scores.shape[i + missing] else None for i in range(mask.dim())]
+        same = (size == scores.shape[i + missing] for i, size in enumerate(mask.shape))
+        dims = [i + missing if is_same else None for i, is_same in enumerate(same)]
         mask = parts.of("mask", mask, dims)
     return parts.join(stable_softmax(parts.of("scores", scores, rows), mask=mask, **options), rows)
 

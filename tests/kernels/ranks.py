@@ -91,7 +91,9 @@ def merging(placement: Placement) -> Call:
     return Call(function, {name: (x, placement) for name, x in names.items()}, [placement] * 2)
 
 
-def norm(function: Callable[..., Any], activations: int, weights: int, placement: Placement, B: int = 3) -> Call:
+def norm(
+    function: Callable[..., Any], activations: int, weights: int, placement: Placement, B: int = 3
+) -> Call:
     tensors = {f"x{i}": (torch.randn(B, 6, 32), placement) for i in range(activations)}
     parameters = {f"weight{i}": (torch.rand(32) + 0.5, WHOLE) for i in range(weights)}
     by_position = lambda **given: function(*given.values())  # noqa: E731
@@ -181,10 +183,6 @@ def placed(x: Tensor, placement: Placement | None, mesh: DeviceMesh) -> Tensor:
     return x.clone() if placement is None else distribute_tensor(x, mesh, [placement])
 
 
-def whole(x: Tensor | None) -> Tensor | None:
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 def check(call: Call, mesh: DeviceMesh) -> None:
     """The parts together are what one process gives, in values and gradients."""
     alone = {name: x.clone() for name, (x, _) in call.tensors.items()}
@@ -207,7 +205,7 @@ def check(call: Call, mesh: DeviceMesh) -> None:
         gradient, placement = parts[name].grad, call.tensors[name][1]
         expected_placement = Partial() if placement == WHOLE != lead else placement
         assert gradient.placements == (expected_placement,), (name, gradient.placements)
-        torch.testing.assert_close(gradient.full_tensor(), alone[name].grad, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient.full_tensor(), alone[name].grad)
 
 
 def run(rank: int, folder: Path) -> None:

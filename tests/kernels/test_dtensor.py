@@ -123,11 +123,6 @@ REFUSED = {
         NotImplementedError,
         "rms_norm: a DTensor has no sharding strategy here.*local_map",
     ),
-    "no strategy": (
-        lambda part: ck.decode_linear(part(Shard(0), 1, 8), part(Replicate(), 4, 8)),
-        NotImplementedError,
-        "decode_linear: a DTensor has no sharding strategy here.*local_map",
-    ),
 }
 
 
