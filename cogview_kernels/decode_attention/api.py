@@ -73,6 +73,7 @@ def decode_attention(
         NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no derivative, no
             float64, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in where a
             gradient is needed, not for derivatives in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.

@@ -172,6 +172,7 @@ def linear_cross_entropy(
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64.
+            A DTensor that is cut along C.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens); label smoothing:

@@ -92,6 +92,7 @@ def local_attention_2d(
             "triton": no float64, D up to 256). Without ``backend`` "sdpa" steps in, or where that cannot,
             "reference"; GPUs older than sm_80, a V100 too, have these two. Also a derivative that kernels do
             not have: of second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads, or dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).

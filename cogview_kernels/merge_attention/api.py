@@ -56,6 +56,7 @@ def merge_attention(
         NotImplementedError: a limit of the backend asked for ("cpu" and "triton": no float64; "triton": D up
             to 1024). Without ``backend`` "reference" steps in. Also a derivative that kernels do not have: of
             second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Online softmax, Milakov and Gimelshein, arXiv:1805.02867, section 3.

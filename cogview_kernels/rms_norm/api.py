@@ -63,6 +63,7 @@ def rms_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Zhang and Sennrich, arXiv:1910.07467; ``pb_relax``: CogView, arXiv:2105.13290, section 2.4.

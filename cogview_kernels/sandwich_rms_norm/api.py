@@ -69,6 +69,7 @@ def sandwich_rms_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``; dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Gemma 2, arXiv:2408.00118, section 2; CogView, arXiv:2105.13290, section 2.4.

@@ -57,6 +57,7 @@ def stable_softmax(
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64.
+            A DTensor that is cut along what a row's probabilities depend on.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).

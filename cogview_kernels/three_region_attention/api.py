@@ -83,6 +83,7 @@ def three_region_attention(
             D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256).
             Without ``backend`` "sdpa" steps in, or where that cannot, "reference". Also a derivative that
             kernels do not have: of second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads, or dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
