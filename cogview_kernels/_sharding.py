@@ -73,7 +73,7 @@ class Parts:
         mesh, placements = self.leader.device_mesh, self._placements(dims, Replicate())
         self._check_sizes(name, x, dims)
         if not isinstance(x, DTensor):
-            if x.requires_grad:
+            if x.requires_grad and torch.is_grad_enabled():
                 raise TypeError(
                     f"{self.op}: {name} must be a DTensor to have a gradient, as {self.name} is, got a tensor"
                 )
