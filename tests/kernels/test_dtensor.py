@@ -148,3 +148,5 @@ def test_the_way_out_works(mesh):
     out.sum().backward()
     assert x.grad.to_local().shape == local.shape
     assert ck.rms_norm(x.detach(), backend="reference").placements == (Shard(0),)
+    with torch.no_grad():
+        assert ck.rms_norm(x, torch.ones(8, requires_grad=True)).placements == (Shard(0),)
