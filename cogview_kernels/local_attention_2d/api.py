@@ -103,7 +103,8 @@ def local_attention_2d(
     _check_tensors(q, k, v, window)
     if _sharding.is_sharded(q, backend):
         options = {"scale": scale, "return_lse": return_lse, "backend": backend}
-        return _in_parts(q, Keys(k, v, extra_k, extra_v, extra_mask), window, dropout_p, options)
+        heads = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
+        return _in_parts(heads, extra_mask, window, dropout_p, options)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
     if scale is None:
@@ -141,20 +142,19 @@ def local_attention_2d(
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
-def _in_parts(q: Tensor, keys: Keys, window: Window, dropout_p: float, options: dict[str, Any]) -> Any:
+def _in_parts(
+    heads: dict[str, Any], extra_mask: Tensor | None, window: Window, dropout_p: float, options: dict[str, Any]
+) -> Any:
     """Of DTensors, cut along samples and heads."""
-    parts = _sharding.Parts(_OP, "q", q, (0, 1))
+    parts = _sharding.Parts(_OP, "q", heads["q"], (0, 1))
     parts.check_no_dropout(dropout_p)
-    names = ("k", "v", "extra_k", "extra_v")
-    of_rank = {name: parts.of(name, getattr(keys, name), (0, 1)) for name in names}
     out = local_attention_2d(
-        parts.of("q", q, (0, 1)),
+        **{name: parts.of(name, x, (0, 1)) for name, x in heads.items()},
         grid=(window.height, window.width),
         kernel_size=(window.kernel_height, window.kernel_width),
         query_scale=window.query_scale,
         causal=window.causal,
-        extra_mask=parts.of("extra_mask", keys.extra_mask, (0,)),
-        **of_rank,
+        extra_mask=parts.of("extra_mask", extra_mask, (0,)),
         **options,
     )
     return parts.join(out, (0, 1))
