@@ -122,7 +122,7 @@ FLOORS = [
     {"run", "convert", "pack"},
     {"demo", "options", "clip_gen_run"},
     {"drawing", "evaluate_run", "serving", "super_resolving", "clip_drawing"},
-    {"evaluate"},
+    {"evaluate", "super_resolution_study"},
     {"commands"},
     {"parsing"},
     {"cli"},
