@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogview.config import STUDY_SEEDS
 from cogview.device import usable_device
 
 if TYPE_CHECKING:
@@ -436,7 +437,8 @@ def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
     from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
 
     size = dataclasses.replace(SIZES[given.size], **changes)
-    records = study_stability(StabilityStudy(given.out, size, given.seeds or 3, usable_device(given.device)))
+    seeds = given.seeds or STUDY_SEEDS
+    records = study_stability(StabilityStudy(given.out, size, seeds, usable_device(given.device)))
     print(stability_table(records))
     print(finding(records))
 
@@ -446,7 +448,7 @@ def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
 
     size = study.SIZES[given.size]
     size = dataclasses.replace(size, train=dataclasses.replace(size.train, **changes))
-    asked = study.TokenizerStudy(given.out, size, given.seeds or 3, usable_device(given.device))
+    asked = study.TokenizerStudy(given.out, size, given.seeds or STUDY_SEEDS, usable_device(given.device))
     records = study.study_tokenizers(asked)
     print(study.tokenizer_table(records))
     print(study.tokenizer_finding(records))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    STUDY_SEEDS,
     ClipGenTrainConfig,
     ClipTrainConfig,
     ImageTokenizerConfig,
@@ -746,7 +747,7 @@ class Study:
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
     """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
-    seeds: Annotated[int | None, _shown("INT", "3; vqgan: 1, and no other")] = None
+    seeds: Annotated[int | None, _shown("INT", f"{STUDY_SEEDS}; vqgan: 1, and no other")] = None
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None
     """of each training, unless it overflows before"""
