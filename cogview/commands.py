@@ -424,6 +424,25 @@ def rank_curve(given: options.RankCurve) -> None:
     print(f"written: {given.out}/rank_curve.png, .csv and .json")
 
 
+def judge_clip_gen(given: options.JudgeClipGen) -> None:
+    """``cogview judge-clip-gen``."""
+    from cogview.demo.clip_gen import ClipGenJudging, clip_gen_table
+    from cogview.demo.clip_gen import judge_clip_gen as judge
+
+    wanted = ClipGenJudging(
+        given.runs,
+        given.out,
+        given.captioner,
+        given.clip,
+        given.candidates,
+        given.prompts,
+        given.seed,
+        usable_device(given.device),
+    )
+    print(clip_gen_table(judge(wanted)))
+    print(f"written: {given.out}/report.json, picks.png and runs/*/contact_sheet.png")
+
+
 def study(given: options.Study) -> None:
     """``cogview study``."""
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from cogview.config import ClipTrainConfig
 from cogview.data.digits import DigitPairs
-from cogview.evaluation.retrieval import retrieval
+from cogview.evaluation.retrieval import embedding_gap, retrieval
+from cogview.files import load_tensors, save_tensors
 from cogview.perception.clip import Heads, SmallClipConfig, TransformersClip, load_clip
 from cogview.training.clip import (
     ClipTrainer,
@@ -48,7 +49,7 @@ def test_a_clip_of_transformers_computes_what_transformers_does(tiny):
 
 
 def test_what_is_no_clip_is_one_clear_line(tiny, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no CLIP, neither clip\.json nor config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"holds no CLIP, none of clip\.json, config\.json"):
         load_clip(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="must hold a model of type clip, got bert"):
@@ -56,6 +57,79 @@ def test_what_is_no_clip_is_one_clear_line(tiny, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     with pytest.raises(ValueError, match="holds no whole CLIP"):
         load_clip(tmp_path)
+
+
+def copied(tiny, folder):
+    folder.mkdir()
+    for path in tiny.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_pickled_weights_are_left_alone_and_a_part_of_the_weights_is_no_clip(tiny, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    pickled = copied(tiny, tmp_path / "pickled")
+    (pickled / "model.safetensors").unlink()
+    torch.save({"state_dict": Trap()}, pickled / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds no whole CLIP"):
+        load_clip(pickled)
+    assert not (tmp_path / "sprung").exists()
+    partial = copied(tiny, tmp_path / "partial")
+    weights = load_tensors(partial / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_tensors(partial / "model.safetensors", weights)
+    with pytest.raises(ValueError, match=r"its weights lack visual_projection\.weight"):
+        load_clip(partial)
+
+
+OPEN_CLIP = {
+    "embed_dim": 8,
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1},
+}
+
+
+def save_open_clip(folder, **text):
+    """The settings of a CLIP of open_clip, without its weights."""
+    folder.mkdir()
+    model = {**OPEN_CLIP, "text_cfg": {**OPEN_CLIP["text_cfg"], **text}}
+    seen = {"mean": [0.5, 0.5, 0.5], "std": [0.3, 0.3, 0.3]}
+    config = {"model_cfg": model, "preprocess_cfg": seen}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_open_clip_without_safetensors_or_with_a_tower_to_download_is_refused(tmp_path):
+    bare = save_open_clip(tmp_path / "bare")
+    (bare / "open_clip_pytorch_model.bin").touch()
+    with pytest.raises(ValueError, match=r"weights not found: .*open_clip_model\.safetensors"):
+        load_clip(bare)
+    with pytest.raises(ValueError, match=r"its text tower xlm-roberta-base is none of open_clip's own"):
+        load_clip(save_open_clip(tmp_path / "roberta", hf_model_name="xlm-roberta-base"))
+
+
+def test_a_clip_of_open_clip_computes_what_open_clip_does(tmp_path):
+    open_clip = pytest.importorskip(
+        "open_clip",
+        reason="needs open_clip, whose torchvision must fit PyTorch's build",
+        exc_type=ImportError,
+    )
+    folder = save_open_clip(tmp_path / "open")
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**OPEN_CLIP).eval()
+    save_tensors(folder / "open_clip_model.safetensors", model.state_dict())
+    clip = load_clip(folder)
+    assert clip.width == 8
+    images, texts = torch.rand(2, 3, 16, 16, requires_grad=True), ["a tiger", "a very long dog"]
+    seen = model.encode_image((images - 0.5) / 0.3, normalize=True)
+    torch.testing.assert_close(clip.of_images(images), seen)
+    read = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(texts), normalize=True)
+    torch.testing.assert_close(clip.of_texts(texts), read.detach())
+    clip.of_images(images)[:, 0].sum().backward()
+    assert images.grad.abs().sum() > 0
 
 
 def test_captions_in_latin_letters():
@@ -117,6 +191,17 @@ def test_the_small_clip_is_trained_saved_and_read(tmp_path):
     clip.of_images(image).sum().backward()
     assert image.grad.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in clip.parameters())
+
+
+def test_the_embedding_gap_by_hand():
+    images, texts = torch.eye(4)[:2], torch.stack([torch.eye(4)[0], torch.eye(4)[2]])
+    found = embedding_gap(images, texts)
+    assert found == pytest.approx(
+        {"embedding gap": 0.5**0.5, "cosine of pairs": 0.5, "cosine of others": 0.0}
+    )
+    away = F.normalize(torch.randn(50, 8), dim=1)
+    assert embedding_gap(away, away)["embedding gap"] == 0
+    assert embedding_gap(away, -away)["cosine of pairs"] == pytest.approx(-1)
 
 
 def test_retrieval_by_hand():
