@@ -212,9 +212,10 @@ class TransformersClip(nn.Module):
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """See :class:`Clip`."""
         found = []
+        most = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), TOGETHER):
             part = list(texts[start : start + TOGETHER])
-            tokens = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=most, return_tensors="pt")
             read = self.model.text_model(**tokens.to(self.model.device)).pooler_output
             found.append(F.normalize(self.model.text_projection(read), dim=1))
         return torch.cat(found)
