@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    STUDY_SEEDS,
     ClipGenTrainConfig,
     ClipTrainConfig,
     ImageTokenizerConfig,
@@ -733,6 +734,42 @@ class RankCurve:
 
 
 @dataclass(frozen=True)
+class JudgeClipGen:
+    """Let a judge read what runs of CLIP-GEN draw for words, beside a CogView that was taught with captions.
+
+    Held-out combinations of a drawing and a skin tone are asked for, and drawings that training saw. Of the
+    candidates, one is picked by CLIP's cosine, by the CapLoss of --captioner, by both, and at random. The
+    share that is right is told for each, and how far texts lie from pictures in the space of CLIP.
+    """
+
+    runs: Positional[
+        Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+    ]
+    """runs of "cogview train-clip-gen" on the emoji, such as one with and one without --embedding-loss"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; what is drawn is kept, so that the same command goes on, with more runs too"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview train" on the emoji, which ranks by CapLoss, and draws the same prompts"""
+    clip: Annotated[Path | None, _shown("CLIP", "the one that each run was trained with")] = None
+    """where that CLIP lies now"""
+    candidates: int = 16
+    """pictures of each prompt"""
+    prompts: Annotated[int | None, _shown("INT", "all")] = None
+    """texts of each of the two groups, at most"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("RUN", self.runs)
+        for name, least in (("candidates", 1), ("prompts", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
@@ -750,7 +787,7 @@ class Study:
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
     """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
-    seeds: Annotated[int | None, _shown("INT", "3; vqgan: 1, and no other")] = None
+    seeds: Annotated[int | None, _shown("INT", f"{STUDY_SEEDS}; vqgan: 1, and no other")] = None
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None
     """of each training, unless it overflows before"""
