@@ -101,6 +101,7 @@ def with_tones(pairs: EmojiPairs) -> EmojiPairs:
 
 def _skin(images: Tensor) -> np.ndarray:
     """How many pixels are near each fill of skin, as logarithms ``[N, 5]``."""
-    fills = torch.tensor([[int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in PALETTE]) / 255
+    levels = [[int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in PALETTE]
+    fills = torch.tensor(levels, dtype=torch.float32) / 255
     distance = (images.cpu()[:, None] - fills[None, :, :, None, None]).norm(dim=2)
     return torch.exp(-((distance / NEAR) ** 2)).sum((2, 3)).log1p().numpy()
