@@ -448,7 +448,9 @@ def study(given: options.Study) -> None:
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
     _STUDIES[given.name](given, changes)
-    files = ".png and .json" if given.name == "vqgan" else ".png, .csv and .json"
+    files = (
+        ".png and .json" if given.name in ("vqgan", "super-resolution", "style") else ".png, .csv and .json"
+    )
     print(f"written: {given.out}/{given.name}{files}")
 
 
@@ -483,7 +485,30 @@ def _study_vqgan(given: options.Study, changes: dict[str, Any]) -> None:
     print(study.vqgan_table(study.study_vqgan(study.VQGANStudy(given.out, preset, device))))
 
 
-_STUDIES = {"stability": _study_stability, "tokenizers": _study_tokenizers, "vqgan": _study_vqgan}
+def _study_super_resolution(given: options.Study, _: dict[str, Any]) -> None:
+    from cogview import super_resolution_study as study
+
+    asked = study.SuperResolutionStudy(given.runs, given.out, given.size, device=usable_device(given.device))
+    print(study.super_resolution_table(study.study_super_resolution(asked)))
+
+
+def _study_style(given: options.Study, _: dict[str, Any]) -> None:
+    from cogview.demo import style
+
+    print(
+        style.style_table(
+            style.study_style(style.StyleStudy(given.runs, given.out, device=usable_device(given.device)))
+        )
+    )
+
+
+_STUDIES = {
+    "stability": _study_stability,
+    "tokenizers": _study_tokenizers,
+    "vqgan": _study_vqgan,
+    "super-resolution": _study_super_resolution,
+    "style": _study_style,
+}
 
 
 def _late_mean(values: Sequence[float]) -> float:

@@ -769,16 +769,24 @@ class JudgeClipGen:
                 raise ValueError(f"--{name} must be at least {least}, got {value}")
 
 
+STUDIES_OF_RUNS = ("super-resolution", "style")  # they train nothing
+
+
 @dataclass(frozen=True)
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
     name: Positional[
-        Annotated[Literal["stability", "tokenizers", "vqgan"], arg(metavar="stability|tokenizers|vqgan")]
+        Annotated[
+            Literal["stability", "tokenizers", "vqgan", "super-resolution", "style"],
+            arg(metavar="stability|tokenizers|vqgan|super-resolution|style"),
+        ]
     ]
     """stability: what keeps a deep training in float16 from overflowing; tokenizers: whether four ways to
     train an image tokenizer come to the same, even one with a fixed codebook; vqgan: a VQGAN beside a VQ-VAE
-    of as many codes, one training each (small: digits, paper: emoji)"""
+    of as many codes, one training each (small: digits, paper: emoji); super-resolution: what --runs make of
+    held-out pictures (small: digits, paper: emoji), with nothing trained; style: whether --runs draw emoji as
+    lines that training saw in colour alone, with nothing trained"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
@@ -789,12 +797,19 @@ class Study:
     """of each training, unless it overflows before"""
     learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
     """from the first step to the last"""
+    runs: Annotated[tuple[Path, ...], _shown("RUN [RUN ...]", "none")] = ()
+    """super-resolution: what "cogview finetune super-resolution" and "local-super-resolution" wrote; style:
+    a run on the emoji, and what "cogview finetune style" made of it"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
+        if bool(self.runs) != (self.name in STUDIES_OF_RUNS):
+            raise ValueError(f"--runs must be given for {' and '.join(STUDIES_OF_RUNS)}, and for them alone")
         for option in ("seeds", "steps", "learning_rate"):
             value = getattr(self, option)
+            if value is not None and self.name in STUDIES_OF_RUNS:
+                raise ValueError(f"--{option.replace('_', '-')} belongs to a study that trains; leave it out")
             if value is not None and value <= 0:
                 raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
         if self.name == "vqgan" and self.seeds not in (None, 1):

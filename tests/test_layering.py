@@ -123,7 +123,7 @@ FLOORS = [
     {"clip_gen_run"},
     {"demo", "options"},
     {"drawing", "evaluate_run", "serving", "super_resolving", "clip_drawing"},
-    {"evaluate"},
+    {"evaluate", "super_resolution_study"},
     {"commands"},
     {"parsing"},
     {"cli"},

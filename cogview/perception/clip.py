@@ -135,13 +135,13 @@ class Heads(nn.Module):
 
 
 def _head(inner: int, config: SmallClipConfig) -> nn.Module:
-    layers = (
-        nn.Linear(inner, config.hidden),
+    return nn.Sequential(
+        nn.LayerNorm(inner, dtype=torch.float32),
+        nn.Linear(inner, config.hidden, dtype=torch.float32),
         nn.GELU(),
         nn.Dropout(0.1),
-        nn.Linear(config.hidden, config.width),
+        nn.Linear(config.hidden, config.width, dtype=torch.float32),
     )
-    return nn.Sequential(nn.LayerNorm(inner), *layers).to(torch.float32)
 
 
 class SmallClip(nn.Module):
