@@ -120,6 +120,8 @@ def judge_clip_gen(options: ClipGenJudging) -> dict[str, Any]:
     if options.captioner is not None:
         captioner = load_run(options.captioner, options.device)
         drawers.append(_cogview(options.captioner, captioner, drawers[0].clip))
+    for drawer in drawers:
+        _claim(drawer, prompts, options)
     judges = {size: EmojiJudge(size) for size in dict.fromkeys(drawer.size for drawer in drawers)}
     records = []
     for drawer in drawers:
@@ -199,13 +201,19 @@ def draw_codes(plan: DrawPlan, run: ClipGenRun, prompts: Sequence[EmojiPrompt]) 
     return torch.cat(codes), None
 
 
+def _claim(drawer: Drawer, prompts: list[EmojiPrompt], options: ClipGenJudging) -> None:
+    """ValueError if the codes in the run's folder were drawn otherwise: told before the judge is made."""
+    texts = [prompt.text for prompt in prompts]
+    drawn_with = DrawnWith(drawer.weights, options.candidates, texts, options.seed)
+    claim_settings(_folder(Path(options.out), drawer) / "settings.json", drawn_with)
+
+
 def _ranked(
     drawer: Drawer, prompts: list[EmojiPrompt], captioner: Run | None, options: ClipGenJudging
 ) -> Ranked:
     """What a run draws, with the costs of all ranks; a CogView's own codes have their own CapLoss."""
-    folder, texts = _folder(Path(options.out), drawer), [prompt.text for prompt in prompts]
-    drawn_with = DrawnWith(drawer.weights, options.candidates, texts, options.seed)
-    claim_settings(folder / "settings.json", drawn_with)
+    texts = [prompt.text for prompt in prompts]
+    folder = _folder(Path(options.out), drawer)
     plan = DrawPlan(folder, options.seed, options.candidates, options.progress)
     codes, losses = drawer.draw(plan, prompts=prompts)
     images, cosines, told = [], [], []

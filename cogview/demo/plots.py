@@ -161,6 +161,7 @@ def save_picks_plot(
                 places = [place - 0.4 + (number + 0.5) * width for place in range(len(runs))]
                 axes.bar(places, [100 * picks[run][picker][aspect] for run in runs], width, label=picker)
             axes.set_xticks(range(len(runs)), runs)
+            axes.set_ylim(0, 100)
             axes.set_title(f"{aspect}: {title}")
             axes.grid(alpha=0.3, axis="y")
         row[0].set_ylabel("picks that are right, %")
