@@ -143,7 +143,11 @@ def local_attention_2d(
 
 
 def _in_parts(
-    heads: dict[str, Any], extra_mask: Tensor | None, window: Window, dropout_p: float, options: dict[str, Any]
+    heads: dict[str, Any],
+    extra_mask: Tensor | None,
+    window: Window,
+    dropout_p: float,
+    options: dict[str, Any],
 ) -> Any:
     """Of DTensors, cut along samples and heads."""
     parts = _sharding.Parts(_OP, "q", heads["q"], (0, 1))
