@@ -16,6 +16,7 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
 
 MOST_WORKERS = 256  # More processes or threads than any machine has a use for.
 MOST_STEPS = 99_999_999  # The name of a checkpoint has eight digits.
+STUDY_SEEDS = 3  # trainings of each variant of a study, unless told otherwise
 
 
 def _require_between(settings: object, least: float, most: float, *names: str) -> None:

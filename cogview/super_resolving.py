@@ -60,10 +60,15 @@ def super_resolve(given: options.SuperResolve) -> None:
 def _print_comparison(run: Run, truth: Tensor, enlarged: Tensor, windows: Tensor) -> None:
     """Mean PSNR of the pictures, of bicubic scaling, and of what the image tokenizer keeps of the truth."""
     bicubic = F.interpolate(F.avg_pool2d(truth, 2), scale_factor=2, mode="bicubic").clamp(0, 1)
-    tokenizer = run.tokenizers.image
-    kept = tokenizer.decode(tokenizer.encode(truth.to(tokenizer.mean))).to(truth)
+    kept = kept_of(run, truth)
     ways = {"enlarged": enlarged, "bicubic": bicubic, "codes of the truth": kept}
     print("PSNR: " + ", ".join(f"{name} {peak_signal_to_noise(x, truth):.2f} dB" for name, x in ways.items()))
     if bool(windows.any()):
         contrast = seam_contrast(enlarged, windows) / seam_contrast(kept, windows)
         print(f"steps across the windows' edges: {contrast:.2f} times those in the codes of the truth")
+
+
+def kept_of(run: Run, truth: Tensor) -> Tensor:
+    """What the image tokenizer keeps of pictures: nothing that draws codes comes nearer."""
+    tokenizer = run.tokenizers.image
+    return tokenizer.decode(tokenizer.encode(truth.to(tokenizer.mean))).to(truth)

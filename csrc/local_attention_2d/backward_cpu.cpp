@@ -77,13 +77,11 @@ struct Backward {
         for (int64_t i = 0; i < parts; ++i)
             part_floats = std::max(part_floats, 2 * part_of(plan, parts, i).keys(plan) * plan.Dp);
         const int64_t head_floats = 2 * slot_floats + parts * part_floats;
-        // So many heads at a time that what they need stays within about 64 MB, but enough for every thread.
-        const int64_t wanted = std::max((int64_t(16) << 20) / head_floats, (4 * threads + parts - 1) / parts);
-        const int64_t batch = std::max<int64_t>(1, std::min(heads, wanted));
-        const Workspace memory(batch * head_floats);
+        const int64_t turn = plan.heads_of_a_turn(head_floats, parts, threads);
+        const Workspace memory(turn * head_floats);
         const int64_t blocks = (plan.slots + 127) / 128;
-        for (int64_t done = 0; done < heads; done += batch) {
-            const int64_t now = std::min(batch, heads - done);
+        for (int64_t done = 0; done < heads; done += turn) {
+            const int64_t now = std::min(turn, heads - done);
             const auto sample = [&](int64_t i) { return (done + i) / plan.Hkv; };
             const auto head = [&](int64_t i) { return (done + i) % plan.Hkv; };
             const auto at = [&](int64_t i) {

@@ -21,14 +21,11 @@ struct Forward {
 
     void run(int threads) {
         const int64_t heads = plan.B * plan.Hkv, head_floats = 2 * plan.slots * plan.Dp;
-        // So many heads at a time that their converted keys stay within about 64 MB, but enough for every
-        // thread.
-        const int64_t batch =
-            std::min(heads, std::max<int64_t>((int64_t(16) << 20) / head_floats, 2 * threads));
-        const Workspace memory(batch * head_floats);
         const int64_t blocks = (plan.slots + 127) / 128, tiles = plan.tiles_down * plan.tiles_across;
-        for (int64_t done = 0; done < heads; done += batch) {
-            const int64_t now = std::min(batch, heads - done);
+        const int64_t turn = plan.heads_of_a_turn(head_floats, plan.group * tiles, threads);
+        const Workspace memory(turn * head_floats);
+        for (int64_t done = 0; done < heads; done += turn) {
+            const int64_t now = std::min(turn, heads - done);
             const auto keys = [&](int64_t i) { return memory.data + i * head_floats; };
             const auto values = [&](int64_t i) { return keys(i) + plan.slots * plan.Dp; };
             parallel_for(now * blocks, 1, threads, [&](int64_t j, int64_t) {

@@ -126,6 +126,15 @@ struct Plan {
     }
 
     int64_t slot(int64_t row, int64_t column) const { return row * window.width + column; }
+
+    // How many key heads are worked on at a time: what they need stays within about 4 MB, but there are tasks
+    // enough for every thread, and the last turn is about as long as the others.
+    int64_t heads_of_a_turn(int64_t floats_of_a_head, int64_t tasks_of_a_head, int threads) const {
+        const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
+        const int64_t most = std::max((int64_t(1) << 20) / floats_of_a_head,
+                                      parts(int64_t(4) * threads, tasks_of_a_head));
+        return parts(B * Hkv, parts(B * Hkv, most));
+    }
 };
 
 // The keys of a score tile: of each of some rows of the grid the same columns, or extra keys, as one row.

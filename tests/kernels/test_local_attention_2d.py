@@ -75,6 +75,8 @@ LARGE = {
     "one_column": {"grid": (70, 1), "kernel_size": (41, 3), "H": 1, "s": 2},
     "everything": {"grid": (12, 13), "kernel_size": (99, 99), "E": 140, "masked": True, "B": 2, "D": 80},
     "D256": {"grid": (9, 10), "kernel_size": (3, 5), "D": 256, "H": 1, "E": 7},
+    # The CPU works on a few heads at a time.
+    "many_heads": {"grid": (16, 16), "D": 64, "B": 3, "H": 12},
 }
 
 

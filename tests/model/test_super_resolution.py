@@ -12,9 +12,11 @@ from PIL import Image
 
 from cogview.cli import main
 from cogview.config import ImageTokenizerConfig, SamplingConfig
+from cogview.data.digits import DigitPairs
 from cogview.data.enlargements import LocalDataset, num_codes
 from cogview.data.rows import open_rows
 from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
+from cogview.files import read_json
 from cogview.generation.engine import DrawOptions
 from cogview.generation.local_super_resolution import enlarge_locally, rounds_of
 from cogview.generation.sampling import Noise, choose
@@ -317,19 +319,49 @@ def test_local_pictures_do_not_depend_on_their_batch():
     )
 
 
-def test_a_local_run_is_finetuned_and_enlarges(run_folder, enlarger, tmp_path, capsys):
-    out, few = tmp_path / "local", {"steps": 2, "batch_size": 4, "checkpoint_every": 1}
+@pytest.fixture(scope="module")
+def local_run(run_folder, enlarger):
+    """A run that was finetuned for two steps."""
+    out, few = enlarger / "local", {"steps": 2, "batch_size": 4, "checkpoint_every": 1}
     finetune_local_super_resolution(
         Finetune(run_folder, enlarger / "photos", out, few, device="cpu", progress=False)
     )
+    return out
+
+
+def test_a_local_run_is_finetuned_and_enlarges(local_run, enlarger, tmp_path, capsys):
     photo = str(enlarger / "photos" / "0.png")
-    words = ["super-resolve", photo, "--run", str(out), "--out", str(tmp_path / "large")]
+    words = ["super-resolve", photo, "--run", str(local_run), "--out", str(tmp_path / "large")]
     assert main([*words, "--text", "a seven", "--device", "cpu", "--compare"]) == 0
     said = capsys.readouterr().out
     assert "PSNR: enlarged" in said and "edges" not in said
     assert Image.open(tmp_path / "large" / "0.png").size == (32, 32)
     assert main([*words, "--from-half", "--force"]) == 2
     assert "from_half must be False" in capsys.readouterr().err
+
+
+def test_both_ways_are_compared_on_held_out_pictures(enlarger, local_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(DigitPairs, "__len__", lambda self: 3)
+    words = ["study", "super-resolution", "--device", "cpu", "--out", str(tmp_path), "--runs"]
+    assert main([*words, str(enlarger / "run"), str(local_run)]) == 0
+    ways = read_json(tmp_path / "super-resolution.json")["ways"]
+    kinds = [way["way"].partition(",")[0] for way in ways]
+    assert kinds == ["bicubic", "super-resolution", "local-super-resolution", "codes of the truth"]
+    assert all(way["psnr_db"] > 0 for way in ways) and all(way["seconds_a_picture"] > 0 for way in ways[:3])
+    for name in ("super-resolution.png", "super-resolution-sheet.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_what_a_comparison_refuses(enlarger, run_folder, tmp_path, capsys):
+    words = ["study", "super-resolution", "--device", "cpu", "--out", str(tmp_path)]
+    for more, line in (
+        ([], "--runs must be given for super-resolution and style"),
+        (["--runs", str(run_folder)], "--runs must be of cogview finetune super-resolution or"),
+        (["--runs", str(enlarger / "run"), "--steps", "3"], "--steps belongs to a study that trains"),
+    ):
+        assert main([*words, *more]) == 2
+        assert line in capsys.readouterr().err
 
 
 # ---- figures
