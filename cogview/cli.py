@@ -45,11 +45,12 @@ EXAMPLES = {
     "data": "emoji --out emoji --size 64 --style color",
     "demo": "--out runs/demo",
     "rank-curve": "--run runs/demo --out runs/demo/ranking",
+    "judge-clip-gen": "runs/pictures --captioner runs/emoji --out runs/pictures/judged",
     "study": "stability --out studies/stability",
 }
 RESUMABLE = (
     *("train-tokenizer", "tokenize", "train", "finetune", "train-clip", "train-clip-gen", "evaluate", "demo"),
-    *("rank-curve", "study"),
+    *("rank-curve", "judge-clip-gen", "study"),
 )
 WITH_RANKS = ("train", "finetune")  # what torchrun may start several of
 HELP = """\

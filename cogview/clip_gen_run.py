@@ -20,12 +20,19 @@ from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import DrawOptions
 from cogview.images import to_picture
 from cogview.model.clip_gen import ClipGen
-from cogview.perception.clip import Clip, load_clip
+from cogview.perception.clip import Clip, fingerprint_clip, load_clip
 from cogview.run import Run
 from cogview.settings import load_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.checkpoint import MODEL, check_origin, latest_checkpoint, read_state, verified_tensors
+from cogview.training.checkpoint import (
+    MODEL,
+    check_origin,
+    fingerprint_weights,
+    latest_checkpoint,
+    read_state,
+    verified_tensors,
+)
 from cogview.training.clip_gen import CHECKPOINTS, SETTINGS, ClipGenSettings
 from cogview.weights import load_weights
 
@@ -49,7 +56,13 @@ class ClipGenRun:
     model: ClipGen
     tokenizer: ImageTokenizer
     clip: Clip
-    sampling: SamplingConfig
+    settings: ClipGenSettings
+    fingerprint: str  # of the weights and of the CLIP
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the run draws unless told otherwise."""
+        return self.settings.sampling
 
     def generate(
         self,
@@ -98,17 +111,37 @@ class ClipGenRun:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes ``[n, num_codes]`` as pixels ``[n, 3, S, S]``."""
         grid = self.tokenizer.config.grid
-        return self.tokenizer.decode(codes.view(-1, grid, grid))
+        return self.tokenizer.decode(codes.view(-1, grid, grid).to(self.tokenizer.mean.device))
 
 
 def ranked(row: Sequence[ClipDrawing], rank: Rank) -> list[ClipDrawing]:
     """The drawings of one text, best first."""
-    by_clip = sorted(row, key=lambda drawing: -drawing.cosine)
-    by_loss = sorted(row, key=lambda drawing: drawing.loss)
-    if rank == "both":
-        places = [{drawing.candidate: at for at, drawing in enumerate(order)} for order in (by_clip, by_loss)]
-        return sorted(by_clip, key=lambda drawing: sum(place[drawing.candidate] for place in places))
-    return by_clip if rank == "clip" else by_loss
+    cosines = torch.tensor([drawing.cosine for drawing in row], dtype=torch.float64)
+    losses = torch.tensor([drawing.loss for drawing in row], dtype=torch.float64)
+    order = costs_of_ranks(cosines, losses)[rank].argsort(stable=True)
+    return [row[place] for place in order.tolist()]
+
+
+def costs_of_ranks(cosines: Tensor, losses: Tensor | None = None) -> dict[Rank, Tensor]:
+    """For each rank a cost of every candidate ``[..., M]``: the best one costs least.
+
+    Args:
+        cosines: between each candidate's embedding and its text's.
+        losses: CapLoss of each; without it there is but the rank by CLIP.
+
+    That of "both" is the mean of a candidate's places in the two orders; of equals, CLIP chooses.
+    """
+    costs: dict[Rank, Tensor] = {"clip": -cosines}
+    if losses is not None:
+        by_clip, by_loss = (_places(cost) for cost in (-cosines, losses))
+        tie = by_clip / (4 * max(1, cosines.shape[-1]))  # below the half place by which means differ
+        costs |= {"cap-loss": losses, "both": (by_clip + by_loss) / 2 + tie}
+    return costs
+
+
+def _places(costs: Tensor) -> Tensor:
+    """The place of each candidate when the cheapest comes first, from 0."""
+    return costs.argsort(dim=-1, stable=True).argsort(dim=-1).double()
 
 
 def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | None = None) -> ClipGenRun:
@@ -132,7 +165,10 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
             f"{folder} was trained with embeddings of {settings.embedding_width} numbers, the CLIP in "
             f"{clip or settings.clip} has {its_clip.width}; give the one of the training with --clip"
         )
+    of_clip = fingerprint_clip(clip or settings.clip)
+    check_origin(checkpoint, {"clip": of_clip})
     model = ClipGen(settings.model, settings.embedding_width)
     load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
     tokenizer = load_image_tokenizer(folder, device)
-    return ClipGenRun(model.to(device).eval(), tokenizer, its_clip, settings.sampling)
+    fingerprint = f"{fingerprint_weights(checkpoint)} {of_clip}"
+    return ClipGenRun(model.to(device).eval(), tokenizer, its_clip, settings, fingerprint)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogview.config import STUDY_SEEDS
 from cogview.device import usable_device
 
 if TYPE_CHECKING:
@@ -423,12 +424,33 @@ def rank_curve(given: options.RankCurve) -> None:
     print(f"written: {given.out}/rank_curve.png, .csv and .json")
 
 
+def judge_clip_gen(given: options.JudgeClipGen) -> None:
+    """``cogview judge-clip-gen``."""
+    from cogview.demo.clip_gen import ClipGenJudging, clip_gen_table
+    from cogview.demo.clip_gen import judge_clip_gen as judge
+
+    wanted = ClipGenJudging(
+        given.runs,
+        given.out,
+        given.captioner,
+        given.clip,
+        given.candidates,
+        given.prompts,
+        given.seed,
+        usable_device(given.device),
+    )
+    print(clip_gen_table(judge(wanted)))
+    print(f"written: {given.out}/report.json, picks.png and runs/*/contact_sheet.png")
+
+
 def study(given: options.Study) -> None:
     """``cogview study``."""
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
     _STUDIES[given.name](given, changes)
-    files = ".png and .json" if given.name in ("vqgan", "super-resolution") else ".png, .csv and .json"
+    files = (
+        ".png and .json" if given.name in ("vqgan", "super-resolution", "style") else ".png, .csv and .json"
+    )
     print(f"written: {given.out}/{given.name}{files}")
 
 
@@ -436,7 +458,8 @@ def _study_stability(given: options.Study, changes: dict[str, Any]) -> None:
     from cogview.evaluation.study import SIZES, StabilityStudy, finding, stability_table, study_stability
 
     size = dataclasses.replace(SIZES[given.size], **changes)
-    records = study_stability(StabilityStudy(given.out, size, given.seeds or 3, usable_device(given.device)))
+    seeds = given.seeds or STUDY_SEEDS
+    records = study_stability(StabilityStudy(given.out, size, seeds, usable_device(given.device)))
     print(stability_table(records))
     print(finding(records))
 
@@ -446,7 +469,7 @@ def _study_tokenizers(given: options.Study, changes: dict[str, Any]) -> None:
 
     size = study.SIZES[given.size]
     size = dataclasses.replace(size, train=dataclasses.replace(size.train, **changes))
-    asked = study.TokenizerStudy(given.out, size, given.seeds or 3, usable_device(given.device))
+    asked = study.TokenizerStudy(given.out, size, given.seeds or STUDY_SEEDS, usable_device(given.device))
     records = study.study_tokenizers(asked)
     print(study.tokenizer_table(records))
     print(study.tokenizer_finding(records))
@@ -469,11 +492,22 @@ def _study_super_resolution(given: options.Study, _: dict[str, Any]) -> None:
     print(study.super_resolution_table(study.study_super_resolution(asked)))
 
 
+def _study_style(given: options.Study, _: dict[str, Any]) -> None:
+    from cogview.demo import style
+
+    print(
+        style.style_table(
+            style.study_style(style.StyleStudy(given.runs, given.out, device=usable_device(given.device)))
+        )
+    )
+
+
 _STUDIES = {
     "stability": _study_stability,
     "tokenizers": _study_tokenizers,
     "vqgan": _study_vqgan,
     "super-resolution": _study_super_resolution,
+    "style": _study_style,
 }
 
 

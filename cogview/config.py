@@ -16,6 +16,7 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
 
 MOST_WORKERS = 256  # More processes or threads than any machine has a use for.
 MOST_STEPS = 99_999_999  # The name of a checkpoint has eight digits.
+STUDY_SEEDS = 3  # trainings of each variant of a study, unless told otherwise
 
 
 def _require_between(settings: object, least: float, most: float, *names: str) -> None:
@@ -295,6 +296,8 @@ class TrainConfig:
     validation: float = 0.0  # share of the images that is not trained on; its loss is told at each checkpoint
     embedding_gradient: float = 1.0  # factor on the gradient of looked-up word embeddings; 0.1 in the paper
     text_dropout: float = 0.0  # share of text-to-image rows that lose their text, for guidance when drawing
+    code_dropout: float = 0.0  # share of rows in which some image codes are hidden, so that the text must do
+    codebook_embeddings: bool = False  # word embeddings of image codes begin alike where the codes look alike
     resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
@@ -316,6 +319,7 @@ class TrainConfig:
         fits = 1 <= self.accumulate <= self.batch_size
         _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
         _require(0 <= self.text_dropout < 1, "text_dropout", "in [0, 1)", self.text_dropout)
+        _require(0 <= self.code_dropout <= 1, "code_dropout", "in [0, 1]", self.code_dropout)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
         _require(self.text_weight > 0, "text_weight", "above 0", self.text_weight)
         in_range = 0 <= self.caption_fraction <= 1

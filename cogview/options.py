@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    STUDY_SEEDS,
     ClipGenTrainConfig,
     ClipTrainConfig,
     ImageTokenizerConfig,
@@ -733,40 +734,81 @@ class RankCurve:
 
 
 @dataclass(frozen=True)
+class JudgeClipGen:
+    """Let a judge read what runs of CLIP-GEN draw for words, beside a CogView that was taught with captions.
+
+    Held-out combinations of a drawing and a skin tone are asked for, and drawings that training saw. Of the
+    candidates, one is picked by CLIP's cosine, by the CapLoss of --captioner, by both, and at random. The
+    share that is right is told for each, and how far texts lie from pictures in the space of CLIP.
+    """
+
+    runs: Positional[
+        Annotated[tuple[Path, ...], arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")]
+    ]
+    """runs of "cogview train-clip-gen" on the emoji, such as one with and one without --embedding-loss"""
+    out: Annotated[Path, arg(metavar="FOLDER")]
+    """folder to write; what is drawn is kept, so that the same command goes on, with more runs too"""
+    captioner: Annotated[Path | None, _shown("RUN2", "none")] = None
+    """run of "cogview train" on the emoji, which ranks by CapLoss, and draws the same prompts"""
+    clip: Annotated[Path | None, _shown("CLIP", "the one that each run was trained with")] = None
+    """where that CLIP lies now"""
+    candidates: int = 16
+    """pictures of each prompt"""
+    prompts: Annotated[int | None, _shown("INT", "all")] = None
+    """texts of each of the two groups, at most"""
+    seed: int = 0
+    """of everything random"""
+    device: Device = None
+    """cpu or cuda"""
+
+    def __post_init__(self) -> None:
+        _require_one("RUN", self.runs)
+        for name, least in (("candidates", 1), ("prompts", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} must be at least {least}, got {value}")
+
+
+STUDIES_OF_RUNS = ("super-resolution", "style")  # they train nothing
+
+
+@dataclass(frozen=True)
 class Study:
     """Repeat an experiment of the paper and show what came out."""
 
     name: Positional[
         Annotated[
-            Literal["stability", "tokenizers", "vqgan", "super-resolution"],
-            arg(metavar="stability|tokenizers|vqgan|super-resolution"),
+            Literal["stability", "tokenizers", "vqgan", "super-resolution", "style"],
+            arg(metavar="stability|tokenizers|vqgan|super-resolution|style"),
         ]
     ]
     """stability: what keeps a deep training in float16 from overflowing; tokenizers: whether four ways to
     train an image tokenizer come to the same, even one with a fixed codebook; vqgan: a VQGAN beside a VQ-VAE
     of as many codes, one training each (small: digits, paper: emoji); super-resolution: what --runs make of
-    held-out pictures (small: digits, paper: emoji), with nothing trained"""
+    held-out pictures (small: digits, paper: emoji), with nothing trained; style: whether --runs draw emoji as
+    lines that training saw in colour alone, with nothing trained"""
     out: Annotated[Path, arg(metavar="FOLDER")]
     """folder to write; an interrupted study goes on after the last finished training"""
     size: Literal["small", "paper"] = "small"
     """small: minutes on two CPU cores; paper: for a GPU (stability: 64 layers x 1,024)"""
-    seeds: Annotated[int | None, _shown("INT", "3; vqgan: 1, and no other")] = None
+    seeds: Annotated[int | None, _shown("INT", f"{STUDY_SEEDS}; vqgan: 1, and no other")] = None
     """trainings of each variant"""
     steps: Annotated[int | None, _shown("INT", "the size's")] = None
     """of each training, unless it overflows before"""
     learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
     """from the first step to the last"""
     runs: Annotated[tuple[Path, ...], _shown("RUN [RUN ...]", "none")] = ()
-    """super-resolution: what "cogview finetune super-resolution" and "local-super-resolution" wrote"""
+    """super-resolution: what "cogview finetune super-resolution" and "local-super-resolution" wrote; style:
+    a run on the emoji, and what "cogview finetune style" made of it"""
     device: Device = None
     """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        if bool(self.runs) != (self.name == "super-resolution"):
-            raise ValueError("--runs must be given for super-resolution, and for it alone")
+        if bool(self.runs) != (self.name in STUDIES_OF_RUNS):
+            raise ValueError(f"--runs must be given for {' and '.join(STUDIES_OF_RUNS)}, and for them alone")
         for option in ("seeds", "steps", "learning_rate"):
             value = getattr(self, option)
-            if value is not None and self.name == "super-resolution":
+            if value is not None and self.name in STUDIES_OF_RUNS:
                 raise ValueError(f"--{option.replace('_', '-')} belongs to a study that trains; leave it out")
             if value is not None and value <= 0:
                 raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")

@@ -52,6 +52,7 @@ VERBS: dict[str, type] = {
     "data": options.WriteData,
     "demo": options.Demo,
     "rank-curve": options.RankCurve,
+    "judge-clip-gen": options.JudgeClipGen,
     "study": options.Study,
 }
 # Options of a verb that begins from a preset, in their short form, and what each is short for.

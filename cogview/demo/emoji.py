@@ -108,9 +108,9 @@ def run_emoji_demo(options: EmojiDemo) -> dict[str, Any]:
 
     def judged(run: Run, codes: Tensor, losses: Tensor) -> dict[str, Any]:
         judge = EmojiJudge(preset.image_tokenizer.image_size)
-        drawings = _judged(run, judge, prompts, codes, losses)
+        drawings = judge_drawings(judge, prompts, run.pixels(codes).cpu(), losses)
         results = {group: drawings.scores(group) for group in GROUPS}
-        _save_sheet(Path(options.out) / SHEET, drawings, results["combinations"])
+        save_sheet(Path(options.out) / SHEET, drawings, results["combinations"])
         return {
             "results": results,
             "judge": judge_report(judge),
@@ -128,20 +128,20 @@ class JudgedDrawings:
 
     prompts: list[EmojiPrompt]
     images: Tensor  # [P, M, 3, S, S] in [0, 1]
-    losses: Tensor  # [P, M] CapLoss
+    costs: Tensor  # [P, M], such as CapLoss: the best candidate costs least
     tone_is_right: Tensor  # bool [P, M]
     drawing_is_right: Tensor  # bool [P, M]
     readable: Tensor  # bool [P]: the judge reads the real picture right, so that it can tell
 
     @property
     def order(self) -> Tensor:
-        """``[P, M]``: candidates by CapLoss, best first."""
-        return self.losses.argsort(dim=1, stable=True)
+        """``[P, M]``: candidates by their costs, best first."""
+        return self.costs.argsort(dim=1, stable=True)
 
     def scores(self, group: str) -> dict[str, Any]:
-        """Shares of a group's readable prompts: the best candidate by CapLoss, and any one of them.
+        """Shares of a group's readable prompts: the candidate that costs least, and any one of them.
 
-        ``single_draw`` is also what a pick at random can expect, so their difference is what CapLoss gains.
+        ``single_draw`` is also what a pick at random can expect, so their difference is what ranking gains.
         """
         rows = torch.tensor([prompt.group == group for prompt in self.prompts]) & self.readable
         scores: dict[str, Any] = {"prompts": int(rows.sum())}
@@ -176,16 +176,16 @@ class JudgedDrawings:
         ]
 
 
-def _judged(
-    run: Run, judge: EmojiJudge, prompts: list[EmojiPrompt], codes: Tensor, losses: Tensor
+def judge_drawings(
+    judge: EmojiJudge, prompts: list[EmojiPrompt], images: Tensor, costs: Tensor
 ) -> JudgedDrawings:
-    images = run.pixels(codes).cpu()
+    """What the judge says of images ``[P, M, 3, S, S]``, of which each has a cost."""
     found = judge(images.flatten(0, 1))
     pairs = EmojiPairs([prompt.picture for prompt in prompts])
     expected = judge.expected(pairs)
-    tone = found.tones.view(losses.shape) == expected.tones[:, None]
-    drawing = found.drawings.view(losses.shape) == expected.drawings[:, None]
-    return JudgedDrawings(prompts, images, losses, tone, drawing, _both_right(judge.real(pairs), expected))
+    tone = found.tones.view(costs.shape) == expected.tones[:, None]
+    drawing = found.drawings.view(costs.shape) == expected.drawings[:, None]
+    return JudgedDrawings(prompts, images, costs, tone, drawing, _both_right(judge.real(pairs), expected))
 
 
 def _both_right(found: Reading, expected: Reading) -> Tensor:
@@ -227,7 +227,9 @@ def _reconstruction(run: Run, judge: EmojiJudge) -> dict[str, Any]:
     }
 
 
-def _save_sheet(path: Path, drawings: JudgedDrawings, scores: dict[str, Any]) -> None:
+def save_sheet(
+    path: Path, drawings: JudgedDrawings, scores: dict[str, Any], ranked_by: str = "CapLoss"
+) -> None:
     """Held-out combinations, evenly chosen: the real picture, then the best candidates."""
     places = [
         place
@@ -244,13 +246,14 @@ def _save_sheet(path: Path, drawings: JudgedDrawings, scores: dict[str, Any]) ->
         label = drawings.prompts[place].picture.name
         rows.append(Row(label, images, torch.cat([torch.ones(1, dtype=torch.bool), is_right])))
     num, prompts = drawings.images.shape[1], scores["prompts"]
+    tone, drawing = (scores[aspect]["best_of_all"] for aspect in ("tone", "drawing"))
     title = (
         f"Drawings in skin tones never seen together in training.  Of {prompts} prompts, best of {num} by "
-        f"CapLoss: tone {scores['tone']['best_of_all']:.0%}, drawing {scores['drawing']['best_of_all']:.0%}"
+        f"{ranked_by}: tone {tone:.0%}, drawing {drawing:.0%}"
     )
     if rows:
         columns = ["real", *(str(rank + 1) for rank in range(len(rows[0].images) - 1))]
-        save_contact_sheet(path, title, rows, columns, "another drawing or another tone")
+        save_contact_sheet(path, title, rows, columns, "another drawing or another tone", ranked_by)
 
 
 def summary(report: dict[str, Any], out: Path) -> str:

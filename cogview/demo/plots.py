@@ -29,7 +29,12 @@ class Row:
 
 
 def save_contact_sheet(
-    path: StrPath, title: str, rows: Sequence[Row], columns: Sequence[str], if_wrong: str
+    path: StrPath,
+    title: str,
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    if_wrong: str,
+    ranked_by: str = "CapLoss",
 ) -> None:
     """One labelled row of candidates per prompt. A wrong one is framed in red: ``if_wrong`` says why."""
     side = rows[0].images.shape[-1]
@@ -55,7 +60,7 @@ def save_contact_sheet(
     axes.set_yticks(heights, [row.label for row in rows], fontsize=10)
     axes.set_xticks([(column + 0.5) * cell for column in range(len(columns))], columns, fontsize=9)
     axes.tick_params(length=0)
-    axes.set_xlabel(f"rank by CapLoss, best first (red frame: the judge reads {if_wrong})")
+    axes.set_xlabel(f"rank by {ranked_by}, best first (red frame: the judge reads {if_wrong})")
     axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
     save_figure(path, figure)
@@ -130,6 +135,36 @@ def save_rank_curve(path: StrPath, curve: Sequence[CurvePoint], prompts: int, di
         axes.set_xlabel("candidates of which one is picked")
         axes.grid(alpha=0.3)
     right.legend()
+    save_figure(path, figure)
+
+
+def save_picks_plot(
+    path: StrPath, groups: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+) -> None:
+    """The share of picks that are right: a row of panels for each group of prompts, a panel for each aspect.
+
+    ``groups[title][run][picker][aspect]``: the runs are side by side, a bar for each picker.
+    """
+    first = next(iter(groups.values()))
+    runs, pickers = list(first), list(next(iter(first.values())))
+    aspects = list(first[runs[0]][pickers[0]])
+    figure = Figure(
+        figsize=(4.2 * len(aspects), 3.6 * len(groups)),
+        dpi=110,
+        layout="constrained",
+    )
+    panels = figure.subplots(len(groups), len(aspects), squeeze=False)
+    width = 0.8 / len(pickers)
+    for row, (title, picks) in zip(panels, groups.items(), strict=True):
+        for axes, aspect in zip(row, aspects, strict=True):
+            for number, picker in enumerate(pickers):
+                places = [place - 0.4 + (number + 0.5) * width for place in range(len(runs))]
+                axes.bar(places, [100 * picks[run][picker][aspect] for run in runs], width, label=picker)
+            axes.set_xticks(range(len(runs)), runs)
+            axes.set_title(f"{aspect}: {title}")
+            axes.grid(alpha=0.3, axis="y")
+        row[0].set_ylabel("picks that are right, %")
+    panels[0][0].legend()
     save_figure(path, figure)
 
 

@@ -33,6 +33,30 @@ class Reading:
     drawings: Tensor  # int64 [N], places in the judge's drawings
 
 
+class NearestPicture:
+    """Which of some real pictures another one is most like.
+
+    Goes by the cosine between feature maps of EfficientNet-Lite0 halfway up, where they still tell where
+    things are.
+
+    Args:
+        references: ``[N, 3, H, H]`` in [0, 1].
+        features: the network; by default with the weights of the installed package.
+    """
+
+    def __init__(self, references: Tensor, features: EfficientNetLite0Features | None = None) -> None:
+        self._network = features or EfficientNetLite0Features(side=SIDE)
+        self._features = self._normalised(references)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Places among the references, int64 ``[M]``, of pictures ``[M, 3, H, H]``."""
+        return (self._normalised(images) @ self._features.t()).argmax(1)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        parts = [self._network.maps(part, [STAGE])[0].flatten(1) for part in images.split(TOGETHER)]
+        return F.normalize(torch.cat(parts), dim=1)
+
+
 class EmojiJudge:
     """Reads pictures of one size.
 
@@ -55,7 +79,6 @@ class EmojiJudge:
         features: EfficientNetLite0Features | None = None,
     ) -> None:
         self.size = size
-        self._network = features or EfficientNetLite0Features(side=SIDE)
         references = references or with_tones(training_pairs())
         images = references.images(size)
         self.drawings: tuple[Drawing, ...] = tuple(
@@ -63,7 +86,7 @@ class EmojiJudge:
         )
         self._places = {drawing: place for place, drawing in enumerate(self.drawings)}
         self._shown = torch.tensor([self._places[picture.drawing] for picture in references.pictures])
-        self._features = self._normalised(images)
+        self._nearest = NearestPicture(images, features)
         toned = [place for place, picture in enumerate(references.pictures) if picture.tone]
         tones = [TONES.index(tone) for picture in references.pictures if (tone := picture.tone)]
         self._regression = LogisticRegression(C=10.0, max_iter=2000).fit(_skin(images[toned]), tones)
@@ -74,8 +97,7 @@ class EmojiJudge:
             expected = f"[N, 3, {self.size}, {self.size}]"
             raise ValueError(f"images must be {expected} as the judge was made, got {list(images.shape)}")
         tones = torch.from_numpy(self._regression.predict(_skin(images.float())))
-        nearest = (self._normalised(images.float()) @ self._features.t()).argmax(1)
-        return Reading(tones, self._shown[nearest])
+        return Reading(tones, self._shown[self._nearest(images.float())])
 
     def expected(self, pairs: EmojiPairs) -> Reading:
         """What toned pictures should be read as."""
@@ -87,10 +109,6 @@ class EmojiJudge:
         """What the judge reads in real pictures, by default those that no training sees."""
         return self((pairs or held_out_combinations()).images(self.size))
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        parts = [self._network.maps(part, [STAGE])[0].flatten(1) for part in images.split(TOGETHER)]
-        return F.normalize(torch.cat(parts), dim=1)
-
 
 def with_tones(pairs: EmojiPairs) -> EmojiPairs:
     """The pictures in colour of drawings that have skin tones; those without one as well."""
@@ -101,6 +119,7 @@ def with_tones(pairs: EmojiPairs) -> EmojiPairs:
 
 def _skin(images: Tensor) -> np.ndarray:
     """How many pixels are near each fill of skin, as logarithms ``[N, 5]``."""
-    fills = torch.tensor([[int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in PALETTE]) / 255
+    levels = [[int(fill[at : at + 2], 16) for at in (1, 3, 5)] for fill in PALETTE]
+    fills = torch.tensor(levels, dtype=torch.float32) / 255
     distance = (images.cpu()[:, None] - fills[None, :, :, None, None]).norm(dim=2)
     return torch.exp(-((distance / NEAR) ** 2)).sum((2, 3)).log1p().numpy()

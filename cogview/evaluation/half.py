@@ -175,9 +175,9 @@ class HalfTrainer:
         """Forward, backward, and a step of the master copy if all gradients are finite."""
         batch = batch.to(self.device)
         if self.scaler is not None:
-            scale = self.scaler.scale(torch.ones((), device=self.device))
+            scale = self.scaler.scale(torch.ones((), dtype=torch.float32, device=self.device))
         else:
-            scale = torch.ones((), device=self.device)
+            scale = torch.ones((), dtype=torch.float32, device=self.device)
         loss = self._gradient(batch, scale)
         sizes = self.sizes.read()
         is_finite = all(math.isfinite(value) for values in sizes.values() for value in values)

@@ -191,8 +191,9 @@ class InceptionFeatures(nn.Module):
         self.Mixed_7a = _MixedD(768)
         self.Mixed_7b, self.Mixed_7c = _MixedE(1280, is_last=False), _MixedE(2048, is_last=True)
         self.fc = nn.Linear(self.width, 1008)
+        self.float()  # before weights are read: another default dtype would round them
         load_weights(self, read_pickle(weights), weights)
-        self.float().requires_grad_(False).train(False)
+        self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> InceptionFeatures:
         """Stays in eval mode, also as a part of a model that is trained."""

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from cogview.config import ModelConfig, TrainConfig
+from cogview.config import STUDY_SEEDS, ModelConfig, TrainConfig
 from cogview.data.digits import splits
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
@@ -85,7 +85,7 @@ class StabilityStudy:
 
     out: StrPath
     size: StudySize = SIZES["small"]
-    seeds: int = 3
+    seeds: int = STUDY_SEEDS
     device: str = field(default_factory=default_device)
     progress: bool = True
 

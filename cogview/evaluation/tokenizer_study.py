@@ -23,18 +23,20 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from cogview.config import CodebookMethod, ImageTokenizerConfig, ImageTokenizerTrainConfig
+from cogview.config import STUDY_SEEDS, CodebookMethod, ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.emoji import EmojiPairs, held_out_combinations, training_pairs
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge
+from cogview.evaluation.studied_tokenizer import finish_tokenizer
 from cogview.evaluation.study_plots import save_tokenizer_plot
-from cogview.files import StrPath, load_tensors, read_json, save_tensors, write_json, write_text
+from cogview.files import StrPath, write_json, write_text
 from cogview.images import picture_grid, save_png, to_picture
 from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
+from cogview.training.image_tokenizer import new_image_tokenizer
+from cogview.training.loop import History
 
 METHODS: tuple[CodebookMethod, ...] = typing.get_args(CodebookMethod)
 SIMILAR = 0.1  # The worst method is at most so much above the best one where all are "at a similar level".
@@ -87,7 +89,7 @@ class TokenizerStudy:
 
     out: StrPath
     size: TokenizerSize = SIZES["small"]
-    seeds: int = 3
+    seeds: int = STUDY_SEEDS
     device: str = field(default_factory=default_device)
     progress: bool = True
 
@@ -147,22 +149,15 @@ def _stride(images: Tensor) -> int:
 
 def _train(
     options: TokenizerStudy, method: CodebookMethod, seed: int, pairs: EmojiPairs
-) -> tuple[ImageTokenizer, Mapping[str, list[float]]]:
-    """A finished tokenizer and its history; both are read where they have been written."""
+) -> tuple[ImageTokenizer, History]:
+    """A finished tokenizer and its history."""
     folder = Path(options.out) / "runs" / f"{method}-seed{seed}"
-    weights, history = folder / "image_tokenizer.safetensors", folder / "history.json"
-    size = options.size
+    config = dataclasses.replace(options.size.train, codebook=method, seed=seed)
+    if options.progress:
+        print(f"{method}, seed {seed}", flush=True)
     torch.manual_seed(derive_seed(seed, "study of tokenizers"))
-    tokenizer = new_image_tokenizer(size.shape, size.train).to(options.device)
-    if not weights.exists():
-        config = dataclasses.replace(size.train, codebook=method, seed=seed)
-        if options.progress:
-            print(f"{method}, seed {seed}", flush=True)
-        found = train_image_tokenizer(tokenizer, pairs, config, folder, progress=options.progress)
-        write_json(history, found)
-        save_tensors(weights, tokenizer.state_dict())
-    tokenizer.load_state_dict(load_tensors(weights))
-    return tokenizer.eval(), read_json(history)
+    tokenizer = new_image_tokenizer(options.size.shape, config).to(options.device)
+    return tokenizer, finish_tokenizer(tokenizer, pairs, config, folder, progress=options.progress)
 
 
 def _rebuild(tokenizer: ImageTokenizer, images: Tensor) -> tuple[Tensor, int]:

@@ -25,14 +25,15 @@ from cogview.data.emoji import held_out_combinations
 from cogview.data.emoji import training_pairs as emoji_training
 from cogview.data.pairs import Pairs
 from cogview.device import default_device
-from cogview.files import StrPath, exists, load_tensors, save_tensors, write_json
+from cogview.evaluation.studied_tokenizer import finish_tokenizer
+from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_png, to_picture
 from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.presets import PRESETS, with_vqgan
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
+from cogview.training.image_tokenizer import new_image_tokenizer
 
 KINDS = ("vqvae", "vqgan")
 SIZES: dict[str, Preset] = {"small": PRESETS["digits"], "paper": PRESETS["emoji"]}
@@ -109,18 +110,12 @@ def _pictures(preset: Preset) -> tuple[Pairs, Pairs]:
 
 
 def _tokenizer(kind: str, preset: Preset, pairs: Pairs, options: VQGANStudy) -> ImageTokenizer:
-    """A finished tokenizer, read where it has been written."""
-    folder = Path(options.out) / kind
-    weights = folder / "image_tokenizer.safetensors"
+    """A finished tokenizer."""
     training = preset.image_tokenizer_train
     torch.manual_seed(derive_seed(training.seed, "study of the VQGAN"))
     tokenizer = new_image_tokenizer(preset.image_tokenizer, training).to(options.device)
-    if not exists(weights):
-        found = train_image_tokenizer(tokenizer, pairs, training, folder, progress=options.progress)
-        write_json(folder / "history.json", found)
-        save_tensors(weights, tokenizer.state_dict())
-    tokenizer.load_state_dict(load_tensors(weights))
-    return tokenizer.eval()
+    finish_tokenizer(tokenizer, pairs, training, Path(options.out) / kind, progress=options.progress)
+    return tokenizer
 
 
 @torch.no_grad()

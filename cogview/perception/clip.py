@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CLIP: pictures and texts as vectors of length 1 in one space (Radford et al., arXiv:2103.00020).
 
-Any CLIP of ``transformers`` that lies in a folder can be used. No such weights install with pip, so there is
-a small one beside them, :class:`SmallClip`: two frozen networks whose weights do install, EfficientNet-Lite0
-for pictures and MiniLM for English texts, and a head on each that ``cogview train-clip`` trains.
+Any CLIP of ``transformers`` or ``open_clip`` that lies in a folder can be used. No such weights install with
+pip, so there is a small one beside them, :class:`SmallClip`: two frozen networks whose weights do install,
+EfficientNet-Lite0 for pictures and MiniLM for English texts, and a head on each that ``cogview train-clip``
+trains. Nothing is downloaded, and only safetensors files are read.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cogview.files import StrPath, exists, load_tensors, read_json, save_tensors
+from cogview.files import StrPath, digest, exists, load_tensors, read_json, require_readable, save_tensors
 from cogview.perception.efficientnet import EfficientNetLite0Features, require_images
 from cogview.settings import load_settings, write_settings
 from cogview.weights import load_weights
 
 SETTINGS, HEADS = "clip.json", "clip.safetensors"
+OPEN_CLIP, OPEN_CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TOGETHER = 64  # pictures or texts that a tower sees at once
 TEXT_WIDTH = 384  # of MiniLM
 MOST_TOKENS = 64  # of a text; what follows is not read
@@ -133,13 +135,13 @@ class Heads(nn.Module):
 
 
 def _head(inner: int, config: SmallClipConfig) -> nn.Module:
-    layers = (
-        nn.Linear(inner, config.hidden),
+    return nn.Sequential(
+        nn.LayerNorm(inner, dtype=torch.float32),
+        nn.Linear(inner, config.hidden, dtype=torch.float32),
         nn.GELU(),
         nn.Dropout(0.1),
-        nn.Linear(config.hidden, config.width),
+        nn.Linear(config.hidden, config.width, dtype=torch.float32),
     )
-    return nn.Sequential(nn.LayerNorm(inner), *layers).to(torch.float32)
 
 
 class SmallClip(nn.Module):
@@ -164,42 +166,94 @@ class SmallClip(nn.Module):
         return F.normalize(self.heads.text(features), dim=1)
 
 
+class Preprocess(nn.Module):
+    """Square pictures ``[N, 3, H, H]`` in [0, 1] as a CLIP was trained to see them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.side = side
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[N, 3, side, side]``."""
+        size = (self.side, self.side)
+        pixels = F.interpolate(require_images(images), size, mode="bicubic", antialias=True)
+        return (pixels.clamp(0, 1) - self.mean) / self.std
+
+
 class TransformersClip(nn.Module):
     """A CLIP as ``transformers`` saves it: config, weights, tokenizer and ``preprocessor_config.json``."""
-
-    image_mean: Tensor
-    image_std: Tensor
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         with _quiet() as transformers:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True)
+            self.model, found = transformers.CLIPModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        if found["missing_keys"]:  # transformers fills them with random numbers
+            raise ValueError(f"its weights lack {min(found['missing_keys'])}")
         self.model.float().eval().requires_grad_(False)
-        seen = read_json(folder / "preprocessor_config.json")
-        self.side: int = self.model.config.vision_config.image_size
         self.width: int = self.model.config.projection_dim
-        for name in ("image_mean", "image_std"):
-            self.register_buffer(name, torch.tensor(seen[name], dtype=torch.float32).view(3, 1, 1))
+        seen = read_json(folder / "preprocessor_config.json")
+        side = self.model.config.vision_config.image_size
+        self.preprocess = Preprocess(side, seen["image_mean"], seen["image_std"])
 
     def of_images(self, images: Tensor) -> Tensor:
         """See :class:`Clip`."""
-        size = (self.side, self.side)
-        pixels = F.interpolate(require_images(images), size, mode="bicubic", antialias=True)
-        pixels = (pixels.clamp(0, 1) - self.image_mean) / self.image_std
-        seen = self.model.vision_model(pixel_values=pixels).pooler_output
+        seen = self.model.vision_model(pixel_values=self.preprocess(images)).pooler_output
         return F.normalize(self.model.visual_projection(seen), dim=1)
 
     @torch.no_grad()
     def of_texts(self, texts: Sequence[str]) -> Tensor:
         """See :class:`Clip`."""
         found = []
+        most = self.model.config.text_config.max_position_embeddings
         for start in range(0, len(texts), TOGETHER):
             part = list(texts[start : start + TOGETHER])
-            tokens = self.tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=most, return_tensors="pt")
             read = self.model.text_model(**tokens.to(self.model.device)).pooler_output
             found.append(F.normalize(self.model.text_projection(read), dim=1))
         return torch.cat(found)
+
+
+class OpenClip(nn.Module):
+    """A CLIP as ``open_clip`` publishes it: ``open_clip_config.json`` and ``open_clip_model.safetensors``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        config = read_json(folder / OPEN_CLIP)["model_cfg"]
+        if config["text_cfg"].get("hf_model_name"):
+            name = config["text_cfg"]["hf_model_name"]
+            raise ValueError(f"its text tower {name} is none of open_clip's own, and would be downloaded")
+        # Of several files of weights, open_clip takes this one first; any other may be a pickle.
+        require_readable(folder / OPEN_CLIP_WEIGHTS, "weights")
+        import open_clip
+
+        self.model = open_clip.create_model(f"local-dir:{folder}")
+        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        self.model.float().eval().requires_grad_(False)
+        self.width: int = config["embed_dim"]
+        seen = open_clip.get_model_preprocess_cfg(self.model)
+        size = seen["size"]
+        self.preprocess = Preprocess(size if isinstance(size, int) else size[0], seen["mean"], seen["std"])
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """See :class:`Clip`."""
+        return F.normalize(self.model.encode_image(self.preprocess(images)), dim=1)
+
+    @torch.no_grad()
+    def of_texts(self, texts: Sequence[str]) -> Tensor:
+        """See :class:`Clip`."""
+        found = []
+        for start in range(0, len(texts), TOGETHER):
+            tokens = self.tokenizer(list(texts[start : start + TOGETHER]))
+            found.append(self.model.encode_text(tokens.to(self.preprocess.mean.device)))
+        return F.normalize(torch.cat(found), dim=1)
 
 
 def embed_images(clip: Clip, images: Tensor, device: str = "cpu") -> Tensor:
@@ -214,8 +268,15 @@ def save_clip(folder: StrPath, config: SmallClipConfig, heads: Heads) -> None:
     save_tensors(Path(folder) / HEADS, heads.state_dict())
 
 
-def load_clip(folder: StrPath, device: str = "cpu") -> SmallClip | TransformersClip:
+def fingerprint_clip(folder: StrPath) -> str:
+    """What tells the weights of the CLIP in a folder from those of another, wherever the folder lies."""
+    return " ".join(digest(path) for path in sorted(Path(folder).glob("*.safetensors")))
+
+
+def load_clip(folder: StrPath, device: str = "cpu") -> SmallClip | TransformersClip | OpenClip:
     """The CLIP in a folder that ``cogview train-clip`` or ``save_pretrained`` of transformers wrote.
+
+    Or one of ``open_clip``, in a folder as it is published on the Hugging Face Hub.
 
     Raises:
         FileNotFoundError: no such folder, or it holds no CLIP.
@@ -228,12 +289,16 @@ def load_clip(folder: StrPath, device: str = "cpu") -> SmallClip | TransformersC
         small = SmallClip(load_settings(SmallClipConfig, folder / SETTINGS, hint))
         load_weights(small.heads, load_tensors(folder / HEADS), folder / HEADS)
         return small.to(device)
-    if not exists(folder / "config.json"):
-        raise FileNotFoundError(f"{folder} holds no CLIP, neither {SETTINGS} nor config.json; {hint}")
-    kind = read_json(folder / "config.json").get("model_type")
+    files = ("config.json", OPEN_CLIP)
+    name = next((name for name in files if exists(folder / name)), None)
+    if name is None:
+        raise FileNotFoundError(f"{folder} holds no CLIP, none of {SETTINGS}, {', '.join(files)}; {hint}")
+    kind = read_json(folder / name).get("model_type", "clip" if name == OPEN_CLIP else None)
     if kind != "clip":
         raise ValueError(f"{folder} must hold a model of type clip, got {kind}")
     try:
-        return TransformersClip(folder).to(device)
-    except (OSError, KeyError, ValueError) as error:
+        return (OpenClip(folder) if name == OPEN_CLIP else TransformersClip(folder)).to(device)
+    except KeyError as error:
+        raise ValueError(f"{folder} holds no whole CLIP: its settings lack {error}") from None
+    except (OSError, ValueError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(f"{folder} holds no whole CLIP: {str(error).splitlines()[0]}") from None

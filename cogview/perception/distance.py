@@ -83,6 +83,7 @@ class LPIPS(PerceptualDistance):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(_MEAN, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(_STD, dtype=torch.float32).view(3, 1, 1))
+        self.float()  # before weights are read: another default dtype would round them
         vgg, linear = Path(folder) / VGG_WEIGHTS, Path(folder) / LPIPS_WEIGHTS
         published = _state(vgg)
         load_weights(
@@ -96,7 +97,7 @@ class LPIPS(PerceptualDistance):
         )
         of_channels = {_number(name): tensor for name, tensor in _state(linear).items()}
         load_weights(self.linear, of_channels, linear)
-        self.float().requires_grad_(False)
+        self.requires_grad_(False)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         x, found = (images - self.mean) / self.std, []

@@ -111,8 +111,9 @@ class EfficientNetLite0Features(nn.Module):
         self._blocks = nn.ModuleList(blocks)
         self._conv_head, self._bn1 = _Convolution(inner, self.width, 1), _norm(self.width)
         self._fc = nn.Linear(self.width, 1000)
+        self.float()  # before weights are read: another default dtype would round them
         load_weights(self, read_pickle(path), path)
-        self.float().requires_grad_(False).train(False)
+        self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0Features:
         """Stays in eval mode, also as a part of a model that is trained."""

@@ -173,6 +173,23 @@ class Batch:
         return [replace(Batch(*part), grid=self.grid) for part in zip(*pieces, strict=True)]
 
 
+def drop_codes(vocab: Vocab, batch: Batch, share: float, seed: int) -> Batch:
+    """The batch with image codes hidden: MASK stands for them in the inputs. What is to be predicted stays.
+
+    ``share`` of the rows, each by chance, lose codes, and such a row a share of them that is uniform in
+    [0, 1). Codes before a code tell more about it than the text does, so a model of few pictures learns
+    pictures by heart and hardly reads; where they are hidden, it has nothing but the text. Source: the word
+    dropout of Bowman et al., arXiv:1511.06349, section 3.1, there against a decoder that ignores its input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = (batch.tokens.shape[0], 1)
+    of_row = torch.rand(rows, generator=generator, dtype=torch.float32)
+    is_hit = torch.rand(rows, generator=generator, dtype=torch.float32) < share
+    chance = torch.rand(batch.tokens.shape, generator=generator, dtype=torch.float32)
+    hidden = is_hit & (chance < of_row) & (batch.tokens < vocab.num_image_codes)
+    return replace(batch, tokens=batch.tokens.masked_fill(hidden, vocab.command("MASK")))
+
+
 def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_weight: float = 1.0) -> Batch:
     """Pad rows to ``length`` tokens and shift; T is ``length - 1``. A longer row is a ValueError."""
     longest = max(len(row) for row in rows)

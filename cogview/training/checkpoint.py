@@ -212,7 +212,14 @@ def read_state(path: Path) -> CheckpointState:
     return state
 
 
+def fingerprint_weights(path: Path) -> str:
+    """What tells the model's weights of a checkpoint from others, wherever the run lies."""
+    files = read_state(path).files
+    return digest(path / MODEL) if files is None else files[MODEL].digest
+
+
 _CHANGED = {
+    "clip": "the CLIP is not the one that {run} was trained with: give that one, or train in another folder",
     "data": "the pictures or captions are not those that {run} was started with: put them back to go on with "
     "it, or train in another folder. Pictures and rows that were written of them are not the same data",
     "start": "the run that {run} was finetuned from has other weights now: put them back to go on with it, "

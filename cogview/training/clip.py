@@ -100,7 +100,8 @@ class ClipTrainer(Trainer):
         set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
         pictures = torch.tensor(batch)
         first, end = self.features.first[pictures], self.features.first[pictures + 1]
-        chosen = first + (torch.rand(len(batch)) * (end - first)).long()
+        share = torch.rand(len(batch), dtype=torch.float32)
+        chosen = first + (share * (end - first)).long()
         device = self.features.images.device
         logits = self.model.logits(
             self.features.images[pictures.to(device)], self.features.texts[chosen.to(device)]

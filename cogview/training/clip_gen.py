@@ -25,7 +25,7 @@ from cogview.data.pairs import Pairs, open_pictures
 from cogview.device import default_device
 from cogview.files import StrPath, digest
 from cogview.model.clip_gen import ClipGen, clip_gen_config
-from cogview.perception.clip import TOGETHER, Clip, load_clip
+from cogview.perception.clip import TOGETHER, Clip, fingerprint_clip, load_clip
 from cogview.progress import Progress
 from cogview.seeding import derive_seed
 from cogview.settings import check_settings, write_settings
@@ -232,7 +232,11 @@ def train_clip_gen(options: TrainClipGen, pairs: Pairs | None = None) -> History
             options.train,
             options.sampling,
         )
-        origin = {"data": fingerprint(pairs), "tokenizers": digest(out / IMAGE_TOKENIZER)}
+        origin = {
+            "clip": fingerprint_clip(options.clip),
+            "data": fingerprint(pairs),
+            "tokenizers": digest(out / IMAGE_TOKENIZER),
+        }
         saved = latest_checkpoint(out / CHECKPOINTS)
         if saved is not None:
             check_settings(out / SETTINGS, settings)

@@ -123,7 +123,7 @@ def preset_of(options: Finetune, **train: Any) -> Preset:
     """
     run = load_model_settings(options.run)
     steps = max(1, round(STEPS_SHARE * run.train.steps))
-    shorter = {"steps": steps, "learning_rate": RATE_SHARE * run.train.learning_rate}
+    shorter = {"steps": steps, "learning_rate": RATE_SHARE * run.train.learning_rate, "code_dropout": 0.0}
     return dataclasses.replace(
         implied_preset(options.run),
         model=_with_attention(run.model, options.attention),

@@ -51,6 +51,7 @@ from cogview.tokens.text_tokenizer import TextTokenizer
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, Tokenizers, load_tokenizers
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
+from cogview.training.code_embeddings import begin_like_codebook
 from cogview.training.compilation import require_compiler
 from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
 from cogview.training.lock import RunLock
@@ -282,6 +283,8 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     model = _model(plan.config, preset, options.device)
     if start is not None and saved is None:
         start.load_weights(model)
+    elif preset.train.codebook_embeddings and saved is None:
+        begin_like_codebook(model.word_embeddings, tokenizers.image.quantizer.embed.t())
     if distributed.is_first():
         write_settings(out / MODEL_SETTINGS, settings)
         if start is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from cogview.files import StrPath, digest, exists, write_bytes
+from cogview.files import StrPath, exists, write_bytes
 from cogview.model.transformer import CogView
 from cogview.settings import TOKENIZER_SETTINGS, ModelSettings, load_model_settings, train_model_hint
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, fingerprint_tokenizers
@@ -14,6 +14,7 @@ from cogview.training.checkpoint import (
     CHECKPOINTS,
     MODEL,
     check_origin,
+    fingerprint_weights,
     latest_checkpoint,
     read_state,
     verified_tensors,
@@ -40,12 +41,7 @@ class Start:
             raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
         check_origin(checkpoint, {"tokenizers": tokenizers})
         self.checkpoint = checkpoint
-        self.fingerprint = self._fingerprint()
-
-    def _fingerprint(self) -> str:
-        """What tells these weights from others, wherever the run lies."""
-        files = read_state(self.checkpoint).files
-        return digest(self.checkpoint / MODEL) if files is None else files[MODEL].digest
+        self.fingerprint = fingerprint_weights(checkpoint)
 
     def settings(self, wanted: ModelSettings) -> ModelSettings:
         """``wanted`` with what the run has learned of captions. ValueError for a model of another shape."""

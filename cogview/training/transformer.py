@@ -21,7 +21,7 @@ from cogview.data.tokens import TokenDataset
 from cogview.files import StrPath
 from cogview.model.transformer import CogView
 from cogview.seeding import derive_seed
-from cogview.tokens.sequence import Batch
+from cogview.tokens.sequence import Batch, drop_codes
 from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS
 from cogview.training.compilation import compiled_layers, uncompiled
@@ -164,7 +164,14 @@ class TransformerTrainer(Trainer):
     def batches(self, first: int) -> Iterator[Batch]:
         config = self.config
         batch = self._batches_of(self.data.training, config.batch_size, config.text_dropout)
-        return training_batches(batch, range(first, self.config.steps), self.data.workers)
+        batches = training_batches(batch, range(first, config.steps), self.data.workers)
+        if not config.code_dropout:
+            return batches
+        hide = partial(drop_codes, self.data.training.vocab)
+        return (
+            hide(batch, config.code_dropout, derive_seed(config.seed, "code dropout", step))
+            for step, batch in enumerate(batches, first)
+        )
 
     def _batches_of(
         self, dataset: TokenDataset, batch_size: int, text_dropout: float = 0.0

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _torch_ops
+from cogview_kernels import _backends, _checks, _sharding, _torch_ops
 from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
 from cogview_kernels.decode_attention import sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
@@ -70,6 +73,7 @@ def decode_attention(
         NotImplementedError: a limit of the backend asked for ("cpu", "triton", "cuda": no derivative, no
             float64, D up to 256; "cuda": D a multiple of 8). Without ``backend`` "sdpa" steps in where a
             gradient is needed, not for derivatives in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1, with keys and values cached instead of hidden states.
@@ -89,6 +93,9 @@ def decode_attention(
         _checks.check_starts(_OP, starts, q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
+        if _sharding.is_sharded(q, backend):
+            options = {"scale": scale, "backend": backend}
+            return _in_parts(q, k_cache, v_cache, lengths, layout, starts, options)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
         _backends.remember(signature, chosen)
     _check_lengths(lengths, k_cache.shape[2])
@@ -120,6 +127,26 @@ def decode_attention(
         scale,
         chosen,
     )
+
+
+def _in_parts(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+    starts: Tensor | None,
+    options: dict[str, Any],
+) -> Any:
+    """Of DTensors, cut along samples and heads."""
+    parts = _sharding.Parts(_OP, "q", q, (0, 1))
+    tensors = (("q", q), ("k_cache", k_cache), ("v_cache", v_cache))
+    q, k_cache, v_cache = (parts.of(name, x, (0, 1)) for name, x in tensors)
+    if layout is not None:
+        layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
+    lengths, starts = parts.of("lengths", lengths, (0,)), parts.of("starts", starts, (0,))
+    out = decode_attention(q, k_cache, v_cache, lengths, layout=layout, starts=starts, **options)
+    return parts.join(out, (0, 1))
 
 
 def _check(

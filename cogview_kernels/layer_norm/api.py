@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels.layer_norm.op import backend_module, layer_norm_op
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 
@@ -57,6 +57,7 @@ def layer_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
@@ -68,6 +69,12 @@ def layer_norm(
             weight, bias = _checks.autocast_parameters((x,), (weight, bias))
             signature = _backends.signature(_OP, x, weight, bias, eps, pb_relax, backend)
         chosen = _backends.remember(signature, _checked(x, weight, bias, eps, pb_relax, backend))
+        if _sharding.is_sharded(x, backend):
+            parts = _sharding.Parts.of_rows(_OP, "x", x, pb_relax)
+            rows = range(x.dim() - 1)
+            affine = parts.of("weight", weight), parts.of("bias", bias)
+            y = layer_norm(parts.of("x", x, rows), *affine, eps=eps, pb_relax=pb_relax, backend=backend)
+            return parts.join(y, rows)
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x
         return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels._torch_ops import values_are_readable
 from cogview_kernels.linear_cross_entropy.objective import Objective
 from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
@@ -172,6 +172,7 @@ def linear_cross_entropy(
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64.
+            A DTensor that is cut along C.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.2 (one softmax over text and image tokens); label smoothing:
@@ -185,6 +186,20 @@ def linear_cross_entropy(
     _checks.check_choice(_OP, "reduction", reduction, ("none", "sum", "mean"))
     _check_numbers(label_smoothing, softcap, z_loss, extra_memory)
     start, stop = _checked_range(vocab_range, target, len(weight), ignore_index)
+    if _sharding.is_sharded(hidden, backend):
+        options = {
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "softcap": softcap,
+            "z_loss": z_loss,
+            "vocab_range": vocab_range,
+            "return_losses": return_losses,
+            "return_predicted_tokens": return_predicted_tokens,
+            "extra_memory": extra_memory,
+            "backend": backend,
+        }
+        return _in_parts(hidden, weight, bias, target, token_weight, options)
     objective = Objective(label_smoothing, softcap or 0.0, z_loss)
     chosen = _backends.choose(_OP, _BACKENDS, backend, hidden.device, _limit, hidden)
     if chosen == "reference":
@@ -227,6 +242,43 @@ def linear_cross_entropy(
         return loss
     returned = (losses.detach(), return_losses), (predicted, return_predicted_tokens)
     return loss, *(x.view(target.shape) for x, asked_for in returned if asked_for)
+
+
+def _in_parts(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    token_weight: Tensor | None,
+    options: dict[str, Any],
+) -> Any:
+    """Of DTensors, cut along tokens. A mean takes one number from the other ranks: how much counts there."""
+    rows = range(hidden.dim() - 1)
+    parts = _sharding.Parts(_OP, "hidden", hidden, rows)
+    target = parts.of("target", target, rows)
+    token_weight = parts.of("token_weight", token_weight, rows)
+    nothing_counts = None
+    if options["reduction"] == "mean":
+        counted, _ = _coefficients(target, token_weight, options["ignore_index"], "sum")
+        total = parts.join(counted.sum(), (), summed=True).full_tensor()
+        nothing_counts = total == 0
+        token_weight = counted / torch.where(nothing_counts, 1, total)
+        options = options | {"reduction": "sum"}
+    results = linear_cross_entropy(
+        parts.of("hidden", hidden, rows),
+        parts.of("weight", weight),
+        target,
+        bias=parts.of("bias", bias),
+        token_weight=token_weight,
+        **options,
+    )
+    loss, *of_tokens = results if isinstance(results, tuple) else (results,)
+    if options["reduction"] == "none":
+        loss = parts.join(loss, rows)
+    else:
+        loss = loss if nothing_counts is None else loss.masked_fill(nothing_counts, torch.nan)
+        loss = parts.join(loss, (), summed=True)
+    return (loss, *parts.join(tuple(of_tokens), rows)) if of_tokens else loss
 
 
 def _coefficients(

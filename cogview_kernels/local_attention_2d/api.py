@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels import _backends, _checks, _dropout, _sharding
 from cogview_kernels.local_attention_2d import sdpa
 from cogview_kernels.local_attention_2d.op import backend_module, local_attention_2d_op
 from cogview_kernels.local_attention_2d.reference import local_attention_2d_reference
@@ -90,6 +92,7 @@ def local_attention_2d(
             "triton": no float64, D up to 256). Without ``backend`` "sdpa" steps in, or where that cannot,
             "reference"; GPUs older than sm_80, a V100 too, have these two. Also a derivative that kernels do
             not have: of second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads, or dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView2, arXiv:2204.14217, section 3.2 (local attention for super-resolution).
@@ -98,6 +101,10 @@ def local_attention_2d(
     if torch._C._is_any_autocast_enabled():
         q, k, v, extra_k, extra_v = _checks.autocast(q, k, v, extra_k, extra_v)
     _check_tensors(q, k, v, window)
+    if _sharding.is_sharded(q, backend):
+        options = {"scale": scale, "return_lse": return_lse, "backend": backend}
+        heads = {"q": q, "k": k, "v": v, "extra_k": extra_k, "extra_v": extra_v}
+        return _in_parts(heads, extra_mask, window, dropout_p, options)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
     if scale is None:
@@ -133,6 +140,28 @@ def local_attention_2d(
             q.to(wide), keys.map(lambda x: x.to(wide)), window, scale, dropout
         )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+
+def _in_parts(
+    heads: dict[str, Any],
+    extra_mask: Tensor | None,
+    window: Window,
+    dropout_p: float,
+    options: dict[str, Any],
+) -> Any:
+    """Of DTensors, cut along samples and heads."""
+    parts = _sharding.Parts(_OP, "q", heads["q"], (0, 1))
+    parts.check_no_dropout(dropout_p)
+    out = local_attention_2d(
+        **{name: parts.of(name, x, (0, 1)) for name, x in heads.items()},
+        grid=(window.height, window.width),
+        kernel_size=(window.kernel_height, window.kernel_width),
+        query_scale=window.query_scale,
+        causal=window.causal,
+        extra_mask=parts.of("extra_mask", extra_mask, (0,)),
+        **options,
+    )
+    return parts.join(out, (0, 1))
 
 
 def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels.merge_attention.op import MOST, backend_module, merge_attention_op
 from cogview_kernels.merge_attention.reference import merge_attention_reference
 
@@ -56,11 +56,18 @@ def merge_attention(
         NotImplementedError: a limit of the backend asked for ("cpu" and "triton": no float64; "triton": D up
             to 1024). Without ``backend`` "reference" steps in. Also a derivative that kernels do not have: of
             second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Online softmax, Milakov and Gimelshein, arXiv:1805.02867, section 3.
     """
     outputs, lses = _checked(outputs, lses)
+    if _sharding.is_sharded(outputs[0], backend):
+        parts = _sharding.Parts(_OP, "outputs[0]", outputs[0], (0, 1))
+        outputs = [parts.of(f"outputs[{i}]", x, (0, 1)) for i, x in enumerate(outputs)]
+        lses = [parts.of(f"lses[{i}]", x, (0, 1)) for i, x in enumerate(lses)]
+        merged = merge_attention(outputs, lses, return_lse=return_lse, backend=backend)
+        return parts.join(merged, (0, 1))
     chosen = _backends.choose(_OP, _BACKENDS, backend, outputs[0].device, _limit, outputs)
     if len(outputs) == 1:
         out, lse = outputs[0], lses[0]

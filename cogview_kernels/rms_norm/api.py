@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels.rms_norm.op import backend_module, rms_norm_op
 from cogview_kernels.rms_norm.reference import rms_norm_reference
 
@@ -63,6 +63,7 @@ def rms_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Zhang and Sennrich, arXiv:1910.07467; ``pb_relax``: CogView, arXiv:2105.13290, section 2.4.
@@ -75,6 +76,19 @@ def rms_norm(
             (weight,) = _checks.autocast_parameters((x,), (weight,))
             signature = _backends.signature(_OP, x, weight, *options, backend)
         chosen = _backends.remember(signature, _checked(x, weight, *options, backend))
+        if _sharding.is_sharded(x, backend):
+            parts = _sharding.Parts.of_rows(_OP, "x", x, pb_relax)
+            rows = range(x.dim() - 1)
+            y = rms_norm(
+                parts.of("x", x, rows),
+                parts.of("weight", weight),
+                eps=eps,
+                weight_offset=weight_offset,
+                round_before_weight=round_before_weight,
+                pb_relax=pb_relax,
+                backend=backend,
+            )
+            return parts.join(y, rows)
     if chosen == "reference":
         return rms_norm_reference(
             x,

@@ -6,12 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels import _backends, _checks, _dropout, _sharding
 from cogview_kernels.sandwich_layer_norm.op import backend_module, sandwich_layer_norm_op
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 
 _OP = "sandwich_layer_norm"
 _BACKENDS = ("triton", "cuda", "cpu", "reference")
+_PARAMETERS = ("post_weight", "post_bias", "pre_weight", "pre_bias")
 
 
 def _limit(backend: str, branch: Tensor) -> str:
@@ -63,6 +64,7 @@ def sandwich_layer_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``; dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Sandwich LayerNorm, Precision Bottleneck Relaxation).
@@ -76,6 +78,13 @@ def sandwich_layer_norm(
             parameters = _checks.autocast_parameters((branch, residual), parameters)
             signature = _backends.signature(_OP, branch, residual, *parameters, *numbers, backend)
         chosen = _backends.remember(signature, _checked(branch, residual, parameters, numbers, backend))
+        if _sharding.is_sharded(branch, backend):
+            parts = _sharding.Parts.of_rows(_OP, "branch", branch, pb_relax, dropout_p)
+            rows = range(branch.dim() - 1)
+            both = parts.of("branch", branch, rows), parts.of("residual", residual, rows)
+            of_rank = map(parts.of, _PARAMETERS, parameters)
+            outputs = sandwich_layer_norm(*both, *of_rank, eps=eps, pb_relax=pb_relax, backend=backend)
+            return parts.join(outputs, rows)
     if branch.dtype != residual.dtype:
         dtype = torch.promote_types(branch.dtype, residual.dtype)
         branch, residual = branch.to(dtype), residual.to(dtype)
@@ -117,8 +126,7 @@ def _checked(
     _checks.check_same_device(_OP, "residual", residual, "branch", branch)
     if branch.dtype != residual.dtype:
         branch = branch.to(torch.promote_types(branch.dtype, residual.dtype))
-    names = ("post_weight", "post_bias", "pre_weight", "pre_bias")
-    for name, parameter in zip(names, parameters, strict=True):
+    for name, parameter in zip(_PARAMETERS, parameters, strict=True):
         _checks.check_norm_parameter(_OP, name, parameter, "branch", branch)
     _checks.check_finite_number(_OP, "eps", eps, positive=True)
     _checks.check_choice(_OP, "pb_relax", pb_relax, ("row", "tensor", None))

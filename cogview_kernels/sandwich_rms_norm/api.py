@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels import _backends, _checks, _dropout, _sharding
 from cogview_kernels.sandwich_rms_norm.op import backend_module, sandwich_rms_norm_op
 from cogview_kernels.sandwich_rms_norm.reference import sandwich_rms_norm_reference
 
@@ -69,6 +69,7 @@ def sandwich_rms_norm(
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
             "cuda"), a C above 4,096.
+            A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``; dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: Gemma 2, arXiv:2408.00118, section 2; CogView, arXiv:2105.13290, section 2.4.
@@ -85,6 +86,21 @@ def sandwich_rms_norm(
             )
         given = (branch, residual, weights, options, (dropout_p, seed), backend)
         chosen = _backends.remember(signature, _checked(*given))
+        if _sharding.is_sharded(branch, backend):
+            parts = _sharding.Parts.of_rows(_OP, "branch", branch, pb_relax, dropout_p)
+            rows = range(branch.dim() - 1)
+            outputs = sandwich_rms_norm(
+                parts.of("branch", branch, rows),
+                parts.of("residual", residual, rows),
+                parts.of("post_weight", weights[0]),
+                parts.of("pre_weight", weights[1]),
+                eps=eps,
+                weight_offset=weight_offset,
+                round_before_weight=round_before_weight,
+                pb_relax=pb_relax,
+                backend=backend,
+            )
+            return parts.join(outputs, rows)
     branch, residual = _promoted(branch, residual)
     if chosen == "reference":
         return sandwich_rms_norm_reference(

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks
+from cogview_kernels import _backends, _checks, _sharding
 from cogview_kernels.stable_softmax.op import backend_module, stable_softmax_op
 from cogview_kernels.stable_softmax.reference import stable_softmax_reference
 
@@ -55,6 +57,7 @@ def stable_softmax(
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64.
+            A DTensor that is cut along what a row's probabilities depend on.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 2.4 (Precision Bottleneck Relaxation).
@@ -63,12 +66,27 @@ def stable_softmax(
     chosen = _backends.passed(signature)
     if chosen is None:
         chosen = _backends.remember(signature, _checked(scores, alpha, scale, mask, causal, backend))
+        if _sharding.is_sharded(scores, backend):
+            options = {"alpha": alpha, "scale": scale, "causal": causal, "backend": backend}
+            return _in_parts(scores, mask, options)
     if chosen == "reference":
         wide = scores if scores.dtype == torch.float64 else scores.float()
         return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
             scores.dtype
         )
     return stable_softmax_op(scores, float(alpha), float(scale), mask, causal, chosen)
+
+
+def _in_parts(scores: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Any:
+    """Of DTensors, cut along all dimensions but those that a row's probabilities depend on."""
+    rows = range(scores.dim() - (2 if options["causal"] else 1))
+    parts = _sharding.Parts(_OP, "scores", scores, rows)
+    if mask is not None:
+        missing = scores.dim() - mask.dim()
+        same = (size == scores.shape[i + missing] for i, size in enumerate(mask.shape))
+        dims = [i + missing if is_same else None for i, is_same in enumerate(same)]
+        mask = parts.of("mask", mask, dims)
+    return parts.join(stable_softmax(parts.of("scores", scores, rows), mask=mask, **options), rows)
 
 
 def _checked(

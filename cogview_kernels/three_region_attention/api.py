@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _dropout
+from cogview_kernels import _backends, _checks, _dropout, _sharding
 from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import sdpa
 from cogview_kernels.three_region_attention.op import backend_module, three_region_attention_op
@@ -80,6 +83,7 @@ def three_region_attention(
             D of 32, 64, 80, 96 or 128; "cpu", "triton": no float64, D up to 256).
             Without ``backend`` "sdpa" steps in, or where that cannot, "reference". Also a derivative that
             kernels do not have: of second order, or in forward mode.
+            A DTensor that is cut elsewhere than along samples and heads, or dropout of one.
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and section 2.4.
@@ -96,6 +100,9 @@ def three_region_attention(
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
+        if _sharding.is_sharded(q, backend):
+            options = {"scale": scale, "return_lse": return_lse, "backend": backend}
+            return _in_parts(q, k, v, layout, starts, dropout_p, options)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
         _backends.remember(signature, chosen)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
@@ -128,6 +135,24 @@ def three_region_attention(
             q.to(wide), k.to(wide), v.to(wide), layout, scale, dropout, starts
         )
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+
+
+def _in_parts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    starts: Tensor | None,
+    dropout_p: float,
+    options: dict[str, Any],
+) -> Any:
+    """Of DTensors, cut along samples and heads."""
+    parts = _sharding.Parts(_OP, "q", q, (0, 1))
+    parts.check_no_dropout(dropout_p)
+    q, k, v = (parts.of(name, x, (0, 1)) for name, x in (("q", q), ("k", k), ("v", v)))
+    layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
+    starts = parts.of("starts", starts, (0,))
+    return parts.join(three_region_attention(q, k, v, layout, starts=starts, **options), (0, 1))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout) -> None:

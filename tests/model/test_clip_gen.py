@@ -16,6 +16,7 @@ from cogview.data.digits import DigitPairs
 from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.model.clip_gen import ClipGen, clip_gen_config
+from cogview.perception.clip import TransformersClip
 from cogview.presets import PRESETS
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.clip_gen import (
@@ -85,9 +86,17 @@ def test_the_tokenizer_needs_no_captions_either(folders):
     assert (folders / "run" / "image_tokenizer.safetensors").exists()
 
 
-def test_no_caption_is_read_and_texts_are_drawn(folders):
+def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
+    """Neither are the pictures asked for a caption in training, nor is CLIP given any text."""
     out = run_at(folders, "captionless")
-    history = train_clip_gen(wanted(folders, out, embedding_noise=0.2, embedding_loss=0.5), WithoutCaptions())
+
+    def read(clip, texts):
+        raise AssertionError("a text was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersClip, "of_texts", read)
+        options = wanted(folders, out, embedding_noise=0.2, embedding_loss=0.5)
+        history = train_clip_gen(options, WithoutCaptions())
     assert len(history["code_loss"]) == 6 and all(0 < loss < 3 for loss in history["embedding_loss"])
     run = load_clip_gen(out, "cpu")
     rows = run.generate(["a dog", "a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))

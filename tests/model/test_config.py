@@ -33,6 +33,7 @@ from cogview.training.pipeline import TrainModel
         (lambda: SamplingConfig(temperature=-0.1), "temperature"),
         (lambda: SamplingConfig(temperature=float("nan")), "temperature"),
         (lambda: TrainConfig(text_dropout=1.0), "text_dropout"),
+        (lambda: TrainConfig(code_dropout=1.1), "code_dropout"),
         (lambda: SamplingConfig(top_p=2.0), "top_p"),
         # What PyTorch would only meet later, as a traceback, a model of NaN or no memory.
         (lambda: ModelConfig(num_layers=1, hidden_size=-64, num_heads=2), "hidden_size"),

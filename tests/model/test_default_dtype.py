@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nothing in training depends on ``torch.set_default_dtype``: the same bits under any of them."""
+"""Nothing in training depends on ``torch.set_default_dtype``: the same bits under any of them.
+
+Training of VQGAN, CLIP and CLIP-GEN too, and what the frozen networks see.
+"""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 
-from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig, TrainConfig
+from cogview.config import ClipTrainConfig, ImageTokenizerConfig, ImageTokenizerTrainConfig, TrainConfig
 from cogview.data.digits import DigitPairs
 from cogview.data.order import batch_indices
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
+from cogview.perception.clip import Heads
+from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.tokens.vqvae import ImageTokenizer
+from cogview.training.clip import ClipTrainer, Features
+from cogview.training.clip_gen import ClipGenTrainer, EncodedPictures, Judges
 from cogview.training.image_tokenizer import train_image_tokenizer
+from cogview.training.loop import run_loop
 from cogview.training.transformer import train
+from tests.model import test_clip, test_clip_gen, test_training_vqgan
 from tests.model.helpers import SMALL, VOCAB, CogView
 
 
@@ -47,8 +57,45 @@ def trained_model(folder, steps=4):
     return model, train(model, dataset, config, folder, progress=False)
 
 
+def trained_vqgan(folder):
+    tokenizer = test_training_vqgan.tokenizer()
+    config = dataclasses.replace(test_training_vqgan.CONFIG, steps=6, batch_size=4)
+    return tokenizer, train_image_tokenizer(tokenizer, DigitPairs(), config, folder, progress=False)
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+
+
+def trained_clip(folder):
+    torch.manual_seed(0)
+    heads = Heads(test_clip.SHAPE)
+    features = Features(drawn(8, 1280), drawn(16, 384), torch.arange(0, 17, 2))
+    config = ClipTrainConfig(steps=4, batch_size=4, checkpoint_every=2)
+    return heads, run_loop(ClipTrainer(heads, features, config), config, folder, progress=False)
+
+
+def trained_clip_gen(folder):
+    model, tokenizer = test_clip_gen.parts()
+    pictures = EncodedPictures(torch.arange(96).view(6, 16) % 16, torch.nn.functional.normalize(drawn(6, 8)))
+    config = dataclasses.replace(test_clip_gen.TRAIN, steps=4, checkpoint_every=2, embedding_noise=0.2)
+    config = dataclasses.replace(config, embedding_loss=0.5)
+    trainer = ClipGenTrainer(model, pictures, Judges(tokenizer, test_clip_gen.ColourClip()), config)
+    return model, run_loop(trainer, config, folder, progress=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("trained", [trained_tokenizer, trained_model])
+def test_a_frozen_network_sees_the_same_under_any_default_dtype(dtype):
+    images = drawn(1, 3, 32, 32).sigmoid()
+    expected = EfficientNetLite0Features(side=32)(images)
+    with default_dtype(dtype):
+        assert torch.equal(EfficientNetLite0Features(side=32)(images), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "trained", [trained_tokenizer, trained_vqgan, trained_clip, trained_clip_gen, trained_model]
+)
 def test_training_is_the_same_under_any_default_dtype(tmp_path, trained, dtype):
     expected, history = trained(tmp_path / "float32")
     with default_dtype(dtype):

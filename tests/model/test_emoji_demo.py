@@ -118,3 +118,39 @@ def test_the_options_name_a_folder_and_refuse_a_preset_of_other_data():
     with pytest.raises(ValueError, match="--preset emoji-64 is not made for --data digits"):
         Demo(preset="emoji-64")
     assert default_preset("emoji").name == "emoji"
+
+
+def test_a_style_is_judged_on_drawings_never_shown_in_it(demo, tmp_path, monkeypatch, capsys):
+    """Real pictures in place of drawn ones are read as what they are."""
+    from cogview.cli import main
+    from cogview.demo import style
+
+    options, _, _ = demo
+    names = ("sun", "cactus", "top hat", "ear", "tiger")
+    few = tuple(p for p in emoji.pictures() if p.drawing.en in names and p.tone is None)
+    monkeypatch.setattr(emoji, "pictures", lambda **options: few)
+    monkeypatch.setattr(style, "pictures", lambda: few)
+    words = ["study", "style", "--device", "cpu", "--out", str(tmp_path)]
+    assert main([*words, "--runs", str(options.out)]) == 0
+    report = read_json(tmp_path / "style.json")
+    assert report["prompts"] == 3 and report["style_accuracy_of_the_judge"] == 1
+    assert report["real"] == {"line": 1, "drawing": 1, "both": 1}
+    found = report["runs"][str(options.out)]
+    assert found["single_draw"]["both"] <= min(found["single_draw"]["line"], found["single_draw"]["drawing"])
+    with Image.open(tmp_path / "style.png") as picture:
+        assert min(picture.size) > 100
+
+    asked = [picture for picture in few if picture.style == "line"]
+    coloured = [picture for picture in few if picture.style == "color"]
+    assert [p.text for p in map(style.StylePrompt, asked) if "cactus" in p.text] == [
+        "a cactus of line drawing style"
+    ]
+    judge = style.StyleJudge(32)
+    reading = judge(emoji.EmojiPairs(coloured).images(32), asked)
+    assert not reading.is_line.any() and reading.is_drawing.all()
+    reading = judge(emoji.EmojiPairs(asked).images(32), asked[1:] + asked[:1])
+    assert reading.is_line.all() and not reading.is_drawing.any()
+
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "--runs must be given for super-resolution and style" in capsys.readouterr().err

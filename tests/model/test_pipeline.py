@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from cogview.presets import PRESETS
@@ -63,6 +64,20 @@ def test_five_captions_are_enough_and_long_ones_keep_their_end(photos, tmp_path)
     train_both(photos, tmp_path / "run", tiny(min_text_tokens=2))
     run = load_run(tmp_path / "run")
     assert run.max_text_tokens == len(run.tokenizers.text.encode(long)) > 2
+
+
+def test_codes_that_look_alike_begin_alike_if_asked(photos, tmp_path):
+    related = []
+    for is_asked in (False, True):
+        preset = tiny(steps=1)
+        train = dataclasses.replace(preset.train, codebook_embeddings=is_asked, learning_rate=0.0)
+        train_both(photos, tmp_path / str(is_asked), dataclasses.replace(preset, train=train))
+        run = load_run(tmp_path / str(is_asked), "cpu")
+        book = run.tokenizers.image.quantizer.embed.t()
+        words = run.model.word_embeddings.weight[: len(book)]
+        distances = torch.stack([torch.cdist(x, x).flatten() for x in (book, words)])
+        related.append(torch.corrcoef(distances.double())[0, 1].item())
+    assert related[1] > related[0] + 0.3
 
 
 def test_train_takes_what_the_tokenizers_imply_and_refuses_the_rest(photos, tmp_path, monkeypatch):

@@ -356,7 +356,7 @@ def test_both_ways_are_compared_on_held_out_pictures(enlarger, local_run, tmp_pa
 def test_what_a_comparison_refuses(enlarger, run_folder, tmp_path, capsys):
     words = ["study", "super-resolution", "--device", "cpu", "--out", str(tmp_path)]
     for more, line in (
-        ([], "--runs must be given for super-resolution"),
+        ([], "--runs must be given for super-resolution and style"),
         (["--runs", str(run_folder)], "--runs must be of cogview finetune super-resolution or"),
         (["--runs", str(enlarger / "run"), "--steps", "3"], "--steps belongs to a study that trains"),
     ):

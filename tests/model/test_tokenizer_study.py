@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_every_method_is_trained_once_and_the_claim_is_said_true_or_false(tmp_path, monkeypatch):
+    from cogview.evaluation import studied_tokenizer
     from cogview.evaluation import tokenizer_study as study
 
     few = tuple(p for p in emoji.pictures() if p.drawing.en in ("ear", "baby", "woman golfing"))
@@ -37,7 +38,7 @@ def test_every_method_is_trained_once_and_the_claim_is_said_true_or_false(tmp_pa
     for name in ("tokenizers.png", "reconstructions.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 60
-    monkeypatch.setattr(study, "train_image_tokenizer", None)
+    monkeypatch.setattr(studied_tokenizer, "train_image_tokenizer", None)
     assert study.study_tokenizers(options) == records
 
 

@@ -61,6 +61,24 @@ def test_rows_lose_their_text_in_training_and_not_in_validation():
     assert torch.equal(trainer._batches_of(dataset(), 8)(0).tokens, whole)
 
 
+def test_codes_are_hidden_in_training_and_not_in_validation():
+    trainer = TransformerTrainer(small_model(), dataset(), dataclasses.replace(CONFIG, code_dropout=0.5))
+    plain = TransformerTrainer(small_model(), dataset(), CONFIG)
+    hiding, whole = next(trainer.batches(3)), next(plain.batches(3))
+    mask = VOCAB.command("MASK")
+    is_hidden = hiding.tokens == mask
+    assert is_hidden.any() and not (whole.tokens == mask).any()
+    assert torch.equal(hiding.tokens[~is_hidden], whole.tokens[~is_hidden])
+    assert torch.all(whole.tokens[is_hidden] < VOCAB.num_image_codes)
+    for name in ("targets", "weight", "text_mask", "valid_mask"):
+        assert torch.equal(getattr(hiding, name), getattr(whole, name))
+    again = trainer.batches(2)
+    next(again)
+    assert torch.equal(next(again).tokens, hiding.tokens)  # a run that goes on hides the same
+    options = {"text_weight": 3.0, "caption_fraction": CONFIG.caption_fraction, "seed": CONFIG.seed}
+    assert torch.equal(trainer._batches_of(dataset(), 8)(0).tokens, dataset().batch(0, 8, **options).tokens)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_a_batch_in_parts_has_the_losses_and_the_gradient_of_the_whole(parts, precision):

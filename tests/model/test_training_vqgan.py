@@ -46,13 +46,27 @@ def changed(**game):
 
 
 def test_training_learns(tmp_path):
+    images = torch.stack([DigitPairs("test").image(index, 16) for index in range(32)])
+    model = tokenizer().eval()
+
+    def error():
+        return torch.nn.functional.mse_loss(model.decode(model.encode(images)), images).item()
+
+    untrained = error()
     config = dataclasses.replace(changed(discriminator_start=30), steps=45, checkpoint_every=45)
-    history = train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path, progress=False)
-    assert sum(history["reconstruction"][-5:]) < 0.6 * sum(history["reconstruction"][:5])
-    assert history["codes_used"][-1] > 6
-    assert not any(history["discriminator"][:30])
-    assert min(history["discriminator"][31:]) < history["discriminator"][30]  # it tells the two apart
+    history = train_image_tokenizer(model.train(), DigitPairs(), config, tmp_path, progress=False)
+    model.eval()
+    assert error() < 0.7 * untrained  # with ten seeds 0.27 to 0.37
+    assert len(model.encode(images).unique()) > 8  # of 16; with ten seeds 15 or 16
+    assert not any(history["discriminator"][:30]) and all(history["discriminator"][30:])
     assert all(weight > 0 for weight in history["adaptive_weight"][30:])
+
+
+def test_the_discriminator_learns_to_tell_stripes_across_from_stripes_down():
+    trainer = VQGANTrainer(tokenizer(), DigitPairs(), changed(discriminator_start=0))
+    across = (torch.arange(16) // 2 % 2).float().expand(8, 3, 16, 16)
+    losses = [trainer._tell_apart(across, across.mT).loss.item() for _ in range(25)]
+    assert losses[0] > 0.8 and losses[-1] < 0.4  # with ten seeds above 0.94, and below 0.03
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

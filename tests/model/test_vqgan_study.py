@@ -12,6 +12,7 @@ from PIL import Image
 
 import cogview.evaluation.vqgan_study as study
 from cogview.data.digits import DigitPairs
+from cogview.evaluation import studied_tokenizer
 from cogview.files import read_json
 from cogview.options import Study
 from cogview.presets import PRESETS
@@ -39,7 +40,7 @@ def test_both_kinds_are_trained_once_measured_and_shown(tmp_path, monkeypatch):
     assert "sharpness" in study.vqgan_table(records)
     with Image.open(tmp_path / "vqgan.png") as sheet:
         assert min(sheet.size) > 40
-    monkeypatch.setattr(study, "train_image_tokenizer", None)
+    monkeypatch.setattr(studied_tokenizer, "train_image_tokenizer", None)
     assert study.study_vqgan(options) == records
 
 

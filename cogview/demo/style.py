@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether runs draw in the style that "cogview finetune style" teaches, on drawings never shown in it.
+
+Asked for are the emoji that training saw in colour alone, "of line drawing style". A run before its
+finetuning and after it can be compared, and the bound is told: what the image tokenizer keeps of the real
+line drawings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from cogview.data.emoji import ATTRIBUTION, EmojiPairs, EmojiPicture, article, held_out_lines, pictures
+from cogview.demo.plots import Row, save_contact_sheet
+from cogview.demo.run import DrawPlan, draw_prompts
+from cogview.device import default_device
+from cogview.evaluation.emoji_judge import NearestPicture
+from cogview.files import StrPath, write_json
+from cogview.run import Run, load_run
+from cogview.settings import claim_settings
+from cogview.tokens.tokenizers import fingerprint_tokenizers
+from cogview.training.finetune import STYLE_CAPTION
+from cogview.training.start import Start
+
+STYLE = STYLE_CAPTION.removeprefix("a picture ")
+SHEET_ROWS, SHEET_COLUMNS = 16, 6
+
+
+@dataclass(frozen=True)
+class StyleStudy:
+    """What :func:`study_style` does."""
+
+    runs: Sequence[StrPath]
+    out: StrPath
+    candidates: int = 4  # of each prompt
+    prompts: int | None = None  # None: all
+    seed: int = 0
+    device: str = field(default_factory=default_device)
+    progress: bool = True
+
+
+@dataclass(frozen=True)
+class StylePrompt:
+    """A drawing that training saw in colour alone, asked for as lines."""
+
+    picture: EmojiPicture
+    draw: int = 0
+
+    @property
+    def text(self) -> str:
+        """Such as "a tiger of line drawing style"."""
+        name = self.picture.drawing.en
+        return f"{article(name)}{name} {STYLE}"
+
+
+@dataclass(frozen=True)
+class StyleSettings:
+    """What the codes in a folder were drawn with."""
+
+    weights: str  # fingerprint
+    candidates: int
+    prompts: list[str]
+    seed: int
+
+
+@dataclass(frozen=True)
+class StyleReading:
+    """What the judge reads in N pictures."""
+
+    is_line: Tensor  # bool [N]
+    is_drawing: Tensor  # bool [N]: the drawing is the one that was asked for
+
+    def shares(self) -> dict[str, float]:
+        """Shares of pictures that are lines, that are the right drawing, and both."""
+        found = {"line": self.is_line, "drawing": self.is_drawing, "both": self.is_line & self.is_drawing}
+        return {name: is_right.double().mean().item() for name, is_right in found.items()}
+
+
+class StyleJudge:
+    """Reads the style by the saturation, and the drawing by the nearest real picture in either style.
+
+    Where colour ends and lines begin is halfway between the mean saturations of real pictures of both styles.
+    """
+
+    def __init__(self, size: int) -> None:
+        known = [picture for picture in pictures() if picture.tone is None]
+        images = EmojiPairs(known).images(size)
+        is_line = torch.tensor([picture.style == "line" for picture in known])
+        found = _saturation(images)
+        self.limit = ((found[is_line].mean() + found[~is_line].mean()) / 2).item()
+        self.accuracy = ((found < self.limit) == is_line).double().mean().item()
+        self._places = {drawing: place for place, drawing in enumerate({p.drawing: None for p in known})}
+        self._shown = torch.tensor([self._places[picture.drawing] for picture in known])
+        self._nearest = NearestPicture(images)
+
+    def __call__(self, images: Tensor, asked: Sequence[EmojiPicture]) -> StyleReading:
+        """Read ``[N, 3, S, S]`` in [0, 1], of which each was to show the drawing of ``asked``."""
+        wanted = torch.tensor([self._places[picture.drawing] for picture in asked])
+        return StyleReading(_saturation(images) < self.limit, self._shown[self._nearest(images)] == wanted)
+
+
+def _saturation(images: Tensor) -> Tensor:
+    """Mean difference between a pixel's largest and smallest channel, ``[N]``."""
+    return (images.amax(1) - images.amin(1)).mean((1, 2))
+
+
+def study_style(options: StyleStudy) -> dict[str, Any]:
+    """Draw, judge; returns the report. What is drawn is drawn once.
+
+    Writes ``style.json`` and ``style.png``: for some drawings what is real in both styles, and what each run
+    makes of them.
+
+    Raises:
+        ValueError: runs with different tokenizers; codes in ``out`` that were drawn with other settings; and
+            what :func:`cogview.load_run` raises.
+    """
+    out, runs = Path(options.out), _load_all(options)
+    first = next(iter(runs.values()))
+    prompts = [StylePrompt(picture) for picture in held_out_lines().pictures[: options.prompts]]
+    asked = [prompt.picture for prompt in prompts]
+    judge = StyleJudge(first.image_size)
+    lines = EmojiPairs(asked).images(first.image_size)
+    kept = first.pixels(first.tokenizers.image.encode(lines.to(options.device)).flatten(1)).cpu()
+    report: dict[str, Any] = {
+        "prompts": len(prompts),
+        "candidates": options.candidates,
+        "style_accuracy_of_the_judge": judge.accuracy,
+        "real": judge(lines, asked).shares(),
+        "codes_of_the_real": judge(kept, asked).shares(),
+        "runs": {},
+        "attribution": ATTRIBUTION,
+    }
+    shown = [lines]
+    for place, (folder, run) in enumerate(runs.items()):
+        codes = _drawn(folder, run, prompts, options, out / f"run-{place}")
+        images = torch.stack([run.pixels(own).cpu() for own in codes])
+        each = [picture for picture in asked for _ in range(options.candidates)]
+        best = judge(images[:, 0], asked)
+        every = judge(images.flatten(0, 1), each)
+        report["runs"][folder] = {"best_of_all": best.shares(), "single_draw": every.shares()}
+        shown.append(images[:, 0])
+    write_json(out / "style.json", report)
+    _save_sheet(out / "style.png", asked, shown, list(runs))
+    return report
+
+
+def _load_all(options: StyleStudy) -> dict[str, Run]:
+    runs = {str(folder): load_run(folder, options.device) for folder in options.runs}
+    (name, first), *others = runs.items()
+    for folder, run in others:
+        if run.tokenizers.fingerprint != first.tokenizers.fingerprint:
+            raise ValueError(
+                f"--runs must have the same tokenizers, got {folder}, which has others than {name}"
+            )
+    return runs
+
+
+def _drawn(folder: str, run: Run, prompts: Sequence[StylePrompt], options: StyleStudy, out: Path) -> Tensor:
+    """Codes ``[P, M, N]``, those of a prompt best first by CapLoss."""
+    texts = [prompt.text for prompt in prompts]
+    weights = Start(folder, fingerprint_tokenizers(folder)).fingerprint
+    claim_settings(out / "settings.json", StyleSettings(weights, options.candidates, texts, options.seed))
+    plan = DrawPlan(out, options.seed, options.candidates, options.progress)
+    codes, losses = draw_prompts(plan, run, prompts)
+    return codes.gather(1, losses.argsort(dim=1, stable=True)[..., None].expand_as(codes))
+
+
+def _save_sheet(path: Path, asked: Sequence[EmojiPicture], shown: Sequence[Tensor], runs: list[str]) -> None:
+    stride = -(-len(asked) // SHEET_ROWS)
+    places = range(0, len(asked), stride)
+    size = shown[0].shape[-1]
+    coloured = {picture.drawing: picture for picture in pictures() if picture.style == "color"}
+    rows = []
+    for place in places:
+        colour = EmojiPairs([coloured[asked[place].drawing]]).images(size)
+        images = torch.cat([colour, *(images[place][None] for images in shown)])
+        rows.append(Row(asked[place].drawing.en, images, torch.ones(len(images), dtype=torch.bool)))
+    columns = ["colour", "line", *(str(place + 1) for place in range(len(runs)))]
+    title = f'"... {STYLE}" of drawings never shown so: ' + ", ".join(
+        f"{place + 1} {Path(run).name}" for place, run in enumerate(runs)
+    )
+    save_contact_sheet(path, title, rows, columns, "")
+
+
+def style_table(report: Mapping[str, Any]) -> str:
+    """What the command prints."""
+    kinds = {"real line drawings": report["real"], "their codes": report["codes_of_the_real"]}
+    for run, found in report["runs"].items():
+        kinds[f"{run}, best of {report['candidates']}"] = found["best_of_all"]
+        kinds[f"{run}, single draw"] = found["single_draw"]
+    rows = [
+        {"pictures": name, **{aspect: f"{share:.1%}" for aspect, share in shares.items()}}
+        for name, shares in kinds.items()
+    ]
+    accuracy = report["style_accuracy_of_the_judge"]
+    told = f"{report['prompts']} prompts; the judge reads the style of {accuracy:.1%} of real pictures right"
+    return "\n".join([tabulate(rows, headers="keys"), told, report["attribution"]])
