@@ -262,7 +262,7 @@ MUTATIONS = [
     Mutation("local-cpu-heads-of-the-first-turn", "csrc/local_attention_2d/*",
              "(done + i) % plan.Hkv * plan.group", "i % plan.Hkv * plan.group", _CPU_LOCAL),
     Mutation("local-cpu-samples-of-the-first-turn", "csrc/local_attention_2d/*",
-             "return (done + i) / plan.Hkv;", "return i / plan.Hkv;", _CPU_LOCAL),
+             "return (first + i) / plan.Hkv;", "return i / plan.Hkv;", _CPU_LOCAL),
     Mutation("local-triton-causal", "cogview_kernels/local_attention_2d/*.py",
              "(down == 0) & (across <= 0)", "(down == 0) & (across < 0)", _TRITON_LOCAL),
     Mutation("local-triton-column", "cogview_kernels/local_attention_2d/*.py",

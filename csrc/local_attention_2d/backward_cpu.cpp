@@ -70,47 +70,56 @@ struct Backward {
     const LocalAttentionBackward& args;
     const Plan plan;
     const int64_t parts = part_count(plan);
+    int64_t part_floats = 0, head_floats = 0;  // of what a part and a head need
 
     void run(int threads) {
-        const int64_t heads = plan.B * plan.Hkv, slot_floats = plan.slots * plan.Dp;
-        int64_t part_floats = 0;
         for (int64_t i = 0; i < parts; ++i)
             part_floats = std::max(part_floats, 2 * part_of(plan, parts, i).keys(plan) * plan.Dp);
-        const int64_t head_floats = 2 * slot_floats + parts * part_floats;
-        const int64_t turn = plan.heads_of_a_turn(head_floats, parts, threads);
-        const Workspace memory(turn * head_floats);
-        const int64_t blocks = (plan.slots + 127) / 128;
-        for (int64_t done = 0; done < heads; done += turn) {
-            const int64_t now = std::min(turn, heads - done);
-            const auto sample = [&](int64_t i) { return (done + i) / plan.Hkv; };
-            const auto head = [&](int64_t i) { return (done + i) % plan.Hkv; };
-            const auto at = [&](int64_t i) {
-                float* first = memory.data + i * head_floats;
-                return HeadMemory{first, first + slot_floats, first + 2 * slot_floats};
-            };
-            const auto block = [&](int64_t j) {
-                return Range{j % blocks * 128, std::min(plan.slots, (j % blocks + 1) * 128)};
-            };
-            parallel_for(now * blocks, 1, threads, [&](int64_t j, int64_t) {
-                const int64_t i = j / blocks, b = sample(i), h = head(i);
-                convert_slots<T>(plan, args.common.k, args.common.extra_k, b, h, block(j), at(i).keys);
-                convert_slots<T>(plan, args.common.v, args.common.extra_v, b, h, block(j), at(i).values);
-            });
-            parallel_for(now * parts, 1, threads, [&](int64_t j, int64_t) {
-                HeadMemory of_part = at(j / parts);
-                of_part.sums += j % parts * part_floats;
-                compute_part(sample(j / parts), head(j / parts), part_of(plan, parts, j % parts), of_part);
-            });
-            parallel_for(now * blocks, 1, threads, [&](int64_t j, int64_t) {
-                const int64_t i = j / blocks;
-                for (int64_t slot = block(j).begin; slot < block(j).end; ++slot)
-                    write_key(sample(i), head(i), slot, at(i).sums, part_floats);
-            });
+        head_floats = 2 * plan.slots * plan.Dp + parts * part_floats;
+        const int64_t heads = plan.B * plan.Hkv;
+        // Where there are heads enough, each is the work of one thread: no thread waits for another, and
+        // there is memory for as many heads as threads.
+        if (heads >= (parts == 1 ? 1 : 4) * threads) {
+            parallel_for(heads, 1, threads, [&](int64_t first, int64_t) { compute_heads(first, 1, 1); });
+            return;
         }
+        const int64_t turn = plan.heads_of_a_turn(head_floats, parts, threads);
+        for (int64_t first = 0; first < heads; first += turn)
+            compute_heads(first, std::min(turn, heads - first), threads);
+    }
+
+    // Gradients of `count` key heads, and of the queries that read them.
+    void compute_heads(int64_t first, int64_t count, int threads) const {
+        const Workspace memory(count * head_floats);
+        const int64_t slot_floats = plan.slots * plan.Dp, blocks = (plan.slots + 127) / 128;
+        const auto sample = [&](int64_t i) { return (first + i) / plan.Hkv; };
+        const auto head = [&](int64_t i) { return (first + i) % plan.Hkv; };
+        const auto at = [&](int64_t i) {
+            float* own = memory.data + i * head_floats;
+            return HeadMemory{own, own + slot_floats, own + 2 * slot_floats};
+        };
+        const auto block = [&](int64_t j) {
+            return Range{j % blocks * 128, std::min(plan.slots, (j % blocks + 1) * 128)};
+        };
+        parallel_for(count * blocks, 1, threads, [&](int64_t j, int64_t) {
+            const int64_t i = j / blocks, b = sample(i), h = head(i);
+            convert_slots<T>(plan, args.common.k, args.common.extra_k, b, h, block(j), at(i).keys);
+            convert_slots<T>(plan, args.common.v, args.common.extra_v, b, h, block(j), at(i).values);
+        });
+        parallel_for(count * parts, 1, threads, [&](int64_t j, int64_t) {
+            HeadMemory of_part = at(j / parts);
+            of_part.sums += j % parts * part_floats;
+            compute_part(sample(j / parts), head(j / parts), part_of(plan, parts, j % parts), of_part);
+        });
+        parallel_for(count * blocks, 1, threads, [&](int64_t j, int64_t) {
+            const int64_t i = j / blocks;
+            for (int64_t slot = block(j).begin; slot < block(j).end; ++slot)
+                write_key(sample(i), head(i), slot, at(i).sums, part_floats);
+        });
     }
 
     // Sums of dK, then of dV, over the queries of a part.
-    void compute_part(int64_t b, int64_t hkv, const Part& part, const HeadMemory& head) {
+    void compute_part(int64_t b, int64_t hkv, const Part& part, const HeadMemory& head) const {
         std::memset(head.sums, 0, 2 * part.keys(plan) * plan.Dp * sizeof(float));
         const Workspace memory(TileMemory::floats(plan.Dp));
         const TileMemory m(memory.data, plan.Dp);

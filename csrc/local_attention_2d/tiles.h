@@ -131,8 +131,8 @@ struct Plan {
     // enough for every thread, and the last turn is about as long as the others.
     int64_t heads_of_a_turn(int64_t floats_of_a_head, int64_t tasks_of_a_head, int threads) const {
         const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-        const int64_t most = std::max((int64_t(1) << 20) / floats_of_a_head,
-                                      parts(int64_t(4) * threads, tasks_of_a_head));
+        const int64_t most =
+            std::max((int64_t(1) << 20) / floats_of_a_head, parts(int64_t(4) * threads, tasks_of_a_head));
         return parts(B * Hkv, parts(B * Hkv, most));
     }
 };

@@ -75,8 +75,9 @@ LARGE = {
     "one_column": {"grid": (70, 1), "kernel_size": (41, 3), "H": 1, "s": 2},
     "everything": {"grid": (12, 13), "kernel_size": (99, 99), "E": 140, "masked": True, "B": 2, "D": 80},
     "D256": {"grid": (9, 10), "kernel_size": (3, 5), "D": 256, "H": 1, "E": 7},
-    # The CPU works on a few heads at a time.
-    "many_heads": {"grid": (16, 16), "D": 64, "B": 3, "H": 12},
+    # The CPU works on a few heads at a time, backward also on one a thread.
+    "many_heads": {"grid": (16, 16), "D": 256, "B": 3, "H": 3},
+    "large_heads": {"grid": (64, 8), "D": 256, "B": 3, "H": 1},
 }
 
 
