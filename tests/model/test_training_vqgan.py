@@ -56,7 +56,7 @@ def test_training_learns(tmp_path):
     config = dataclasses.replace(changed(discriminator_start=30), steps=45, checkpoint_every=45)
     history = train_image_tokenizer(model.train(), DigitPairs(), config, tmp_path, progress=False)
     model.eval()
-    assert error() < 0.7 * untrained  # with ten seeds 0.27 to 0.37
+    assert error() < 0.7 * untrained  # with ten seeds 0.28 to 0.39
     assert len(model.encode(images).unique()) > 8  # of 16; with ten seeds 15 or 16
     assert not any(history["discriminator"][:30]) and all(history["discriminator"][30:])
     assert all(weight > 0 for weight in history["adaptive_weight"][30:])
