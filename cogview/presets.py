@@ -72,13 +72,15 @@ _PRESETS: dict[str, Preset] = {
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
         ),
         train=TrainConfig(
-            steps=6400,
+            steps=5600,
             batch_size=16,
             learning_rate=1.2e-3,
             warmup_fraction=0.03,
             text_weight=2.0,
             caption_fraction=0.3,
             text_dropout=0.1,  # for --guidance
+            code_dropout=0.3,
+            codebook_embeddings=True,
             checkpoint_every=200,
         ),
         image_tokenizer=ImageTokenizerConfig(
