@@ -8,7 +8,7 @@ line drawings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,8 +114,8 @@ def _saturation(images: Tensor) -> Tensor:
 def study_style(options: StyleStudy) -> dict[str, Any]:
     """Draw, judge; returns the report. What is drawn is drawn once.
 
-    Writes ``style.json`` and ``style.png``: for some drawings what is real in both styles, and what each run
-    makes of them.
+    Texts that are longer than a run takes are left out, and counted. Writes ``style.json`` and
+    ``style.png``: for some drawings what is real in both styles, and what each run makes of them.
 
     Raises:
         ValueError: runs with different tokenizers; codes in ``out`` that were drawn with other settings; and
@@ -123,13 +123,15 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
     """
     out, runs = Path(options.out), _load_all(options)
     first = next(iter(runs.values()))
-    prompts = [StylePrompt(picture) for picture in held_out_lines().pictures[: options.prompts]]
+    every_prompt = [StylePrompt(picture) for picture in held_out_lines().pictures[: options.prompts]]
+    prompts = [prompt for prompt in every_prompt if _fits(prompt, runs.values())]
     asked = [prompt.picture for prompt in prompts]
     judge = StyleJudge(first.image_size)
     lines = EmojiPairs(asked).images(first.image_size)
     kept = first.pixels(first.tokenizers.image.encode(lines.to(options.device)).flatten(1)).cpu()
     report: dict[str, Any] = {
         "prompts": len(prompts),
+        "too_long": len(every_prompt) - len(prompts),
         "candidates": options.candidates,
         "style_accuracy_of_the_judge": judge.accuracy,
         "real": judge(lines, asked).shares(),
@@ -160,6 +162,11 @@ def _load_all(options: StyleStudy) -> dict[str, Run]:
                 f"--runs must have the same tokenizers, got {folder}, which has others than {name}"
             )
     return runs
+
+
+def _fits(prompt: StylePrompt, runs: Iterable[Run]) -> bool:
+    """Names of some drawings are longer than the captions of training."""
+    return all(len(run.tokenizers.text.encode(prompt.text)) <= run.max_text_tokens for run in runs)
 
 
 def _drawn(folder: str, run: Run, prompts: Sequence[StylePrompt], options: StyleStudy, out: Path) -> Tensor:

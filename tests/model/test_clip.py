@@ -192,7 +192,7 @@ def test_the_small_clip_is_trained_saved_and_read(tmp_path):
     config = ClipTrainConfig(steps=60, batch_size=20, image_size=16, checkpoint_every=60, learning_rate=3e-3)
     wanted = TrainClip("digits", tmp_path / "clip", config, SHAPE, "cpu", progress=False)
     history = train_clip(wanted, FewDigits())
-    # In the last step, with ten seeds, 0.44 to 0.63: a batch shows most digits twice, so that the loss has a floor.
+    # In the last step, with ten seeds, 0.44 to 0.63: a batch shows most digits twice, so there is a floor.
     assert sum(history["loss"][-10:]) / 10 < 0.8 * history["loss"][0]
     clip = load_clip(tmp_path / "clip")
     texts = clip.of_texts(["a handwritten zero", "the grey zero", "a handwritten seven"])

@@ -126,14 +126,14 @@ def test_a_style_is_judged_on_drawings_never_shown_in_it(demo, tmp_path, monkeyp
     from cogview.demo import style
 
     options, _, _ = demo
-    names = ("sun", "cactus", "top hat", "ear", "tiger")
+    names = ("sun", "cactus", "top hat", "ear", "tiger", "globe showing Asia-Australia")
     few = tuple(p for p in emoji.pictures() if p.drawing.en in names and p.tone is None)
     monkeypatch.setattr(emoji, "pictures", lambda **options: few)
     monkeypatch.setattr(style, "pictures", lambda: few)
     words = ["study", "style", "--device", "cpu", "--out", str(tmp_path)]
     assert main([*words, "--runs", str(options.out)]) == 0
     report = read_json(tmp_path / "style.json")
-    assert report["prompts"] == 3 and report["style_accuracy_of_the_judge"] == 1
+    assert report["prompts"] == 3 and report["too_long"] == 1 and report["style_accuracy_of_the_judge"] == 1
     assert report["real"] == {"line": 1, "drawing": 1, "both": 1}
     found = report["runs"][str(options.out)]
     assert found["single_draw"]["both"] <= min(found["single_draw"]["line"], found["single_draw"]["drawing"])
