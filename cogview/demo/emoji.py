@@ -253,7 +253,8 @@ def save_sheet(
     )
     if rows:
         columns = ["real", *(str(rank + 1) for rank in range(len(rows[0].images) - 1))]
-        save_contact_sheet(path, title, rows, columns, "another drawing or another tone", ranked_by)
+        order = f"rank by {ranked_by}, best first"
+        save_contact_sheet(path, title, rows, columns, "another drawing or another tone", order)
 
 
 def summary(report: dict[str, Any], out: Path) -> str:

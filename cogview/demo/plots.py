@@ -34,9 +34,12 @@ def save_contact_sheet(
     rows: Sequence[Row],
     columns: Sequence[str],
     if_wrong: str,
-    ranked_by: str = "CapLoss",
+    order: str = "rank by CapLoss, best first",
 ) -> None:
-    """One labelled row of candidates per prompt. A wrong one is framed in red: ``if_wrong`` says why."""
+    """One labelled row of candidates per prompt, in columns whose ``order`` is told.
+
+    A wrong one is framed in red: ``if_wrong`` says why.
+    """
     side = rows[0].images.shape[-1]
     factor = max(1, 48 // side)
     frame, gap = 3, 3
@@ -60,7 +63,7 @@ def save_contact_sheet(
     axes.set_yticks(heights, [row.label for row in rows], fontsize=10)
     axes.set_xticks([(column + 0.5) * cell for column in range(len(columns))], columns, fontsize=9)
     axes.tick_params(length=0)
-    axes.set_xlabel(f"rank by {ranked_by}, best first (red frame: the judge reads {if_wrong})")
+    axes.set_xlabel(f"{order} (red frame: the judge reads {if_wrong})")
     axes.spines[:].set_visible(False)
     figure.suptitle(title, fontsize=11)
     save_figure(path, figure)

@@ -30,7 +30,7 @@ from cogview.training.finetune import STYLE_CAPTION
 from cogview.training.start import Start
 
 STYLE = STYLE_CAPTION.removeprefix("a picture ")
-SHEET_ROWS, SHEET_COLUMNS = 16, 6
+SHEET_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
         "runs": {},
         "attribution": ATTRIBUTION,
     }
-    shown = [lines]
+    shown = [(lines, torch.ones(len(lines), dtype=torch.bool))]
     for place, (folder, run) in enumerate(runs.items()):
         codes = _drawn(folder, run, prompts, options, out / f"run-{place}")
         images = torch.stack([run.pixels(own).cpu() for own in codes])
@@ -147,7 +147,7 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
         best = judge(images[:, 0], asked)
         every = judge(images.flatten(0, 1), each)
         report["runs"][folder] = {"best_of_all": best.shares(), "single_draw": every.shares()}
-        shown.append(images[:, 0])
+        shown.append((images[:, 0], best.is_line & best.is_drawing))
     write_json(out / "style.json", report)
     _save_sheet(out / "style.png", asked, shown, list(runs))
     return report
@@ -179,21 +179,23 @@ def _drawn(folder: str, run: Run, prompts: Sequence[StylePrompt], options: Style
     return codes.gather(1, losses.argsort(dim=1, stable=True)[..., None].expand_as(codes))
 
 
-def _save_sheet(path: Path, asked: Sequence[EmojiPicture], shown: Sequence[Tensor], runs: list[str]) -> None:
-    stride = -(-len(asked) // SHEET_ROWS)
-    places = range(0, len(asked), stride)
-    size = shown[0].shape[-1]
+def _save_sheet(
+    path: Path, asked: Sequence[EmojiPicture], shown: Sequence[tuple[Tensor, Tensor]], runs: list[str]
+) -> None:
+    """Some drawings in colour and, column by column, what is shown of them: pictures, and which are right."""
+    size = shown[0][0].shape[-1]
     coloured = {picture.drawing: picture for picture in pictures() if picture.style == "color"}
     rows = []
-    for place in places:
+    for place in range(0, len(asked), -(-len(asked) // SHEET_ROWS)):
         colour = EmojiPairs([coloured[asked[place].drawing]]).images(size)
-        images = torch.cat([colour, *(images[place][None] for images in shown)])
-        rows.append(Row(asked[place].drawing.en, images, torch.ones(len(images), dtype=torch.bool)))
+        images = torch.cat([colour, *(column[place][None] for column, _ in shown)])
+        is_right = torch.tensor([True, *(bool(right[place]) for _, right in shown)])
+        rows.append(Row(asked[place].drawing.en, images, is_right))
     columns = ["colour", "line", *(str(place + 1) for place in range(len(runs)))]
-    title = f'"... {STYLE}" of drawings never shown so: ' + ", ".join(
-        f"{place + 1} {Path(run).name}" for place, run in enumerate(runs)
-    )
-    save_contact_sheet(path, title, rows, columns, "")
+    names = ", ".join(f"{place + 1} {Path(run).name}" for place, run in enumerate(runs))
+    title = f'"... {STYLE}" of drawings never shown so'
+    order = f"real, then the best of each run by CapLoss: {names}"
+    save_contact_sheet(path, title, rows, columns, "no lines, or another drawing", order)
 
 
 def style_table(report: Mapping[str, Any]) -> str:
