@@ -193,9 +193,8 @@ def _save_sheet(
         rows.append(Row(asked[place].drawing.en, images, is_right))
     columns = ["colour", "line", *(str(place + 1) for place in range(len(runs)))]
     names = ", ".join(f"{place + 1} {Path(run).name}" for place, run in enumerate(runs))
-    title = f'"... {STYLE}" of drawings never shown so'
-    order = f"real, then the best of each run by CapLoss: {names}"
-    save_contact_sheet(path, title, rows, columns, "no lines, or another drawing", order)
+    title = f'"... {STYLE}" of drawings never shown so: real, then the best by CapLoss of {names}'
+    save_contact_sheet(path, title, rows, columns, "no lines, or another drawing", "run")
 
 
 def style_table(report: Mapping[str, Any]) -> str:
