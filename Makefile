@@ -8,7 +8,7 @@ TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Images of containers often forbid Python to keep what it compiled. With PyTorch's modules compiled anew, each
-# process of the tests would start three times as slowly. An empty value forbids nothing.
+# process of the tests would take more than twice as long to start. An empty value forbids nothing.
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help setup build demo pictures page test seeds sanitize lint format bench bounds gpu-check wheel-check docs clean

@@ -78,7 +78,8 @@ def runs_here(isa: str) -> bool:
 def sanitizer_flags(source: Path, isa: str) -> list[str]:
     """What a file is compiled with besides; the bindings and what ops share are watched, too.
 
-    What cannot run here is not: it would take more than half of the time."""
+    What cannot run here is not: it would take more than half of the time.
+    """
     if not SANITIZED_OPS:
         return []
     if source.parent.name in (CSRC.name, "common", *SANITIZED_OPS) and runs_here(isa):

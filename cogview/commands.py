@@ -448,9 +448,7 @@ def study(given: options.Study) -> None:
     asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
     changes = {name: value for name, value in asked.items() if value is not None}
     _STUDIES[given.name](given, changes)
-    files = (
-        ".png and .json" if given.name in ("vqgan", "super-resolution", "style") else ".png, .csv and .json"
-    )
+    files = ".png, .csv and .json" if given.name in ("stability", "tokenizers") else ".png and .json"
     print(f"written: {given.out}/{given.name}{files}")
 
 
@@ -495,11 +493,8 @@ def _study_super_resolution(given: options.Study, _: dict[str, Any]) -> None:
 def _study_style(given: options.Study, _: dict[str, Any]) -> None:
     from cogview.demo import style
 
-    print(
-        style.style_table(
-            style.study_style(style.StyleStudy(given.runs, given.out, device=usable_device(given.device)))
-        )
-    )
+    asked = style.StyleStudy(given.runs, given.out, device=usable_device(given.device))
+    print(style.style_table(style.study_style(asked)))
 
 
 _STUDIES = {

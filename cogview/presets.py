@@ -66,7 +66,7 @@ _PRESETS: dict[str, Preset] = {
             hidden_size=256,
             num_heads=8,
             init_std=0.04,
-            dropout=0.0,  # draws more right than 0.1, and learns by heart: see pretrained/README.md
+            dropout=0.0,  # with 0.1 fewer drawings were right
             vocab_size=8192,
             max_positions=86,
             three_region=ThreeRegionConfig(block_size=8, window_blocks=4, num_pivots=48),
@@ -79,7 +79,7 @@ _PRESETS: dict[str, Preset] = {
             text_weight=2.0,
             caption_fraction=0.3,
             text_dropout=0.1,  # for --guidance
-            code_dropout=0.3,
+            code_dropout=0.3,  # or a model of so few pictures hardly reads
             codebook_embeddings=True,
             checkpoint_every=200,
         ),

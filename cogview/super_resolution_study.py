@@ -26,11 +26,12 @@ from cogview.data.emoji import held_out_combinations
 from cogview.data.image_files import pixels_of
 from cogview.data.pairs import Pairs
 from cogview.device import default_device
-from cogview.evaluation.enlargement import peak_signal_to_noise
+from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise
 from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_figure, save_png, to_picture
 from cogview.run import Run, load_run
 from cogview.super_resolving import kept_of
+from cogview.tokens.tokenizers import require_same_tokenizers
 
 HELD_OUT: dict[str, Callable[[], Pairs]] = {
     "small": partial(DigitPairs, "test"),
@@ -69,7 +70,7 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
     truth = torch.stack([pairs.image(index, 2 * first.image_size) for index in chosen])
     texts = [pairs.captions(index)[0] for index in chosen]
     small, device = list(F.avg_pool2d(truth, 2)), torch.device(options.device)
-    ways: dict[str, Enlarge] = {"bicubic": _bicubic}
+    ways: dict[str, Enlarge] = {"bicubic": lambda small, texts: bicubic(torch.stack(list(small)))}
     for folder, run in runs.items():
         ways[f"{run.finetuned_for}, {folder}"] = partial(_drawn, run)
     records: list[dict[str, Any]] = []
@@ -88,27 +89,18 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
 
 def _load_all(folders: Sequence[StrPath], device: str) -> dict[str, Run]:
     runs = {str(folder): load_run(folder, device) for folder in folders}
-    (first, one), *_ = runs.items()
     for folder, run in runs.items():
         if run.finetuned_for not in TASKS:
             raise ValueError(
                 f"--runs must be of cogview finetune super-resolution or local-super-resolution, got {folder}"
             )
-        if run.tokenizers.fingerprint != one.tokenizers.fingerprint:
-            raise ValueError(
-                f"--runs must have the same tokenizers, got {folder}, which has others than {first}; "
-                "finetune all of them from one run"
-            )
+    require_same_tokenizers("--runs", folders)
     return runs
 
 
 def _drawn(run: Run, small: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
     pictures = run.super_resolve(small, texts)
     return torch.stack([pixels_of(picture, 2 * run.image_size) for picture in pictures])
-
-
-def _bicubic(small: Sequence[Tensor], _: Sequence[str]) -> Tensor:
-    return F.interpolate(torch.stack(list(small)), scale_factor=2, mode="bicubic").clamp(0, 1)
 
 
 def _measure(work: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float, float | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogview import options
 from cogview.data.image_files import pixels_of
-from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
+from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise, seam_contrast
 from cogview.generation.engine import DrawOptions
 from cogview.generation.super_resolution import codes_to_draw, drawn_by
 from cogview.outlet import Outlet
@@ -59,9 +59,8 @@ def super_resolve(given: options.SuperResolve) -> None:
 
 def _print_comparison(run: Run, truth: Tensor, enlarged: Tensor, windows: Tensor) -> None:
     """Mean PSNR of the pictures, of bicubic scaling, and of what the image tokenizer keeps of the truth."""
-    bicubic = F.interpolate(F.avg_pool2d(truth, 2), scale_factor=2, mode="bicubic").clamp(0, 1)
     kept = kept_of(run, truth)
-    ways = {"enlarged": enlarged, "bicubic": bicubic, "codes of the truth": kept}
+    ways = {"enlarged": enlarged, "bicubic": bicubic(F.avg_pool2d(truth, 2)), "codes of the truth": kept}
     print("PSNR: " + ", ".join(f"{name} {peak_signal_to_noise(x, truth):.2f} dB" for name, x in ways.items()))
     if bool(windows.any()):
         contrast = seam_contrast(enlarged, windows) / seam_contrast(kept, windows)

@@ -31,7 +31,7 @@ from cogview.demo.emoji import (
 )
 from cogview.demo.plots import save_picks_plot
 from cogview.demo.report import REPORT, SHEET
-from cogview.demo.run import DrawPlan, draw_prompts
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge
 from cogview.evaluation.retrieval import embedding_gap, gap_in_words
@@ -42,8 +42,6 @@ from cogview.perception.clip import Clip, embed_images
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.settings import claim_settings
-from cogview.tokens.tokenizers import fingerprint_tokenizers
-from cogview.training.start import Start
 
 # Held-out combinations of drawing and tone, and pictures that training saw. The demo's third group is Chinese
 # by half, which the small CLIP does not read.
@@ -67,16 +65,6 @@ class ClipGenJudging:
     seed: int = 0
     device: str = field(default_factory=default_device)
     progress: bool = True
-
-
-@dataclass(frozen=True)
-class DrawnWith:
-    """What the codes in a folder were drawn with, ``settings.json`` there."""
-
-    weights: str  # fingerprint of what draws
-    candidates: int
-    prompts: list[str]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -175,8 +163,7 @@ def _clip_gen(folder: StrPath, options: ClipGenJudging) -> Drawer:
 
 
 def _cogview(folder: StrPath, run: Run, clip: Clip) -> Drawer:
-    weights = Start(folder, fingerprint_tokenizers(folder)).fingerprint
-    draw = partial(draw_prompts, run=run)
+    weights, draw = fingerprint_run(folder), partial(draw_prompts, run=run)
     return Drawer(_name(folder), {"kind": "CogView"}, weights, run.image_size, clip, draw, run.pixels)
 
 

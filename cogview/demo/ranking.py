@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cogview.demo.plots import save_rank_curve
 from cogview.demo.quiz import Quiz, quiz_of
-from cogview.demo.run import DrawPlan, draw_prompts
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
 from cogview.device import default_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.features import Features
@@ -26,8 +26,7 @@ from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.settings import claim_settings, load_tokenizer_settings
-from cogview.tokens.tokenizers import fingerprint_tokenizers
-from cogview.training.start import Start
+from cogview.tokens.tokenizers import require_same_tokenizers
 
 CURVE = "rank_curve"  # .png, .csv and .json
 SETTINGS = "rank_curve_settings.json"
@@ -48,16 +47,6 @@ class Ranking:
     progress: bool = True
 
 
-@dataclass(frozen=True)
-class RankingSettings:
-    """What the candidates in a folder were drawn with."""
-
-    weights: str  # fingerprint of the run's
-    candidates: int
-    prompts: list[str]
-    seed: int
-
-
 def study_ranking(options: Ranking, network: Features | None = None) -> list[CurvePoint]:
     """Draw, rank, judge; ``out`` then has the curve as plot, CSV and JSON. What is drawn is drawn once.
 
@@ -71,14 +60,11 @@ def study_ranking(options: Ranking, network: Features | None = None) -> list[Cur
     out = Path(options.out)
     settings = load_tokenizer_settings(options.run)
     quiz = quiz_of(settings.data, settings.image_tokenizer.image_size, options.prompts)
-    tokenizers = fingerprint_tokenizers(options.run)
-    if options.captioner is not None and fingerprint_tokenizers(options.captioner) != tokenizers:
-        raise ValueError(
-            f"captioner must have the tokenizers of {options.run}, {options.captioner} has others"
-        )
     run = load_run(options.run, options.device)
-    weights, texts = Start(options.run, tokenizers).fingerprint, [prompt.text for prompt in quiz.prompts]
-    claim_settings(out / SETTINGS, RankingSettings(weights, options.candidates, texts, options.seed))
+    if options.captioner is not None:
+        require_same_tokenizers("captioner", [options.run, options.captioner])
+    weights, texts = fingerprint_run(options.run), [prompt.text for prompt in quiz.prompts]
+    claim_settings(out / SETTINGS, DrawnWith(weights, options.candidates, texts, options.seed))
     plan = DrawPlan(out, options.seed, options.candidates, options.progress)
     codes, own_losses = draw_prompts(plan, run, quiz.prompts)
     losses = {"CapLoss": own_losses}

@@ -29,7 +29,9 @@ from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings, plain
+from cogview.tokens.tokenizers import fingerprint_tokenizers
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
+from cogview.training.start import Start
 
 
 class Options(Protocol):
@@ -145,6 +147,21 @@ class DrawPlan:
     seed: int
     num_candidates: int
     progress: bool
+
+
+@dataclass(frozen=True)
+class DrawnWith:
+    """What the codes in a folder were drawn with: a file beside them, so that no others are mixed in."""
+
+    weights: str  # fingerprint of what drew them
+    candidates: int
+    prompts: list[str]
+    seed: int
+
+
+def fingerprint_run(folder: StrPath) -> str:
+    """What tells the weights of a CogView from those of another, wherever the run lies."""
+    return Start(folder, fingerprint_tokenizers(folder)).fingerprint
 
 
 def draw_prompts(plan: DrawPlan, run: Run, prompts: Sequence[Asked]) -> tuple[Tensor, Tensor]:

@@ -19,15 +19,14 @@ from torch import Tensor
 
 from cogview.data.emoji import ATTRIBUTION, EmojiPairs, EmojiPicture, article, held_out_lines, pictures
 from cogview.demo.plots import Row, save_contact_sheet
-from cogview.demo.run import DrawPlan, draw_prompts
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import NearestPicture
 from cogview.files import StrPath, write_json
 from cogview.run import Run, load_run
 from cogview.settings import claim_settings
-from cogview.tokens.tokenizers import fingerprint_tokenizers
+from cogview.tokens.tokenizers import require_same_tokenizers
 from cogview.training.finetune import STYLE_CAPTION
-from cogview.training.start import Start
 
 STYLE = STYLE_CAPTION.removeprefix("a picture ")
 SHEET_ROWS = 16
@@ -51,23 +50,13 @@ class StylePrompt:
     """A drawing that training saw in colour alone, asked for as lines."""
 
     picture: EmojiPicture
-    draw: int = 0
+    draw: int = 0  # all of them are drawn together
 
     @property
     def text(self) -> str:
         """Such as "a tiger of line drawing style"."""
         name = self.picture.drawing.en
         return f"{article(name)}{name} {STYLE}"
-
-
-@dataclass(frozen=True)
-class StyleSettings:
-    """What the codes in a folder were drawn with."""
-
-    weights: str  # fingerprint
-    candidates: int
-    prompts: list[str]
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -121,7 +110,9 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
         ValueError: runs with different tokenizers; codes in ``out`` that were drawn with other settings; and
             what :func:`cogview.load_run` raises.
     """
-    out, runs = Path(options.out), _load_all(options)
+    out = Path(options.out)
+    runs = {str(folder): load_run(folder, options.device) for folder in options.runs}
+    require_same_tokenizers("--runs", options.runs)
     first = next(iter(runs.values()))
     every_prompt = [StylePrompt(picture) for picture in held_out_lines().pictures[: options.prompts]]
     prompts = [prompt for prompt in every_prompt if _fits(prompt, runs.values())]
@@ -153,17 +144,6 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
     return report
 
 
-def _load_all(options: StyleStudy) -> dict[str, Run]:
-    runs = {str(folder): load_run(folder, options.device) for folder in options.runs}
-    (name, first), *others = runs.items()
-    for folder, run in others:
-        if run.tokenizers.fingerprint != first.tokenizers.fingerprint:
-            raise ValueError(
-                f"--runs must have the same tokenizers, got {folder}, which has others than {name}"
-            )
-    return runs
-
-
 def _fits(prompt: StylePrompt, runs: Iterable[Run]) -> bool:
     """Names of some drawings are longer than the captions of training."""
     return all(len(run.tokenizers.text.encode(prompt.text)) <= run.max_text_tokens for run in runs)
@@ -172,8 +152,8 @@ def _fits(prompt: StylePrompt, runs: Iterable[Run]) -> bool:
 def _drawn(folder: str, run: Run, prompts: Sequence[StylePrompt], options: StyleStudy, out: Path) -> Tensor:
     """Codes ``[P, M, N]``, those of a prompt best first by CapLoss."""
     texts = [prompt.text for prompt in prompts]
-    weights = Start(folder, fingerprint_tokenizers(folder)).fingerprint
-    claim_settings(out / "settings.json", StyleSettings(weights, options.candidates, texts, options.seed))
+    drawn_with = DrawnWith(fingerprint_run(folder), options.candidates, texts, options.seed)
+    claim_settings(out / "settings.json", drawn_with)
     plan = DrawPlan(out, options.seed, options.candidates, options.progress)
     codes, losses = draw_prompts(plan, run, prompts)
     return codes.gather(1, losses.argsort(dim=1, stable=True)[..., None].expand_as(codes))

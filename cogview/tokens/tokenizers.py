@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,3 +52,13 @@ def load_image_tokenizer(folder: StrPath, device: str = "cpu") -> ImageTokenizer
 def fingerprint_tokenizers(folder: StrPath) -> str:
     """What tells the tokenizers of one run from those of another, whatever their sizes."""
     return " ".join(digest(Path(folder) / name) for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER))
+
+
+def require_same_tokenizers(name: str, folders: Sequence[StrPath]) -> None:
+    """ValueError if not all runs in ``folders``, the argument ``name``, have the tokenizers of the first."""
+    first, *others = folders
+    for folder in others:
+        if fingerprint_tokenizers(folder) != fingerprint_tokenizers(first):
+            raise ValueError(
+                f"{name} must have the tokenizers of {first}, {folder} has others; begin both from one run"
+            )

@@ -77,8 +77,10 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -
 def benchmark_calls(
     op: str, arch: int, dtypes: tuple[torch.dtype, ...] = (), **options: Any
 ) -> Iterator[Call]:
-    """Those of every case that the benchmark of ``op`` has on a GPU in ``dtypes``, by default those that
-    decide on the chip, with ``options`` besides."""
+    """Those of every case that the benchmark of ``op`` has on a GPU in ``dtypes``, with ``options`` besides.
+
+    By default the dtypes are those that decide on the chip.
+    """
     from benchmarks.definitions import FORWARD, benchmark_of
 
     benchmark = benchmark_of(op)

@@ -96,7 +96,10 @@ def norm(
 ) -> Call:
     tensors = {f"x{i}": (torch.randn(B, 6, 32), placement) for i in range(activations)}
     parameters = {f"weight{i}": (torch.rand(32) + 0.5, WHOLE) for i in range(weights)}
-    by_position = lambda **given: function(*given.values())  # noqa: E731
+
+    def by_position(**given):
+        return function(*given.values())
+
     return Call(by_position, tensors | parameters, [placement] * activations)
 
 
@@ -189,7 +192,8 @@ def check(call: Call, mesh: DeviceMesh) -> None:
     parts = {name: placed(x, placement, mesh) for name, (x, placement) in call.tensors.items()}
     wanted = [name for name, x in alone.items() if x.is_floating_point() and name not in call.frozen]
     for name in wanted:
-        alone[name].requires_grad_(), parts[name].requires_grad_()
+        alone[name].requires_grad_()
+        parts[name].requires_grad_()
     expected, outputs = as_tuple(call.function(**alone)), as_tuple(call.function(**parts))
     for output, right, placement in zip(outputs, expected, call.outputs, strict=True):
         assert isinstance(output, DTensor) and output.placements == (placement,), (output, placement)
@@ -221,7 +225,7 @@ def run(rank: int, folder: Path) -> None:
         try:
             check(call, mesh)
             wrong[name] = ""
-        except Exception:
+        except Exception:  # Whatever it is, the report names the call, and the others are checked as well.
             wrong[name] = traceback.format_exc()
     (folder / f"{rank}.json").write_text(json.dumps(wrong))
     dist.destroy_process_group()

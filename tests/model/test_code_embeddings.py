@@ -27,7 +27,7 @@ def test_codes_alike_have_embeddings_alike():
     alike = F.cosine_similarity(after[:40, None], after[None, :40], dim=-1)
     same = alike[:20, :20][~torch.eye(20, dtype=torch.bool)]
     assert same.mean() > alike[:20, 20:].mean() + 0.5
-    assert (F.cosine_similarity(before[:40, None], before[None, :40], dim=-1)[:20, :20] < 0.9).any()
+    assert same.max() < 0.9999  # and no two are the same
 
 
 @pytest.mark.parametrize("shape", [(40, 100), (1, 8), (40, 8)], ids=["wider", "one code", "all equal"])

@@ -79,6 +79,17 @@ async def visit(user, requests):
     user.client = None
 
 
+async def settled_objects():
+    """What lives once two looks agree: what a page has sent may still be on its way."""
+    end, now = time.monotonic() + PATIENCE, live_objects()
+    while time.monotonic() < end:
+        await asyncio.sleep(0.3)
+        before, now = now, live_objects()
+        if now == before:
+            break
+    return now
+
+
 async def objects_after_visits(service, visits):
     """What lives after each of some visits of so many requests."""
     async with user_simulation() as user:
@@ -90,8 +101,7 @@ async def objects_after_visits(service, visits):
         counts = []
         for requests in visits:
             await visit(user, requests)
-            await asyncio.sleep(0.3)  # What a page has sent on its way arrives.
-            counts.append(live_objects())
+            counts.append(await settled_objects())
         return counts
 
 
