@@ -14,7 +14,7 @@ from cogview.config import TrainConfig
 from cogview.run import load_run
 from cogview.settings import MODEL_SETTINGS, load_model_settings, write_settings
 from cogview.training.checkpoint import CHECKPOINTS, latest_checkpoint
-from cogview.training.finetune import TASKS, Finetune, finetune_captioning, finetune_style
+from cogview.training.finetune import TASKS, Finetune, finetune_captioning, finetune_style, preset_of
 from tests.model.helpers import save_photos
 
 QUIET = {"device": "cpu", "progress": False}
@@ -138,3 +138,15 @@ def test_every_task_is_a_choice_of_the_command():
     from cogview.options import Finetune as Options
 
     assert set(get_args(get_type_hints(Options)["task"])) == set(TASKS)
+
+
+def test_a_finetuning_hides_no_codes_unless_asked(run_folder, tmp_path):
+    """Of codes that are low, or a picture's to describe, it would hide what the task is about."""
+    hiding = tmp_path / "hiding"
+    shutil.copytree(run_folder, hiding)
+    settings = load_model_settings(hiding)
+    train = dataclasses.replace(settings.train, code_dropout=0.5)
+    write_settings(hiding / MODEL_SETTINGS, dataclasses.replace(settings, train=train))
+    assert preset_of(Finetune(hiding, "digits", tmp_path / "out")).train.code_dropout == 0
+    asked = Finetune(hiding, "digits", tmp_path / "out", {"code_dropout": 0.2})
+    assert preset_of(asked).train.code_dropout == 0.2
