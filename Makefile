@@ -18,7 +18,7 @@ help:  ## list the targets
 
 setup: build  ## virtual environment, pinned dependencies, compiled extension
 	@echo "[setup] done; the command is $(BIN)/cogview, or cogview after: . $(BIN)/activate"
-	@echo "[setup] next: $(BIN)/cogview generate 'a cat' --out cat.png"
+	@echo "[setup] next: $(BIN)/cogview generate 'an astronaut' --out astronaut.png"
 
 # The CPU build of PyTorch is a tenth of the CUDA one, so it is tried first where no NVIDIA GPU answers.
 # --no-compile: Python compiles the modules that it imports, pip all of PyTorch, which takes twice as long as
@@ -43,7 +43,7 @@ build: $(VENV)/.ready  ## (re)compile the extension in place
 demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
 	$(BIN)/cogview demo
 
-pictures: build  ## train CogView on OpenMoji's drawings and draw them, est. 80 minutes on 2 cores
+pictures: build  ## train CogView on OpenMoji's drawings and draw them, est. 130 minutes on 2 cores
 	$(BIN)/cogview demo --data emoji
 
 page: build  ## draw, describe and paint in the browser, with the run that ships

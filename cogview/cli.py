@@ -31,7 +31,7 @@ EXAMPLES = {
     "train-clip": "--data photos --out clips/photos",
     "train-clip-gen": "--data pictures --clip clips/photos --out runs/pictures",
     "plan": "--preset base --precision bf16 --gpus 8 --memory 80",
-    "generate": '"a cat" --num 16 --out cat.png',
+    "generate": '"an astronaut" --num 16 --out astronaut.png',
     "clip-generate": '--run runs/pictures "a tiger" --num 16 --out tiger.png',
     "infill": '--run runs/demo "a seven" photo.png --mask mask.png --out filled.png',
     "super-resolve": "--run runs/enlarger drawn/*.png --out large",
@@ -63,11 +63,11 @@ commands:
   cogview COMMAND --help explains each.
 
 examples:
-  cogview generate "a cat" --num 8 --out cat.png   draw with the run that ships, of emoji
+  cogview generate "an astronaut" --out drawn.png  draw with the run that ships, of emoji
   cogview caption photo.png                        describe a picture with it
   cogview serve --open                             do both in the browser
   cogview demo                                     learn to draw digits and show it, a few minutes
-  cogview demo --data emoji                        learn to draw emoji and show it, est. 80 minutes
+  cogview demo --data emoji                        learn to draw emoji and show it, est. 130 minutes
 
   your own pictures, in photos/ with photos/captions.tsv:
   cogview train-tokenizer --data photos --out runs/photos
