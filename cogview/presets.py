@@ -58,7 +58,7 @@ _PRESETS: dict[str, Preset] = {
         min_text_tokens=5,  # what every caption of the digits has
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
-    # OpenMoji's drawings at 32x32 px, as 8x8 codes: 130 minutes on two CPU cores, by estimate, and minutes on a
+    # OpenMoji's drawings at 32x32 px, as 8x8 codes: 130 minutes on two CPU cores, by estimate, minutes on one
     # GPU. The residual blocks give a code its surroundings, without which a small patch of skin is as good as
     # any other brown.
     "emoji": Preset(
