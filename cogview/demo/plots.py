@@ -168,7 +168,8 @@ def save_picks_plot(
             axes.set_title(f"{aspect}: {title}")
             axes.grid(alpha=0.3, axis="y")
         row[0].set_ylabel("picks that are right, %")
-    panels[0][0].legend()
+    # Inside a panel it would hide bars, which may be as high as the panel.
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=len(pickers))
     save_figure(path, figure)
 
 
