@@ -14,28 +14,26 @@ from cogview_kernels import decode_linear
 
 
 def cases(device: torch.device, tiny: bool) -> list[Case]:
-    """On a GPU the op is the rival itself."""
-    chosen = () if device.type == "cuda" else shapes.LINEAR.on(device, tiny)
-    return [Case(s, dtype, FORWARD) for dtype in shapes.CPU_DTYPES for s in chosen]
+    dtypes = shapes.GPU_DTYPES if device.type == "cuda" else shapes.CPU_DTYPES
+    return [Case(s, dtype, FORWARD) for dtype in dtypes for s in shapes.LINEAR.on(device, tiny)]
 
 
 def make_inputs(case: Case, device: torch.device) -> Inputs:
     s = case.shape
     x = torch.randn(s.N, s.K, device=device).to(case.dtype)
     weights = [torch.randn(s.O, s.K, device=device).to(case.dtype) / s.K**0.5 for _ in range(s.layers)]
-    return Inputs({"x": x, "weights": weights, "bias": torch.randn(s.O, device=device).to(case.dtype)})
+    bias = torch.randn(s.O, device=device).to(case.dtype)
+    return Inputs({"x": x, "weights": weights, "bias": bias, "activation": s.activation})
 
 
 def through_all(function, x: Inputs):
-    """The sum of all layers' outputs, which costs little, as one result."""
-    return functools.reduce(
-        torch.add, (function(x.x, weight, x.bias, activation="gelu_tanh") for weight in x.weights)
-    )
+    return tuple(function(x.x, weight, x.bias, activation=x.activation) for weight in x.weights)
 
 
 def truth(inputs: Inputs, case: Case):
     wide = {name: inputs.values[name].float() for name in ("x", "bias")}
-    some = Inputs({**wide, "weights": [weight.float() for weight in inputs.weights]})
+    wide["weights"] = [weight.float() for weight in inputs.weights]
+    some = Inputs({**inputs.values, **wide})
     return some, lambda: through_all(functools.partial(decode_linear, backend="reference"), some)
 
 
@@ -49,7 +47,7 @@ BENCHMARK = Benchmark(
     cases=cases,
     inputs=make_inputs,
     truths={"op": truth},
-    backends=("cpu",),
+    backends=("cpu", "triton"),
     call=through_all,
     rivals=linear.VARIANTS,
     work=work,

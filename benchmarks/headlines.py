@@ -20,12 +20,12 @@ import torch
 
 from benchmarks import OPS, checks, environment, harness, results, timing, verdict
 from benchmarks.definitions import BACKWARD, BOTH, FORWARD, Case, benchmark_of
-from benchmarks.rivals import attention
+from benchmarks.rivals import attention, linear
 
 _DENSE = ("dense causal SDPA, flash", "dense causal SDPA, cuDNN", attention.LOOP)
 _ATTENTION, _SANDWICH = "three_region_attention", "sandwich_layer_norm"
 _LOSS, _DECODE, _SOFTMAX = "linear_cross_entropy", "decode_attention", "stable_softmax"
-_LOCAL = "local_attention_2d"
+_LOCAL, _LINEAR = "local_attention_2d", "decode_linear"
 
 
 class Wanted(NamedTuple):
@@ -45,6 +45,8 @@ def _plan() -> Iterator[Wanted]:
     yield Wanted(_LOSS, "cogview", (BOTH,), ("triton", *shares, "matrix products alone"))
     for shape in ("cogview", "cogview-16", "paper", "16k"):
         yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", "SDPA over the cache"))
+    for shape in ("qkv", "out", "up", "down"):
+        yield Wanted(_LINEAR, shape, (FORWARD,), ("triton", linear.PLAIN, linear.ADDMM))
     for shape in ("cogview", "long", "16k"):
         yield Wanted(_ATTENTION, shape, ways, ("triton", *_DENSE))
     for shape in ("64x64", "32x32"):
@@ -54,6 +56,8 @@ def _plan() -> Iterator[Wanted]:
         yield Wanted(op, "width", ways, ("triton", "cuda", "eager", "eager F.rms_norm"))
     for shape in ("width", "vocabulary", "causal"):
         yield Wanted(_SOFTMAX, shape, ways, ("triton", "cuda", "eager softmax"))
+    for shape in ("qkv-16", "out-16", "up-16", "down-16"):
+        yield Wanted(_LINEAR, shape, (FORWARD,), ("triton", linear.PLAIN, linear.ADDMM))
 
 
 PLAN = tuple(_plan())

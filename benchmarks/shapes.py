@@ -154,9 +154,11 @@ class LinearShape:
     K: int
     O: int
     layers: int
+    activation: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.N} x {self.K} x {self.O}, {self.layers} layers"
+        gelu = " and GELU" * (self.activation is not None)
+        return f"{self.N} x {self.K} x {self.O}{gelu}, {self.layers} layers"
 
 
 @dataclass(frozen=True)
@@ -282,12 +284,28 @@ DECODE = ShapesOf(
     tiny=(DecodeShape("tiny", B=2, H=2, S=96, D=32, regions=TINY),),
 )
 
-_LINEAR = (
-    LinearShape("up", N=1, K=768, O=3072, layers=12),
-    LinearShape("down", N=1, K=3072, O=768, layers=12),
-    LinearShape("up-8", N=8, K=768, O=3072, layers=12),
+_GELU = "gelu_tanh"
+# The matrices of a layer of `base`. Those of all layers are more than a GPU's L2 cache holds, and take less
+# than the 50 us up to which a call is also timed in a graph.
+_BASE_LINEAR = tuple(
+    LinearShape(f"{name}{suffix}", N, K, O, layers, activation)
+    for suffix, N in (("", 1), ("-16", 16))
+    for name, K, O, layers, activation in (
+        ("qkv", WIDTH, 3 * WIDTH, 2, None),
+        ("out", WIDTH, WIDTH, 6, None),
+        ("up", WIDTH, 4 * WIDTH, 2, _GELU),
+        ("down", 4 * WIDTH, WIDTH, 2, None),
+    )
 )
-LINEAR = ShapesOf(gpu=(), cpu=_LINEAR, tiny=(LinearShape("tiny", N=2, K=40, O=24, layers=2),))
+LINEAR = ShapesOf(
+    gpu=_BASE_LINEAR,
+    cpu=(
+        LinearShape("up", N=1, K=768, O=3072, layers=12, activation=_GELU),
+        LinearShape("down", N=1, K=3072, O=768, layers=12),
+        LinearShape("up-8", N=8, K=768, O=3072, layers=12, activation=_GELU),
+    ),
+    tiny=(LinearShape("tiny", N=2, K=40, O=24, layers=2, activation=_GELU),),
+)
 
 _DECODE_STEP = (
     DecodeStepShape("digits", B=1, T=1, layers=3, C=128, H=4, S=24),

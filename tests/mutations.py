@@ -59,6 +59,7 @@ _TRITON_DECODE = (
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
 _CPU_STEP = "decode_step (test_error_budget or test_modes)"
 _CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
+_TRITON_LINEAR = "decode_linear (test_every_number or test_edges_of_pieces or test_nothing_beside)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
@@ -293,6 +294,18 @@ MUTATIONS = [
              "load(bias + begin + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
     Mutation("linear-cpu-negative-gelu", "csrc/decode_linear/*",
              "(twice < 0.0f ? e : broadcast(1.0f))", "broadcast(1.0f)", _CPU_LINEAR),
+
+    # ---- decode_linear, Triton
+    Mutation("linear-triton-last-output", "cogview_kernels/decode_linear/triton_kernels.py",
+             "inside = (o < O)", "inside = (o < O - 1)", _TRITON_LINEAR),
+    Mutation("linear-triton-past-k", "cogview_kernels/decode_linear/triton_kernels.py",
+             "mask=k < K, other", "mask=k <= K, other", _TRITON_LINEAR),
+    Mutation("linear-triton-last-turn", "cogview_kernels/decode_linear/triton_kernels.py",
+             "tl.range(0, K, PIECES", "tl.range(0, K - BLOCK_K, PIECES", _TRITON_LINEAR),
+    Mutation("linear-triton-one-warp", "cogview_kernels/decode_linear/triton_kernels.py",
+             "tl.sum(acc, axis=0)", "tl.max(acc, axis=0)", _TRITON_LINEAR),
+    Mutation("linear-triton-groups-of-rows", "cogview_kernels/decode_linear/triton_kernels.py",
+             "% groups * ROWS", "% groups", _TRITON_LINEAR),
 
     Mutation("merge-cpu-no-maximum", "csrc/merge_attention/*",
              "std::exp(a.lses[i][row] - top)", "std::exp(a.lses[i][row])", _CPU_MERGE),

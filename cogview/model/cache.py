@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cogview_kernels import _cache
+
 
 class KVCache:
     """Keys and values ``[L, 2, B, H, S, D]`` and how many are valid in each row.
@@ -88,6 +90,8 @@ class KVCache:
         keys, values, both = self._layers[layer]
         if self.is_empty:
             both[:, : keys_and_values.shape[1]] = keys_and_values
+        elif _cache.can_write(both, keys_and_values):
+            _cache.write(both, keys_and_values, self._slots)
         else:
             both[self._rows, self._slots] = keys_and_values
         return keys, values

@@ -11,7 +11,7 @@ from cogview_kernels.decode_linear.op import backend_module, decode_linear_op
 from cogview_kernels.decode_linear.reference import decode_linear_reference
 
 _OP = "decode_linear"
-_BACKENDS = ("cpu", "reference")
+_BACKENDS = ("cpu", "triton", "reference")
 
 
 def _limit(backend: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -30,15 +30,16 @@ def decode_linear(
 
     Equals ``F.linear(x, weight, bias)``, and with ``activation="gelu_tanh"``
     ``F.gelu(F.linear(x, weight, bias), approximate="tanh")``, of which the kernel rounds the result alone. It
-    reads each weight once for all rows. Where it cannot serve, on a GPU and for more than 16 rows among
-    others, plain PyTorch runs.
+    reads each weight once for all rows, from memory. Where no kernel serves, as for more than 16 rows, plain
+    PyTorch runs. A kernel gives the same bits twice, and never waits for the device, so that a CUDA graph can
+    capture it.
 
     Args:
         x: ``[..., K]``; float32, float16, bfloat16 or float64, K at least 1.
         weight: ``[O, K]``, dtype and device of ``x``.
         bias: ``[O]`` or None, dtype and device of ``x``.
         activation: None or "gelu_tanh".
-        backend: "cpu" or "reference"; None takes the best for device and arguments.
+        backend: "cpu", "triton" or "reference"; None takes the best for device and arguments.
 
     Returns:
         ``[..., O]``, the dtype of ``x`` (under autocast, as ``F.linear`` has it).
@@ -46,13 +47,15 @@ def decode_linear(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape above is not met, or devices differ.
-        NotImplementedError: a limit of the backend asked for ("cpu": no derivative, no float64, 16 rows).
-            Without ``backend`` "reference" steps in.
+        NotImplementedError: a limit of the backend asked for ("cpu", "triton": no derivative, no float64, 16
+            rows; "triton": rows of ``weight`` contiguous). Without ``backend`` "reference" steps in.
         RuntimeError: the named backend cannot run here; the message says why.
     """
     recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, weight, bias))
     autocast = torch._C._is_any_autocast_enabled()
-    signature = _backends.signature(_OP, x, weight, bias, activation, recorded, autocast, backend)
+    # A signature tells tensors' shapes, not their strides.
+    has_rows = isinstance(weight, Tensor) and weight.stride()[-1:] == (1,)
+    signature = _backends.signature(_OP, x, weight, has_rows, bias, activation, recorded, autocast, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check_tensors(x, weight, bias)

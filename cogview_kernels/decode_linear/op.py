@@ -14,6 +14,10 @@ from cogview_kernels.decode_linear import native
 
 def backend_module(backend: str) -> ModuleType:
     """The module whose ``forward`` and ``limit`` serve ``backend``."""
+    if backend == "triton":
+        from cogview_kernels.decode_linear import triton_kernels
+
+        return triton_kernels
     return native
 
 

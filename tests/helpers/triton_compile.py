@@ -154,6 +154,11 @@ def compile_calls(calls: Iterable[Call]) -> list[Report]:
     return without_interpreter(_reports, list(calls))
 
 
+def compile_launches(function: Callable[..., Any], arch: int, *arguments: Any) -> list[Report]:
+    """A report for each kernel that a function of a module launches, which is no op of the library."""
+    return without_interpreter(_reports_of, function, arch, arguments)
+
+
 def assert_clean(reports: Iterable[Report], spills: Callable[[Report], int] = lambda report: 0) -> None:
     """No register is spilled, shared memory suffices, and ptxas warns of nothing that costs speed.
 
@@ -225,12 +230,16 @@ class Silent:
         _keep_what_ptxas_says()
         return silent
 
-    def run(self, call: Call) -> None:
-        import cogview_kernels
+    def become(self, arch: int) -> None:
         from cogview_kernels import _device
 
-        self.arch = call.arch
-        _device.INTERPRETED = _device.Properties("a GPU", divmod(call.arch, 10), _MULTIPROCESSORS[call.arch])
+        self.arch = arch
+        _device.INTERPRETED = _device.Properties("a GPU", divmod(arch, 10), _MULTIPROCESSORS[arch])
+
+    def run(self, call: Call) -> None:
+        import cogview_kernels
+
+        self.become(call.arch)
         torch.backends.cuda.matmul.fp32_precision = "tf32" if call.tf32 else "ieee"
         out = getattr(cogview_kernels, call.op)(*call.arguments, **call.options, backend="triton")
         outs = [x for x in (out if isinstance(out, tuple) else (out,)) if x is not None and x.requires_grad]
@@ -255,6 +264,22 @@ def _keep_what_ptxas_says() -> None:
 
 
 def _reports(calls: list[Call]) -> list[Report]:
+    def run_all(silent: Silent) -> None:
+        for call in calls:
+            silent.run(call)
+
+    return _watched(run_all)
+
+
+def _reports_of(function: Callable[..., Any], arch: int, arguments: tuple[Any, ...]) -> list[Report]:
+    def run_it(silent: Silent) -> None:
+        silent.become(arch)
+        function(*arguments)
+
+    return _watched(run_it)
+
+
+def _watched(launch: Callable[[Silent], None]) -> list[Report]:
     from triton.runtime.jit import JITFunction
 
     from cogview_kernels import _triton
@@ -271,8 +296,7 @@ def _reports(calls: list[Call]) -> list[Report]:
     JITFunction.run = run_and_keep
     # A plan that is kept would run kernels directly, unseen.
     _triton.Plans.get = lambda plans, key, *arguments: plans.make(*arguments)  # type: ignore[method-assign]
-    for call in calls:
-        silent.run(call)
+    launch(silent)
     return [_report(kernel) for kernel in kernels.values()]
 
 

@@ -177,6 +177,8 @@ def _calls() -> Iterator[Call]:
     yield Call("sandwich_rms_norm", (*rows, parameters[0]), dropout, 90)
     q = torch.empty(1, 2, 1, 64, **bf16)
     cache = torch.empty(2, 1, 2, 2000, 64, **bf16)
+    for N in (1, 9):
+        yield Call("decode_linear", (torch.empty(N, 256, **bf16), torch.empty(40, 256, **bf16)), {}, 90)
     yield Call("decode_attention", (q, *cache, torch.tensor([2000])), {"layout": layout}, 90)
     yield Call(
         "three_region_attention", (*torch.empty(3, 1, 2, 300, 64, **bf16, **grad), layout), dropout, 90
@@ -261,6 +263,7 @@ def test_second_calls_of_the_ops_are_direct(found):
         "sandwich_layer_norm": [3, 0],
         "rms_norm": [3, 0],
         "sandwich_rms_norm": [2, 0],  # the sums of its partial sums are launched as those of rms_norm
+        "decode_linear": [1, 0, 1, 0],
         "decode_attention": [1, 0],
         "three_region_attention": [6, 0],
         "merge_attention": [2, 0],
