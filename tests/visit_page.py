@@ -4,7 +4,7 @@
 A test makes it on a run with next to no training. By hand, on a real one, it also takes the pictures of docs/
 and tells how long a visitor waits::
 
-    python -m tests.visit_page --text "police officer: dark skin tone" --other "a cat" --shots docs
+    python -m tests.visit_page --text "police officer: dark skin tone" --other "an astronaut" --shots docs
     python -m tests.visit_page --run runs/demo --enlarger runs/enlarger
     python -m tests.visit_page --requests 500
 """
