@@ -26,6 +26,9 @@ from cogview.serving.vote_routes import vote_routes
 
 SPARE = 1 << 20  # bytes of a request around the file that it brings
 KEPT_MESSAGES = 50  # that a page which lost its connection is sent again
+# Seconds until a page that lost its connection is given up; 0.4 of them without an answer are such a loss. On a
+# busy machine the usual 3 gave up visitors who were still there.
+PATIENCE = 10.0
 
 
 def serve(given: options.Serve) -> None:
@@ -87,5 +90,6 @@ def _application(service: Service, ballot: Ballot | None) -> Application:
         tailwind=False,
         show_welcome_message=False,
         message_history_length=KEPT_MESSAGES,
+        reconnect_timeout=PATIENCE,
     )
     return application
