@@ -26,8 +26,8 @@ from cogview.serving.vote_routes import vote_routes
 
 SPARE = 1 << 20  # bytes of a request around the file that it brings
 KEPT_MESSAGES = 50  # that a page which lost its connection is sent again
-# Seconds until a page that lost its connection is given up; 0.4 of them without an answer are such a loss. On a
-# busy machine the usual 3 gave up visitors who were still there.
+# Seconds until a page that lost its connection is given up; 0.4 of them without an answer are such a loss. On
+# a busy machine the usual 3 gave up visitors who were still there.
 PATIENCE = 10.0
 
 

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 
 #include "common/dtype.h"
 
@@ -143,11 +144,29 @@ inline VecF round_to_bfloat16(VecF v) {
     const VecU rounded = u + 0x7fff + ((u >> 16) & 1);
     return bitcast<VecF>((v != v ? u | 0x400000 : rounded) & 0xffff0000);
 }
+// The same for what arithmetic gave, which takes less: its NaN are quiet, and become the least quiet one of
+// their sign, which rounding up leaves a NaN. By intrinsics: compilers do not see minima of integers.
+inline VecF round_result_to_bfloat16(VecF v) {
+#if defined(__AVX512F__)
+    const __m512i positive = _mm512_min_epi32(bitcast<__m512i>(v), _mm512_set1_epi32(0x7fc00000));
+    const VecU u = bitcast<VecU>(_mm512_min_epu32(positive, _mm512_set1_epi32(int32_t(0xffc00000))));
+#elif defined(__AVX2__)
+    const __m256i positive = _mm256_min_epi32(bitcast<__m256i>(v), _mm256_set1_epi32(0x7fc00000));
+    const VecU u = bitcast<VecU>(_mm256_min_epu32(positive, _mm256_set1_epi32(int32_t(0xffc00000))));
+#else
+    const VecU bits = bitcast<VecU>(v);
+    const VecU u = v != v ? (bits & 0x80000000) | 0x7fc00000 : bits;
+#endif
+    return bitcast<VecF>((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);
+}
 // The bits of bfloat16 numbers held as floats.
 inline VecU16 bfloat16_bits(VecF v) {
     const VecU u = bitcast<VecU>(v) >> 16;
 #if defined(__AVX512F__)
     return bitcast<VecU16>(_mm512_cvtepi32_epi16(bitcast<__m512i>(u)));
+#elif defined(__AVX2__)
+    const __m256i wide = bitcast<__m256i>(u);
+    return bitcast<VecU16>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
     return __builtin_convertvector(u, VecU16);
 #endif
@@ -166,6 +185,17 @@ inline void store(Half* p, VecF v) {
 #else
     for (int i = 0; i < kLanes; ++i) from_float(v[i], &p[i]);
 #endif
+}
+
+// store() of what arithmetic gave.
+template <typename T>
+inline void store_result(T* p, VecF v) {
+    if constexpr (std::is_same<T, BFloat16>::value) {
+        const VecU16 h = bfloat16_bits(round_result_to_bfloat16(v));
+        std::memcpy(p, &h, sizeof(h));
+    } else {
+        store(p, v);
+    }
 }
 
 // The rounding error of the product a * b, given its rounded value; 0 where the processor has no FMA.
