@@ -268,9 +268,6 @@ inline void stream_bits(void* p, VecU16 h) {
     std::memcpy(p, &h, sizeof(h));
 #endif
 }
-inline void stream(BFloat16* p, VecF v) {
-    stream_bits(p, bfloat16_bits(round_to_bfloat16(v)));
-}
 inline void stream(Half* p, VecF v) {
     VecU16 h;
     store(reinterpret_cast<Half*>(&h), v);

@@ -389,3 +389,11 @@ def test_cuda_compiles_without_spills(arch):
     kernels = [f"cogview::{kernel}<cogview::NormKind::kRms, {t}>" for t in types for kernel in names]
     for kernel, report in cuda_compile.compile_kernels('#include "norms/single.cuh"', kernels, arch).items():
         assert report.spills == 0, (kernel, report)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+def test_no_nan_is_rounded_to_a_number(bits):
+    """Rounded up as a number, the largest NaN would become a zero, and the smallest an infinity."""
+    weight = torch.full((40,), bits, dtype=torch.int32).view(torch.float32)
+    out = rms_norm(torch.ones(3, 40, dtype=torch.bfloat16), weight, backend="cpu")
+    assert out.dtype == torch.bfloat16 and out.isnan().all()
