@@ -384,7 +384,8 @@ def data(given: options.WriteData) -> None:
 
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
-    preset, device = _demo_preset(given), usable_device(given.device)
+    device = usable_device(given.device)
+    preset = _demo_preset(given, device)
     if given.data == "emoji":
         from cogview.demo.emoji import EmojiDemo, run_emoji_demo
         from cogview.demo.emoji import summary as emoji_summary
@@ -400,9 +401,11 @@ def demo(given: options.Demo) -> None:
     _say_next("generate", "--run", given.folder, "a handwritten seven", "--out", "seven.png")
 
 
-def _demo_preset(given: options.Demo) -> Preset:
+def _demo_preset(given: options.Demo, device: str) -> Preset:
     from cogview.config import ThreeRegionConfig
+    from cogview.demo.run import begun_precision
     from cogview.presets import default_preset, get_preset
+    from cogview.training.precision import fast_precision
 
     preset = get_preset(given.preset) if given.preset else default_preset(given.data)
     if given.attention == "dense":
@@ -411,7 +414,14 @@ def _demo_preset(given: options.Demo) -> Preset:
         three_region = preset.model.three_region or ThreeRegionConfig()
     else:
         three_region = preset.model.three_region
-    return dataclasses.replace(preset, model=dataclasses.replace(preset.model, three_region=three_region))
+    precision = given.precision or begun_precision(given.folder)
+    if precision is None:
+        precision = fast_precision(device) if given.data == "emoji" else preset.train.precision
+    return dataclasses.replace(
+        preset,
+        model=dataclasses.replace(preset.model, three_region=three_region),
+        train=dataclasses.replace(preset.train, precision=precision),
+    )
 
 
 def rank_curve(given: options.RankCurve) -> None:

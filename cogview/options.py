@@ -688,6 +688,11 @@ class Demo:
     """sizes and schedule: emoji-64 is for one GPU"""
     attention: Attention = None
     """dense or three-region"""
+    precision: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        _shown("KIND", "for the emoji bf16 on a GPU or a CPU with matrix units, else fp32"),
+    ] = None
+    """of the activations while the transformer is trained"""
     seed: int = 0
     """of everything random"""
     device: Device = None

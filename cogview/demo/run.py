@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from cogview.config import Preset
+from cogview.config import Preset, TrainPrecision
 from cogview.demo.plots import save_demo_curves
 from cogview.demo.report import CURVES, REPORT, environment
 from cogview.evaluation.rerank import rerank
@@ -32,6 +32,8 @@ from cogview.settings import claim_settings, plain
 from cogview.tokens.tokenizers import fingerprint_tokenizers
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from cogview.training.start import Start
+
+DEMO_SETTINGS = "demo.json"
 
 
 class Options(Protocol):
@@ -74,10 +76,18 @@ def seeded(preset: Preset, seed: int) -> Preset:
     )
 
 
+def begun_precision(folder: StrPath) -> TrainPrecision | None:
+    """The precision of a demo that goes on in ``folder``, maybe on another machine; None for a new one."""
+    path = Path(folder) / DEMO_SETTINGS
+    begun = read_json(path) if path.exists() else {}
+    train = begun.get("preset", {}).get("train", {})
+    return cast("TrainPrecision | None", train.get("precision"))
+
+
 def run_phases(options: Options, subject: Subject) -> dict[str, Any]:
     """Train, draw, rerank, judge; writes curves and ``report.json`` to ``out`` and returns the report."""
     out, preset, data = Path(options.out), subject.preset, subject.data
-    claim_settings(out / "demo.json", subject.settings)
+    claim_settings(out / DEMO_SETTINGS, subject.settings)
     clock = PhaseClock(out / "timings.json")
     device, progress = options.device, options.progress
     with clock.phase("train_tokenizers"):

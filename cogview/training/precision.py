@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cogview.config import TrainPrecision
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -40,6 +42,18 @@ def _why_not(dtype: torch.dtype, device: torch.device) -> str:
             enabled = torch.is_autocast_enabled(device.type)
             has_it = enabled and torch.get_autocast_dtype(device.type) == dtype
     return "" if has_it else f"this PyTorch ({torch.__version__}) has no such autocast for {device.type}"
+
+
+def fast_precision(device: torch.device | str) -> TrainPrecision:
+    """``"bf16"`` where ``device`` has matrix units for bfloat16, else ``"fp32"``.
+
+    CPUs with AMX have them, and GPUs from sm_80 on. Other CPUs emulate bfloat16, or multiply vectors of it at
+    no more than twice the rate of float32.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return "fp32"
+    return "fp32" if _why_not(torch.bfloat16, device) else "bf16"
 
 
 class Precision:

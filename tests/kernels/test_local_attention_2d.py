@@ -59,7 +59,10 @@ SMALL = {
     "tall_window_and_text": {"grid": (6, 4), "kernel_size": (5, 1), "E": 3, "B": 2},
     "wide_window": {"grid": (3, 11), "kernel_size": (1, 7)},
     "past_the_border": {"grid": (3, 4), "kernel_size": (9, 11)},
-    "one_cell": {"grid": (1, 1), "kernel_size": (3, 3), "E": 1},
+    # Each gradient of a cell's key has one term, and a row's terms share the errors of its lse and of its
+    # delta, which eager PyTorch does not make: over 2 rows and 2 keys, 6 seeds of 100 were above the budget,
+    # over 2,048 rows the error is 1.3 to 1.8 times eager's. So there are enough rows to tell.
+    "one_cell": {"grid": (1, 1), "kernel_size": (3, 3), "E": 9, "B": 8, "H": 8},
     "finer_queries": {"grid": (3, 4), "s": 3, "E": 5, "masked": True, "B": 3},
     "causal": {"grid": (5, 7), "kernel_size": (3, 5), "causal": True},
     "causal_finer_queries": {"grid": (4, 3), "s": 2, "causal": True, "kernel_size": (5, 3), "E": 2},

