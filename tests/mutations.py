@@ -132,7 +132,7 @@ MUTATIONS = [
              "(args.dlse == nullptr ? 0.0f : args.dlse[row + c])", "0.0f",
              _CPU_ATTENTION),
     Mutation("attention-cpu-pivot-dk", "csrc/three_region_attention/*",
-             "sum_k += load(part_k + rank * Dp + d);", "",
+             "if (rank >= 0) add(rank);", "",
              _CPU_ATTENTION),
     Mutation("attention-cpu-dq-scale", "csrc/three_region_attention/*",
              "b, h, s, args.common.scale, m.stage", "b, h, s, 1.0f, m.stage",

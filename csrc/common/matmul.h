@@ -133,6 +133,8 @@ class TileScope {
             config[16 + 2 * tile] = 64;
             config[48 + tile] = 16;
         }
+        // GCC takes it to read the first 8 bytes alone, and may leave out the stores of the others.
+        asm volatile("" : : "r"(config) : "memory");
         _tile_loadconfig(config);
     }
     ~TileScope() {
@@ -148,46 +150,111 @@ class TileScope {
     alignas(64) uint8_t before_[64];
 };
 
-// 32 x 32 blocks of C in tiles 0 to 3; A in 4 and 5, B in 6 and 7.
-void tile_matmul(int64_t M, int64_t N, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c,
-                 int64_t ldc, bool accumulate) {
-    asm volatile("" ::: "memory");  // GCC's tile loads do not tell it that they read memory
-    const int64_t a_bytes = a.row * 4, b_bytes = ldb * 4, c_bytes = ldc * 4;
-    for (int64_t n = 0; n < N; n += 32) {
-        for (int64_t m = 0; m < M; m += 32) {
-            float* corner = c + m * ldc + n;
-            if (accumulate) {
-                _tile_loadd(0, corner, c_bytes);
-                _tile_loadd(1, corner + 16, c_bytes);
-                _tile_loadd(2, corner + 16 * ldc, c_bytes);
-                _tile_loadd(3, corner + 16 * ldc + 16, c_bytes);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
-            const float* a_block = a.data + m * a.row;
-            for (int64_t k0 = 0; k0 < K; k0 += a.block, a_block += a.next) {
-                for (int64_t k = 0; k < a.block; k += 16) {
-                    const float* b_row = b + (k0 + k) * ldb + n;
-                    _tile_loadd(6, b_row, b_bytes);
-                    _tile_loadd(4, a_block + k, a_bytes);
-                    _tile_loadd(7, b_row + 16, b_bytes);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(5, a_block + 16 * a.row + k, a_bytes);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(2, 5, 6);
-                    _tile_dpbf16ps(3, 5, 7);
-                }
-            }
-            _tile_stored(0, corner, c_bytes);
-            _tile_stored(1, corner + 16, c_bytes);
-            _tile_stored(2, corner + 16 * ldc, c_bytes);
-            _tile_stored(3, corner + 16 * ldc + 16, c_bytes);
-        }
-    }
+// GCC's intrinsics take only literals for tiles, and do not say that they read memory.
+template <int kTile>
+inline void tile_load(const float* p, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,4), %%tmm%c2" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
 }
+template <int kTile>
+inline void tile_store(float* p, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,4)" : : "r"(p), "r"(stride), "i"(kTile) : "memory");
+}
+template <int kTile>
+inline void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+}
+template <int kC, int kA, int kB>
+inline void tile_multiply_add() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
+
+// A product by tiles that is made step by step, 32 x 32 x 16 units each, so that other work can go between:
+// a step keeps the matrix unit busy for 64 cycles, in which the vector units are free. Blocks of C are in
+// tiles 0 to 3, A in 4 and 5, B in 6 and 7; so one product must be finished before another begins.
+class TileProduct {
+  public:
+    TileProduct() = default;
+    TileProduct(int64_t M, int64_t N, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c,
+                int64_t ldc, bool accumulate)
+        : M_(M),
+          K_(K),
+          ldb_(ldb),
+          ldc_(ldc),
+          accumulate_(accumulate),
+          a_(a),
+          b_(b),
+          c_(c),
+          a_at_(a.data),
+          b_at_(b),
+          left_(M / 32 * (N / 32) * (K / 16)) {}
+
+    int64_t steps_left() const { return left_; }
+
+    void step() {
+        if (k_ == 0) begin();
+        tile_load<6>(b_at_, ldb_);
+        tile_load<4>(a_at_, a_.row);
+        tile_load<7>(b_at_ + 16, ldb_);
+        tile_multiply_add<0, 4, 6>();
+        tile_load<5>(a_at_ + 16 * a_.row, a_.row);
+        tile_multiply_add<1, 4, 7>();
+        tile_multiply_add<2, 5, 6>();
+        tile_multiply_add<3, 5, 7>();
+        k_ += 16;
+        b_at_ += 16 * ldb_;
+        a_at_ += 16;
+        if ((in_block_ += 16) == a_.block) {
+            in_block_ = 0;
+            a_at_ += a_.next - a_.block;
+        }
+        --left_;
+        if (k_ == K_) end();
+    }
+
+    void finish() {
+        while (left_ > 0) step();
+    }
+
+  private:
+    void begin() const {
+        if (!accumulate_) {
+            tile_zero<0>();
+            tile_zero<1>();
+            tile_zero<2>();
+            tile_zero<3>();
+            return;
+        }
+        const float* corner = c_ + m_ * ldc_ + n_;
+        tile_load<0>(corner, ldc_);
+        tile_load<1>(corner + 16, ldc_);
+        tile_load<2>(corner + 16 * ldc_, ldc_);
+        tile_load<3>(corner + 16 * ldc_ + 16, ldc_);
+    }
+
+    void end() {
+        float* corner = c_ + m_ * ldc_ + n_;
+        tile_store<0>(corner, ldc_);
+        tile_store<1>(corner + 16, ldc_);
+        tile_store<2>(corner + 16 * ldc_, ldc_);
+        tile_store<3>(corner + 16 * ldc_ + 16, ldc_);
+        k_ = in_block_ = 0;
+        m_ += 32;
+        if (m_ == M_) {
+            m_ = 0;
+            n_ += 32;
+        }
+        a_at_ = a_.data + m_ * a_.row;
+        b_at_ = b_ + n_;
+    }
+
+    int64_t M_ = 0, K_ = 0, ldb_ = 0, ldc_ = 0;
+    bool accumulate_ = false;
+    MatmulA a_ = {};
+    const float* b_ = nullptr;
+    float* c_ = nullptr;
+    const float *a_at_ = nullptr, *b_at_ = nullptr;
+    int64_t m_ = 0, n_ = 0, k_ = 0, in_block_ = 0, left_ = 0;
+};
 
 #else
 
@@ -203,7 +270,7 @@ template <bool kBf16, typename A = MatmulA>
 void matmul(int64_t M, int64_t N, int64_t K, A a, const float* b, int64_t ldb, float* c, int64_t ldc,
             bool accumulate) {
 #if defined(__AMX_BF16__)
-    if constexpr (kBf16) return tile_matmul(M, N, K, a, b, ldb, c, ldc, accumulate);
+    if constexpr (kBf16) return TileProduct(M, N, K, a, b, ldb, c, ldc, accumulate).finish();
 #endif
     int64_t vectors = N / kLanes;
     for (int64_t n = 0; vectors > 0;) {
@@ -221,6 +288,65 @@ void matmul(int64_t M, int64_t N, int64_t K, A a, const float* b, int64_t ldb, f
         vectors -= width;
     }
 }
+
+// A product that is made when it is finished. In bfloat16 on a processor with tiles (kSteps) it may be made
+// in steps before that.
+template <bool kBf16>
+class Product {
+  public:
+    static constexpr bool kSteps = false;
+    Product() = default;
+    Product(int64_t M, int64_t N, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
+            bool accumulate)
+        : M_(M), N_(N), K_(K), a_(a), b_(b), ldb_(ldb), c_(c), ldc_(ldc), accumulate_(accumulate) {}
+
+    void finish() {
+        if (M_ > 0) matmul<kBf16>(M_, N_, K_, a_, b_, ldb_, c_, ldc_, accumulate_);
+        M_ = 0;
+    }
+
+  private:
+    int64_t M_ = 0, N_ = 0, K_ = 0;
+    MatmulA a_ = {};
+    const float* b_ = nullptr;
+    int64_t ldb_ = 0;
+    float* c_ = nullptr;
+    int64_t ldc_ = 0;
+    bool accumulate_ = false;
+};
+
+#if defined(__AMX_BF16__)
+template <>
+class Product<true> : public TileProduct {
+  public:
+    static constexpr bool kSteps = true;
+    using TileProduct::TileProduct;
+};
+#endif
+
+// Spreads the steps of some products, one after the other, evenly over the turns of a loop. Does nothing
+// where products have no steps.
+template <bool kBf16>
+class Spread {
+  public:
+    Spread(Product<kBf16>* products, int count, int64_t turns) : product_(products), turns_(turns) {
+        if constexpr (Product<kBf16>::kSteps)
+            for (int i = 0; i < count; ++i) steps_ += products[i].steps_left();
+    }
+
+    void turn() {
+        if constexpr (Product<kBf16>::kSteps) {
+            for (due_ += steps_; due_ >= turns_; due_ -= turns_) {
+                while (product_->steps_left() == 0) ++product_;
+                product_->step();
+            }
+        }
+    }
+
+  private:
+    Product<kBf16>* product_;
+    int64_t turns_, steps_ = 0, due_ = 0;
+};
 
 }  // namespace
 }  // namespace cogview

@@ -214,8 +214,15 @@ inline VecF product_error(VecF a, VecF b, VecF product) {
 #endif
 }
 
+// b where one of them is NaN.
 inline VecF maximum(VecF a, VecF b) {
+#if defined(__AVX512F__)
+    return bitcast<VecF>(_mm512_max_ps(bitcast<__m512>(a), bitcast<__m512>(b)));
+#elif defined(__AVX2__)
+    return bitcast<VecF>(_mm256_max_ps(bitcast<__m256>(a), bitcast<__m256>(b)));
+#else
     return a > b ? a : b;
+#endif
 }
 inline VecF magnitude(VecF x) {
     return maximum(x, -x);

@@ -36,11 +36,12 @@ Workspace::Workspace(int64_t floats) {
     {
         Pool& p = pool();
         std::lock_guard<std::mutex> lock(p.mutex);
-        // The smallest that is large enough, unless it is much too large.
+        // The smallest that is large enough, unless it is much too large; of equals the one used last, which
+        // may still be in a cache.
         auto best = p.kept.end();
         for (auto k = p.kept.begin(); k != p.kept.end(); ++k)
             if (k->bytes >= bytes_ && k->bytes <= 2 * bytes_ &&
-                (best == p.kept.end() || k->bytes < best->bytes))
+                (best == p.kept.end() || k->bytes <= best->bytes))
                 best = k;
         if (best != p.kept.end()) {
             bytes_ = best->bytes;

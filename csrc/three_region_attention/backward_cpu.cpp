@@ -17,7 +17,8 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-constexpr int64_t kRun = 128;  // slots of a score tile, at most
+constexpr int64_t kRun = 128;       // slots of a score tile, at most
+constexpr int64_t kMostParts = 32;  // of a head
 
 // The query tiles [first_tile, last_tile) of a head, and the slots that they see.
 struct Part {
@@ -29,7 +30,7 @@ struct Part {
 template <bool kBf16>
 int64_t part_count(const Plan<kBf16>& plan) {
     const int64_t heads = plan.B * plan.Hkv;
-    return std::max<int64_t>(1, std::min((32 + heads - 1) / heads, plan.tiles / 4));
+    return std::max<int64_t>(1, std::min((kMostParts + heads - 1) / heads, plan.tiles / 4));
 }
 
 template <bool kBf16>
@@ -45,14 +46,24 @@ Part part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index, int64_t b) {
     return p;
 }
 
-// Where a query tile keeps what it works on, N columns wide.
-struct TileMemory {
-    float *stage, *q_columns, *q_rows, *dout_columns, *dout_rows, *dq;  // [Dp, N]
-    float *scores, *dscores;                                            // [kRun, N]
+// What a run is worked on in, N columns wide.
+struct RunMemory {
+    float *scores, *dscores;  // [kRun, N]
     // As bfloat16: pairs of queries (A operands) and of keys (a B operand).
     float *p_pairs, *ds_pairs, *ds_rows;  // [kRun / 2, N]
+};
 
-    static int64_t floats(int64_t Dp, int64_t N) { return (4 * kRun + 6 * Dp) * N; }
+// Where a query tile keeps what it works on, N columns wide.
+template <bool kBf16>
+struct TileMemory {
+    // Products of a run are made beside the exponentials of the next one, or of the one before.
+    static constexpr int kBuffers = Product<kBf16>::kSteps ? 2 : 1;
+    float *stage, *q_columns, *q_rows, *dout_columns, *dout_rows, *dq;  // [Dp, N]
+    RunMemory runs[kBuffers];
+
+    static int64_t floats(int64_t Dp, int64_t N) {
+        return (kBuffers * (kBf16 ? 7 * kRun / 2 : 2 * kRun) + 6 * Dp) * N;
+    }
     TileMemory(float* memory, int64_t Dp, int64_t N) {
         const auto take = [&memory](int64_t n) {
             float* here = memory;
@@ -60,76 +71,87 @@ struct TileMemory {
             return here;
         };
         for (float** p : {&stage, &q_columns, &q_rows, &dout_columns, &dout_rows, &dq}) *p = take(Dp * N);
-        for (float** p : {&scores, &dscores}) *p = take(kRun * N);
-        for (float** p : {&p_pairs, &ds_pairs, &ds_rows}) *p = take(kRun * N / 2);
+        for (RunMemory& run : runs) {
+            run = {};
+            for (float** p : {&run.scores, &run.dscores}) *p = take(kRun * N);
+            if (kBf16)
+                for (float** p : {&run.p_pairs, &run.ds_pairs, &run.ds_rows}) *p = take(kRun * N / 2);
+        }
     }
+    const RunMemory& of_run(int64_t i) const { return runs[i % kBuffers]; }
 };
 
 template <bool kBf16, typename T>
 struct Backward {
     using E = typename Compute<kBf16>::type;
+    static constexpr bool kOverlaps = Product<kBf16>::kSteps;
     static constexpr int64_t kPack = Compute<kBf16>::kPack;
     static constexpr int64_t kTileUnits = kTile / kPack;
 
     const AttentionBackward& args;
     const Plan<kBf16> plan;
     const int64_t parts = part_count(plan);
+    const int64_t sums_floats = part_floats();  // of a part
 
     bool wants_dq() const { return args.dq.data != nullptr; }
     bool wants_dk() const { return args.dk.data != nullptr; }
     bool wants_dv() const { return args.dv.data != nullptr; }
 
     void run(int threads) {
-        const int64_t heads = plan.B * plan.Hkv, head_units = plan.S * plan.Du, tiles = plan.S / kTile;
-        int64_t part_slots = 0;
-        for (int64_t i = 0; i < plan.B * parts; ++i)
-            part_slots = std::max(part_slots, part_of(plan, parts, i % parts, i / parts).slots);
-        const int64_t part_floats = 2 * part_slots * plan.Dp;
+        const int64_t heads = plan.B * plan.Hkv;
         // So many heads at a time that their packed keys and partial sums stay within about 64 MB, but enough
         // for every thread.
-        const int64_t head_floats = 3 * head_units + parts * part_floats;
-        const int64_t wanted = std::max((int64_t(16) << 20) / head_floats, (4 * threads + parts - 1) / parts);
-        const int64_t batch = std::max<int64_t>(1, std::min(heads, wanted));
-        const Workspace memory(batch * head_floats);
-        for (int64_t done = 0; done < heads; done += batch) {
-            const int64_t now = std::min(batch, heads - done);
-            const auto at = [&](int64_t i) { return memory.data + i * head_floats; };
-            const auto keys = [&](int64_t i) { return PackedHead{at(i), at(i) + head_units}; };
-            const auto values = [&](int64_t i) { return PackedHead{at(i) + 2 * head_units, nullptr}; };
-            const auto sums = [&](int64_t i) { return at(i) + 3 * head_units; };
-            const auto sample = [&](int64_t i) { return (done + i) / plan.Hkv; };
-            const auto head = [&](int64_t i) { return (done + i) % plan.Hkv; };
-            parallel_for(now * tiles, 16, threads, [&](int64_t begin, int64_t end) {
-                const Workspace work(kPackFloats * plan.Dp);
-                for (int64_t j = begin; j < end; ++j) {
-                    const int64_t i = j / tiles;
-                    pack_tile<kBf16, T>(plan, args.common.k, sample(i), head(i), j % tiles, keys(i),
-                                        Order::kBoth, work.data);
-                    pack_tile<kBf16, T>(plan, args.common.v, sample(i), head(i), j % tiles, values(i),
-                                        Order::kRows, work.data);
-                }
-            });
-            parallel_for(now * parts, 1, threads, [&](int64_t j, int64_t) {
-                const TileScope scope;
-                const int64_t i = j / parts, last = parts - 1 - j % parts;
-                compute_part(sample(i), head(i), part_of(plan, parts, last, sample(i)), keys(i), values(i),
-                             sums(i) + last * part_floats);
-            });
-            if (!wants_dk() && !wants_dv()) continue;
-            const int64_t blocks = (plan.T + 127) / 128;
-            parallel_for(now * blocks, 1, threads, [&](int64_t j, int64_t) {
-                const int64_t i = j / blocks, block = j % blocks;
-                for (int64_t t = block * 128; t < std::min(plan.T, (block + 1) * 128); ++t)
-                    write_key(sample(i), head(i), t, sums(i), part_floats);
-            });
-        }
+        const int64_t most = std::max((int64_t(16) << 20) / head_floats(), (4 * threads + parts - 1) / parts);
+        for_each_head(heads, std::max<int64_t>(1, std::min(heads, most)), threads,
+                      [&](int64_t first, int64_t count, int own) { some_heads(first, count, own); });
+    }
+
+    int64_t part_floats() const {
+        int64_t slots = 0;
+        for (int64_t i = 0; i < plan.B * parts; ++i)
+            slots = std::max(slots, part_of(plan, parts, i % parts, i / parts).slots);
+        return 2 * slots * plan.Dp;
+    }
+    int64_t head_floats() const { return 3 * plan.S * plan.Du + parts * sums_floats; }
+
+    void some_heads(int64_t first, int64_t count, int threads) {
+        const int64_t head_units = plan.S * plan.Du, slot_tiles = plan.S / kTile;
+        const Workspace memory(count * head_floats());
+        const auto at = [&](int64_t i) { return memory.data + i * head_floats(); };
+        const auto keys = [&](int64_t i) { return PackedHead{at(i), at(i) + head_units}; };
+        const auto values = [&](int64_t i) { return PackedHead{at(i) + 2 * head_units, nullptr}; };
+        const auto sums = [&](int64_t i) { return at(i) + 3 * head_units; };
+        const auto sample = [&](int64_t i) { return (first + i) / plan.Hkv; };
+        const auto head = [&](int64_t i) { return (first + i) % plan.Hkv; };
+        parallel_for(count * slot_tiles, 16, threads, [&](int64_t begin, int64_t end) {
+            const Workspace work(kPackFloats * plan.Dp);
+            for (int64_t j = begin; j < end; ++j) {
+                const int64_t i = j / slot_tiles;
+                pack_tile<kBf16, T>(plan, args.common.k, sample(i), head(i), j % slot_tiles, keys(i),
+                                    Order::kBoth, work.data);
+                pack_tile<kBf16, T>(plan, args.common.v, sample(i), head(i), j % slot_tiles, values(i),
+                                    Order::kRows, work.data);
+            }
+        });
+        parallel_for(count * parts, 1, threads, [&](int64_t j, int64_t) {
+            const TileScope scope;
+            const int64_t i = j / parts, last = parts - 1 - j % parts;
+            compute_part(sample(i), head(i), part_of(plan, parts, last, sample(i)), keys(i), values(i),
+                         sums(i) + last * sums_floats);
+        });
+        if (!wants_dk() && !wants_dv()) return;
+        const int64_t blocks = (plan.T + 127) / 128;
+        parallel_for(count * blocks, 1, threads, [&](int64_t j, int64_t) {
+            const int64_t i = j / blocks, block = j % blocks;
+            write_keys(sample(i), head(i), block * 128, std::min(plan.T, (block + 1) * 128), sums(i));
+        });
     }
 
     // Sums of dK, then of dV, over the queries of a part: [slots, Dp] each.
     void compute_part(int64_t b, int64_t hkv, const Part& part, const PackedHead& keys,
                       const PackedHead& values, float* sums) {
         std::memset(sums, 0, 2 * part.slots * plan.Dp * sizeof(float));
-        const Workspace memory(TileMemory::floats(plan.Dp, kQueries));
+        const Workspace memory(TileMemory<kBf16>::floats(plan.Dp, kQueries));
         for (int64_t h = hkv * plan.group; h < (hkv + 1) * plan.group; ++h)
             for (int64_t t = part.first_tile; t < part.last_tile; ++t)
                 tile(b, h, t, part, keys, values, sums, memory.data);
@@ -139,46 +161,82 @@ struct Backward {
               const PackedHead& values, float* sums, float* memory) {
         const Sight s = sight(plan, b, index);
         const int64_t N = s.columns, Dp = plan.Dp, Nu = N / kPack;
-        const TileMemory m(memory, Dp, N);
+        const TileMemory<kBf16> m(memory, Dp, N);
         Lanes lanes;
         load_queries(b, h, s, m, lanes);
         float *dk = sums, *dv = sums + part.slots * Dp;
 
-        bool first = true;
-        for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {keys.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                          m.q_columns, N, m.scores, N, false);
-            if (wants_dq() || wants_dk())
-                matmul<kBf16>(run.rows, N, plan.Du, {values.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                              m.dout_columns, N, m.dscores, N, false);
-            mask_scores(plan, run, b, lanes, N, m.scores);
+        // What is multiplied beside the exponentials of a run: first the sums over the run before, then the
+        // scores of the run behind.
+        Product<kBf16> pending[5];
+        int all = 0;
+        const auto score = [&](const Run& run, const RunMemory& to) {
+            const auto add = [&](const float* rows, const float* columns, float* product) {
+                pending[all++] = {run.rows, N, plan.Du, {rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                                  columns,  N, product, N,
+                                  false};
+            };
+            add(keys.rows, m.q_columns, to.scores);
+            if (wants_dq() || wants_dk()) add(values.rows, m.dout_columns, to.dscores);
+        };
+        const auto sum = [&](const Run& run, const RunMemory& from, bool accumulate) {
+            const int64_t slot = run.far ? run.slot : run.slot - part.begin;
+            const auto add_rows = [&](const float* a, const float* rows, float* total) {
+                pending[all++] = {run.rows, Dp, Nu, {a, Nu, Nu, 0}, rows, Dp, total + slot * Dp, Dp, true};
+            };
+            if (wants_dv()) add_rows(kBf16 ? from.p_pairs : from.scores, m.dout_rows, dv);
+            if (wants_dk()) add_rows(kBf16 ? from.ds_pairs : from.dscores, m.q_rows, dk);
+            if (wants_dq())
+                pending[all++] = {
+                    Dp,
+                    N,
+                    run.rows / kPack,
+                    {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
+                    kBf16 ? from.ds_rows : from.dscores,
+                    N,
+                    m.dq,
+                    N,
+                    accumulate};
+        };
+        const auto finish = [&] {
+            for (int i = 0; i < all; ++i) pending[i].finish();
+            all = 0;
+        };
+        Runs<kBf16> runs(plan, s, kRun);
+        Run run, next;
+        bool more = runs.next(run);
+        const bool blind = !more;
+        if (more) score(run, m.of_run(0));
+        if constexpr (kOverlaps) finish();
+        for (int64_t i = 0; more; ++i) {
+            const RunMemory& now = m.of_run(i);
+            if constexpr (!kOverlaps) finish();
+            more = runs.next(next);
+            if (kOverlaps && more) score(next, m.of_run(i + 1));
+            mask_scores(plan, run, b, lanes, N, now.scores);
+            Spread<kBf16> products(pending, all, column_groups(N) * run.rows / 2);
             for_each_column(N, [&](int64_t c, auto vectors) {
                 constexpr int n = vectors.value;
                 if (args.common.dropout.drops())
-                    differentiate<true, n>(run, b, lanes, N, c, m);
+                    differentiate<true, n>(run, b, lanes, N, c, now, products);
                 else
-                    differentiate<false, n>(run, b, lanes, N, c, m);
+                    differentiate<false, n>(run, b, lanes, N, c, now, products);
             });
-            const int64_t slot = run.far ? run.slot : run.slot - part.begin;
-            const float* p_a = kBf16 ? m.p_pairs : m.scores;
-            const float* ds_a = kBf16 ? m.ds_pairs : m.dscores;
-            const float* ds_b = kBf16 ? m.ds_rows : m.dscores;
-            if (wants_dv())
-                matmul<kBf16>(run.rows, Dp, Nu, {p_a, Nu, Nu, 0}, m.dout_rows, Dp, dv + slot * Dp, Dp, true);
-            if (wants_dk())
-                matmul<kBf16>(run.rows, Dp, Nu, {ds_a, Nu, Nu, 0}, m.q_rows, Dp, dk + slot * Dp, Dp, true);
-            if (wants_dq())
-                matmul<kBf16>(Dp, N, run.rows / kPack,
-                              {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
-                              ds_b, N, m.dq, N, !first);
-            first = false;
-        });
-        if (first) std::memset(m.dq, 0, Dp * N * sizeof(float));
+            all = 0;
+            sum(run, now, i > 0);
+            if constexpr (!kOverlaps) {
+                finish();
+                if (more) score(next, now);
+            }
+            run = next;
+        }
+        finish();
+        if (blind) std::memset(m.dq, 0, Dp * N * sizeof(float));
         if (wants_dq()) store_queries<kBf16, T>(plan, m.dq, args.dq, b, h, s, args.common.scale, m.stage);
     }
 
     // What a tile needs of its queries: q and dout in both orders, lse and delta.
-    void load_queries(int64_t b, int64_t h, const Sight& s, const TileMemory& m, Lanes& lanes) const {
+    void load_queries(int64_t b, int64_t h, const Sight& s, const TileMemory<kBf16>& m, Lanes& lanes) const {
         const int64_t N = s.columns, Dp = plan.Dp;
         start_lanes(plan, s, b, h, lanes);
         E* staged = reinterpret_cast<E*>(m.stage);
@@ -203,7 +261,7 @@ struct Backward {
     // Scores become P, dP becomes dS; as floats in place, as bfloat16 in the orders that the products read.
     template <bool kDropout, int kVectors>
     void differentiate(const Run& run, int64_t b, const Lanes& lanes, int64_t N, int64_t c,
-                       const TileMemory& m) const {
+                       const RunMemory& m, Spread<kBf16>& products) const {
         Exponent<kBf16> exponent[kVectors];
         VecF delta[kVectors];
         for (int i = 0; i < kVectors; ++i) {
@@ -225,6 +283,7 @@ struct Backward {
             p = dropped;
         };
         for (int64_t r = 0; r < run.rows; r += 2) {
+            products.turn();
 #pragma GCC unroll 4
             for (int i = 0; i < kVectors; ++i) {
                 const int64_t at = r * N + c + i * kLanes;
@@ -249,36 +308,41 @@ struct Backward {
         }
     }
 
-    // dk and dv of position t: what the parts hold of its window slot and, for a pivot, of its far slot.
-    void write_key(int64_t b, int64_t hkv, int64_t t, const float* sums, int64_t part_floats) const {
-        const int64_t rank = plan.sorted_pivots.rank_of_pivot[b * plan.T + t], Dp = plan.Dp;
-        // Padding of D is summed too: whole vectors.
-        alignas(64) float total[2][256 + 32];
-        for (int64_t d = 0; d < Dp; d += kLanes) {
-            VecF sum_k = VecF{}, sum_v = VecF{};
+    // What the parts of a head hold of the keys [begin, end): of their window slots and, for pivots, far
+    // slots.
+    void write_keys(int64_t b, int64_t hkv, int64_t begin, int64_t end, const float* sums) const {
+        const int64_t Dp = plan.Dp;
+        Part all[kMostParts];
+        for (int64_t i = 0; i < parts; ++i) all[i] = part_of(plan, parts, i, b);
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t rank = plan.sorted_pivots.rank_of_pivot[b * plan.T + t];
+            const float *rows_k[2 * kMostParts], *rows_v[2 * kMostParts];
+            int count = 0;
             for (int64_t i = 0; i < parts; ++i) {
-                const Part p = part_of(plan, parts, i, b);
-                const float* part_k = sums + i * part_floats;
-                const float* part_v = part_k + p.slots * Dp;
-                if (rank >= 0) {
-                    sum_k += load(part_k + rank * Dp + d);
-                    sum_v += load(part_v + rank * Dp + d);
-                }
-                if (t >= p.begin && t < p.end) {
-                    const int64_t slot = plan.Pp + t - p.begin;
-                    sum_k += load(part_k + slot * Dp + d);
-                    sum_v += load(part_v + slot * Dp + d);
-                }
+                const float* part = sums + i * sums_floats;
+                const auto add = [&](int64_t slot) {
+                    rows_k[count] = part + slot * Dp;
+                    rows_v[count++] = part + (all[i].slots + slot) * Dp;
+                };
+                if (rank >= 0) add(rank);
+                if (t >= all[i].begin && t < all[i].end) add(plan.Pp + t - all[i].begin);
             }
             const float scale = plan.negate ? -args.common.scale : args.common.scale;  // the sign is in Q
-            store(total[0] + d, sum_k * scale);
-            store(total[1] + d, sum_v);
+            if (wants_dk()) write_sum(rows_k, count, scale, args.dk.row<T>(b, hkv, t));
+            if (wants_dv()) write_sum(rows_v, count, 1.0f, args.dv.row<T>(b, hkv, t));
         }
-        const auto write = [&](const float* from, T* to) {
-            for (int64_t d = 0; d < plan.D; ++d) from_float(from[d], to + d);
-        };
-        if (wants_dk()) write(total[0], args.dk.row<T>(b, hkv, t));
-        if (wants_dv()) write(total[1], args.dv.row<T>(b, hkv, t));
+    }
+
+    void write_sum(const float* const* rows, int count, float factor, T* to) const {
+        for (int64_t d = 0; d < plan.D; d += kLanes) {
+            VecF sum = VecF{};
+            for (int i = 0; i < count; ++i) sum += load(rows[i] + d);
+            sum *= factor;
+            if (d + kLanes <= plan.D)
+                store(to + d, sum);
+            else
+                for (int64_t i = 0; i < plan.D - d; ++i) from_float(sum[i], to + d + i);
+        }
     }
 };
 

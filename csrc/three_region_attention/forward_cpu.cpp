@@ -15,7 +15,7 @@ namespace {
 // Scores become weights 2^(exponent - max), in the order of a B operand with keys contracted.
 template <bool kBf16, bool kDropout, int kVectors>
 void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t columns, int64_t c,
-                  Lanes& lanes, float* scores) {
+                  Lanes& lanes, float* scores, Spread<kBf16>& products) {
     Exponent<kBf16> exponent[kVectors];
     VecF sum[kVectors];
     for (int i = 0; i < kVectors; ++i) {
@@ -28,6 +28,7 @@ void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t co
         return keeps(plan, run, r, b, lanes, c + i * kLanes) ? p : VecF{};
     };
     for (int64_t r = 0; r < run.rows; r += 2) {
+        products.turn();
         float* first = scores + r * columns + c;
         float* second = first + columns;
         float* pairs = scores + r / 2 * columns + c;
@@ -50,42 +51,52 @@ void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t co
 template <bool kBf16, typename T>
 struct Forward {
     using E = typename Compute<kBf16>::type;
-    static constexpr int64_t kRun = kBf16 ? 256 : 128;
+    static constexpr bool kOverlaps = Product<kBf16>::kSteps;
+    static constexpr int64_t kRun = kBf16 && !kOverlaps ? 256 : 128;
+    // Weights of the run before, scores of this run and of the next one.
+    static constexpr int64_t kBuffers = kOverlaps ? 3 : 1;
     static constexpr int64_t kTileUnits = kTile / Compute<kBf16>::kPack;
 
     const AttentionForward& args;
     const Plan<kBf16> plan;
 
     void run(int threads) {
-        const int64_t heads = plan.B * plan.Hkv, head_units = plan.S * plan.Du, tiles = plan.S / kTile;
-        const Workspace keys(heads * head_units), values(heads * head_units);
-        const auto packed = [&](int64_t head) {
-            return PackedHead{keys.data + head * head_units, values.data + head * head_units};
+        const int64_t heads = plan.B * plan.Hkv;
+        for_each_head(heads, heads, threads,
+                      [&](int64_t first, int64_t count, int own) { some_heads(first, count, own); });
+    }
+
+    void some_heads(int64_t first, int64_t count, int threads) {
+        const int64_t head_units = plan.S * plan.Du, slot_tiles = plan.S / kTile;
+        const Workspace memory(2 * count * head_units);
+        const auto packed = [&](int64_t i) {
+            float* keys = memory.data + 2 * i * head_units;
+            return PackedHead{keys, keys + head_units};
         };
-        parallel_for(heads * tiles, 16, threads, [&](int64_t begin, int64_t end) {
+        parallel_for(count * slot_tiles, 16, threads, [&](int64_t begin, int64_t end) {
             const Workspace work(kPackFloats * plan.Dp);
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t head = i / tiles, b = head / plan.Hkv, h = head % plan.Hkv;
-                pack_tile<kBf16, T>(plan, args.common.k, b, h, i % tiles, packed(head), Order::kRows,
+            for (int64_t j = begin; j < end; ++j) {
+                const int64_t i = j / slot_tiles, b = (first + i) / plan.Hkv, h = (first + i) % plan.Hkv;
+                pack_tile<kBf16, T>(plan, args.common.k, b, h, j % slot_tiles, packed(i), Order::kRows,
                                     work.data);
-                pack_tile<kBf16, T>(plan, args.common.v, b, h, i % tiles, packed(head), Order::kTransposed,
+                pack_tile<kBf16, T>(plan, args.common.v, b, h, j % slot_tiles, packed(i), Order::kTransposed,
                                     work.data);
             }
         });
-        parallel_for(plan.B * plan.H * plan.tiles, 1, threads, [&](int64_t i, int64_t) {
+        parallel_for(count * plan.group * plan.tiles, 1, threads, [&](int64_t j, int64_t) {
             const TileScope scope;
-            const int64_t b = i / plan.tiles / plan.H, h = i / plan.tiles % plan.H;
+            const int64_t query_head = first * plan.group + j / plan.tiles;
             // Long tiles first, so that threads end together.
-            tile(b, h, plan.tiles - 1 - i % plan.tiles, packed(b * plan.Hkv + h / plan.group));
+            tile(query_head / plan.H, query_head % plan.H, plan.tiles - 1 - j % plan.tiles,
+                 packed(j / plan.tiles / plan.group));
         });
     }
 
     void tile(int64_t b, int64_t h, int64_t index, const PackedHead& head) {
         const Sight s = sight(plan, b, index);
         const int64_t N = s.columns, Dp = plan.Dp;
-        const Workspace memory((kRun + 3 * Dp) * N);
-        float* scores = memory.data;
-        float* queries = scores + kRun * N;
+        const Workspace memory((kBuffers * kRun + 3 * Dp) * N);
+        float* queries = memory.data + kBuffers * kRun * N;
         float* out = queries + Dp * N;
         float* work = out + Dp * N;
         Lanes lanes;
@@ -93,31 +104,55 @@ struct Forward {
         stage_queries<kBf16, T>(plan, args.common.q, b, h, s, plan.negate, reinterpret_cast<E*>(work));
         pack_b_transposed<kBf16>(reinterpret_cast<E*>(work), N, Dp, queries);
 
-        bool first = true;
-        for_each_run(plan, s, kRun, [&](const Run& run) {
-            matmul<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                          queries, N, scores, N, false);
+        const auto buffer = [&](int64_t i) { return memory.data + i % kBuffers * kRun * N; };
+        const auto score = [&](const Run& run, float* to) {
+            return Product<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
+                                  queries, N, to, N, false);
+        };
+        const auto weigh = [&](const Run& run, const float* weights, bool accumulate) {
+            return Product<kBf16>(
+                Dp, N, run.rows / Compute<kBf16>::kPack,
+                {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, weights, N,
+                out, N, accumulate);
+        };
+        Runs<kBf16> runs(plan, s, kRun);
+        Run run, next;
+        bool more = runs.next(run);
+        const bool blind = !more;
+        // What is multiplied beside the exponentials of a run: the weights before, the scores behind.
+        Product<kBf16> pending[2];
+        if (more) score(run, buffer(0)).finish();
+        for (int64_t i = 0; more; ++i) {
+            float* scores = buffer(i);
+            more = runs.next(next);
+            pending[1] = more ? score(next, buffer(i + 1)) : Product<kBf16>();
             mask_scores(plan, run, b, lanes, N, scores);
-            raise_maxima(run, lanes, N, scores, first ? nullptr : out);
+            raise_maxima(run, lanes, N, scores, i == 0 ? nullptr : out, pending[0]);
+            Spread<kBf16> products(pending, 2, column_groups(N) * run.rows / 2);
             for_each_column(N, [&](int64_t c, auto vectors) {
                 if (args.common.dropout.drops())
-                    exponentiate<kBf16, true, vectors.value>(plan, run, b, N, c, lanes, scores);
+                    exponentiate<kBf16, true, vectors.value>(plan, run, b, N, c, lanes, scores, products);
                 else
-                    exponentiate<kBf16, false, vectors.value>(plan, run, b, N, c, lanes, scores);
+                    exponentiate<kBf16, false, vectors.value>(plan, run, b, N, c, lanes, scores, products);
             });
-            matmul<kBf16>(Dp, N, run.rows / Compute<kBf16>::kPack,
-                          {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
-                          scores, N, out, N, !first);
-            first = false;
-        });
+            pending[0] = weigh(run, scores, i > 0);
+            if constexpr (!kOverlaps) {
+                pending[0].finish();
+                pending[1].finish();
+            }
+            run = next;
+        }
+        pending[0].finish();
         // What sees nothing gives 0, whatever its scores are.
-        if (first) std::memset(out, 0, Dp * N * sizeof(float));
+        if (blind) std::memset(out, 0, Dp * N * sizeof(float));
         for (int64_t c = 0; c < s.blind; ++c) lanes.sum[c] = kInf;
         finish(b, h, s, lanes, out, work);
     }
 
-    // Raises the maxima of a tile to its new scores, and rescales `out` and the sums, where there are some.
-    void raise_maxima(const Run& run, Lanes& lanes, int64_t columns, const float* scores, float* out) const {
+    // Raises the maxima of a tile to its new scores, and rescales the sums and `out`, where there is one.
+    // What is still to be added to it was weighed by the old maxima.
+    void raise_maxima(const Run& run, Lanes& lanes, int64_t columns, const float* scores, float* out,
+                      Product<kBf16>& addend) const {
         alignas(64) float rescale[kQueries];
         const float bias = run.far ? plan.bias : 0.0f;
         bool raised = false;
@@ -126,6 +161,7 @@ struct Forward {
                                                rescale);
         });
         if (!raised || out == nullptr) return;
+        addend.finish();
         for (int64_t c = 0; c < columns; c += kLanes) {
             const VecF by = load(rescale + c);
             store(lanes.sum + c, load(lanes.sum + c) * by);

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "common/pack.h"
+#include "common/parallel.h"
 #include "common/vec.h"
 #include "common/weights.h"
 #include "three_region_attention/three_region_attention.h"
@@ -137,29 +138,64 @@ struct Run {
     int64_t begin, end;  // rows that need no mask
 };
 
-// Calls body(run) for runs of at most `most` slots, far ones first.
-template <bool kBf16, typename Body>
-inline void for_each_run(const Plan<kBf16>& plan, const Sight& s, int64_t most, const Body& body) {
-    const auto clamp = [](int64_t x, int64_t rows) { return std::min(std::max<int64_t>(x, 0), rows); };
-    for (int64_t from = 0; from < s.far; from += most) {
-        const int64_t rows = std::min(most, s.far - from);
-        body(Run{from, rows, true, 0, clamp(s.far_unmasked - from, rows)});
+// The slots that a query tile sees, in runs of at most `most`, far ones first.
+template <bool kBf16>
+class Runs {
+  public:
+    Runs(const Plan<kBf16>& plan, const Sight& sight, int64_t most) : plan_(plan), s_(sight), most_(most) {}
+
+    bool next(Run& run) {
+        if (kind_ == kBefore && from_ >= s_.far) begin(kAfter, s_.after);
+        if (kind_ == kAfter && from_ >= s_.after_end) begin(kWindow, s_.begin);
+        const int64_t end = kind_ == kBefore ? s_.far : kind_ == kAfter ? s_.after_end : s_.end;
+        const int64_t from = from_, rows = std::min(most_, end - from);
+        if (rows <= 0) return false;
+        const auto clamp = [rows](int64_t x) { return std::min(std::max<int64_t>(x, 0), rows); };
+        if (kind_ == kBefore)
+            run = {from, rows, true, 0, clamp(s_.far_unmasked - from)};
+        else if (kind_ == kAfter)
+            run = {from, rows, true, clamp(s_.after_unmasked - from), clamp(s_.pivots - from)};
+        else
+            run = {plan_.Pp + from, rows, false, clamp(s_.unmasked_begin - from),
+                   clamp(s_.unmasked_end - from)};
+        from_ += rows;
+        return true;
     }
-    for (int64_t from = s.after; from < s.after_end; from += most) {
-        const int64_t rows = std::min(most, s.after_end - from);
-        body(Run{from, rows, true, clamp(s.after_unmasked - from, rows), clamp(s.pivots - from, rows)});
+
+  private:
+    enum Kind { kBefore, kAfter, kWindow };  // pivots before the window and after it, the window
+    void begin(Kind kind, int64_t from) {
+        kind_ = kind;
+        from_ = from;
     }
-    for (int64_t from = s.begin; from < s.end; from += most) {
-        const int64_t rows = std::min(most, s.end - from);
-        body(Run{plan.Pp + from, rows, false, clamp(s.unmasked_begin - from, rows),
-                 clamp(s.unmasked_end - from, rows)});
+
+    const Plan<kBf16>& plan_;
+    const Sight& s_;
+    int64_t most_, from_ = 0;
+    Kind kind_ = kBefore;
+};
+
+// Calls body(first, count, threads) for all heads, some at a time. Where it keeps all threads busy, one
+// thread does a head from packing its keys to the end, so that they stay in the caches of its core; else all
+// threads share `most` heads.
+template <typename Body>
+void for_each_head(int64_t heads, int64_t most, int threads, const Body& body) {
+    if (heads % threads == 0 || heads >= 4 * threads) {
+        parallel_for(heads, 1, threads, [&](int64_t head, int64_t) { body(head, 1, 1); });
+        return;
     }
+    for (int64_t first = 0; first < heads; first += most) body(first, std::min(most, heads - first), threads);
 }
 
 template <int kN>
 struct Count {
     static constexpr int value = kN;
 };
+
+// How often for_each_column() calls.
+inline int64_t column_groups(int64_t columns) {
+    return columns / (kPanel * kLanes) + columns % (kPanel * kLanes) / kLanes;
+}
 
 // Calls body(column, vectors) over a tile's columns, kPanel vectors at a time while there are so many.
 template <typename Body>
