@@ -43,7 +43,7 @@ build: $(VENV)/.ready  ## (re)compile the extension in place
 demo: build  ## train CogView on handwritten digits and draw them, about 6 minutes on 2 cores
 	$(BIN)/cogview demo
 
-pictures: build  ## train CogView on OpenMoji's drawings and draw them, est. 130 minutes on 2 cores
+pictures: build  ## train CogView on OpenMoji's drawings and draw them, one to two hours on 2 cores
 	$(BIN)/cogview demo --data emoji
 
 page: build  ## draw, describe and paint in the browser, with the run that ships

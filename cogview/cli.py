@@ -67,7 +67,7 @@ examples:
   cogview caption photo.png                        describe a picture with it
   cogview serve --open                             do both in the browser
   cogview demo                                     learn to draw digits and show it, a few minutes
-  cogview demo --data emoji                        learn to draw emoji and show it, est. 130 minutes
+  cogview demo --data emoji                        learn to draw emoji and show it, an hour or two
 
   your own pictures, in photos/ with photos/captions.tsv:
   cogview train-tokenizer --data photos --out runs/photos

@@ -679,7 +679,7 @@ class Demo:
     """Learn to draw built-in pictures from scratch and show the result."""
 
     data: Literal["digits", "emoji"] = "digits"
-    """digits: handwritten ones, a few minutes; emoji: OpenMoji's drawings, an hour"""
+    """digits: handwritten ones, a few minutes; emoji: OpenMoji's drawings, an hour or two"""
     out: Annotated[Path | None, _shown("RUN", "runs/demo; runs/pictures for emoji")] = None
     """folder to write; an interrupted demo goes on where it stopped"""
     preset: Annotated[Literal["digits", "emoji", "emoji-64"] | None, _shown("NAME", "that of the data")] = (

@@ -58,9 +58,9 @@ _PRESETS: dict[str, Preset] = {
         min_text_tokens=5,  # what every caption of the digits has
         sampling=SamplingConfig(temperature=0.6, top_k=0),
     ),
-    # OpenMoji's drawings at 32x32 px, as 8x8 codes: 130 minutes on two CPU cores, by estimate, minutes on one
-    # GPU. The residual blocks give a code its surroundings, without which a small patch of skin is as good as
-    # any other brown.
+    # OpenMoji's drawings at 32x32 px, as 8x8 codes: an hour on two CPU cores with AMX, 130 minutes on others
+    # by estimate, minutes on one GPU. The residual blocks give a code its surroundings, without which a small
+    # patch of skin is as good as any other brown.
     "emoji": Preset(
         model=ModelConfig(
             num_layers=5,
@@ -284,7 +284,7 @@ PRESETS: dict[str, Preset] = {
 # are not known here.
 ABOUT: dict[str, str] = {
     "digits": "16 px, the built-in digits: 0.6 million parameters, minutes on two CPU cores",
-    "emoji": "32 px, the built-in emoji: 6.1 million parameters, est. 130 minutes on two CPU cores",
+    "emoji": "32 px, the built-in emoji: 6.1 million parameters, one to two hours on two CPU cores",
     "emoji-64": "64 px, the built-in emoji: 41 million parameters, one GPU",
     "small": "64 px, your own pictures: 6 million parameters, est. 1 to 2 hours on two CPU cores, 1.5 GB",
     "card": "128 px, 10,000 and more pictures of your own: 92 million parameters, one 24 GB card",
