@@ -619,7 +619,7 @@ PYBIND11_MODULE(_C, m) {
         };
     });
     bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
-             [] { return COGVIEW_PICK_ISA(decode_attention_cpu); });
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(decode_attention_cpu); });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
              [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });

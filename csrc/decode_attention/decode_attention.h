@@ -38,7 +38,7 @@ struct DecodeAttention {
     int* counters;
 };
 
-COGVIEW_DECLARE_PER_ISA(void decode_attention_cpu(const DecodeAttention& args, int threads);)
+COGVIEW_DECLARE_PER_ISA_WITH_BF16(void decode_attention_cpu(const DecodeAttention& args, int threads);)
 
 // D is a multiple of 8 up to 256; chunk * splits reaches all keys, pivots included. `stream` is a
 // cudaStream_t; the launch can be captured in a CUDA graph. Throws std::runtime_error with the kernel's name

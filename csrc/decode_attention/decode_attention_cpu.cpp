@@ -60,6 +60,35 @@ inline VecF exp(VecF x) {
     return exp2_product(x, high, float(kLog2e - high));
 }
 
+// Whether scores are products of pairs of bfloat16, of which a vector has twice as many, not of floats.
+template <typename T>
+constexpr bool kPairs =
+#if defined(__AVX512BF16__)
+    std::is_same_v<T, BFloat16>;
+#else
+    false;
+#endif
+
+#if defined(__AVX512F__)
+// Of 32 neighbouring bfloat16 those at even places, and those at odd ones: half of the instructions that it
+// takes to widen them in order.
+inline void load_apart(const BFloat16* p, VecF& even, VecF& odd) {
+    VecU both;
+    std::memcpy(&both, p, sizeof(both));
+    even = bitcast<VecF>(both << 16);
+    odd = bitcast<VecF>(both & 0xffff0000u);
+}
+
+// Two such vectors in order again.
+inline void put_together(VecF& even, VecF& odd) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    const __m512 a = bitcast<__m512>(even), b = bitcast<__m512>(odd);
+    even = bitcast<VecF>(_mm512_permutex2var_ps(a, low, b));
+    odd = bitcast<VecF>(_mm512_permutex2var_ps(a, high, b));
+}
+#endif
+
 // A query's softmax over the keys met so far.
 struct Softmax {
     float row_max, total;
@@ -114,6 +143,37 @@ void take_scores(const Block<T>& block, const float* q, int D, int width, float*
     }
 }
 
+// The same by pairs of bfloat16. A row of q is 256 long, and zero past D.
+template <int kRows>
+void take_scores_of_pairs(const Block<BFloat16>& block, const BFloat16* q, int D, float* weights);
+#if defined(__AVX512BF16__)
+template <int kRows>
+void take_scores_of_pairs(const Block<BFloat16>& block, const BFloat16* q, int D, float* weights) {
+    const auto add = [q](VecF* sum, __m512i x, int d) {
+        for (int r = 0; r < kRows; ++r) {
+            const __m512i y = _mm512_loadu_si512(q + r * 256 + d);
+            sum[r] = bitcast<VecF>(
+                _mm512_dpbf16_ps(bitcast<__m512>(sum[r]), bitcast<__m512bh>(x), bitcast<__m512bh>(y)));
+        }
+    };
+    for (int first = 0; first < block.count; first += kLanes) {
+        VecF products[kRows][kLanes];
+#pragma GCC unroll 16
+        for (int j = 0; j < kLanes; ++j) {
+            const int at = std::min(first + j, block.count - 1);
+            const BFloat16* key = block.k[at];
+            prefetch_row(block.v[at], D);
+            VecF sum[kRows] = {};
+            int d = 0;
+            for (; d + 32 <= D; d += 32) add(sum, _mm512_loadu_si512(key + d), d);
+            if (d < D) add(sum, _mm512_maskz_loadu_epi16((1u << (D - d)) - 1, key + d), d);
+            for (int r = 0; r < kRows; ++r) products[r][j] = sum[r];
+        }
+        for (int r = 0; r < kRows; ++r) store(weights + r * kBlock + first, sums_of_lanes(products[r]));
+    }
+}
+#endif
+
 // weights from logits; the running maximum and total; out rescaled to the new maximum.
 void softmax_step(float* weights, int count, Softmax& state, float* out, int width) {
     VecF maxima = broadcast(-kInf), nans = VecF{};
@@ -143,20 +203,32 @@ void softmax_step(float* weights, int count, Softmax& state, float* out, int wid
     state.total += reduce_sum(sum);
 }
 
-// out[:, d, d + kVectors * kLanes) += weights v, or the `tag` of the last vector.
+// out[:, d, d + kVectors * kLanes) += weights v, or the `tag` of the last vector. The keys of `next`, if any,
+// are asked for meanwhile.
 template <typename T, int kRows, int kVectors, typename Tag>
-void add_values(const Block<T>& block, const float* weights, float* out, int d, int width, Tag tag) {
+void add_values(const Block<T>& block, const Block<T>* next, const float* weights, float* out, int d,
+                int width, int D, Tag tag) {
+    constexpr bool kApart = kLanes == 16 && std::is_same_v<T, BFloat16> && kVectors % 2 == 0;
     VecF sum[kRows][kVectors] = {};
     for (int j = 0; j < block.count; ++j) {
         const T* value = block.v[j] + d;
+        if (next != nullptr && j < next->count) prefetch_row(next->k[j], D);
         VecF x[kVectors];
+        if constexpr (kApart) {
+#pragma GCC unroll 2
+            for (int i = 0; i < kVectors; i += 2) load_apart(value + i * kLanes, x[i], x[i + 1]);
+        } else {
 #pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) x[i] = load(value + i * kLanes, tag);
+            for (int i = 0; i < kVectors; ++i) x[i] = load(value + i * kLanes, tag);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
             for (int i = 0; i < kVectors; ++i) sum[r][i] += x[i] * weights[r * kBlock + j];
     }
+    if constexpr (kApart)
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < kVectors; i += 2) put_together(sum[r][i], sum[r][i + 1]);
     // Added at the end: summing by blocks errs less than carrying out through every key.
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -167,12 +239,19 @@ void add_values(const Block<T>& block, const float* weights, float* out, int d, 
 }
 
 template <typename T, int kRows>
-void take_values(const Block<T>& block, const float* weights, float* out, int D, int width) {
+void take_values(const Block<T>& block, const Block<T>& next, const float* weights, float* out, int D,
+                 int width) {
+    const Block<T>* ahead = &next;
+    const auto add = [&](int d, auto vectors, auto tag) {
+        add_values<T, kRows, vectors.value>(block, ahead, weights, out, d, width, D, tag);
+        ahead = nullptr;
+    };
+    using Four = std::integral_constant<int, 4>;
+    using One = std::integral_constant<int, 1>;
     int d = 0;
-    for (; d + 4 * kLanes <= D; d += 4 * kLanes)
-        add_values<T, kRows, 4>(block, weights, out, d, width, Whole{});
-    for (; d + kLanes <= D; d += kLanes) add_values<T, kRows, 1>(block, weights, out, d, width, Whole{});
-    if (d < D) add_values<T, kRows, 1>(block, weights, out, d, width, Part{D - d});
+    for (; d + 4 * kLanes <= D; d += 4 * kLanes) add(d, Four{}, Whole{});
+    for (; d + kLanes <= D; d += kLanes) add(d, One{}, Whole{});
+    if (d < D) add(d, One{}, Part{D - d});
 }
 
 template <typename T>
@@ -265,11 +344,16 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
     const Item<kRows> item(a, b, kv_head, first_row);
     const int begin = split * kChunk, stop = std::min(begin + kChunk, item.keys);
 
-    alignas(64) float q[kRows * 256], out[kRows * 256] = {};
+    using Q = std::conditional_t<kPairs<T>, BFloat16, float>;
+    alignas(64) Q q[kRows * 256] = {};
+    alignas(64) float out[kRows * 256] = {};
     Softmax state[kRows];
     for (int r = 0; r < kRows; ++r) {
         const T* row = a.q.row<T>(b, item.head[r], item.t[r]);
-        for_each_vector(D, [&](int64_t d, auto tag) { store(q + r * width + d, load(row + d, tag)); });
+        if constexpr (kPairs<T>)
+            std::memcpy(q + r * 256, row, D * sizeof(T));
+        else
+            for_each_vector(D, [&](int64_t d, auto tag) { store(q + r * width + d, load(row + d, tag)); });
         state[r] = {-kInf, 0.0f};
     }
     alignas(64) float weights[kRows * kBlock];
@@ -280,13 +364,15 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
         Block<T>& next = blocks[turn ^ 1];
         item.fill(a, base + kBlock, stop, next);
         if (block.count == 0) continue;
-        take_scores<T, kRows>(block, q, D, width, weights);
-        for (int j = 0; j < next.count; ++j) prefetch_row(next.k[j], D);
+        if constexpr (kPairs<T>)
+            take_scores_of_pairs<kRows>(block, q, D, weights);
+        else
+            take_scores<T, kRows>(block, q, D, width, weights);
         for (int r = 0; r < kRows; ++r) {
             item.finish_logits(a, block, r, weights + r * kBlock);
             softmax_step(weights + r * kBlock, block.count, state[r], out + r * width, width);
         }
-        take_values<T, kRows>(block, weights, out, D, width);
+        take_values<T, kRows>(block, next, weights, out, D, width);
     }
     for (int r = 0; r < item.rows; ++r) {
         if (parts.splits == 1) {

@@ -143,7 +143,7 @@ class Step {
         args.v = {cached(layer, 1), {a_.H * a_.S * D, a_.S * D, D}};
         args.out = {attended_.data(), {a_.T * a_.C, D, a_.C}};
         args.lengths = {lengths_after_.data(), 8};
-        COGVIEW_PICK_ISA(decode_attention_cpu)(args, threads_);
+        COGVIEW_PICK_ISA_WITH_BF16(decode_attention_cpu)(args, threads_);
     }
 
     const DecodeStep& a_;
