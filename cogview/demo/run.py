@@ -79,9 +79,11 @@ def seeded(preset: Preset, seed: int) -> Preset:
 def begun_precision(folder: StrPath) -> TrainPrecision | None:
     """The precision of a demo that goes on in ``folder``, maybe on another machine; None for a new one."""
     path = Path(folder) / DEMO_SETTINGS
-    begun = read_json(path) if path.exists() else {}
-    train = begun.get("preset", {}).get("train", {})
-    return cast("TrainPrecision | None", train.get("precision"))
+    found = read_json(path) if path.exists() else None
+    for key in ("preset", "train", "precision"):
+        # Where the file is no demo's, the comparison of all settings says so.
+        found = found.get(key) if isinstance(found, dict) else None
+    return cast("TrainPrecision | None", found)
 
 
 def run_phases(options: Options, subject: Subject) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def fast_precision(device: torch.device | str) -> TrainPrecision:
     no more than twice the rate of float32.
     """
     device = torch.device(device)
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # the oldest PyTorch that is taken has none
+    if device.type == "cpu" and not capabilities().get("amx_bf16", False):
         return "fp32"
     return "fp32" if _why_not(torch.bfloat16, device) else "bf16"
 

@@ -170,3 +170,6 @@ def test_the_precision_is_the_fast_one_unless_the_demo_began_with_another(tmp_pa
     begun = EmojiDemoSettings("emoji", 0, 16, None, PRESETS["emoji"])
     claim_settings(tmp_path / "demo.json", begun)
     assert precision(data="emoji") == "fp32"
+    for other in ("[1]", '{"preset": 3}'):
+        (tmp_path / "demo.json").write_text(other)
+        assert precision(data="emoji") == "bf16"

@@ -211,10 +211,13 @@ def test_a_precision_that_is_not_there_is_one_clear_error(monkeypatch):
 
 @pytest.mark.parametrize(("has", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_the_fast_precision_of_a_cpu_is_bfloat16_where_it_has_matrix_units(monkeypatch, has, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": has})
+    told = {"avx2": True, "amx_bf16": has}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
     assert fast_precision("cpu") == expected
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
     assert fast_precision(torch.device("cpu")) == "fp32"
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert fast_precision("cpu") == "fp32"
 
 
 def test_a_gpu_without_bfloat16_is_told_what_it_has(monkeypatch):
