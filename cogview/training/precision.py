@@ -12,7 +12,7 @@ scale of a ``torch.amp.GradScaler``: half as large after each step that overflow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -51,7 +51,8 @@ def fast_precision(device: torch.device | str) -> TrainPrecision:
     no more than twice the rate of float32.
     """
     device = torch.device(device)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # the oldest PyTorch that is taken has none
+    # The oldest PyTorch that is taken cannot tell.
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     if device.type == "cpu" and not capabilities().get("amx_bf16", False):
         return "fp32"
     return "fp32" if _why_not(torch.bfloat16, device) else "bf16"

@@ -107,70 +107,66 @@ inline void prefetch_row(const T* row, int D) {
     for (int d = 0; d < D; d += 64 / int(sizeof(T))) __builtin_prefetch(row + d);
 }
 
-// weights[kRows, kBlock] = q k^T. q has room for whole vectors, zero past D. Values are asked for meanwhile.
-template <typename T, int kRows>
-void take_scores(const Block<T>& block, const float* q, int D, int width, float* weights) {
+// weights[kRows, kBlock] = q k^T; add_products(key, sum) adds a key's products with each query, in lanes, to
+// sum[kRows]. Values are asked for meanwhile.
+template <int kRows, typename T, typename AddProducts>
+void score_keys(const Block<T>& block, int D, float* weights, const AddProducts& add_products) {
     for (int first = 0; first < block.count; first += kLanes) {
         VecF products[kRows][kLanes];
 #pragma GCC unroll 16
         for (int j = 0; j < kLanes; ++j) {
             const int at = std::min(first + j, block.count - 1);
-            const T* key = block.k[at];
             prefetch_row(block.v[at], D);
-            // Four products at a time, as the error of one running sum grows with its length.
             VecF sum[kRows] = {};
-            int d = 0;
-            for (; d + 4 * kLanes <= D; d += 4 * kLanes) {
-                VecF four[kRows] = {};
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    const VecF x = load(key + d + i * kLanes);
-                    for (int r = 0; r < kRows; ++r) four[r] += x * load(q + r * width + d + i * kLanes);
-                }
-                for (int r = 0; r < kRows; ++r) sum[r] += four[r];
-            }
-            for (; d + kLanes <= D; d += kLanes) {
-                const VecF x = load(key + d);
-                for (int r = 0; r < kRows; ++r) sum[r] += x * load(q + r * width + d);
-            }
-            if (d < D) {
-                const VecF x = load(key + d, Part{D - d});
-                for (int r = 0; r < kRows; ++r) sum[r] += x * load(q + r * width + d);
-            }
+            add_products(block.k[at], sum);
             for (int r = 0; r < kRows; ++r) products[r][j] = sum[r];
         }
         for (int r = 0; r < kRows; ++r) store(weights + r * kBlock + first, sums_of_lanes(products[r]));
     }
 }
 
-// The same by pairs of bfloat16. A row of q is 256 long, and zero past D.
-template <int kRows>
-void take_scores_of_pairs(const Block<BFloat16>& block, const BFloat16* q, int D, float* weights);
+// q has room for whole vectors, zero past D.
+template <int kRows, typename T>
+void take_scores(const Block<T>& block, const float* q, int D, int width, float* weights) {
+    score_keys<kRows>(block, D, weights, [=](const T* key, VecF* sum) {
+        // Four products at a time, as the error of one running sum grows with its length.
+        int d = 0;
+        for (; d + 4 * kLanes <= D; d += 4 * kLanes) {
+            VecF four[kRows] = {};
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const VecF x = load(key + d + i * kLanes);
+                for (int r = 0; r < kRows; ++r) four[r] += x * load(q + r * width + d + i * kLanes);
+            }
+            for (int r = 0; r < kRows; ++r) sum[r] += four[r];
+        }
+        for (; d + kLanes <= D; d += kLanes) {
+            const VecF x = load(key + d);
+            for (int r = 0; r < kRows; ++r) sum[r] += x * load(q + r * width + d);
+        }
+        if (d < D) {
+            const VecF x = load(key + d, Part{D - d});
+            for (int r = 0; r < kRows; ++r) sum[r] += x * load(q + r * width + d);
+        }
+    });
+}
+
 #if defined(__AVX512BF16__)
+// By pairs of bfloat16. A row of q is 256 long, and zero past D.
 template <int kRows>
-void take_scores_of_pairs(const Block<BFloat16>& block, const BFloat16* q, int D, float* weights) {
-    const auto add = [q](VecF* sum, __m512i x, int d) {
-        for (int r = 0; r < kRows; ++r) {
-            const __m512i y = _mm512_loadu_si512(q + r * 256 + d);
-            sum[r] = bitcast<VecF>(
-                _mm512_dpbf16_ps(bitcast<__m512>(sum[r]), bitcast<__m512bh>(x), bitcast<__m512bh>(y)));
-        }
-    };
-    for (int first = 0; first < block.count; first += kLanes) {
-        VecF products[kRows][kLanes];
-#pragma GCC unroll 16
-        for (int j = 0; j < kLanes; ++j) {
-            const int at = std::min(first + j, block.count - 1);
-            const BFloat16* key = block.k[at];
-            prefetch_row(block.v[at], D);
-            VecF sum[kRows] = {};
-            int d = 0;
-            for (; d + 32 <= D; d += 32) add(sum, _mm512_loadu_si512(key + d), d);
-            if (d < D) add(sum, _mm512_maskz_loadu_epi16((1u << (D - d)) - 1, key + d), d);
-            for (int r = 0; r < kRows; ++r) products[r][j] = sum[r];
-        }
-        for (int r = 0; r < kRows; ++r) store(weights + r * kBlock + first, sums_of_lanes(products[r]));
-    }
+void take_scores(const Block<BFloat16>& block, const BFloat16* q, int D, int, float* weights) {
+    score_keys<kRows>(block, D, weights, [=](const BFloat16* key, VecF* sum) {
+        const auto add = [=](__m512i x, int d) {
+            for (int r = 0; r < kRows; ++r) {
+                const __m512i y = _mm512_loadu_si512(q + r * 256 + d);
+                sum[r] = bitcast<VecF>(
+                    _mm512_dpbf16_ps(bitcast<__m512>(sum[r]), bitcast<__m512bh>(x), bitcast<__m512bh>(y)));
+            }
+        };
+        int d = 0;
+        for (; d + 32 <= D; d += 32) add(_mm512_loadu_si512(key + d), d);
+        if (d < D) add(_mm512_maskz_loadu_epi16((1u << (D - d)) - 1, key + d), d);
+    });
 }
 #endif
 
@@ -364,10 +360,7 @@ void attend(const DecodeAttention& a, int b, int kv_head, int first_row, int spl
         Block<T>& next = blocks[turn ^ 1];
         item.fill(a, base + kBlock, stop, next);
         if (block.count == 0) continue;
-        if constexpr (kPairs<T>)
-            take_scores_of_pairs<kRows>(block, q, D, weights);
-        else
-            take_scores<T, kRows>(block, q, D, width, weights);
+        take_scores<kRows>(block, q, D, width, weights);
         for (int r = 0; r < kRows; ++r) {
             item.finish_logits(a, block, r, weights + r * kBlock);
             softmax_step(weights + r * kBlock, block.count, state[r], out + r * width, width);
