@@ -328,20 +328,29 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """From logits to a token: temperature, then top-k (0 = off), then top-p (0 = off).
+    """From logits to a token: guidance, then temperature, then top-k (0 = off), then top-p (0 = off).
 
-    Temperature 0 takes the likeliest token.
+    Temperature 0 takes the likeliest token. With guidance g the logits are ``without + g * (with - without)``
+    the text, which costs a second row for each; 1 is off.
     """
 
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 0.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         is_number = 0 <= self.temperature < math.inf
         _require(is_number, "temperature", "0 (the likeliest token) or above", self.temperature)
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
+        # Beyond that only the likeliest code is left, and then the products overflow.
+        _require(0 <= self.guidance <= 1000, "guidance", "from 0 to 1,000, 1 meaning off", self.guidance)
+
+    @property
+    def branches(self) -> int:
+        """Rows that a text takes: with guidance one more, without the text."""
+        return 1 if self.guidance == 1 else 2
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,13 @@ def draw_pictures(
         raise ValueError(f"--num must be at most {MAX_PICTURES:,}, got {given.num:,}")
     run = load_run(given.run, given.device, given.precision)
     outlet.check_size([given.num] * len(texts), run.tokenizers.image.config.image_size)
-    if given.guidance != 1 and not run.text_dropout:
+    if (given.guidance or 1) != 1 and not run.text_dropout:
         message = "--guidance: this run was trained without --train.text-dropout, so it may not help"
         print(f"warning: {message}", file=sys.stderr)
-    asked = {"temperature": given.temperature, "top_k": given.top_k, "top_p": given.top_p}
+    asked = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     drawer = DrawOptions(
-        dataclasses.replace(run.sampling, **changes),
-        max_batch=given.max_batch,
-        guidance=given.guidance,
-        parallel=given.parallel,
+        dataclasses.replace(run.sampling, **changes), max_batch=given.max_batch, parallel=given.parallel
     )
     started = time.perf_counter()
     memory = _memory(run, drawer, given.num * len(texts))
@@ -79,7 +76,7 @@ def draw_pictures(
 def _memory(run: Run, drawer: DrawOptions, pictures: int) -> dict[str, int]:
     weight = run.model.word_embeddings.weight
     rows = rows_that_fit(run.model.config, weight.dtype, weight.device, drawer.max_batch)
-    rows = min(rows, pictures * (1 if drawer.guidance == 1 else 2))
+    rows = min(rows, pictures * drawer.sampling.branches)
     return {"weights": weight_bytes(run.model), "cache": cache_bytes(run.model.config, rows, weight.dtype)}
 
 

@@ -350,8 +350,8 @@ class Drawing:
     """draw among the k likeliest codes, 0 = all"""
     top_p: Annotated[float | None, _shown("FLOAT", "the run's")] = None
     """draw among codes of total probability p, 0 = all"""
-    guidance: float = 1.0
-    """above 1 the text counts for more; for a run trained with --train.text-dropout"""
+    guidance: Annotated[float | None, _shown("FLOAT", "the run's")] = None
+    """above 1 the text counts for more, in twice the time; for a run trained with --train.text-dropout"""
     parallel: int = 1
     """codes that a step tries at once: the same pictures in fewer, larger steps"""
     max_batch: int = 256
@@ -374,7 +374,7 @@ class Drawing:
     def __post_init__(self) -> None:
         for name, least in (("num", 1), ("parallel", 1), ("max_batch", 1), ("guidance", 0)):
             value = getattr(self, name)
-            if not value >= least:
+            if value is not None and not value >= least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
         if not self.out:
             raise ValueError(

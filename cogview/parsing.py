@@ -129,7 +129,12 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
             preset = replace(preset, model=replace(preset.model, three_region=changed))
     if "kind" in names and _last_value(words, "kind") == "vqgan":
         preset = with_vqgan(preset)
-    own = {"train"} if kind is options.TrainClipGen else set()
+    own = set()
+    if kind is options.TrainClipGen:
+        own = {"train"}
+        preset = replace(
+            preset, sampling=replace(preset.sampling, guidance=1.0)
+        )  # no row lacks its embedding
     parts = {name: getattr(preset, name) for name in names if hasattr(preset, name) and name not in own}
     parts |= {name: tyro.MISSING for name in ("data", "out", "clip") if name in names}
     return kind(start=preset, **parts)

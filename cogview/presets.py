@@ -108,7 +108,7 @@ _PRESETS: dict[str, Preset] = {
         text_pieces=4000,
         min_text_tokens=17,  # what the longest caption has
         max_text_tokens=40,
-        sampling=SamplingConfig(temperature=0.7, top_k=100),
+        sampling=SamplingConfig(temperature=0.7, top_k=100, guidance=1.5),
     ),
     # The same at 64x64 px, as 16x16 codes, for one GPU with bfloat16. Nobody has trained it yet.
     "emoji-64": Preset(
@@ -158,7 +158,7 @@ _PRESETS: dict[str, Preset] = {
         text_pieces=4000,
         min_text_tokens=17,
         max_text_tokens=40,
-        sampling=SamplingConfig(temperature=0.7, top_k=100),
+        sampling=SamplingConfig(temperature=0.7, top_k=100, guidance=1.5),
     ),
     # A folder of one's own pictures at 64x64 px, as 8x8 codes: one to two hours on two CPU cores, by
     # estimate. Rows are so short that dense attention is the faster one.

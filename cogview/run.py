@@ -107,7 +107,7 @@ class Run:
         num: int = 16,
         seed: int | Sequence[int] = 0,
         sampling: SamplingConfig | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         ranked: bool = True,
         progress: bool = False,
     ) -> tuple[list, list]:
@@ -118,9 +118,9 @@ class Run:
             num: pictures per text.
             seed: another seed gives other pictures; the same one gives the same, whatever else is drawn
                 with them. One for all texts, or one for each.
-            sampling: temperature, top-k and top-p; None as the run was set up (``run.sampling``).
-            guidance: above 1 the text counts for more, at the price of variety and twice the time. For
-                runs that were trained with ``text_dropout``.
+            sampling: temperature, top-k, top-p and guidance; None as the run was set up (``run.sampling``).
+            guidance: above 1 the text counts for more, at the price of variety and twice the time; None is
+                that of ``sampling``. For runs that were trained with ``text_dropout``.
             ranked: False keeps the order of drawing.
             progress: show how far the drawing is, on standard error.
 
@@ -135,7 +135,10 @@ class Run:
             TypeError: texts that are neither ``str`` nor a list of them.
         """
         several = _listed(texts)
-        options = DrawOptions(sampling or self.sampling, max_batch=MAX_BATCH, guidance=guidance)
+        sampling = sampling or self.sampling
+        if guidance is not None:
+            sampling = dataclasses.replace(sampling, guidance=guidance)
+        options = DrawOptions(sampling, max_batch=MAX_BATCH)
         rows: list[list[Drawing]] = [[] for _ in several]
         seeds = [seed] * len(several) if isinstance(seed, int) else list(seed)
         with Progress(len(several) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:

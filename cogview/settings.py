@@ -38,7 +38,7 @@ MODEL_OPTIONS = "train.toml"
 MAY_CHANGE = frozenset(
     {
         *("data", "preset", "name", "finetuned.run"),
-        *("sampling.temperature", "sampling.top_k", "sampling.top_p"),
+        *(f"sampling.{name}" for name in ("temperature", "top_k", "top_p", "guidance")),
         "model.activation_checkpointing",
         *("train.steps", "train.checkpoint_every", "train.keep", "train.accumulate", "train.log_every"),
         *("train.samples_every", "train.sample_texts", "train.compile_layers"),

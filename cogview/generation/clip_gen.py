@@ -45,8 +45,8 @@ def draw_from_embeddings(
     """
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
-    if options.guidance != 1:
-        raise ValueError(f"guidance must be 1 for CLIP-GEN, got {options.guidance}")
+    if options.sampling.guidance != 1:
+        raise ValueError(f"guidance must be 1 for CLIP-GEN, got {options.sampling.guidance}")
     model.eval()
     config = model.config
     all_rows = itertools.product(range(len(embeddings)), range(num_candidates))

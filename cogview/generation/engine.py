@@ -37,7 +37,6 @@ class DrawOptions:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     seed: int = 0
     max_batch: int = 256  # rows that are drawn together
-    guidance: float = 1.0  # logits without text + guidance * (those with text - those without); 1 is off
     parallel: int = 1  # codes that a step tries: 1 draws one by one, more guess and verify, to the same codes
     on_step: Callable[[int], object] | None = None  # called with the number of tokens just drawn
 
@@ -45,9 +44,6 @@ class DrawOptions:
         for name in ("max_batch", "parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        # Beyond that only the likeliest code is left, and then the products overflow.
-        if not 0 <= self.guidance <= 1000:
-            raise ValueError(f"guidance must be from 0 to 1,000 (1 is off), got {self.guidance}")
 
 
 @dataclass(frozen=True)
@@ -241,7 +237,7 @@ class _OneByOne:
         self.total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
         if self.branches == 2:
             with_text, without = logits.float().chunk(2)
-            logits = without + self.options.guidance * (with_text - without)
+            logits = without + self.options.sampling.guidance * (with_text - without)
         drawn = choose(logits, self.options.sampling, self.noise, positions)
         if self.ids is not None:
             drawn = self.ids[drawn]  # of image codes, which come first, the index is the id

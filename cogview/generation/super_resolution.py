@@ -78,7 +78,7 @@ def enlarge(
     windows = windows_of(low, side)
     device = model.word_embeddings.weight.device
     high = torch.full((len(pictures), 2 * low, 2 * low), -1, device=device)
-    together = max(1, options.max_batch // (1 if options.guidance == 1 else 2))
+    together = max(1, options.max_batch // options.sampling.branches)
     for number, window in enumerate(windows):
         for first in range(0, len(pictures), together):
             part = pictures[first : first + together]
@@ -126,7 +126,7 @@ def _draw(model: CogView, vocab: Vocab, squares: _Squares, options: DrawOptions)
     ahead = int((known >= 0).all(0).long().cumprod(0).sum())
     prompts = list(squares.prompts(vocab, True))
     begun = known[:, :ahead].tolist()
-    if options.guidance != 1:
+    if options.sampling.guidance != 1:
         prompts, begun = [*prompts, *squares.prompts(vocab, False)], begun * 2
     if ahead and options.on_step is not None:
         options.on_step(ahead * len(known))

@@ -67,7 +67,7 @@ def draw_candidates(
     if num_candidates < 1:
         raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
     model.eval()
-    branches = 1 if options.guidance == 1 else 2
+    branches = options.sampling.branches
     all_rows = (
         (place, request.first + number)
         for place, request in enumerate(requests)

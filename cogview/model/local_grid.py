@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from cogview.model.causal_attention import causal_attention
 from cogview_kernels import local_attention_2d, merge_attention
 
 OWN_WINDOW = (9, 5)
@@ -42,9 +42,7 @@ class LocalGrid:
         """Attention ``[B, H, T, D]`` of the tokens of such rows among themselves."""
         prefix, fine = slice(self.prefix), slice(self.prefix, None)
         coarse = slice(self.first, self.first + self.low**2)
-        before = F.scaled_dot_product_attention(
-            q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], is_causal=True, dropout_p=dropout_p
-        )
+        before = causal_attention(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], dropout_p)
         side = 2 * self.low
         own = local_attention_2d(
             *(q[:, :, fine], k[:, :, fine], v[:, :, fine], (side, side), OWN_WINDOW),

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cogview.config import ModelConfig
 from cogview.model.cache import KVCache
+from cogview.model.causal_attention import causal_attention
 from cogview.model.hub import HubModel
 from cogview.model.local_grid import LocalGrid
 from cogview_kernels import (
@@ -86,7 +87,7 @@ class Attention(nn.Module):
             return layout.attend(q, k, v, dropout_p)
         if layout is not None:
             return cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
+        return causal_attention(q, k, v, dropout_p)
 
 
 class MLP(nn.Module):

@@ -37,7 +37,6 @@ class Settings:
     num: int
     seed: int
     sampling: SamplingConfig
-    guidance: float
 
 
 def read_settings(fields: Fields, sampling: SamplingConfig) -> Settings:
@@ -54,13 +53,13 @@ def read_settings(fields: Fields, sampling: SamplingConfig) -> Settings:
         sampling,
         temperature=sampling.temperature if temperature is None else temperature,
         top_k=sampling.top_k if top_k is None else top_k,
+        guidance=sampling.guidance if guidance is None else guidance,
     )
     return Settings(
         num=8 if num is None else num,
         # Small enough to be read out and typed again.
         seed=random.SystemRandom().randrange(10**6) if seed is None else seed,
         sampling=sampling,
-        guidance=1.0 if guidance is None else guidance,
     )
 
 

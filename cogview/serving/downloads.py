@@ -48,5 +48,5 @@ def _about(job: DrawJob) -> dict[str, object]:
         "seed": settings.seed,
         "temperature": f"{settings.sampling.temperature:g}",
         "top_k": settings.sampling.top_k,
-        "guidance": f"{settings.guidance:g}",
+        "guidance": f"{settings.sampling.guidance:g}",
     }

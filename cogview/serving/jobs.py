@@ -116,7 +116,6 @@ class DrawJob(Job):
         return (
             isinstance(other, DrawJob)
             and self.settings.sampling == other.settings.sampling
-            and self.settings.guidance == other.settings.guidance
             and (self.given is None) == (other.given is None)
         )
 

@@ -26,7 +26,9 @@ class SettingsRow:
             self.seed = ui.number("seed", placeholder="random", min=0, max=LARGEST_SEED, precision=0)
             self.temperature = ui.number("temperature", value=run.sampling.temperature, min=0, step=0.1)
             self.top_k = ui.number("top-k", value=run.sampling.top_k, min=0, precision=0)
-            self.guidance = ui.number("guidance", value=1, min=0, max=LARGEST_GUIDANCE, step=0.5)
+            self.guidance = ui.number(
+                "guidance", value=run.sampling.guidance, min=0, max=LARGEST_GUIDANCE, step=0.5
+            )
         for field in (self.num, self.seed, self.temperature, self.top_k, self.guidance):
             field.style("width: 7.5em")
         self.top_k.tooltip("draw among the k likeliest codes; 0 is all")

@@ -49,7 +49,7 @@ def _draw(run: Run, rows: Sequence[_Row]) -> list[_Row]:
     """Draw until all is drawn or somebody leaves; what is still to be drawn, with its codes so far."""
     left = dict(enumerate(rows))
     settings = rows[0].job.settings
-    options = DrawOptions(settings.sampling, max_batch=MAX_BATCH, guidance=settings.guidance)
+    options = DrawOptions(settings.sampling, max_batch=MAX_BATCH)
 
     def look(batch: Candidates) -> None:
         if any(rows[place].job.is_over for place in batch.requests):

@@ -194,6 +194,10 @@ class TrainClipGen:
     device: str = field(default_factory=default_device)
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        if self.sampling.guidance != 1:
+            raise ValueError(f"sampling.guidance must be 1 for CLIP-GEN, got {self.sampling.guidance}")
+
 
 @dataclass(frozen=True)
 class ClipGenSettings:

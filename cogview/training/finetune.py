@@ -104,7 +104,7 @@ def _finetune(
         TrainModel(
             options.data,
             options.out,
-            preset_of(options, **train),
+            preset_of(task, options, **train),
             options.device,
             options.progress,
             draw=options.draw,
@@ -116,19 +116,21 @@ def _finetune(
     )
 
 
-def preset_of(options: Finetune, **train: Any) -> Preset:
+def preset_of(task: str, options: Finetune, **train: Any) -> Preset:
     """Model, training and drawing of the run that is begun with, changed as the task and the options say.
 
     FileNotFoundError if there is no such run, ValueError for an option out of range.
     """
     run = load_model_settings(options.run)
+    # An enlarger sees the picture; what guidance weighs is the text.
+    guidance = 1.0 if "super-resolution" in task else run.sampling.guidance
     steps = max(1, round(STEPS_SHARE * run.train.steps))
     shorter = {"steps": steps, "learning_rate": RATE_SHARE * run.train.learning_rate, "code_dropout": 0.0}
     return dataclasses.replace(
         implied_preset(options.run),
         model=_with_attention(run.model, options.attention),
         train=dataclasses.replace(run.train, **{**shorter, **train, **options.train}),
-        sampling=run.sampling,
+        sampling=dataclasses.replace(run.sampling, guidance=guidance),
         min_text_tokens=run.max_text_tokens,
         max_text_tokens=run.max_text_tokens,
     )

@@ -17,6 +17,7 @@ from cogview_kernels.three_region_attention.reference import three_region_attent
 
 _OP = "three_region_attention"
 _BACKENDS = ("triton", "cuda", "cpu", "sdpa", "reference")
+_ALL = (128, 2**24)  # size and number of the blocks of a window that no sequence reaches beyond
 
 
 def _limit(backend: str, q: Tensor, dropout_p: float, return_lse: bool) -> str:
@@ -31,7 +32,7 @@ def three_region_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: ThreeRegionLayout,
+    layout: ThreeRegionLayout | None,
     *,
     starts: Tensor | None = None,
     scale: float | None = None,
@@ -58,7 +59,8 @@ def three_region_attention(
             key head ``h // (H // Hkv)``. Any strides with the last dimension contiguous: views into a packed
             ``[B, T, 3, H, D]`` projection are read in place. Under autocast q, k and v may have any of these
             dtypes, and float32 is cast as for ``scaled_dot_product_attention``.
-        layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``.
+        layout: which keys are seen; its pivots ``[B, P]`` lie on the device of ``q``. None: all up to the
+            query's own, which is dense causal attention.
         starts: int32 or int64 ``[B]`` on the device of ``q``, for padding on the left: keys before a
             sample's start are not seen, and queries before it see nothing: their output is 0, their lse -inf.
             Blocks are counted from the start, so a sample gives what it would give without its padding;
@@ -107,6 +109,8 @@ def three_region_attention(
         _backends.remember(signature, chosen)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed)
+    if layout is None:
+        layout = ThreeRegionLayout(q.new_empty((q.shape[0], 0), dtype=torch.int32), *_ALL)
     if chosen not in ("sdpa", "reference"):
         out, lse, _residuals = three_region_attention_op(
             q,
@@ -141,7 +145,7 @@ def _in_parts(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: ThreeRegionLayout,
+    layout: ThreeRegionLayout | None,
     starts: Tensor | None,
     dropout_p: float,
     options: dict[str, Any],
@@ -150,12 +154,13 @@ def _in_parts(
     parts = _sharding.Parts(_OP, "q", q, (0, 1))
     parts.check_no_dropout(dropout_p)
     q, k, v = (parts.of(name, x, (0, 1)) for name, x in (("q", q), ("k", k), ("v", v)))
-    layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
+    if layout is not None:
+        layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
     starts = parts.of("starts", starts, (0,))
     return parts.join(three_region_attention(q, k, v, layout, starts=starts, **options), (0, 1))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout | None) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _checks.check_float(_OP, name, x)
         if x.dim() != 4:
@@ -172,8 +177,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout) -> None:
         raise ValueError(f"{_OP}: q's heads must be a multiple of k's, got {H} and {k.shape[1]}")
     if D == 0:
         raise ValueError(f"{_OP}: q must have a head size of at least 1, got shape {tuple(q.shape)}")
+    if layout is None:
+        return
     if not isinstance(layout, ThreeRegionLayout):
-        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout, got {type(layout).__name__}")
+        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
     if layout.pivots.shape[0] != B:
         raise ValueError(
             f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(layout.pivots.shape)}"

@@ -169,6 +169,20 @@ def test_a_window_over_everything_is_causal_attention(backend, T, w, W, backend_
 
 
 @pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("options", [{}, {"starts": torch.tensor([0, 37])}], ids=["all", "starts"])
+def test_no_layout_is_causal_attention(backend, options, backend_device):
+    q, k, v, layout = make(B=2, T=150, w=150, W=1, device=backend_device(backend))
+    options = {name: x.to(q.device) for name, x in options.items()}
+    grads = []
+    for regions in (None, layout):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = three_region_attention(*leaves, regions, backend=backend, **options)
+        grads.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_a_window_over_everything_to_both_sides_is_dense_attention(backend, backend_device):
     q, k, v, layout = make(T=65, w=64, W=2, P=30, causal=False, device=backend_device(backend))
     torch.testing.assert_close(
@@ -703,7 +717,7 @@ def test_float64_goes_to_plain_pytorch():
             ValueError,
             "multiple of k's, got 2 and 3",
         ),
-        ({"layout": torch.ones(2, 2)}, TypeError, "layout must be a ThreeRegionLayout, got Tensor"),
+        ({"layout": torch.ones(2, 2)}, TypeError, "layout must be a ThreeRegionLayout or None, got Tensor"),
         ({"layout": [[1, 2]]}, ValueError, r"layout.pivots must have shape \[2, P\]"),
         ({"layout": [[1], [8]]}, ValueError, r"pivots must lie in \[0, 8\) \(-1 pads\), got 8"),
         ({"layout": [[1], [-2]]}, ValueError, r"pivots must lie in \[0, 8\) \(-1 pads\), got -2"),

@@ -12,8 +12,8 @@ from cogview.config import (
     ThreeRegionConfig,
     TrainConfig,
 )
-from cogview.generation.engine import DrawOptions
 from cogview.presets import PRESETS
+from cogview.training.clip_gen import TrainClipGen
 from cogview.training.pipeline import TrainModel
 
 
@@ -53,7 +53,12 @@ from cogview.training.pipeline import TrainModel
         (lambda: TrainConfig(clip_norm=-1.0), "clip_norm"),
         (lambda: TrainConfig(warmup_fraction=7.0), "warmup_fraction"),
         (lambda: TrainModel("x", "y", workers=99_999), "workers must be from 0 to 256, got 99999"),
-        (lambda: DrawOptions(guidance=1e300), "guidance"),
+        (lambda: SamplingConfig(guidance=1e300), "guidance"),
+        (lambda: SamplingConfig(guidance=math.nan), "guidance must be from 0 to 1,000"),
+        (
+            lambda: TrainClipGen("x", "y", "z", PRESETS["digits"].model, sampling=SamplingConfig(guidance=2)),
+            "guidance",
+        ),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_it(make, argument):

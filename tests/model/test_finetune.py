@@ -147,6 +147,17 @@ def test_a_finetuning_hides_no_codes_unless_asked(run_folder, tmp_path):
     settings = load_model_settings(hiding)
     train = dataclasses.replace(settings.train, code_dropout=0.5)
     write_settings(hiding / MODEL_SETTINGS, dataclasses.replace(settings, train=train))
-    assert preset_of(Finetune(hiding, "digits", tmp_path / "out")).train.code_dropout == 0
+    assert preset_of("captioning", Finetune(hiding, "digits", tmp_path / "out")).train.code_dropout == 0
     asked = Finetune(hiding, "digits", tmp_path / "out", {"code_dropout": 0.2})
-    assert preset_of(asked).train.code_dropout == 0.2
+    assert preset_of("captioning", asked).train.code_dropout == 0.2
+
+
+def test_guidance_stays_where_text_is_what_is_drawn(run_folder, tmp_path):
+    guided = tmp_path / "guided"
+    shutil.copytree(run_folder, guided)
+    settings = load_model_settings(guided)
+    sampling = dataclasses.replace(settings.sampling, guidance=2.0)
+    write_settings(guided / MODEL_SETTINGS, dataclasses.replace(settings, sampling=sampling))
+    given = Finetune(guided, "digits", tmp_path / "out")
+    kept = {task: preset_of(task, given).sampling.guidance for task in ("style", "super-resolution")}
+    assert kept == {"style": 2.0, "super-resolution": 1.0}

@@ -44,6 +44,14 @@ def test_one_text_gives_one_list_best_first(run, drawn):
     assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
 
 
+def test_guidance_is_the_run_s_unless_told_otherwise(run_folder):
+    plain, guided = cogview.load_run(run_folder), cogview.load_run(run_folder)
+    guided.sampling = dataclasses.replace(guided.sampling, guidance=50.0)
+    losses = guided.generate(SEVEN, num=4)[1]
+    assert losses == plain.generate(SEVEN, num=4, guidance=50.0)[1] != plain.generate(SEVEN, num=4)[1]
+    assert guided.generate(SEVEN, num=4, guidance=1.0)[1] == plain.generate(SEVEN, num=4)[1]
+
+
 def test_several_texts_give_lists_and_a_text_is_not_its_letters(run, drawn):
     images, losses = run.generate([SEVEN, CHINESE], num=5, seed=3)
     assert [len(row) for row in images] == [len(row) for row in losses] == [5, 5]
@@ -103,7 +111,8 @@ def test_infilling_keeps_codes_where_the_mask_is_black(run, drawn):
     (batch,) = run.draw(run.requests([SEVEN], [2], kept), 6, options)
     assert {drawing.image.tobytes() for _, drawing in batch} == {image.tobytes() for image in images}
     assert all(torch.equal(drawing.codes[~white], codes[~white]) for _, drawing in batch)
-    top, _ = run.infill(SEVEN, picture, keep_top=0.5, num=1, options=DrawOptions(run.sampling, guidance=2.0))
+    options = DrawOptions(dataclasses.replace(run.sampling, guidance=2.0))
+    top, _ = run.infill(SEVEN, picture, keep_top=0.5, num=1, options=options)
     assert len(top) == 1
     for arguments in ({}, {"mask": mask, "keep_top": 0.5}):
         with pytest.raises(ValueError, match="either mask or keep_top"):

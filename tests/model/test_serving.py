@@ -46,7 +46,7 @@ def draw_job(run, text="a handwritten seven", num=2, seed=5, **settings):
     sampling = settings.pop("sampling", SAMPLING)
     given = settings.pop("given", None)
     return DrawJob(
-        text, run.pieces(text), Settings(num, seed, sampling, **{"guidance": 1.0, **settings}), given
+        text, run.pieces(text), Settings(num, seed, dataclasses.replace(sampling, **settings)), given
     )
 
 
@@ -59,11 +59,13 @@ def codes_of(job):
 
 def test_empty_fields_take_what_the_run_does_and_a_seed_at_random():
     settings = read_settings(Fields(), SAMPLING)
-    assert (settings.num, settings.sampling, settings.guidance) == (8, SAMPLING, 1.0)
+    assert (settings.num, settings.sampling) == (8, SAMPLING)
+    own = dataclasses.replace(SAMPLING, guidance=1.5)
+    assert read_settings(Fields(), own).sampling == own
     seeds = {read_settings(Fields(), SAMPLING).seed for _ in range(5)}
     assert len(seeds) > 1 and all(0 <= seed < 10**6 for seed in seeds)
     asked = read_settings(Fields(3, 7.0, 0.5, 9, 2.5), SAMPLING)
-    assert asked == Settings(3, 7, SamplingConfig(temperature=0.5, top_k=9), 2.5)
+    assert asked == Settings(3, 7, SamplingConfig(temperature=0.5, top_k=9, guidance=2.5))
 
 
 @pytest.mark.parametrize(

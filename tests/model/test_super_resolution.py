@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -145,7 +146,11 @@ def test_a_batch_draws_what_each_picture_would_draw_alone(low, parallel):
 def test_the_outcome_depends_on_seed_and_text_alone():
     model = small_model(scale=3.0, max_positions=24)
     small = pictures()
-    draw = lambda some, **options: enlarge(model, VOCAB, some, SIDE, DrawOptions(SAMPLING, **options))  # noqa: E731
+
+    def draw(some, guidance=1.0, **options):
+        sampling = replace(SAMPLING, guidance=guidance)
+        return enlarge(model, VOCAB, some, SIDE, DrawOptions(sampling, **options))
+
     together = draw(small)
     assert torch.equal(together, draw(small, max_batch=2))
     assert torch.equal(together[1:2], draw(small[1:2]))
