@@ -299,15 +299,21 @@ class Product {
     Product(int64_t M, int64_t N, int64_t K, MatmulA a, const float* b, int64_t ldb, float* c, int64_t ldc,
             bool accumulate)
         : M_(M), N_(N), K_(K), a_(a), b_(b), ldb_(ldb), c_(c), ldc_(ldc), accumulate_(accumulate) {}
+    Product(int64_t M, int64_t N, int64_t K, TransposedA a, const float* b, int64_t ldb, float* c,
+            int64_t ldc, bool accumulate)
+        : M_(M), N_(N), K_(K), transposed_(a), b_(b), ldb_(ldb), c_(c), ldc_(ldc), accumulate_(accumulate) {}
 
     void finish() {
-        if (M_ > 0) matmul<kBf16>(M_, N_, K_, a_, b_, ldb_, c_, ldc_, accumulate_);
+        if (M_ > 0 && a_.data != nullptr) matmul<kBf16>(M_, N_, K_, a_, b_, ldb_, c_, ldc_, accumulate_);
+        if (M_ > 0 && a_.data == nullptr)
+            matmul<kBf16>(M_, N_, K_, transposed_, b_, ldb_, c_, ldc_, accumulate_);
         M_ = 0;
     }
 
   private:
     int64_t M_ = 0, N_ = 0, K_ = 0;
     MatmulA a_ = {};
+    TransposedA transposed_ = {};  // where a_ is not
     const float* b_ = nullptr;
     int64_t ldb_ = 0;
     float* c_ = nullptr;

@@ -134,11 +134,7 @@ inline void pack_b(const float* stage, int64_t rows, int64_t width, float* units
     std::memcpy(units, stage, rows * width * sizeof(float));
 }
 
-// A with the stage's 32 rows for contraction: units [width, 32 / kPack]. `work` has room for 16 * width
-// units.
-inline void pack_a_transposed(const float* stage, int64_t width, float* units, float*) {
-    transpose(stage, 32, width, width, units, 32);
-}
+// A with the stage's 32 rows for contraction: units [width, 16]. `work` has room for 16 * width units.
 inline void pack_a_transposed(const BFloat16* stage, int64_t width, float* units, float* work) {
     interleave(stage, 32, width, work);
     transpose(work, 16, width, width, units, 16);

@@ -46,6 +46,11 @@ Part part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index, int64_t b) {
     return p;
 }
 
+// The packed keys and values of a head, as rows, and the keys in the order for contraction.
+struct PackedHead {
+    float *keys, *values, *contracted;
+};
+
 // What a run is worked on in, N columns wide.
 struct RunMemory {
     float *scores, *dscores;  // [kRun, N]
@@ -86,7 +91,6 @@ struct Backward {
     using E = typename Compute<kBf16>::type;
     static constexpr bool kOverlaps = Product<kBf16>::kSteps;
     static constexpr int64_t kPack = Compute<kBf16>::kPack;
-    static constexpr int64_t kTileUnits = kTile / kPack;
 
     const AttentionBackward& args;
     const Plan<kBf16> plan;
@@ -112,31 +116,34 @@ struct Backward {
             slots = std::max(slots, part_of(plan, parts, i % parts, i / parts).slots);
         return 2 * slots * plan.Dp;
     }
-    int64_t head_floats() const { return 3 * plan.S * plan.Du + parts * sums_floats; }
+    int64_t head_floats() const { return (kBf16 ? 3 : 2) * plan.S * plan.Du + parts * sums_floats; }
 
     void some_heads(int64_t first, int64_t count, int threads) {
         const int64_t head_units = plan.S * plan.Du, slot_tiles = plan.S / kTile;
+        const int64_t tile_units = kTile * plan.Du;
         const Workspace memory(count * head_floats());
         const auto at = [&](int64_t i) { return memory.data + i * head_floats(); };
-        const auto keys = [&](int64_t i) { return PackedHead{at(i), at(i) + head_units}; };
-        const auto values = [&](int64_t i) { return PackedHead{at(i) + 2 * head_units, nullptr}; };
-        const auto sums = [&](int64_t i) { return at(i) + 3 * head_units; };
+        const auto packed = [&](int64_t i) {
+            float* keys = at(i) + head_units;
+            return PackedHead{keys, at(i), kBf16 ? keys + head_units : keys};
+        };
+        const auto sums = [&](int64_t i) { return at(i) + (kBf16 ? 3 : 2) * head_units; };
         const auto sample = [&](int64_t i) { return (first + i) / plan.Hkv; };
         const auto head = [&](int64_t i) { return (first + i) % plan.Hkv; };
         parallel_for(count * slot_tiles, 16, threads, [&](int64_t begin, int64_t end) {
-            const Workspace work(kPackFloats * plan.Dp);
+            const Workspace work(tile_units);
             for (int64_t j = begin; j < end; ++j) {
-                const int64_t i = j / slot_tiles;
-                pack_tile<kBf16, T>(plan, args.common.k, sample(i), head(i), j % slot_tiles, keys(i),
-                                    Order::kBoth, work.data);
-                pack_tile<kBf16, T>(plan, args.common.v, sample(i), head(i), j % slot_tiles, values(i),
-                                    Order::kRows, work.data);
+                const int64_t i = j / slot_tiles, tile = j % slot_tiles, from = tile * tile_units;
+                const PackedHead to = packed(i);
+                pack_rows<kBf16, T>(plan, args.common.k, sample(i), head(i), tile, to.keys + from);
+                pack_rows<kBf16, T>(plan, args.common.v, sample(i), head(i), tile, to.values + from);
+                if constexpr (kBf16) pack_contracted(plan, to.keys + from, to.contracted + from, work.data);
             }
         });
         parallel_for(count * parts, 1, threads, [&](int64_t j, int64_t) {
             const TileScope scope;
             const int64_t i = j / parts, last = parts - 1 - j % parts;
-            compute_part(sample(i), head(i), part_of(plan, parts, last, sample(i)), keys(i), values(i),
+            compute_part(sample(i), head(i), part_of(plan, parts, last, sample(i)), packed(i),
                          sums(i) + last * sums_floats);
         });
         if (!wants_dk() && !wants_dv()) return;
@@ -148,19 +155,18 @@ struct Backward {
     }
 
     // Sums of dK, then of dV, over the queries of a part: [slots, Dp] each.
-    void compute_part(int64_t b, int64_t hkv, const Part& part, const PackedHead& keys,
-                      const PackedHead& values, float* sums) {
+    void compute_part(int64_t b, int64_t hkv, const Part& part, const PackedHead& head, float* sums) {
         std::memset(sums, 0, 2 * part.slots * plan.Dp * sizeof(float));
         const Workspace memory(TileMemory<kBf16>::floats(plan.Dp, kQueries));
         for (int64_t h = hkv * plan.group; h < (hkv + 1) * plan.group; ++h)
             for (int64_t t = part.first_tile; t < part.last_tile; ++t)
-                tile(b, h, t, part, keys, values, sums, memory.data);
+                tile(b, h, t, part, head, sums, memory.data);
     }
 
-    void tile(int64_t b, int64_t h, int64_t index, const Part& part, const PackedHead& keys,
-              const PackedHead& values, float* sums, float* memory) {
+    void tile(int64_t b, int64_t h, int64_t index, const Part& part, const PackedHead& head, float* sums,
+              float* memory) {
         const Sight s = sight(plan, b, index);
-        const int64_t N = s.columns, Dp = plan.Dp, Nu = N / kPack;
+        const int64_t N = s.columns, Dp = plan.Dp;
         const TileMemory<kBf16> m(memory, Dp, N);
         Lanes lanes;
         load_queries(b, h, s, m, lanes);
@@ -171,32 +177,33 @@ struct Backward {
         Product<kBf16> pending[5];
         int all = 0;
         const auto score = [&](const Run& run, const RunMemory& to) {
+            const int64_t c = run.column;
             const auto add = [&](const float* rows, const float* columns, float* product) {
-                pending[all++] = {run.rows, N, plan.Du, {rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                                  columns,  N, product, N,
-                                  false};
+                pending[all++] = {run.rows,    N - c, plan.Du, rows_of(plan, rows, run), columns + c, N,
+                                  product + c, N,     false};
             };
-            add(keys.rows, m.q_columns, to.scores);
-            if (wants_dq() || wants_dk()) add(values.rows, m.dout_columns, to.dscores);
+            add(head.keys, m.q_columns, to.scores);
+            if (wants_dq() || wants_dk()) add(head.values, m.dout_columns, to.dscores);
         };
         const auto sum = [&](const Run& run, const RunMemory& from, bool accumulate) {
             const int64_t slot = run.far ? run.slot : run.slot - part.begin;
+            const int64_t c = run.column, cu = c / kPack, K = (N - c) / kPack;
             const auto add_rows = [&](const float* a, const float* rows, float* total) {
-                pending[all++] = {run.rows, Dp, Nu, {a, Nu, Nu, 0}, rows, Dp, total + slot * Dp, Dp, true};
+                const MatmulA columns = {a + cu, N / kPack, K, 0};
+                pending[all++] = {run.rows, Dp, K, columns, rows + cu * Dp, Dp, total + slot * Dp, Dp, true};
             };
             if (wants_dv()) add_rows(kBf16 ? from.p_pairs : from.scores, m.dout_rows, dv);
             if (wants_dk()) add_rows(kBf16 ? from.ds_pairs : from.dscores, m.q_rows, dk);
             if (wants_dq())
-                pending[all++] = {
-                    Dp,
-                    N,
-                    run.rows / kPack,
-                    {keys.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits},
-                    kBf16 ? from.ds_rows : from.dscores,
-                    N,
-                    m.dq,
-                    N,
-                    accumulate};
+                pending[all++] = {Dp,
+                                  N - c,
+                                  run.rows / kPack,
+                                  contracted_of(plan, head.contracted, run),
+                                  (kBf16 ? from.ds_rows : from.dscores) + c,
+                                  N,
+                                  m.dq + c,
+                                  N,
+                                  accumulate};
         };
         const auto finish = [&] {
             for (int i = 0; i < all; ++i) pending[i].finish();
@@ -214,8 +221,8 @@ struct Backward {
             more = runs.next(next);
             if (kOverlaps && more) score(next, m.of_run(i + 1));
             mask_scores(plan, run, b, lanes, N, now.scores);
-            Spread<kBf16> products(pending, all, column_groups(N) * run.rows / 2);
-            for_each_column(N, [&](int64_t c, auto vectors) {
+            Spread<kBf16> products(pending, all, column_groups(run.column, N) * run.rows / 2);
+            for_each_column(run.column, N, [&](int64_t c, auto vectors) {
                 constexpr int n = vectors.value;
                 if (args.common.dropout.drops())
                     differentiate<true, n>(run, b, lanes, N, c, now, products);

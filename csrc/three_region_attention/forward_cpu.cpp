@@ -48,6 +48,11 @@ void exponentiate(const Plan<kBf16>& plan, const Run& run, int64_t b, int64_t co
     for (int i = 0; i < kVectors; ++i) store(lanes.sum + c + i * kLanes, sum[i]);
 }
 
+// The packed keys and values of a head; the values in the order for contraction.
+struct PackedHead {
+    float *keys, *values;
+};
+
 template <bool kBf16, typename T>
 struct Forward {
     using E = typename Compute<kBf16>::type;
@@ -55,7 +60,6 @@ struct Forward {
     static constexpr int64_t kRun = kBf16 && !kOverlaps ? 256 : 128;
     // Weights of the run before, scores of this run and of the next one.
     static constexpr int64_t kBuffers = kOverlaps ? 3 : 1;
-    static constexpr int64_t kTileUnits = kTile / Compute<kBf16>::kPack;
 
     const AttentionForward& args;
     const Plan<kBf16> plan;
@@ -68,19 +72,25 @@ struct Forward {
 
     void some_heads(int64_t first, int64_t count, int threads) {
         const int64_t head_units = plan.S * plan.Du, slot_tiles = plan.S / kTile;
+        const int64_t tile_units = kTile * plan.Du;
         const Workspace memory(2 * count * head_units);
         const auto packed = [&](int64_t i) {
             float* keys = memory.data + 2 * i * head_units;
             return PackedHead{keys, keys + head_units};
         };
         parallel_for(count * slot_tiles, 16, threads, [&](int64_t begin, int64_t end) {
-            const Workspace work(kPackFloats * plan.Dp);
+            const Workspace work(2 * tile_units);
             for (int64_t j = begin; j < end; ++j) {
                 const int64_t i = j / slot_tiles, b = (first + i) / plan.Hkv, h = (first + i) % plan.Hkv;
-                pack_tile<kBf16, T>(plan, args.common.k, b, h, j % slot_tiles, packed(i), Order::kRows,
-                                    work.data);
-                pack_tile<kBf16, T>(plan, args.common.v, b, h, j % slot_tiles, packed(i), Order::kTransposed,
-                                    work.data);
+                const int64_t tile = j % slot_tiles, at = tile * tile_units;
+                float *keys = packed(i).keys + at, *values = packed(i).values + at;
+                pack_rows<kBf16, T>(plan, args.common.k, b, h, tile, keys);
+                if constexpr (kBf16) {
+                    pack_rows<kBf16, T>(plan, args.common.v, b, h, tile, work.data);
+                    pack_contracted(plan, work.data, values, work.data + tile_units);
+                } else {
+                    pack_rows<kBf16, T>(plan, args.common.v, b, h, tile, values);
+                }
             }
         });
         parallel_for(count * plan.group * plan.tiles, 1, threads, [&](int64_t j, int64_t) {
@@ -106,14 +116,15 @@ struct Forward {
 
         const auto buffer = [&](int64_t i) { return memory.data + i % kBuffers * kRun * N; };
         const auto score = [&](const Run& run, float* to) {
-            return Product<kBf16>(run.rows, N, plan.Du, {head.rows + run.slot * plan.Du, plan.Du, plan.Du, 0},
-                                  queries, N, to, N, false);
+            const int64_t c = run.column;
+            return Product<kBf16>(run.rows, N - c, plan.Du, rows_of(plan, head.keys, run), queries + c, N,
+                                  to + c, N, false);
         };
         const auto weigh = [&](const Run& run, const float* weights, bool accumulate) {
-            return Product<kBf16>(
-                Dp, N, run.rows / Compute<kBf16>::kPack,
-                {head.transposed + run.slot * plan.Du, kTileUnits, kTileUnits, Dp * kTileUnits}, weights, N,
-                out, N, accumulate);
+            const int64_t c = run.column;
+            return Product<kBf16>(Dp, N - c, run.rows / Compute<kBf16>::kPack,
+                                  contracted_of(plan, head.values, run), weights + c, N, out + c, N,
+                                  accumulate);
         };
         Runs<kBf16> runs(plan, s, kRun);
         Run run, next;
@@ -128,8 +139,8 @@ struct Forward {
             pending[1] = more ? score(next, buffer(i + 1)) : Product<kBf16>();
             mask_scores(plan, run, b, lanes, N, scores);
             raise_maxima(run, lanes, N, scores, i == 0 ? nullptr : out, pending[0]);
-            Spread<kBf16> products(pending, 2, column_groups(N) * run.rows / 2);
-            for_each_column(N, [&](int64_t c, auto vectors) {
+            Spread<kBf16> products(pending, 2, column_groups(run.column, N) * run.rows / 2);
+            for_each_column(run.column, N, [&](int64_t c, auto vectors) {
                 if (args.common.dropout.drops())
                     exponentiate<kBf16, true, vectors.value>(plan, run, b, N, c, lanes, scores, products);
                 else
@@ -156,13 +167,13 @@ struct Forward {
         alignas(64) float rescale[kQueries];
         const float bias = run.far ? plan.bias : 0.0f;
         bool raised = false;
-        for_each_column(columns, [&](int64_t c, auto vectors) {
+        for_each_column(run.column, columns, [&](int64_t c, auto vectors) {
             raised |= raise_max<vectors.value>(scores, run.rows, columns, plan.factor, bias, c, lanes.row_max,
                                                rescale);
         });
         if (!raised || out == nullptr) return;
         addend.finish();
-        for (int64_t c = 0; c < columns; c += kLanes) {
+        for (int64_t c = run.column; c < columns; c += kLanes) {
             const VecF by = load(rescale + c);
             store(lanes.sum + c, load(lanes.sum + c) * by);
             for (int64_t d = 0; d < plan.Dp; ++d)

@@ -24,6 +24,13 @@ namespace {
 constexpr int64_t kQueries = 64;  // of a tile
 constexpr int64_t kTile = 32;     // keys
 
+// Slots of a run come in so many: products of bfloat16 take whole tiles.
+template <bool kBf16>
+constexpr int64_t kGrain = kBf16 ? kTile : 2;
+// On the diagonal a run has so many, and leaves out the queries before them, which see none.
+template <bool kBf16>
+constexpr int64_t kPiece = Compute<kBf16>::kAlign;
+
 inline int64_t round_down(int64_t n, int64_t to) {
     return n / to * to;
 }
@@ -96,10 +103,11 @@ struct Sight {
     int64_t first, queries, columns;  // queries of the tile; `columns` counts padding too
     int64_t blind;                    // how many of the first queries see nothing: they are padding
     int64_t far, far_unmasked;        // slots [0, far), of which the first are seen by all queries
-    int64_t after, after_end;         // slots of pivots after the window, whole tiles
+    int64_t after, after_end;         // slots of pivots after the window, whole grains
     int64_t after_unmasked, pivots;   // all queries see the slots from the one up to the other
-    int64_t begin, end;               // window positions, whole tiles
+    int64_t begin, end;               // window positions, whole grains
     int64_t unmasked_begin, unmasked_end;
+    int64_t diagonal;  // the first queries see no position from here on
 };
 
 template <bool kBf16>
@@ -115,19 +123,21 @@ Sight sight(const Plan<kBf16>& plan, int64_t b, int64_t tile) {
     const int64_t start_of_last = plan.window_start(last, origin);
     const int64_t stop = plan.window_last(s.first, origin) + 1;
     const int64_t stop_of_last = plan.window_last(last, origin) + 1;
-    s.far = round_up(plan.pivots_before(b, start_of_last), kTile);
+    constexpr int64_t grain = kGrain<kBf16>;
+    s.far = round_up(plan.pivots_before(b, start_of_last), grain);
     s.far_unmasked = plan.pivots_before(b, start);
     if (!plan.args.layout.causal) {
         s.pivots = plan.sorted_pivots.counts[b];
         // No slot twice, where the windows of the queries lie apart.
-        s.after = std::max(s.far, round_down(plan.pivots_before(b, stop), kTile));
-        s.after_end = round_up(s.pivots, kTile);
+        s.after = std::max(s.far, round_down(plan.pivots_before(b, stop), grain));
+        s.after_end = round_up(s.pivots, grain);
         s.after_unmasked = plan.pivots_before(b, stop_of_last);
     }
-    s.begin = round_down(start, kTile);
-    s.end = round_up(stop_of_last, kTile);
+    s.begin = round_down(start, grain);
+    s.end = round_up(stop_of_last, grain);
     s.unmasked_begin = start_of_last;
     s.unmasked_end = stop;
+    s.diagonal = plan.args.layout.causal ? std::min(s.first + kPiece<kBf16>, s.end) : s.end;
     return s;
 }
 
@@ -136,6 +146,7 @@ struct Run {
     int64_t slot, rows;
     bool far;
     int64_t begin, end;  // rows that need no mask
+    int64_t column;      // queries before it see none of the rows; 0 in the first run of a tile
 };
 
 // The slots that a query tile sees, in runs of at most `most`, far ones first.
@@ -147,17 +158,28 @@ class Runs {
     bool next(Run& run) {
         if (kind_ == kBefore && from_ >= s_.far) begin(kAfter, s_.after);
         if (kind_ == kAfter && from_ >= s_.after_end) begin(kWindow, s_.begin);
-        const int64_t end = kind_ == kBefore ? s_.far : kind_ == kAfter ? s_.after_end : s_.end;
-        const int64_t from = from_, rows = std::min(most_, end - from);
+        const int64_t from = from_;
+        const bool on_diagonal = kind_ == kWindow && from >= s_.diagonal;
+        const int64_t end = kind_ == kBefore  ? s_.far
+                            : kind_ == kAfter ? s_.after_end
+                            : on_diagonal     ? s_.end
+                                              : s_.diagonal;
+        const int64_t rows = std::min(on_diagonal ? kPiece<kBf16> : most_, end - from);
         if (rows <= 0) return false;
         const auto clamp = [rows](int64_t x) { return std::min(std::max<int64_t>(x, 0), rows); };
         if (kind_ == kBefore)
-            run = {from, rows, true, 0, clamp(s_.far_unmasked - from)};
+            run = {from, rows, true, 0, clamp(s_.far_unmasked - from), 0};
         else if (kind_ == kAfter)
-            run = {from, rows, true, clamp(s_.after_unmasked - from), clamp(s_.pivots - from)};
+            run = {from, rows, true, clamp(s_.after_unmasked - from), clamp(s_.pivots - from), 0};
         else
-            run = {plan_.Pp + from, rows, false, clamp(s_.unmasked_begin - from),
-                   clamp(s_.unmasked_end - from)};
+            run = {plan_.Pp + from,
+                   rows,
+                   false,
+                   clamp(s_.unmasked_begin - from),
+                   clamp(s_.unmasked_end - from),
+                   0};
+        if (on_diagonal && begun_) run.column = round_down(from - s_.first, kPiece<kBf16>);
+        begun_ = true;
         from_ += rows;
         return true;
     }
@@ -172,6 +194,7 @@ class Runs {
     const Plan<kBf16>& plan_;
     const Sight& s_;
     int64_t most_, from_ = 0;
+    bool begun_ = false;
     Kind kind_ = kBefore;
 };
 
@@ -192,17 +215,23 @@ struct Count {
     static constexpr int value = kN;
 };
 
-// How often for_each_column() calls.
-inline int64_t column_groups(int64_t columns) {
-    return columns / (kPanel * kLanes) + columns % (kPanel * kLanes) / kLanes;
+// Calls body(column, vectors) over columns [c, columns) of a tile, kPanel vectors at a time while there are
+// so many.
+template <typename Body>
+inline void for_each_column(int64_t c, int64_t columns, const Body& body) {
+    for (; c + kPanel * kLanes <= columns; c += kPanel * kLanes) body(c, Count<kPanel>{});
+    if (c + 2 * kLanes <= columns) {
+        body(c, Count<2>{});
+        c += 2 * kLanes;
+    }
+    for (; c < columns; c += kLanes) body(c, Count<1>{});
 }
 
-// Calls body(column, vectors) over a tile's columns, kPanel vectors at a time while there are so many.
-template <typename Body>
-inline void for_each_column(int64_t columns, const Body& body) {
-    int64_t c = 0;
-    for (; c + kPanel * kLanes <= columns; c += kPanel * kLanes) body(c, Count<kPanel>{});
-    for (; c < columns; c += kLanes) body(c, Count<1>{});
+// How often it calls.
+inline int64_t column_groups(int64_t c, int64_t columns) {
+    int64_t groups = 0;
+    for_each_column(c, columns, [&groups](int64_t, auto) { ++groups; });
+    return groups;
 }
 
 // What belongs to the queries of a tile, a lane each.
@@ -258,7 +287,7 @@ void mask_scores(const Plan<kBf16>& plan, const Run& run, int64_t b, const Lanes
     for (int64_t r = 0; r < run.rows; ++r) {
         if (r >= run.begin && r < run.end) continue;
         const VecI key = VecI{} + plan.slot_position(b, run.slot + r);
-        for (int64_t c = 0; c < columns; c += kLanes) {
+        for (int64_t c = run.column; c < columns; c += kLanes) {
             const VecI start = lane_vector<VecI>(lanes.window_start + c);
             const VecI last = lane_vector<VecI>(lanes.window_last + c);
             float* p = scores + r * columns + c;

@@ -8,32 +8,41 @@
 namespace cogview {
 namespace {
 
-// The packed keys or values of one key head, in slots.
-struct PackedHead {
-    float* rows;        // [S, Du]: A operand
-    float* transposed;  // [S / 32, Dp, 32 / kPack]: A operand, keys contracted
-};
+// The keys and values of a key head are packed tile by tile of their slots. Each tile, `kTile * Du` floats,
+// is an A operand: rows [S, Du], or, to contract keys, of bfloat16 as pairs [S / 32, Dp, 16]. Floats are
+// contracted from their rows.
 
-enum class Order { kRows, kTransposed, kBoth };
-
-// What pack_tile() works in, times Dp.
-constexpr int64_t kPackFloats = 2 * kTile;
-
-// Packs tile `tile` of the slots of a head of x, in the orders wanted.
+// Packs the rows of tile `tile` of a head of x.
 template <bool kBf16, typename T>
-void pack_tile(const Plan<kBf16>& plan, const StridedInput& x, int64_t b, int64_t head, int64_t tile,
-               const PackedHead& to, Order order, float* work) {
+void pack_rows(const Plan<kBf16>& plan, const StridedInput& x, int64_t b, int64_t head, int64_t tile,
+               float* to) {
     using E = typename Compute<kBf16>::type;
-    float* const stage_at = order == Order::kTransposed ? work : to.rows + tile * kTile * plan.Du;
-    E* stage = reinterpret_cast<E*>(stage_at);
+    E* stage = reinterpret_cast<E*>(to);
     const T* base = x.head<T>(b, head);
     for (int64_t r = 0; r < kTile; ++r) {
         const int64_t position = plan.slot_position(b, tile * kTile + r);
         stage_row(position < plan.T ? base + position * x.stride[2] : nullptr, plan.D, plan.Dp, false,
                   stage + r * plan.Dp);
     }
-    if (order != Order::kRows)
-        pack_a_transposed(stage, plan.Dp, to.transposed + tile * kTile * plan.Du, work + kTile * plan.Dp);
+}
+
+// The rows of a tile in the order for contraction; `work` holds a tile of floats.
+inline void pack_contracted(const Plan<true>& plan, const float* rows, float* to, float* work) {
+    pack_a_transposed(reinterpret_cast<const BFloat16*>(rows), plan.Dp, to, work);
+}
+
+// The slots of a run as A operands.
+template <bool kBf16>
+MatmulA rows_of(const Plan<kBf16>& plan, const float* rows, const Run& run) {
+    return {rows + run.slot * plan.Du, plan.Du, plan.Du, 0};
+}
+
+inline MatmulA contracted_of(const Plan<true>& plan, const float* pairs, const Run& run) {
+    constexpr int64_t kUnits = kTile / Compute<true>::kPack;
+    return {pairs + run.slot * plan.Du, kUnits, kUnits, plan.Dp * kUnits};
+}
+inline TransposedA contracted_of(const Plan<false>& plan, const float* rows, const Run& run) {
+    return {rows + run.slot * plan.Dp, plan.Dp, run.rows, 0};
 }
 
 template <bool kBf16, typename T>
