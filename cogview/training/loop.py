@@ -227,7 +227,7 @@ class _Report:
                 self.history[name].append(values[name])
             for name in (*result.values, *result.board_only, "gradient_norm"):
                 self._board.scalar(f"{trainer.board}/{name}", values[name], step)
-            self._bar.update(values=trainer.shown(values))
+        self._bar.update(len(all_values), trainer.shown(all_values[-1]))
         for name, value in speed.items():
             self._board.scalar(f"{trainer.board}/{name}", value, self._unread[-1][0])
         self._unread.clear()

@@ -111,6 +111,14 @@ def test_skipped_steps_are_told_with_their_own_numbers_however_late(tmp_path, ca
     assert "step 2: loss nan" in shown and "1 of 5 steps skipped" in shown
 
 
+def test_progress_counts_all_steps_that_were_read(tmp_path, capsys):
+    """One by one, the first line would give the time of many steps to one."""
+    trainer = Duel(10)
+    trainer.log_every = 4
+    run_loop(trainer, Config(steps=10, checkpoint_every=100), tmp_path, progress=True)
+    assert "step 4 of 10" in capsys.readouterr().err.splitlines()[0]
+
+
 def test_a_finished_run_takes_no_step(tmp_path):
     expected = run_loop(Duel(10), Config(), tmp_path, progress=False)
     trainer = Duel(10)
