@@ -12,7 +12,8 @@ void parallel_run(int64_t n, int64_t grain, int threads, void (*call)(const void
                   const void* body);
 
 // Calls body(begin, end) over disjoint chunks of [0, n), each of at most `grain` items, on up to `threads`
-// threads. Chunks are dealt as threads come free, so what a body computes must not depend on who runs it.
+// threads. Each begins with its own share of them and then takes what others have left, so what a body
+// computes must not depend on who runs it.
 //
 // The threads are those of the OpenMP runtime that PyTorch has already loaded, found at run time: a second
 // runtime's idle threads would spin against PyTorch's. Without one, plain std::thread.
