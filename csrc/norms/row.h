@@ -224,12 +224,14 @@ inline VecF normalised(VecF x, Statistics s, const WideAffine& affine, int64_t j
     return (affine.round_before_weight ? rounded<T>(y) : y) * load(affine.weight + j, tag);
 }
 
-// out[0, C) = the row, normalised
-template <NormKind kKind, typename T>
+// out[0, C) = the row, normalised. Meanwhile RMSNorm, which has no pass for statistics, fetches the row at
+// `next`.
+template <NormKind kKind, typename T, typename Next>
 inline void normalise_row(const float* row, Statistics s, const WideAffine& affine, int64_t C, T* out,
-                          bool streaming) {
+                          bool streaming, const Next* next) {
     for_each_vector(C, [&](int64_t j, auto tag) {
         put(out + j, normalised<kKind, T>(load(row + j, tag), s, affine, j, tag), tag, streaming);
+        if (kKind == NormKind::kRms) prefetch(next + j);
     });
 }
 

@@ -11,10 +11,11 @@
 namespace cogview {
 namespace {
 
-// row = residual + the row, normalised; rounded to T as it is stored in `out`. B: the dtype of the branch.
+// row = residual + the row, normalised; rounded to T as it is stored in `out`. B: the dtype of the branch, of
+// which RMSNorm fetches the row at `next` meanwhile.
 template <NormKind kKind, typename B, typename T>
 Moments add_post_norm(float* row, Statistics s, const WideAffine& post, const T* residual, int64_t C, T* out,
-                      bool streaming) {
+                      bool streaming, const B* next) {
     const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
         const VecF y = normalised<kKind, B>(load(row + j, tag), s, post, j, tag);
         const VecF v = rounded<T>(only(load(residual + j, tag) + y, tag));
@@ -22,6 +23,7 @@ Moments add_post_norm(float* row, Statistics s, const WideAffine& post, const T*
         store(row + j, v, tag);
         t.sum[0] += moment<kKind>(v);
         t.largest = maximum(magnitude(v), t.largest);
+        if (kKind == NormKind::kRms) prefetch(next + j);
     });
     return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
 }
@@ -55,7 +57,7 @@ void sandwich_forward(const SandwichForward& a, int threads) {
         Statistics saved;
         const Statistics s =
             statistics<kKind>(row, C, moments, abs_max, a.options.eps, source + (r + 1) * C, &saved);
-        normalise_row<kKind>(row, s, pre, C, normed + r * C, streaming);
+        normalise_row<kKind>(row, s, pre, C, normed + r * C, streaming, residual + (r + 1) * C);
         if (a.stats != nullptr) save_statistics<kKind>(a.stats, 1, rows, r, saved);
     };
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
@@ -69,7 +71,7 @@ void sandwich_forward(const SandwichForward& a, int threads) {
                                                    a.options.eps, residual + r * C, &saved);
             if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
             m = add_post_norm<kKind, B>(row.data, s, post, residual + r * C, C, residual_out + r * C,
-                                        streaming);
+                                        streaming, branch + (r + 1) * C);
             largest = m.abs_max > largest ? m.abs_max : largest;
             if (!by_tensor && normed != nullptr) pre_norm(r, row.data, m, by_row ? m.abs_max : 8.0f, branch);
         }

@@ -31,7 +31,7 @@ void norm_forward(const NormForward& a, int threads) {
             Statistics saved;
             const Statistics s = statistics<kKind>(row.data, C, moments, by_row ? moments.abs_max : fixed,
                                                    a.options.eps, x + (r + 1) * C, &saved);
-            normalise_row<kKind>(row.data, s, affine, C, y + r * C, streaming);
+            normalise_row<kKind>(row.data, s, affine, C, y + r * C, streaming, x + (r + 1) * C);
             if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
         }
         stream_fence();
