@@ -70,7 +70,7 @@ class ThreeRegionAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: ThreeRegionLayout) -> Tensor:
+    def forward(self, x: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
         B, T, C = x.shape
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
