@@ -35,7 +35,7 @@ def draw_pictures(
         raise ValueError(f"--num must be at most {MAX_PICTURES:,}, got {given.num:,}")
     run = load_run(given.run, given.device, given.precision)
     outlet.check_size([given.num] * len(texts), run.tokenizers.image.config.image_size)
-    if (given.guidance or 1) != 1 and not run.text_dropout:
+    if given.guidance not in (None, 1) and not run.text_dropout:
         message = "--guidance: this run was trained without --train.text-dropout, so it may not help"
         print(f"warning: {message}", file=sys.stderr)
     asked = {name: getattr(given, name) for name in ("temperature", "top_k", "top_p", "guidance")}
