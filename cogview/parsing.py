@@ -132,9 +132,8 @@ def _defaults(kind: type, words: Sequence[str]) -> Any:
     own = set()
     if kind is options.TrainClipGen:
         own = {"train"}
-        preset = replace(
-            preset, sampling=replace(preset.sampling, guidance=1.0)
-        )  # no row lacks its embedding
+        # CLIP-GEN learns no rows without an embedding, which guidance would weigh.
+        preset = replace(preset, sampling=replace(preset.sampling, guidance=1.0))
     parts = {name: getattr(preset, name) for name in names if hasattr(preset, name) and name not in own}
     parts |= {name: tyro.MISSING for name in ("data", "out", "clip") if name in names}
     return kind(start=preset, **parts)

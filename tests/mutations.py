@@ -111,6 +111,8 @@ MUTATIONS = [
     Mutation("attention-cpu-diagonal-too-far-right", "csrc/three_region_attention/*",
              "round_down(from - s_.first, kPiece<kBf16>);", "round_up(from - s_.first + 1, kPiece<kBf16>);",
              _CPU_STARTS),
+    Mutation("loops-help-nobody", "csrc/common/parallel.cpp",
+             "shares_[(thread + i) % count_]", "shares_[thread % count_]", "layer_norm test_fewer_threads"),
     Mutation("attention-cpu-blocks-from-0", "csrc/common/regions.h",
              "origin + first_block * block_size : origin", "first_block * block_size : origin", _CPU_STARTS),
     Mutation("attention-cpu-padding-is-a-pivot", "csrc/three_region_attention/*",

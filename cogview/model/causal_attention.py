@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense causal attention: on a CPU by our kernel, which is the faster one there, elsewhere by PyTorch's."""
+"""Dense causal attention: on a CPU by our kernel, the faster one where both were timed, else by PyTorch's."""
 
 from __future__ import annotations
 

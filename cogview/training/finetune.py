@@ -122,8 +122,8 @@ def preset_of(task: str, options: Finetune, **train: Any) -> Preset:
     FileNotFoundError if there is no such run, ValueError for an option out of range.
     """
     run = load_model_settings(options.run)
-    # An enlarger sees the picture; what guidance weighs is the text.
-    guidance = 1.0 if "super-resolution" in task else run.sampling.guidance
+    # Guidance weighs the text, and an enlarger draws what it sees.
+    guidance = 1.0 if task.endswith("super-resolution") else run.sampling.guidance
     steps = max(1, round(STEPS_SHARE * run.train.steps))
     shorter = {"steps": steps, "learning_rate": RATE_SHARE * run.train.learning_rate, "code_dropout": 0.0}
     return dataclasses.replace(

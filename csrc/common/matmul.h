@@ -304,10 +304,13 @@ class Product {
         : M_(M), N_(N), K_(K), transposed_(a), b_(b), ldb_(ldb), c_(c), ldc_(ldc), accumulate_(accumulate) {}
 
     void finish() {
-        if (M_ > 0 && a_.data != nullptr) matmul<kBf16>(M_, N_, K_, a_, b_, ldb_, c_, ldc_, accumulate_);
-        if (M_ > 0 && a_.data == nullptr)
-            matmul<kBf16>(M_, N_, K_, transposed_, b_, ldb_, c_, ldc_, accumulate_);
+        const int64_t M = M_;
         M_ = 0;
+        if (M == 0) return;
+        if (a_.data != nullptr)
+            matmul<kBf16>(M, N_, K_, a_, b_, ldb_, c_, ldc_, accumulate_);
+        else
+            matmul<kBf16>(M, N_, K_, transposed_, b_, ldb_, c_, ldc_, accumulate_);
     }
 
   private:

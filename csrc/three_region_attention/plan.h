@@ -24,10 +24,10 @@ namespace {
 constexpr int64_t kQueries = 64;  // of a tile
 constexpr int64_t kTile = 32;     // keys
 
-// Slots of a run come in so many: products of bfloat16 take whole tiles.
+// A run has a multiple of this many slots: products of bfloat16 take whole tiles.
 template <bool kBf16>
 constexpr int64_t kGrain = kBf16 ? kTile : 2;
-// On the diagonal a run has so many, and leaves out the queries before them, which see none.
+// On the diagonal a run has at most this many, and leaves out the queries before them, which see none.
 template <bool kBf16>
 constexpr int64_t kPiece = Compute<kBf16>::kAlign;
 
@@ -103,11 +103,11 @@ struct Sight {
     int64_t first, queries, columns;  // queries of the tile; `columns` counts padding too
     int64_t blind;                    // how many of the first queries see nothing: they are padding
     int64_t far, far_unmasked;        // slots [0, far), of which the first are seen by all queries
-    int64_t after, after_end;         // slots of pivots after the window, whole grains
+    int64_t after, after_end;         // slots of pivots after the window, multiples of kGrain
     int64_t after_unmasked, pivots;   // all queries see the slots from the one up to the other
-    int64_t begin, end;               // window positions, whole grains
+    int64_t begin, end;               // window positions, multiples of kGrain
     int64_t unmasked_begin, unmasked_end;
-    int64_t diagonal;  // the first queries see no position from here on
+    int64_t diagonal;  // the first kPiece queries see no position from here on
 };
 
 template <bool kBf16>

@@ -140,24 +140,26 @@ def test_every_task_is_a_choice_of_the_command():
     assert set(get_args(get_type_hints(Options)["task"])) == set(TASKS)
 
 
+def changed(run_folder, to, **parts):
+    """A copy of a run with other settings: of each part, such as ``train``, the fields that differ."""
+    shutil.copytree(run_folder, to)
+    settings = load_model_settings(to)
+    other = {name: dataclasses.replace(getattr(settings, name), **fields) for name, fields in parts.items()}
+    write_settings(to / MODEL_SETTINGS, dataclasses.replace(settings, **other))
+    return to
+
+
 def test_a_finetuning_hides_no_codes_unless_asked(run_folder, tmp_path):
     """Of codes that are low, or a picture's to describe, it would hide what the task is about."""
-    hiding = tmp_path / "hiding"
-    shutil.copytree(run_folder, hiding)
-    settings = load_model_settings(hiding)
-    train = dataclasses.replace(settings.train, code_dropout=0.5)
-    write_settings(hiding / MODEL_SETTINGS, dataclasses.replace(settings, train=train))
+    hiding = changed(run_folder, tmp_path / "hiding", train={"code_dropout": 0.5})
     assert preset_of("captioning", Finetune(hiding, "digits", tmp_path / "out")).train.code_dropout == 0
     asked = Finetune(hiding, "digits", tmp_path / "out", {"code_dropout": 0.2})
     assert preset_of("captioning", asked).train.code_dropout == 0.2
 
 
 def test_guidance_stays_where_text_is_what_is_drawn(run_folder, tmp_path):
-    guided = tmp_path / "guided"
-    shutil.copytree(run_folder, guided)
-    settings = load_model_settings(guided)
-    sampling = dataclasses.replace(settings.sampling, guidance=2.0)
-    write_settings(guided / MODEL_SETTINGS, dataclasses.replace(settings, sampling=sampling))
-    given = Finetune(guided, "digits", tmp_path / "out")
+    given = Finetune(
+        changed(run_folder, tmp_path / "guided", sampling={"guidance": 2.0}), "digits", tmp_path / "out"
+    )
     kept = {task: preset_of(task, given).sampling.guidance for task in ("style", "super-resolution")}
     assert kept == {"style": 2.0, "super-resolution": 1.0}
