@@ -421,6 +421,7 @@ def _demo_preset(given: options.Demo, device: str) -> Preset:
         preset,
         model=dataclasses.replace(preset.model, three_region=three_region),
         train=dataclasses.replace(preset.train, precision=precision),
+        image_tokenizer_train=dataclasses.replace(preset.image_tokenizer_train, precision=precision),
     )
 
 

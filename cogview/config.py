@@ -128,14 +128,12 @@ class VQGANTrainConfig:
     discriminator_start: int = 10_000  # the step from which on the discriminator plays
     discriminator_channels: int = 64
     discriminator_layers: int = 3  # of stride 2: how large a patch is that it judges
-    precision: TrainPrecision = "fp32"  # of activations; weights are always fp32
 
     def __post_init__(self) -> None:
         _require_finite(self, "perceptual", "adversarial")
         _require_between(self, 0, MOST_STEPS, "discriminator_start")
         _require_between(self, 1, 1 << 20, "discriminator_channels")
         _require_between(self, 1, 16, "discriminator_layers")
-        _require_precision(self.precision)
 
     @property
     def smallest_image(self) -> int:
@@ -157,6 +155,7 @@ class ImageTokenizerTrainConfig:
     color_weight: float = 0.0  # of the error of each code's mean colour, beside that of the pixels
     codebook: CodebookMethod = "moving-average"
     warmup_steps: int = 0  # without quantisation; the book then begins at what the encoder has learned
+    precision: TrainPrecision = "fp32"  # of activations; weights are always fp32
     checkpoint_every: int = 1000
     keep: int = 3  # checkpoints that are kept, the last ones
     seed: int = 0
@@ -170,6 +169,7 @@ class ImageTokenizerTrainConfig:
         plain = self.vqgan is None or self.color_weight == 0
         _require(plain, "color_weight", "0 for a VQGAN", self.color_weight)
         _require_between(self, 0, self.steps, "warmup_steps")
+        _require_precision(self.precision)
         known = typing.get_args(CodebookMethod)
         _require(self.codebook in known, "codebook", f"one of {', '.join(known)}", self.codebook)
 

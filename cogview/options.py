@@ -692,7 +692,7 @@ class Demo:
         Literal["fp32", "bf16", "fp16"] | None,
         _shown("KIND", "for the emoji bf16 on a GPU or a CPU with matrix units, else fp32"),
     ] = None
-    """of the activations while the transformer is trained"""
+    """of the activations while image tokenizer and transformer are trained"""
     seed: int = 0
     """of everything random"""
     device: Device = None

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tabulate import tabulate
-from torch import Tensor
 
 from cogview.config import Preset
 from cogview.data.digits import DigitPairs
@@ -25,10 +24,10 @@ from cogview.data.emoji import held_out_combinations
 from cogview.data.emoji import training_pairs as emoji_training
 from cogview.data.pairs import Pairs
 from cogview.device import default_device
+from cogview.evaluation.likeness import Likeness
 from cogview.evaluation.studied_tokenizer import finish_tokenizer
 from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_png, to_picture
-from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.presets import PRESETS, with_vqgan
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
@@ -37,7 +36,6 @@ from cogview.training.image_tokenizer import new_image_tokenizer
 
 KINDS = ("vqvae", "vqgan")
 SIZES: dict[str, Preset] = {"small": PRESETS["digits"], "paper": PRESETS["emoji"]}
-SIDE = 96  # pixels to which pictures are enlarged for the network
 SHOWN = 16  # pictures on the sheet
 RATE = 1e-3  # of the VQGAN, where the preset's is above it; no other has been tried against a discriminator
 
@@ -80,8 +78,7 @@ def study_vqgan(options: VQGANStudy) -> list[dict[str, Any]]:
     training, held_out = _pictures(options.preset)
     size = options.preset.image_tokenizer.image_size
     real = torch.stack([held_out.image(index, size) for index in range(len(held_out))])
-    network = EfficientNetLite0Features(side=SIDE)
-    seen = last_features(network, real)
+    likeness = Likeness(real)
     records, rebuilt = [], []
     for kind, preset in presets.items():
         tokenizer = _tokenizer(kind, preset, training, options)
@@ -92,7 +89,8 @@ def study_vqgan(options: VQGANStudy) -> list[dict[str, Any]]:
             {
                 "kind": kind,
                 "codes": len(codes.unique()),
-                **compare(images, last_features(network, images), real, seen),
+                "psnr_db": -10 * math.log10(F.mse_loss(images, real).item()),
+                **likeness(images),
             }
         )
     write_json(out / "vqgan.json", {"tokenizers": records})
@@ -116,31 +114,6 @@ def _tokenizer(kind: str, preset: Preset, pairs: Pairs, options: VQGANStudy) -> 
     tokenizer = new_image_tokenizer(preset.image_tokenizer, training).to(options.device)
     finish_tokenizer(tokenizer, pairs, training, Path(options.out) / kind, progress=options.progress)
     return tokenizer
-
-
-@torch.no_grad()
-def last_features(network: EfficientNetLite0Features, images: Tensor) -> Tensor:
-    """The network's last features of each picture, of which no training here knows."""
-    return torch.cat([network(part) for part in images.split(64)])
-
-
-def compare(rebuilt: Tensor, rebuilt_features: Tensor, real: Tensor, features: Tensor) -> dict[str, float]:
-    """How near rebuilt pictures are to real ones: in pixels, in a network's features, in sharpness.
-
-    Sharpness is the energy of the differences between neighbouring pixels over that of the real pictures: 1
-    is as sharp, below is blurred.
-    """
-    return {
-        "psnr_db": -10 * math.log10(F.mse_loss(rebuilt, real).item()),
-        "feature_distance": (1 - F.cosine_similarity(rebuilt_features, features)).mean().item(),
-        "sharpness": (gradient_energy(rebuilt) / gradient_energy(real)).item(),
-    }
-
-
-def gradient_energy(images: Tensor) -> Tensor:
-    """Mean squared difference between neighbours, across and down."""
-    across, down = images.diff(dim=3).square().mean(), images.diff(dim=2).square().mean()
-    return across + down
 
 
 def vqgan_table(records: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:

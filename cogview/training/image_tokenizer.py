@@ -36,14 +36,15 @@ def train_image_tokenizer(
 ) -> History:
     """Train ``tokenizer`` in place on the images of ``pairs``, resuming from ``out/tokenizer-checkpoints``.
 
-    Loss of a VQ-VAE: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term, ``color_weight``
-    times the MSE of the cells' mean colours under ``stretched_hues`` and, where ``codebook`` is
-    "straight-through", the codebook's own; that of a VQGAN is in :mod:`cogview.training.vqgan`. Adam, cosine
-    to zero. A network whose loss or gradient is not finite does not change in that step. ``workers``
-    processes read images ahead; 0 reads them between the steps. Checkpoints keep ``origin``, fingerprints of
-    what is trained on. Seeds PyTorch's global generators. Returns the history, per step what the trainer has
-    in ``recorded``: ``reconstruction`` (MSE) and ``codes_used`` (distinct codes in the batch), and of a VQGAN
-    four more. The rest is :func:`cogview.training.loop.run_loop`.
+    Loss of a VQ-VAE: pixel MSE (in [0, 1]) plus ``commitment`` times the commitment term,
+    ``color_weight`` times the MSE of the cells' mean colours under ``stretched_hues`` and, where
+    ``codebook`` is "straight-through", the codebook's own; that of a VQGAN is in
+    :mod:`cogview.training.vqgan`. Adam, cosine to zero, networks under autocast in ``precision``. One
+    whose loss or gradient is not finite does not change in that step. ``workers`` processes read images
+    ahead; 0 reads them between the steps. Checkpoints keep ``origin``, fingerprints of what is trained
+    on. Seeds PyTorch's global generators. Returns the history, per step what the trainer has in
+    ``recorded``: ``reconstruction`` (MSE) and ``codes_used`` (distinct codes in the batch), and of a
+    VQGAN four more. The rest is :func:`cogview.training.loop.run_loop`.
     """
     if isinstance(tokenizer, VQGAN):
         trainer: ImageTokenizerTrainer = VQGANTrainer(tokenizer, pairs, config, workers)

@@ -10,8 +10,7 @@ counts as much as the first two at the decoder's last layer: the ratio of gradie
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ class VQGANTrainer(ImageTokenizerTrainer):
         self.model = Players(tokenizer, self.discriminator)
         learned = list(self.discriminator.parameters())
         self.optimizers = {**self.optimizers, "discriminator_optimizer": self.adam(learned)}
-        self.precisions = {name: Precision(self.game.precision, self.device) for name in self.optimizers}
+        self.precisions["discriminator_optimizer"] = Precision(config.precision, self.device)
         self.perceptual = None
         if self.game.perceptual:
             self.perceptual = perceptual_distance(self.game.lpips, size).to(self.device)
@@ -151,10 +150,3 @@ class VQGANTrainer(ImageTokenizerTrainer):
     def shown(self, values: Mapping[str, float]) -> str:
         seen = f"perceptual {values['perceptual']:.4f}, discriminator {values['discriminator']:.3f}"
         return f"{super().shown(values)}, {seen}"
-
-    def state(self) -> dict[str, Any]:
-        return {name: precision.state() for name, precision in self.precisions.items()}
-
-    def load_state(self, state: Mapping[str, Any], source: Path) -> None:
-        for name, precision in self.precisions.items():
-            precision.load_state(state.get(name, {}), source)

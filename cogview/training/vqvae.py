@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from cogview.seeding import derive_seed
 from cogview.tokens.vqvae import ImageTokenizer, count_used, stretched_hues
 from cogview.training.loop import StepResult, Trainer, backward, descend, set_learning_rate
 from cogview.training.optim import cosine_to_zero
+from cogview.training.precision import Precision
 from cogview.training.speed import peak_memory_gb
 
 LAST_TEMPERATURE = 1 / 16  # of the codebook method "gumbel", reached at half of the training, as by DALL-E
@@ -28,7 +31,11 @@ def temperature(done: float) -> float:
 
 
 class ImageTokenizerTrainer(Trainer):
-    """Pixel MSE plus commitment, Adam, a cosine to zero; the codebook as :class:`Quantizer` says."""
+    """Pixel MSE plus commitment, Adam, a cosine to zero; the codebook as :class:`Quantizer` says.
+
+    Raises:
+        ValueError: the device cannot compute in the precision.
+    """
 
     label = "train image tokenizer"
     board = "image_tokenizer"
@@ -48,6 +55,7 @@ class ImageTokenizerTrainer(Trainer):
         tokenizer.quantizer.learn_by(config.codebook)
         learned = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.optimizers = {"optimizer": self.adam(learned)}
+        self.precisions = {"optimizer": Precision(config.precision, self.device)}
         self._hues = stretched_hues().to(self.device)
         self._schedule = cosine_to_zero(config.steps)
 
@@ -80,19 +88,29 @@ class ImageTokenizerTrainer(Trainer):
     def step(self, step: int, batch: Tensor) -> StepResult:
         images = batch.to(self.device)
         book = self.prepare(step, images)
-        result = self.tokenizer(images, quantise=step >= self.config.warmup_steps)
-        reconstruction = F.mse_loss(result.images, images)
+        precision = self.precisions["optimizer"]
+        with precision.autocast():
+            result = self.tokenizer(images, quantise=step >= self.config.warmup_steps)
+        rebuilt = result.images.float()
+        reconstruction = F.mse_loss(rebuilt, images)
         loss = reconstruction + self.config.commitment * result.commitment + result.codebook
         if self.config.color_weight:
             # Outlines make up most of the pixels' error; this tells one plain colour from another.
-            means = F.avg_pool2d(result.images - images, 2**self.tokenizer.config.stages)
+            means = F.avg_pool2d(rebuilt - images, 2**self.tokenizer.config.stages)
             errors = torch.einsum("ij,bjhw->bihw", self._hues, means)
             loss = loss + self.config.color_weight * errors.square().mean()
-        backward(loss)
-        descent = descend(loss, self.model, self.optimizers["optimizer"])
+        backward(loss, precision.scaler)
+        descent = descend(loss, self.model, self.optimizers["optimizer"], scaler=precision.scaler)
         self.put_back(book, descent.skipped)
         codes_used = count_used(result.codes, self.tokenizer.config.num_codes)
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
+
+    def state(self) -> dict[str, Any]:
+        return {name: precision.state() for name, precision in self.precisions.items()}
+
+    def load_state(self, state: Mapping[str, Any], source: Path) -> None:
+        for name, precision in self.precisions.items():
+            precision.load_state(state.get(name, {}), source)
 
     def speed(self, seconds: float) -> dict[str, float]:
         images = self.config.batch_size / seconds

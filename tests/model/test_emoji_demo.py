@@ -163,7 +163,9 @@ def test_the_precision_is_the_fast_one_unless_the_demo_began_with_another(tmp_pa
 
     def precision(**options):
         given = Demo(out=tmp_path, **options)
-        return commands._demo_preset(given, "cpu").train.precision
+        preset = commands._demo_preset(given, "cpu")
+        assert preset.image_tokenizer_train.precision == preset.train.precision
+        return preset.train.precision
 
     assert precision(data="emoji") == "bf16" and precision(data="emoji", precision="fp32") == "fp32"
     assert precision(data="digits") == "fp32" and precision(data="digits", precision="bf16") == "bf16"

@@ -353,6 +353,7 @@ def test_both_ways_are_compared_on_held_out_pictures(enlarger, local_run, tmp_pa
     kinds = [way["way"].partition(",")[0] for way in ways]
     assert kinds == ["bicubic", "super-resolution", "local-super-resolution", "codes of the truth"]
     assert all(way["psnr_db"] > 0 for way in ways) and all(way["seconds_a_picture"] > 0 for way in ways[:3])
+    assert all(0 < way["feature_distance"] < 2 and way["sharpness"] > 0 for way in ways)
     for name in ("super-resolution.png", "super-resolution-sheet.png"):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 100

@@ -72,7 +72,7 @@ def test_the_discriminator_learns_to_tell_stripes_across_from_stripes_down():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, precision):
     codebook = "straight-through" if precision == "bf16" else "moving-average"
-    config = dataclasses.replace(changed(precision=precision), batch_size=4, codebook=codebook)
+    config = dataclasses.replace(CONFIG, precision=precision, batch_size=4, codebook=codebook)
     uncut = tokenizer()
     whole = train_image_tokenizer(uncut, DigitPairs(), config, tmp_path / "whole", progress=False)
     assert all(torch.isfinite(torch.tensor(values)).all() for values in whole.values())

@@ -36,14 +36,17 @@ def test_training_learns(tmp_path):
     assert history["codes_used"][-1] > 8
 
 
-def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch):
-    whole = train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "whole", progress=False)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, precision):
+    config = dataclasses.replace(CONFIG, precision=precision)
+    whole = train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path / "whole", progress=False)
+    assert all(torch.isfinite(torch.tensor(values)).all() for values in whole.values())
     die_in_step(7, monkeypatch, cogview.data.order)
     with pytest.raises(RuntimeError, match="killed"):
-        train_image_tokenizer(tokenizer(), DigitPairs(), CONFIG, tmp_path / "cut", progress=False)
+        train_image_tokenizer(tokenizer(), DigitPairs(), config, tmp_path / "cut", progress=False)
     monkeypatch.undo()
     other = tokenizer(seed=9)
-    assert train_image_tokenizer(other, DigitPairs(), CONFIG, tmp_path / "cut", progress=False) == whole
+    assert train_image_tokenizer(other, DigitPairs(), config, tmp_path / "cut", progress=False) == whole
 
 
 def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import ImageTokenizerConfig
+from cogview.tokens import vqvae
 from cogview.tokens.vqvae import CHROMA, ImageTokenizer, Quantizer, ResidualBlock
 
 SMALL = ImageTokenizerConfig(num_codes=8, code_dim=4, channels=6, stages=2, image_size=16)
@@ -60,6 +61,15 @@ def test_nearest_code_is_the_nearest():
     z = torch.randn(5, 7, 4)
     distance = torch.cdist(z.reshape(-1, 4), quantizer.embed.t())
     assert torch.equal(quantizer.nearest(z).reshape(-1), distance.argmin(1))
+
+
+@pytest.mark.parametrize("held", [1, 24, 40])  # one vector at a time, three, as many as there are
+def test_how_many_distances_are_held_does_not_change_the_codes(monkeypatch, held):
+    quantizer = Quantizer(SMALL)
+    z = torch.randn(5, 4)
+    expected = torch.cdist(z, quantizer.embed.t()).argmin(1)
+    monkeypatch.setattr(vqvae, "DISTANCES", {"cpu": held})
+    assert torch.equal(quantizer.nearest(z), expected)
 
 
 def test_moving_averages_by_hand():
