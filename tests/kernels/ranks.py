@@ -135,6 +135,11 @@ def nothing_counts(call: Call) -> Call:
     return replace(call, tensors=call.tensors | {"target": (torch.full_like(target, -100), placement)})
 
 
+def compiled(call: Call) -> Call:
+    """Traced whole; what Inductor would make of the rest is not the matter here."""
+    return replace(call, function=torch.compile(call.function, backend="aot_eager", fullgraph=True))
+
+
 def sequence_parallel_rms(x, weight):
     return ck.rms_norm(x, weight, weight_offset=1.0, pb_relax="row")
 
@@ -169,6 +174,13 @@ def calls() -> dict[str, Call]:
         "cross_entropy-sum": cross_entropy("sum", Shard(1), Shard(1), softcap=5.0),
         "cross_entropy-none": cross_entropy("none", label_smoothing=0.1),
         "cross_entropy-nothing-counts": nothing_counts(cross_entropy("mean")),
+        "compiled-attention": compiled(attention(HEADS)),
+        "compiled-decode": compiled(decoding(SAMPLES, SAMPLES)),
+        "compiled-local": compiled(local_attention(HEADS)),
+        "compiled-merge": compiled(merging(SAMPLES)),
+        "compiled-sandwich_rms_norm": compiled(norm(ck.sandwich_rms_norm, 2, 2, Shard(1))),
+        "compiled-softmax": compiled(softmax(HEADS, None, causal=True)),
+        "compiled-cross_entropy": compiled(cross_entropy("mean")),
     }  # fmt: skip
 
 
