@@ -55,7 +55,7 @@ else:
     ISA_FLAGS = {"portable": []}
     BF16_ISA_FLAGS = {}
 # Ops whose matrix products gain from bfloat16 instructions (declared with COGVIEW_DECLARE_PER_ISA_WITH_BF16).
-BF16_OPS = ("three_region_attention", "decode_attention")
+BF16_OPS = ("three_region_attention", "decode_attention", "linear_cross_entropy")
 
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"),

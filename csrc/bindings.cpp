@@ -248,6 +248,16 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, Object
             pointer<float>(logit_max),    pointer<float>(total),    pointer<float>(dbias)};
 }
 
+// Matrices of bfloat16 whose rows are contiguous.
+LinearCrossEntropyProduct cross_entropy_product(const PythonTensor& a, const PythonTensor& b,
+                                                const PythonTensor& out) {
+    return {a.size[1],    b.size[1],
+            a.size[0],    static_cast<const BFloat16*>(a.data),
+            a.stride[0],  static_cast<const BFloat16*>(b.data),
+            b.stride[0],  static_cast<BFloat16*>(out.data),
+            out.stride[0]};
+}
+
 // A tensor of attention, its rows contiguous, or None.
 StridedInput strided_input(const PythonTensor& x) {
     return {x.data, {x.stride[0], x.stride[1], x.stride[2]}};
@@ -553,6 +563,7 @@ constexpr const char* kSandwichRmsBackward[] = {
 constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
 constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
                                      "logit_max", "total",     "dbias"};
+constexpr const char* kProduct[] = {"a", "b", "out"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 [[maybe_unused]] constexpr const char* kAttentionForwardSm90[] = {"q",   "k",         "v",     "out",
@@ -603,9 +614,11 @@ PYBIND11_MODULE(_C, m) {
     bind_cpu(m, "sandwich_rms_norm_bwd_cpu", sandwich_rms_backward, kSandwichRmsBackward,
              [] { return COGVIEW_PICK_ISA(sandwich_rms_norm_bwd_cpu); });
     bind_cpu(m, "linear_cross_entropy_reduce_cpu", cross_entropy_reduce, kReduce,
-             [] { return COGVIEW_PICK_ISA(linear_cross_entropy_reduce_cpu); });
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_reduce_cpu); });
     bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient, kGradient,
-             [] { return COGVIEW_PICK_ISA(linear_cross_entropy_gradient_cpu); });
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_gradient_cpu); });
+    bind_cpu(m, "linear_cross_entropy_product_cpu", cross_entropy_product, kProduct,
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_product_cpu); });
     bind_cpu(m, "three_region_attention_fwd_cpu", attention_forward, kAttentionForward, [] {
         return [](const AttentionForward& args, int threads) {
             const SortedPivots sorted_pivots(args.common.shape, args.common.layout);

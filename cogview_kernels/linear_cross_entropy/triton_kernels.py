@@ -286,3 +286,8 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """See :class:`pieces.Steps`; ``gradient`` is contiguous, and nobody waits to know the factor."""
     if size := gradient.numel():
         _scale_kernel[(triton.cdiv(size, 4096),)](gradient, factor, size, BLOCK=4096)
+
+
+def transposed_product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """See :class:`pieces.Steps`."""
+    torch.mm(a.T, b, out=out)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax part of linear cross-entropy; the matrix products around it are PyTorch's.
+// The softmax part of linear cross-entropy. The matrix products around it are PyTorch's, but for those that a
+// processor with tiles makes faster here.
 #pragma once
 
 #include <cstdint>
@@ -45,9 +46,22 @@ struct LinearCrossEntropyGradient {
     float* dbias;              // [v], added to; or null
 };
 
-COGVIEW_DECLARE_PER_ISA(void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args,
-                                                             int threads);
-                        void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args,
-                                                               int threads);)
+// out[M, N] = a^T b of a [K, M] and b [K, N], rounded once. Rows lie `stride` elements apart. K is at
+// least 1.
+struct LinearCrossEntropyProduct {
+    int64_t M, N, K;
+    const BFloat16* a;
+    int64_t a_stride;
+    const BFloat16* b;
+    int64_t b_stride;
+    BFloat16* out;
+    int64_t out_stride;
+};
+
+COGVIEW_DECLARE_PER_ISA_WITH_BF16(
+    void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args, int threads);
+    void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args, int threads);
+    // Only avx512bf16 and amx have it.
+    void linear_cross_entropy_product_cpu(const LinearCrossEntropyProduct& args, int threads);)
 
 }  // namespace cogview

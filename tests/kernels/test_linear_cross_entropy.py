@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview_kernels import _device, _extension, linear_cross_entropy
-from cogview_kernels.linear_cross_entropy import pieces
+from cogview_kernels.linear_cross_entropy import native, pieces
 from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 from cogview_kernels.linear_cross_entropy.op import backend_module, linear_cross_entropy_op
 from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
@@ -181,6 +181,17 @@ def test_one_chunk(backend, dtype, case, reduction, monkeypatch):
 
 
 @pytest.mark.budget
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_products_of_the_extension(case, reduction, monkeypatch, instruction_set):
+    """They are for more ids than the cases have."""
+    instruction_set("amx")
+    monkeypatch.setattr(native, "MANY_ROWS", 1)
+    monkeypatch.setattr(native.chunked, "transposed_product", None)
+    check("cpu", torch.bfloat16, case, reduction)
+
+
+@pytest.mark.budget
 @pytest.mark.parametrize("kept", [1, 10, 30, 37])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -289,6 +300,37 @@ def test_every_instruction_set(isa, backend, instruction_set):
     instruction_set(isa)
     for dtype in DTYPES:
         check(backend, dtype, "past_a_tile", "none")
+
+
+@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+@pytest.mark.parametrize(
+    ("K", "M", "N"), [(1, 3, 5), (31, 33, 64), (300, 32, 95), (2305, 70, 33), (1100, 1200, 500)]
+)
+def test_transposed_product(isa, K, M, N, instruction_set):
+    """Parts and rows of the results that are cut, rows that lie apart, more threads than there are parts."""
+    instruction_set(isa)
+    a, b = torch.randn(K, M + 3).bfloat16()[:, :M], torch.randn(K, N + 1).bfloat16()[:, 1:]
+    exact = a.double().T @ b.double()
+    found = []
+    for threads in (1, 3, 11):
+        out = torch.full((M, N + 2), 7.0, dtype=torch.bfloat16)
+        _extension.native.linear_cross_entropy_product_cpu(a, b, out[:, :N], threads)
+        assert bool((out[:, N:] == 7).all())
+        found.append(out[:, :N])
+    assert all(torch.equal(out, found[0]) for out in found)
+    # Half of a last bit, and what K sums in float32 can lose.
+    size = (a.double().abs().T @ b.double().abs()) * K * 2**-24
+    assert bool(((found[0].double() - exact).abs() <= exact.abs() * 2**-8 + size).all())
+
+
+def test_transposed_product_of_numbers_that_are_none(instruction_set):
+    """They stay in their row and column, though blocks are padded."""
+    instruction_set("amx")
+    a, b = torch.ones(40, 5).bfloat16(), torch.ones(40, 7).bfloat16()
+    a[3, 1], b[39, 6] = float("nan"), float("inf")
+    out = torch.empty(5, 7).bfloat16()
+    _extension.native.linear_cross_entropy_product_cpu(a, b, out, 2)
+    torch.testing.assert_close(out, (a.float().T @ b.float()).bfloat16(), equal_nan=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
