@@ -181,7 +181,9 @@ def linear_cross_entropy_gradient_cpu(
     dbias: _Address,
     threads: int,
 ) -> None: ...
-def linear_cross_entropy_product_cpu(a: Tensor, b: Tensor, out: Tensor, threads: int) -> None: ...
+def linear_cross_entropy_product_cpu(
+    a: Tensor | None, b: Tensor | None, out: Tensor | None, threads: int
+) -> None: ...
 def three_region_attention_fwd_cpu(
     q: _Strided,
     k: _Strided,

@@ -49,6 +49,17 @@ def test_a_killed_run_resumes_to_the_same_losses(tmp_path, monkeypatch, precisio
     assert train_image_tokenizer(other, DigitPairs(), config, tmp_path / "cut", progress=False) == whole
 
 
+def test_activations_are_in_the_precision_and_weights_in_float32(tmp_path):
+    """The same errors of the first step up to the rounding of bfloat16, which is there."""
+    found = {}
+    for precision in ("fp32", "bf16"):
+        config, model = dataclasses.replace(CONFIG, steps=1, precision=precision), tokenizer()
+        history = train_image_tokenizer(model, DigitPairs(), config, tmp_path / precision, progress=False)
+        found[precision] = history["reconstruction"][0]
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert found["bf16"] != found["fp32"] and found["bf16"] == pytest.approx(found["fp32"], rel=0.02)
+
+
 def test_a_step_with_nan_changes_nothing(tmp_path, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=1)
     model = tokenizer()
