@@ -65,7 +65,7 @@ seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was u
 SANITIZED := build/sanitize
 SANITIZED_OPS := three_region_attention decode_attention linear_cross_entropy
 SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
-sanitize: $(VENV)/.ready  ## run tests of CPU kernels that lay out their operands under address and undefined-behaviour sanitizers
+sanitize: $(VENV)/.ready  ## run tests of CPU kernels under address and undefined-behaviour sanitizers
 	@mkdir -p $(SANITIZED)
 	@COGVIEW_SANITIZE="$(SANITIZED_OPS)" COGVIEW_CUDA=0 $(BIN)/python setup.py -q egg_info -e $(SANITIZED) \
 	  build -b $(SANITIZED) --build-lib $(SANITIZED)/lib

@@ -69,7 +69,7 @@ _OF_TRAINING = {
 _NOT_OF_A_PLAN = ("seed", "log-every", "keep", "samples-every", "validation", "compile-layers")
 SHORT: dict[type, dict[str, str]] = {
     options.TrainTokenizer: {
-        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "keep")
+        name: f"image-tokenizer-train.{name}" for name in ("steps", "batch-size", "seed", "precision", "keep")
     },
     options.Train: _OF_TRAINING,
     options.TrainClipGen: {

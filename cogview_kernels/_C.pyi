@@ -181,7 +181,7 @@ def linear_cross_entropy_gradient_cpu(
     dbias: _Address,
     threads: int,
 ) -> None: ...
-def linear_cross_entropy_product_cpu(
+def linear_cross_entropy_transposed_product_cpu(
     a: Tensor | None, b: Tensor | None, out: Tensor | None, threads: int
 ) -> None: ...
 def three_region_attention_fwd_cpu(

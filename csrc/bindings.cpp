@@ -249,8 +249,9 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, Object
 }
 
 // Matrices of bfloat16 whose rows are contiguous.
-LinearCrossEntropyProduct cross_entropy_product(const PythonTensor& a, const PythonTensor& b,
-                                                const PythonTensor& out) {
+LinearCrossEntropyTransposedProduct cross_entropy_transposed_product(const PythonTensor& a,
+                                                                     const PythonTensor& b,
+                                                                     const PythonTensor& out) {
     return {a.size[1],    b.size[1],
             a.size[0],    static_cast<const BFloat16*>(a.data),
             a.stride[0],  static_cast<const BFloat16*>(b.data),
@@ -563,7 +564,7 @@ constexpr const char* kSandwichRmsBackward[] = {
 constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
 constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
                                      "logit_max", "total",     "dbias"};
-constexpr const char* kProduct[] = {"a", "b", "out"};
+constexpr const char* kTransposedProduct[] = {"a", "b", "out"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 [[maybe_unused]] constexpr const char* kAttentionForwardSm90[] = {"q",   "k",         "v",     "out",
@@ -617,8 +618,9 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_reduce_cpu); });
     bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient, kGradient,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_gradient_cpu); });
-    bind_cpu(m, "linear_cross_entropy_product_cpu", cross_entropy_product, kProduct,
-             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_product_cpu); });
+    bind_cpu(m, "linear_cross_entropy_transposed_product_cpu", cross_entropy_transposed_product,
+             kTransposedProduct,
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_transposed_product_cpu); });
     bind_cpu(m, "three_region_attention_fwd_cpu", attention_forward, kAttentionForward, [] {
         return [](const AttentionForward& args, int threads) {
             const SortedPivots sorted_pivots(args.common.shape, args.common.layout);

@@ -19,9 +19,8 @@ from cogview.config import CodebookMethod, ImageTokenizerConfig
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``tokenizer.to(dtype)`` for another
 
 # Distances that are held at a time while the nearest codes are looked for. More of them than a CPU's caches
-# hold come from memory three times over; a GPU wants few launches.
-DISTANCES = {"cpu": 1 << 20}
-MOST_DISTANCES = 1 << 26
+# hold would come from memory three times over; a GPU wants few launches.
+DISTANCES_ON_CPU, DISTANCES = 1 << 20, 1 << 26
 
 CHROMA = 2.5  # by how much ``stretched_hues`` moves a colour from its grey
 
@@ -214,8 +213,9 @@ class Quantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code for each ``[..., D]`` vector; int64 ``[...]``."""
         flat = z.reshape(-1, z.shape[-1])
-        together = max(1, DISTANCES.get(z.device.type, MOST_DISTANCES) // self.embed.shape[1])
-        # Not argmin, which takes twice the time of min on a CPU.
+        held = DISTANCES_ON_CPU if z.device.type == "cpu" else DISTANCES
+        together = max(1, held // self.embed.shape[1])
+        # Not argmin, which takes longer than min on a CPU.
         parts = [self.distances(part).min(1).indices for part in flat.split(together)]
         return torch.cat(parts).view(z.shape[:-1])
 

@@ -55,7 +55,7 @@ def transposed_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """See :class:`pieces.Steps`. PyTorch's own, but for bfloat16 on a CPU with tiles."""
     has_rows = a.stride(1) == b.stride(1) == out.stride(1) == 1 and out.numel() > 0
     if a.dtype == torch.bfloat16 and len(a) >= MANY_ROWS and has_rows and _extension.native.isa() == "amx":
-        _extension.call("linear_cross_entropy_product", "cpu", a, b, out)
+        _extension.call("linear_cross_entropy_transposed_product", "cpu", a, b, out)
     else:
         chunked.transposed_product(a, b, out)
 

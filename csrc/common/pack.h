@@ -8,6 +8,13 @@
 namespace cogview {
 namespace {
 
+inline int64_t round_down(int64_t n, int64_t to) {
+    return n / to * to;
+}
+inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
+
 // units[c, r] = units[r, c]; rows and columns are multiples of 16.
 inline void transpose_block(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
 #if defined(__AVX512F__)
@@ -56,6 +63,11 @@ inline VecF pair(VecF low, VecF high) {
     return bitcast<VecF>(((bitcast<VecU>(low) + half) >> 16) | ((bitcast<VecU>(high) + half) & 0xffff0000u));
 }
 
+// As pair(), of floats that are bfloat16 already.
+inline VecF exact_pair(VecF low, VecF high) {
+    return bitcast<VecF>(bitcast<VecU>(low) >> 16 | bitcast<VecU>(high));
+}
+
 // As store() of vec.h, where there is an instruction for it.
 inline void store_narrow(BFloat16* p, VecF v) {
 #if defined(__AVX512BF16__)
@@ -70,11 +82,8 @@ inline void store_narrow(BFloat16* p, VecF v) {
 inline void interleave(const BFloat16* stage, int64_t rows, int64_t width, float* units) {
     for (int64_t r = 0; r < rows; r += 2) {
         const BFloat16* first = stage + r * width;
-        for (int64_t c = 0; c < width; c += kLanes) {
-            const VecU low = bitcast<VecU>(load(first + c)) >> 16;
-            const VecU high = bitcast<VecU>(load(first + width + c));
-            store(units + r / 2 * width + c, bitcast<VecF>(low | high));
-        }
+        for (int64_t c = 0; c < width; c += kLanes)
+            store(units + r / 2 * width + c, exact_pair(load(first + c), load(first + width + c)));
     }
 }
 

@@ -48,7 +48,7 @@ struct LinearCrossEntropyGradient {
 
 // out[M, N] = a^T b of a [K, M] and b [K, N], rounded once. Rows lie `stride` elements apart. K is at
 // least 1.
-struct LinearCrossEntropyProduct {
+struct LinearCrossEntropyTransposedProduct {
     int64_t M, N, K;
     const BFloat16* a;
     int64_t a_stride;
@@ -62,6 +62,7 @@ COGVIEW_DECLARE_PER_ISA_WITH_BF16(
     void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args, int threads);
     void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args, int threads);
     // Only avx512bf16 and amx have it.
-    void linear_cross_entropy_product_cpu(const LinearCrossEntropyProduct& args, int threads);)
+    void linear_cross_entropy_transposed_product_cpu(const LinearCrossEntropyTransposedProduct& args,
+                                                     int threads);)
 
 }  // namespace cogview

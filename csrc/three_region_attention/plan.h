@@ -31,13 +31,6 @@ constexpr int64_t kGrain = kBf16 ? kTile : 2;
 template <bool kBf16>
 constexpr int64_t kPiece = Compute<kBf16>::kAlign;
 
-inline int64_t round_down(int64_t n, int64_t to) {
-    return n / to * to;
-}
-inline int64_t round_up(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
 // What all tiles of a call share.
 template <bool kBf16>
 struct Plan {

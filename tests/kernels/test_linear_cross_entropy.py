@@ -294,7 +294,7 @@ def test_way_to_the_gradients(dtype, N, chunk, way, monkeypatch):
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_every_instruction_set(isa, backend, instruction_set):
     instruction_set(isa)
@@ -307,14 +307,14 @@ def test_every_instruction_set(isa, backend, instruction_set):
     ("K", "M", "N"), [(1, 3, 5), (31, 33, 64), (300, 32, 95), (2305, 70, 33), (1100, 1200, 500)]
 )
 def test_transposed_product(isa, K, M, N, instruction_set):
-    """Parts and rows of the results that are cut, rows that lie apart, more threads than there are parts."""
+    """Rows that lie apart; results and parts that are cut; more threads than parts, so that slices are."""
     instruction_set(isa)
     a, b = torch.randn(K, M + 3).bfloat16()[:, :M], torch.randn(K, N + 1).bfloat16()[:, 1:]
     exact = a.double().T @ b.double()
     found = []
-    for threads in (1, 3, 11):
+    for threads in (1, 3, 11, 40):
         out = torch.full((M, N + 2), 7.0, dtype=torch.bfloat16)
-        _extension.native.linear_cross_entropy_product_cpu(a, b, out[:, :N], threads)
+        _extension.native.linear_cross_entropy_transposed_product_cpu(a, b, out[:, :N], threads)
         assert bool((out[:, N:] == 7).all())
         found.append(out[:, :N])
     assert all(torch.equal(out, found[0]) for out in found)
@@ -329,7 +329,7 @@ def test_transposed_product_of_numbers_that_are_none(instruction_set):
     a, b = torch.ones(40, 5).bfloat16(), torch.ones(40, 7).bfloat16()
     a[3, 1], b[39, 6] = float("nan"), float("inf")
     out = torch.empty(5, 7).bfloat16()
-    _extension.native.linear_cross_entropy_product_cpu(a, b, out, 2)
+    _extension.native.linear_cross_entropy_transposed_product_cpu(a, b, out, 2)
     torch.testing.assert_close(out, (a.float().T @ b.float()).bfloat16(), equal_nan=True)
 
 
@@ -722,7 +722,7 @@ def test_options(backend, dtype, name):
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("backend", ["cpu"])
 def test_options_in_every_instruction_set(isa, backend, instruction_set):
     instruction_set(isa)

@@ -27,29 +27,24 @@ constexpr int64_t kPanelWidth = 32, kTaskRows = 256;
 // Parts of the contraction, and sums of each that are held at a time: 16 MB in all, at most.
 constexpr int64_t kParts = 8, kSums = 1 << 19;
 
-int64_t rounded_up(int64_t n, int64_t multiple) {
-    return (n + multiple - 1) / multiple * multiple;
-}
-
 // units[c] = (low[c], high[c]) for c < columns, else 0; either row may be absent. `width` is a multiple
 // of 16.
 void pair_rows(const BFloat16* low, const BFloat16* high, int64_t columns, int64_t width, float* units) {
-    const auto part = [](const BFloat16* row, int64_t c, auto tag) {
-        return row == nullptr ? VecU{} : bitcast<VecU>(load(row + c, tag));
+    const auto pairs = [=](int64_t c, auto tag) {
+        const auto part = [=](const BFloat16* row) { return row == nullptr ? VecF{} : load(row + c, tag); };
+        return exact_pair(part(low), part(high));
     };
     for (int64_t c = 0; c < width; c += kLanes) {
-        VecU pairs = {};
         if (c + kLanes <= columns)
-            pairs = part(low, c, Whole{}) >> 16 | part(high, c, Whole{});
-        else if (c < columns)
-            pairs = part(low, c, Part{int(columns - c)}) >> 16 | part(high, c, Part{int(columns - c)});
-        store(units + c, bitcast<VecF>(pairs));
+            store(units + c, pairs(c, Whole{}));
+        else
+            store(units + c, c < columns ? pairs(c, Part{int(columns - c)}) : VecF{});
     }
 }
 
 // `rows` rows of the results from `first` on; `padded` and `width` are multiples of 32.
 struct Rows {
-    const LinearCrossEntropyProduct& p;
+    const LinearCrossEntropyTransposedProduct& p;
     int64_t first, rows, padded, width;
 
     // sums[padded, width] = the products over `blocks` of kDepth rows from the `begin`th block on.
@@ -69,15 +64,6 @@ struct Rows {
                                      b.data + column * (kDepth / 2), kPanelWidth, sums + row * width + column,
                                      width, block > begin);
         }
-    }
-
-    void write(const float* sums, int64_t parts, int64_t m) const {
-        BFloat16* out = p.out + (first + m) * p.out_stride;
-        for_each_vector(p.N, [&](int64_t n, auto tag) {
-            VecF sum = load(sums + m * width + n);
-            for (int64_t part = 1; part < parts; ++part) sum += load(sums + (part * padded + m) * width + n);
-            store(out + n, sum, tag);
-        });
     }
 
   private:
@@ -107,21 +93,35 @@ struct Rows {
 
 }  // namespace
 
-void linear_cross_entropy_product_cpu(const LinearCrossEntropyProduct& p, int threads) {
+void linear_cross_entropy_transposed_product_cpu(const LinearCrossEntropyTransposedProduct& p, int threads) {
     if constexpr (!kHasBf16) throw std::logic_error("a product of pairs of bfloat16 on a processor without");
-    const int64_t width = rounded_up(p.N, kPanelWidth), blocks = (p.K + kDepth - 1) / kDepth;
+    const int64_t width = round_up(p.N, kPanelWidth), blocks = (p.K + kDepth - 1) / kDepth;
     const int64_t each = (blocks + kParts - 1) / kParts, parts = (blocks + each - 1) / each;
-    const int64_t padded = rounded_up(std::min(p.M, std::max<int64_t>(32, kSums / width / 32 * 32)), 32);
-    const Workspace sums(parts * padded * width);
-    for (int64_t first = 0; first < p.M; first += padded) {
-        const Rows rows = {p, first, std::min(padded, p.M - first), padded, width};
-        parallel_for(parts, 1, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t part = begin; part < end; ++part)
-                rows.add_up(part * each, std::min(each, blocks - part * each),
-                            sums.data + part * padded * width);
+    const int64_t most = std::min(round_up(p.M, 32), std::max<int64_t>(32, round_down(kSums / width, 32)));
+    // Where there are more threads than parts, the rows are divided as well, and b is packed for each slice.
+    const int64_t slices = std::clamp<int64_t>((threads + parts - 1) / parts, 1, most / 32);
+    const int64_t slice = round_up((most + slices - 1) / slices, 32);
+    const Workspace sums(parts * most * width);
+    const auto sums_of = [&](int64_t part, int64_t m) { return sums.data + (part * most + m) * width; };
+    for (int64_t first = 0; first < p.M; first += most) {
+        const int64_t here = std::min(most, p.M - first);
+        parallel_for(parts * slices, 1, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t part = i / slices, m = i % slices * slice, count = std::min(slice, here - m);
+                if (count <= 0) continue;
+                const Rows rows = {p, first + m, count, round_up(count, 32), width};
+                rows.add_up(part * each, std::min(each, blocks - part * each), sums_of(part, m));
+            }
         });
-        parallel_for(rows.rows, 32, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t m = begin; m < end; ++m) rows.write(sums.data, parts, m);
+        parallel_for(here, 32, threads, [&](int64_t begin, int64_t end) {
+            for (int64_t m = begin; m < end; ++m) {
+                BFloat16* out = p.out + (first + m) * p.out_stride;
+                for_each_vector(p.N, [&](int64_t n, auto tag) {
+                    VecF sum = load(sums_of(0, m) + n);
+                    for (int64_t part = 1; part < parts; ++part) sum += load(sums_of(part, m) + n);
+                    store(out + n, sum, tag);
+                });
+            }
         });
     }
 }
