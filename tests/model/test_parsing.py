@@ -84,10 +84,10 @@ def test_short_forms_name_the_part_that_the_verb_trains():
     assert parse("train", (*TRAIN, "--checkpoint-layers"), "").model.activation_checkpointing
     assert parse("train", base, "").model.activation_checkpointing
     assert not parse("train", (*base, "--no-checkpoint-layers"), "").model.activation_checkpointing
-    assert "--precision" in mistake("train-tokenizer", *TRAIN, "--precision", "bf16")
+    assert "--accumulate" in mistake("train-tokenizer", *TRAIN, "--accumulate", "4")
     assert "--train.precision" in mistake("train", *TRAIN, "--precision", "int8")
-    given = parse("train-tokenizer", (*TRAIN, *short), "").image_tokenizer_train
-    assert (given.steps, given.batch_size, given.seed) == (3, 5, 7)
+    given = parse("train-tokenizer", (*TRAIN, *short, "--precision", "bf16"), "").image_tokenizer_train
+    assert (given.steps, given.batch_size, given.seed, given.precision) == (3, 5, 7, "bf16")
 
 
 def test_attention_switches_three_regions_on_and_off():
