@@ -456,7 +456,11 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
 
 def study(given: options.Study) -> None:
     """``cogview study``."""
-    asked: dict[str, Any] = {"steps": given.steps, "learning_rate": given.learning_rate}
+    asked: dict[str, Any] = {
+        "steps": given.steps,
+        "learning_rate": given.learning_rate,
+        "precision": given.precision,
+    }
     changes = {name: value for name, value in asked.items() if value is not None}
     _STUDIES[given.name](given, changes)
     files = ".png, .csv and .json" if given.name in ("stability", "tokenizers") else ".png and .json"

@@ -22,6 +22,7 @@ from cogview.config import (
     Preset,
     SamplingConfig,
     TrainConfig,
+    TrainPrecision,
 )
 
 
@@ -802,6 +803,8 @@ class Study:
     """of each training, unless it overflows before"""
     learning_rate: Annotated[float | None, _shown("FLOAT", "the size's")] = None
     """from the first step to the last"""
+    precision: Annotated[TrainPrecision | None, _shown("{fp32,bf16,fp16}", "fp32")] = None
+    """tokenizers, vqgan: of activations; weights are always fp32"""
     runs: Annotated[tuple[Path, ...], _shown("RUN [RUN ...]", "none")] = ()
     """super-resolution: what "cogview finetune super-resolution" and "local-super-resolution" wrote; style:
     a run on the emoji, and what "cogview finetune style" made of it"""
@@ -811,12 +814,14 @@ class Study:
     def __post_init__(self) -> None:
         if bool(self.runs) != (self.name in STUDIES_OF_RUNS):
             raise ValueError(f"--runs must be given for {' and '.join(STUDIES_OF_RUNS)}, and for them alone")
-        for option in ("seeds", "steps", "learning_rate"):
+        for option in ("seeds", "steps", "learning_rate", "precision"):
             value = getattr(self, option)
             if value is not None and self.name in STUDIES_OF_RUNS:
                 raise ValueError(f"--{option.replace('_', '-')} belongs to a study that trains; leave it out")
-            if value is not None and value <= 0:
+            if value is not None and option != "precision" and value <= 0:
                 raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
+        if self.name == "stability" and self.precision is not None:
+            raise ValueError("--precision does not belong to stability, which is about float16; leave it out")
         if self.name == "vqgan" and self.seeds not in (None, 1):
             raise ValueError(
                 f"--seeds must be 1 for vqgan, which trains each once, got {self.seeds}; leave it out"

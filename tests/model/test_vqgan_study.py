@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import cogview.evaluation.vqgan_study as study
+from cogview import commands
 from cogview.data.digits import DigitPairs
 from cogview.evaluation import studied_tokenizer
 from cogview.files import read_json
@@ -46,3 +47,14 @@ def test_both_kinds_are_trained_once_measured_and_shown(tmp_path, monkeypatch):
 def test_more_than_one_seed_is_refused():
     with pytest.raises(ValueError, match=r"--seeds must be 1 for vqgan.*got 2"):
         Study("vqgan", Path("unused"), seeds=2)
+
+
+def test_studies_of_tokenizers_alone_take_a_precision(monkeypatch):
+    asked = []
+    monkeypatch.setattr(commands, "_STUDIES", {"vqgan": lambda given, changes: asked.append(changes)})
+    commands.study(Study("vqgan", Path("unused"), precision="bf16"))
+    assert asked == [{"precision": "bf16"}]
+    with pytest.raises(ValueError, match="--precision does not belong to stability"):
+        Study("stability", Path("unused"), precision="bf16")
+    with pytest.raises(ValueError, match="--precision belongs to a study that trains"):
+        Study("style", Path("unused"), precision="bf16", runs=(Path("run"),))
