@@ -12,11 +12,13 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from cogview_kernels import _device, _extension
+
+T = TypeVar("T")
 
 BACKENDS = ("cpu", "triton", "cuda", "sdpa", "chunked", "reference")
 
@@ -77,6 +79,7 @@ def _preference(device: torch.device) -> tuple[str, ...]:
 
 
 _signature = getattr(_extension.native, "signature", None)
+_DIRECT, _RECORDED = b"dr"  # kDirect and kRecorded in csrc/python_tensor.h
 
 # A plain dictionary: torch.compile traces it without the warning that functools.cache draws.
 _candidates: dict[tuple[str, torch.device], tuple[str, ...]] = {}
@@ -97,21 +100,33 @@ def _candidates_for(op: str, supported: tuple[str, ...], device: torch.device) -
     return found
 
 
+_MOST_KEPT = 1024
+
+
 # The backends of calls that passed every check, by signature.
 _passed: dict[bytes | None, str] = {}
-_MOST_PASSED = 1024
 
 
 def signature(op: str, *arguments: object) -> bytes | None:
     """What the checks of ``op`` and the choice of its backend depend on, or None where that cannot be told.
 
-    Two calls have the same signature only if their arguments are equal, or tensors of one device, dtype and
-    shape. So a call that looks like one that passed, see :func:`passed`, needs no check: together they cost
-    more host time than the rest of a call.
+    Two calls have the same signature only if their arguments are equal, or tensors of one device, dtype,
+    shape and strides, and if a gradient is wanted in both or in neither. So a call that looks like one that
+    passed, see :func:`passed`, needs no check: together they cost more host time than the rest of a call.
     """
     if _signature is None or torch.compiler.is_compiling():
         return None
-    return _signature(op, *arguments)
+    return _signature(torch.is_grad_enabled(), op, *arguments)
+
+
+def is_direct(signature: bytes | None) -> bool:
+    """Whether a kernel of the CPU can take the arguments as they are, and no gradient is wanted of them."""
+    return signature is not None and signature[0] == _DIRECT
+
+
+def is_recorded(signature: bytes | None) -> bool:
+    """Whether one of the arguments requires a gradient, and operations are recorded."""
+    return signature is not None and signature[0] == _RECORDED
 
 
 def passed(signature: bytes | None) -> str | None:
@@ -121,11 +136,16 @@ def passed(signature: bytes | None) -> str | None:
 
 def remember(signature: bytes | None, backend: str) -> str:
     """Calls of this signature pass with ``backend`` from now on. Gives ``backend``."""
+    return keep(_passed, signature, backend)
+
+
+def keep(memory: dict[bytes | None, T], signature: bytes | None, found: T) -> T:
+    """Gives ``found``, and lets ``memory`` keep it for calls of this signature."""
     if signature is not None:
-        if len(_passed) >= _MOST_PASSED:
-            _passed.clear()
-        _passed[signature] = backend
-    return backend
+        if len(memory) >= _MOST_KEPT:
+            memory.clear()
+        memory[signature] = found
+    return found
 
 
 def choose(

@@ -26,7 +26,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import _flops
+from cogview_kernels import _backends, _flops
 from cogview_kernels._checks import PLAIN
 
 _library = torch.library.Library("cogview_kernels", "FRAGMENT")
@@ -41,10 +41,11 @@ def _has_memory(x: Tensor) -> bool:
     return type(x) in PLAIN and (x.is_cpu or x.is_cuda) and not (x.is_neg() or x._is_zerotensor())
 
 
-def _is_watched() -> bool:
-    """Whether a mode, a transform, a tracer or the profiler is to see the op called."""
+def is_watched() -> bool:
+    """Whether a mode, a transform, a tracer, the profiler or forward-mode AD is to see the op called."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
         or _transform() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
@@ -104,8 +105,15 @@ class Op:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
         return self._route(self.kernel, arguments)
 
-    def without_saved(self, *arguments: Any) -> Any:
-        """As a call, but an output that only a backward pass reads may be None."""
+    def of(self, signature: bytes | None) -> Callable[..., Any]:
+        """The shortest way for arguments that have this signature. What is called then may give None for an
+        output that only a backward pass reads."""
+        # From memory that is no longer in the caches, every function on the way costs microseconds.
+        if _backends.is_direct(signature) and not is_watched():
+            return self._unsaved
+        return self._differentiate if _backends.is_recorded(signature) else self._without_saved
+
+    def _without_saved(self, *arguments: Any) -> Any:
         return self._route(self._unsaved, arguments)
 
     def _route(self, kernel: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -129,7 +137,7 @@ class Op:
                 has_memory = has_memory and x.is_cuda
             if x.is_neg() or x._is_zerotensor():
                 has_memory = False
-        if has_memory and forward_ad._current_level < 0 and not _is_watched():
+        if has_memory and not is_watched():
             if on_cpu:
                 return kernel(*arguments)
             return self._on_its_device(*arguments)
@@ -143,7 +151,7 @@ class Op:
         for x in arguments:
             if type(x) not in _SCALARS and not _has_memory(x):
                 return self._dispatch(*arguments)
-        return self._dispatch(*arguments) if _is_watched() else self._on_its_device(*arguments)
+        return self._dispatch(*arguments) if is_watched() else self._on_its_device(*arguments)
 
     def _differentiate(self, *arguments: Any) -> Any:
         # Function.apply binds its arguments by inspect.signature, for 60 us; _apply is what it calls then.

@@ -14,6 +14,7 @@
 
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/positions.h"
 #include "common/workspace.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_linear/decode_linear.h"
@@ -592,7 +593,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("set_isa", &set_isa, py::arg("name"));
     m.def("parallel_runtime", &parallel_runtime);
     m.def("free_workspaces", &free_workspaces);
-    m.def("signature", &signature);
+    m.def("signature", &signature, py::arg("recording"));
 
     bind_cpu(m, "stable_softmax_fwd_cpu", softmax_forward, kSoftmaxForward,
              [] { return COGVIEW_PICK_ISA(stable_softmax_fwd_cpu); });
@@ -633,8 +634,14 @@ PYBIND11_MODULE(_C, m) {
             COGVIEW_PICK_ISA_WITH_BF16(three_region_attention_bwd_cpu)(args, sorted_pivots, threads);
         };
     });
-    bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode,
-             [] { return COGVIEW_PICK_ISA_WITH_BF16(decode_attention_cpu); });
+    bind_cpu(m, "decode_attention_cpu", decode_arguments, kDecode, [] {
+        return [](const DecodeAttention& args, int threads) {
+            const int64_t B = args.shape.B, S = args.shape.S;
+            check_lengths("decode_attention", args.lengths, B, S, "the cache's size");
+            check_pivots("decode_attention", args.layout, B, S);
+            COGVIEW_PICK_ISA_WITH_BF16(decode_attention_cpu)(args, threads);
+        };
+    });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
              [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });

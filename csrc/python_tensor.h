@@ -52,6 +52,7 @@ struct ExchangeApi {
 };
 constexpr uint32_t kMajor = 1;
 constexpr uint8_t kBfloat = 4;
+constexpr int32_t kCpu = 1;
 
 // nullptr where this PyTorch has none.
 inline const ExchangeApi* exchange_api() {
@@ -115,17 +116,29 @@ inline PythonTensor read_tensor(pybind11::handle x) {
     return from_dlpack(found);
 }
 
+// What a signature begins with. Direct: all tensors have their values in the CPU's memory and none is to get
+// a gradient, so a kernel can take them as they are. Recorded: one is to get a gradient.
+constexpr char kDirect = 'd', kRecorded = 'r', kNeither = '-';
+
 // Bytes that are equal for two calls whose arguments have the same types, numbers and strings and, where they
-// are tensors, the same devices, dtypes and shapes. None for an argument that is none of these, for a tensor
-// of a subclass or without memory, and for every tensor where there is no exchange API.
-inline pybind11::object signature(const pybind11::args& arguments) {
+// are tensors, the same devices, dtypes, shapes and strides, and which begin with one of the above. None for
+// an argument that is none of these, for a tensor of a subclass or without memory, and for every tensor where
+// there is no exchange API. `recording`: whether operations on tensors that require a gradient are recorded.
+inline pybind11::object signature(bool recording, const pybind11::args& arguments) {
     namespace py = pybind11;
     static const py::object tensor = py::module_::import("torch").attr("Tensor");
     static const py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
-    std::string key;
+    static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+    static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+    std::string key(1, kDirect);
     const auto put = [&key](char kind, const void* from, size_t bytes) {
         key.push_back(kind);
         key.append(static_cast<const char*>(from), bytes);
+    };
+    const auto is_true = [](PyObject* answer) {
+        if (answer == nullptr) throw py::error_already_set();
+        Py_DECREF(answer);  // True and False outlive it
+        return answer == Py_True;
     };
     for (py::handle argument : arguments) {
         PyObject* x = argument.ptr();
@@ -141,6 +154,13 @@ inline pybind11::object signature(const pybind11::args& arguments) {
             put('t', &found.device, sizeof(found.device));
             put('d', &found.dtype, sizeof(found.dtype));
             put(char(found.ndim), found.shape, found.ndim * sizeof(int64_t));
+            put('s', found.strides, found.ndim * sizeof(int64_t));
+            if (recording && key[0] != kRecorded && is_true(PyObject_GetAttr(x, requires_grad)))
+                key[0] = kRecorded;
+            // Zeros without memory have no address, and what is_neg() tells lies there with the other sign.
+            if (key[0] == kDirect && (found.device.type != dlpack::kCpu || found.data == nullptr ||
+                                      is_true(PyObject_CallMethodNoArgs(x, is_neg))))
+                key[0] = kNeither;
         } else if (PyFloat_CheckExact(x)) {
             const double value = PyFloat_AS_DOUBLE(x);
             put('f', &value, sizeof(value));

@@ -7,10 +7,11 @@ import contextlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import layer_norm, linear_cross_entropy
+from cogview_kernels import _extension, layer_norm, linear_cross_entropy
 from cogview_kernels._torch_ops import Op
 from cogview_kernels.layer_norm.op import layer_norm_op
 
@@ -93,13 +94,21 @@ def tracer(x):
     return OP in str(traced.graph)
 
 
+def forward_mode(x):
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        layer_norm(forward_ad.make_dual(x, torch.ones_like(x)), None, None)
+    return True
+
+
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize(
-    "watcher", [dispatch_mode, profiler, fake_tensor, negative_view, zero_tensor, vmap, tracer]
+    "watcher", [dispatch_mode, profiler, fake_tensor, negative_view, zero_tensor, vmap, tracer, forward_mode]
 )
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated", "ignore:Converting a tensor")
 def test_who_watches_sees_the_op(watcher, gradient):
-    assert watcher(torch.randn(3, 8, requires_grad=gradient))
+    x = torch.randn(3, 8, requires_grad=gradient)
+    layer_norm(x, None, None)  # its signature has passed, so that the next one may go the shortest way
+    assert watcher(x)
 
 
 def test_unwatched_nobody_pays_for_the_dispatcher(monkeypatch):
@@ -109,6 +118,16 @@ def test_unwatched_nobody_pays_for_the_dispatcher(monkeypatch):
     monkeypatch.setattr(layer_norm_op, "_overload", lambda *a: called.append("overload") or overload(*a))
     layer_norm(torch.randn(3, 8), None, None)
     assert called == ["kernel"]
+
+
+@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
+def test_a_signature_of_plain_memory_leads_to_the_kernel(monkeypatch):
+    monkeypatch.setattr(layer_norm_op, "_route", None)
+    x = torch.randn(3, 8)
+    assert layer_norm(x, None, None).shape == (3, 8)
+    assert layer_norm(x, torch.ones(8, requires_grad=True)).requires_grad
+    with pytest.raises(TypeError, match="not callable"):
+        layer_norm(torch._neg_view(x), None, None)
 
 
 def test_symbolic_sizes_among_the_arguments_are_traced():

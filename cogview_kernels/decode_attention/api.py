@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _sharding, _torch_ops
 from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
-from cogview_kernels.decode_attention import sdpa
+from cogview_kernels.decode_attention import native, sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from cogview_kernels.layout import ThreeRegionLayout
 
 _OP = "decode_attention"
+_prepared: dict[bytes | None, Callable[..., Tensor] | None] = {}
 _BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
 
 
@@ -82,11 +84,11 @@ def decode_attention(
         q, k_cache, v_cache = _checks.autocast(q, k_cache, v_cache)
     pivots, is_causal = getattr(layout, "pivots", layout), getattr(layout, "causal", True)
     regions = pivots, is_causal, type(layout) is ThreeRegionLayout
-    # No limit of a backend but this one depends on more than shapes, dtypes and the device.
-    tensors = (q, k_cache, v_cache)
-    recorded = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in tensors)
     inputs = q, k_cache, v_cache, lengths, *regions, starts
-    signature = _backends.signature(_OP, *inputs, scale, recorded, backend)
+    signature = _backends.signature(_OP, *inputs, scale, backend)
+    run = _prepared.get(signature)
+    if run is not None and not _torch_ops.is_watched():
+        return run(q, k_cache, v_cache, lengths, layout, starts)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(q, k_cache, v_cache, lengths, layout)
@@ -98,10 +100,13 @@ def decode_attention(
             return _in_parts(q, k_cache, v_cache, lengths, layout, starts, options)
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, k_cache, v_cache)
         _backends.remember(signature, chosen)
-    _check_lengths(lengths, k_cache.shape[2])
-    check_pivots_of_cache(_OP, layout, k_cache.shape[2])
+    S = k_cache.shape[2]
+    is_empty = S == 0 or q.shape[2] == 0
+    if chosen != "cpu" or is_empty:  # else the kernel looks at them by itself
+        _check_lengths(lengths, S)
+        check_pivots_of_cache(_OP, layout, S)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    if k_cache.shape[2] == 0 or q.shape[2] == 0:
+    if is_empty:
         return torch.zeros_like(q)
     if chosen == "sdpa":
         return sdpa.forward(q, k_cache, v_cache, lengths, layout, scale, starts)
@@ -111,9 +116,13 @@ def decode_attention(
             return decode_attention_reference(
                 q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale, starts
             ).to(q.dtype)
+    if chosen == "cpu" and _backends.is_direct(signature) and signature not in _prepared:
+        run = native.prepare(q, k_cache, v_cache, lengths, layout, starts, scale)
+        _backends.keep(_prepared, signature, run)
+    call = decode_attention_op.of(signature)
     if layout is None:
-        return decode_attention_op(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, starts, scale, chosen)
-    return decode_attention_op(
+        return call(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, starts, scale, chosen)
+    return call(
         q,
         k_cache,
         v_cache,

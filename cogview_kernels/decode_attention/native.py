@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch import contiguous_format as _contiguous
 
 from cogview_kernels import _checks, _counters, _extension
-from cogview_kernels._attention import aligned, causal_layout, native_layout
+from cogview_kernels._attention import aligned, causal_layout, native_layout, with_rows
 from cogview_kernels.layout import ThreeRegionLayout
 
 LARGEST_HEAD = 256
 
 # CUDA: keys of a thread block, and blocks that may share a query's keys. Both follow from shapes alone.
 _CHUNK, _MOST_SPLITS = 256, 64
+_UNDIVIDED = (0, 0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
 
 
 def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
@@ -30,6 +35,51 @@ def limit(backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> str:
             "needed"
         )
     return ""
+
+
+def prepare(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+    starts: Tensor | None,
+    scale: float,
+) -> Callable[..., Tensor] | None:
+    """A function of the first six that does what the op does on the CPU, for calls that have the signature of
+    this one; None where it would not be so simple.
+
+    A layer calls the op once a token, and a layer's weights have then gone through the caches: each function
+    on the way from Python to the kernel costs microseconds, and all of them more than a short cache does.
+    """
+    kernel, threads = _extension.native.decode_attention_cpu, torch.get_num_threads
+    empty_like = torch.empty_like
+    dense: dict[str, Any] = {} if q.is_contiguous() else {"memory_format": _contiguous}
+    all_keys = causal_layout(k_cache.shape[2], None)
+    lists = (lengths, starts, None if layout is None else layout.pivots)
+    if not all(with_rows(x) is x for x in (q, k_cache, v_cache)):
+        return None
+    if not all(x is None or x.is_contiguous() for x in lists):
+        return None
+
+    def run(
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        lengths: Tensor,
+        layout: ThreeRegionLayout | None,
+        starts: Tensor | None,
+    ) -> Tensor:
+        out = empty_like(q, **dense)
+        regions = all_keys
+        if layout is not None:
+            regions = native_layout(layout, layout.pivots, starts)
+        elif starts is not None:
+            regions = causal_layout(k_cache.shape[2], starts)
+        kernel(q, k_cache, v_cache, lengths, out, regions, scale, _UNDIVIDED, threads())
+        return out
+
+    return run
 
 
 def _most_keys(Tq: int, S: int, layout: ThreeRegionLayout | None) -> int:
@@ -54,7 +104,7 @@ def forward(
     """Fills ``out``. Rows of q and the caches are contiguous; ``lengths``, ``starts``, pivots and ``out`` are
     throughout."""
     S = k_cache.shape[2]
-    splits = (0, 0, 0, 0)  # the CPU divides the keys by itself: the lengths are at hand
+    splits = _UNDIVIDED
     if backend == "cuda":
         B, H, Tq, D = q.shape
         q, k_cache, v_cache = aligned(q), aligned(k_cache), aligned(v_cache)

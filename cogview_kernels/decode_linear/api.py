@@ -51,11 +51,8 @@ def decode_linear(
             rows; "triton": rows of ``weight`` contiguous). Without ``backend`` "reference" steps in.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, weight, bias))
     autocast = torch._C._is_any_autocast_enabled()
-    # A signature tells tensors' shapes, not their strides.
-    has_rows = isinstance(weight, Tensor) and weight.stride()[-1:] == (1,)
-    signature = _backends.signature(_OP, x, weight, has_rows, bias, activation, recorded, autocast, backend)
+    signature = _backends.signature(_OP, x, weight, bias, activation, autocast, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check_tensors(x, weight, bias)
@@ -64,7 +61,7 @@ def decode_linear(
         _backends.remember(signature, chosen)
     if chosen == "reference":
         return decode_linear_reference(x, weight, bias, activation)
-    return decode_linear_op(x, weight, bias, activation, chosen)
+    return decode_linear_op.of(signature)(x, weight, bias, activation, chosen)
 
 
 def _check_tensors(*tensors: Tensor | None) -> None:

@@ -80,7 +80,7 @@ def decode_step(
     pivots, is_causal = getattr(layout, "pivots", layout), getattr(layout, "causal", True)
     regions = pivots, is_causal, type(layout) is ThreeRegionLayout
     options = stack.eps, stack.pb_relax
-    inputs = x, head, cache, cache.is_contiguous(), lengths
+    inputs = x, head, cache, lengths
     # Of a stack the number is enough: it does not change, and to look at its tensors takes longer than the
     # rest of the host's work.
     signature = _backends.signature(_OP, stack.serial, *inputs, *regions, backend)
@@ -90,15 +90,16 @@ def decode_step(
         _check_head(head, x)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, stack, cache)
         _backends.remember(signature, chosen)
-    check_pivots_of_cache(_OP, layout, cache.shape[4])
-    if chosen == "reference" or x.numel() == 0:
-        _check_lengths(lengths, cache.shape[4] - x.shape[1])  # else the kernel looks at them by itself
+    if chosen == "reference" or x.numel() == 0:  # else the kernel looks at them by itself
+        check_pivots_of_cache(_OP, layout, cache.shape[4])
+        _check_lengths(lengths, cache.shape[4] - x.shape[1])
     if chosen == "reference":
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
+    call = decode_step_op.of(signature)
     if layout is None:
-        return decode_step_op(x, stack.tensors, head, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
-    return decode_step_op(
+        return call(x, stack.tensors, head, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
+    return call(
         x,
         stack.tensors,
         head,

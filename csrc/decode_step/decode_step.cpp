@@ -6,10 +6,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "common/parallel.h"
+#include "common/positions.h"
 #include "common/workspace.h"
 #include "decode_attention/decode_attention.h"
 #include "decode_linear/decode_linear.h"
@@ -48,14 +47,9 @@ class Step {
           attended_(a, a.C),
           hidden_(a, a.F),
           branch_(a, a.C) {
-        for (int64_t b = 0; b < a.B; ++b) {
-            const int64_t length = a.lengths[b];
-            if (length < 0 || length > a.S - a.T)
-                throw std::invalid_argument(
-                    "decode_step: lengths must lie in [0, " + std::to_string(a.S - a.T) +
-                    "] (the cache's size less the new tokens), got " + std::to_string(length));
-            lengths_after_.push_back(length + a.T);
-        }
+        check_lengths("decode_step", a.lengths, a.B, a.S - a.T, "the cache's size less the new tokens");
+        check_pivots("decode_step", a.layout, a.B, a.S);
+        for (int64_t b = 0; b < a.B; ++b) lengths_after_.push_back(a.lengths[b] + a.T);
     }
 
     void run() {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels import ThreeRegionLayout, decode_attention, three_region_attention
+from cogview_kernels import ThreeRegionLayout, _extension, decode_attention, three_region_attention
 from cogview_kernels.decode_attention import api
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from tests.helpers.attention import brute_force_attention
@@ -257,9 +257,10 @@ def test_logits_past_float16(backend, backend_device):
 def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
     """float64, a wide head, a gradient: taken by default, refused when the kernel is asked for."""
     device, seen = backend_device("cpu"), []
-    for place, name in ((api, "decode_attention_op"), (api.sdpa, "forward")):
+    monkeypatch.setattr(api, "_prepared", {})
+    for place, name in ((api.decode_attention_op, "_unsaved"), (api.sdpa, "forward")):
         function = getattr(place, name)
-        route = "op" if place is api else "sdpa"
+        route = "sdpa" if place is api.sdpa else "op"
         monkeypatch.setattr(place, name, lambda *a, f=function, r=route: seen.append(r) or f(*a))
     cases = [
         (torch.float32, 8, False, ""),
@@ -276,6 +277,42 @@ def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
         if message:
             with pytest.raises(NotImplementedError, match=f"the cpu backend .*{message}.*backend='sdpa'"):
                 decode_attention(*arguments, backend="cpu")
+
+
+@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
+@pytest.mark.parametrize("with_layout", [False, True])
+@pytest.mark.parametrize("with_starts", [False, True])
+@pytest.mark.parametrize("order", ["heads first", "positions first"])
+def test_a_second_call_goes_straight_to_the_kernel(order, with_starts, with_layout, monkeypatch):
+    monkeypatch.setattr(api, "_prepared", {})
+    shape = (2, 2, 9, 8) if order == "heads first" else (2, 9, 2, 8)
+
+    def inputs():
+        q, k, v = (torch.randn(shape) for _ in range(3))
+        if order != "heads first":
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        pivots = torch.stack([torch.randperm(9)[:3] for _ in range(2)])
+        layout = ThreeRegionLayout(pivots, block_size=2, window_blocks=1) if with_layout else None
+        starts = torch.randint(0, 3, (2,)) if with_starts else None
+        return (q[:, :, :2], k, v, torch.randint(3, 10, (2,))), {"layout": layout, "starts": starts}
+
+    given, options = inputs()
+    decode_attention(*given, **options)
+    monkeypatch.setattr(api.decode_attention_op, "of", None)
+    given, options = inputs()
+    out = decode_attention(*given, **options)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, decode_attention(*given, **options, backend="reference"))
+    for lengths in ([0, 10], [-1, 4]):
+        with pytest.raises(ValueError, match=r"lengths must lie in \[0, 9\] \(the cache's size\), got"):
+            decode_attention(*given[:3], torch.tensor(lengths), **options)
+    if with_layout:
+        options["layout"].pivots[1, 2] = 9
+        with pytest.raises(ValueError, match="pivots must lie below the cache's size, 9, got 9"):
+            decode_attention(*given, **options)
+    assert torch.isfinite(
+        decode_attention(*(x.requires_grad_() for x in given[:3]), given[3], starts=options["starts"])
+    ).all()
 
 
 def test_an_empty_cache_gives_zeros():

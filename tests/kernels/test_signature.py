@@ -34,6 +34,8 @@ def test_what_a_signature_tells_apart():
         (x.long(),),
         (x[:1],),
         (x.flatten(),),
+        (torch.randn(4, 2).t(),),
+        (x.clone().requires_grad_(),),
         (x[None],),
         (x, None),
         (x, x),
@@ -45,8 +47,23 @@ def test_what_a_signature_tells_apart():
     signatures = [_backends.signature("op", *call) for call in calls]
     assert None not in signatures
     assert len(set(signatures)) == len(calls)
-    assert _backends.signature("op", x) == _backends.signature("op", torch.nn.Parameter(torch.zeros(2, 4)))
-    assert _backends.signature("op", x.t()) == _backends.signature("op", torch.zeros(4, 2))
+    with torch.no_grad():
+        parameter = _backends.signature("op", torch.nn.Parameter(torch.zeros(2, 4)))
+    assert _backends.signature("op", x) == parameter
+    assert _backends.signature("op", x[1:]) == _backends.signature("op", torch.zeros(1, 4))
+
+
+def test_which_signatures_lead_to_the_kernel_at_once():
+    x, weight = torch.randn(2, 4), torch.ones(4, requires_grad=True)
+    negative = torch.complex(x, x).conj().imag
+    assert negative.is_neg()
+    direct = lambda *given: _backends.is_direct(_backends.signature("op", *given))  # noqa: E731
+    assert direct(x, None, 1.0) and direct(x, x.t(), "1")
+    assert not any(direct(x, other) for other in (weight, negative, torch._efficientzerotensor(2, 4), [1]))
+    with torch.no_grad():
+        assert direct(x, weight)
+    with torch.inference_mode():
+        assert direct(torch.ones(2), weight)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +100,7 @@ def test_checks_run_once_for_each_signature(passed):
 
 
 def test_few_are_remembered(passed, monkeypatch):
-    monkeypatch.setattr(_backends, "_MOST_PASSED", 3)
+    monkeypatch.setattr(_backends, "_MOST_KEPT", 3)
     for rows in range(1, 9):
         layer_norm(torch.randn(rows, 4))
     assert len(passed) <= 3
