@@ -166,8 +166,6 @@ class ImageTokenizerTrainConfig:
         _require_between(self, 1, 1 << 24, "batch_size")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require_finite(self, "learning_rate", "commitment", "color_weight")
-        plain = self.vqgan is None or self.color_weight == 0
-        _require(plain, "color_weight", "0 for a VQGAN", self.color_weight)
         _require_between(self, 0, self.steps, "warmup_steps")
         _require_precision(self.precision)
         known = typing.get_args(CodebookMethod)

@@ -3,8 +3,10 @@
 
 Source: Esser, Rombach and Ommer, arXiv:2012.09841, and taming-transformers. Both play on the same pictures in
 each step, first the tokenizer. The tokenizer's loss is the mean absolute error of pixels, a perceptual
-distance, the commitment to its codes and, from a step on, how little it fools the discriminator. The last
-counts as much as the first two at the decoder's last layer: the ratio of gradients is its weight.
+distance, with ``color_weight`` the error of the cells' mean colours, the commitment to its codes and, from a
+step on, how little it fools the discriminator. The last counts as much as what compares pictures at the
+decoder's last layer: the ratio of gradients is its weight. Features of a network hardly tell one plain colour
+from another.
 """
 
 from __future__ import annotations
@@ -94,6 +96,8 @@ class VQGANTrainer(ImageTokenizerTrainer):
             result = self.tokenizer(images, quantise=step >= self.config.warmup_steps)
         pictures = self._compare(result.images.float(), images)
         told = pictures.absolute + self.game.perceptual * pictures.perceptual
+        if self.config.color_weight:
+            told = told + self.config.color_weight * self.color_error(pictures.rebuilt, images)
         loss = told + self.config.commitment * result.commitment + result.codebook
         fooling = weight = torch.zeros_like(loss)
         if plays:

@@ -95,15 +95,20 @@ class ImageTokenizerTrainer(Trainer):
         reconstruction = F.mse_loss(rebuilt, images)
         loss = reconstruction + self.config.commitment * result.commitment + result.codebook
         if self.config.color_weight:
-            # Outlines make up most of the pixels' error; this tells one plain colour from another.
-            means = F.avg_pool2d(rebuilt - images, 2**self.tokenizer.config.stages)
-            errors = torch.einsum("ij,bjhw->bihw", self._hues, means)
-            loss = loss + self.config.color_weight * errors.square().mean()
+            loss = loss + self.config.color_weight * self.color_error(rebuilt, images)
         backward(loss, precision.scaler)
         descent = descend(loss, self.model, self.optimizers["optimizer"], scaler=precision.scaler)
         self.put_back(book, descent.skipped)
         codes_used = count_used(result.codes, self.tokenizer.config.num_codes)
         return StepResult({"reconstruction": reconstruction, "codes_used": codes_used}, descent)
+
+    def color_error(self, rebuilt: Tensor, images: Tensor) -> Tensor:
+        """Mean square of the error of each code's mean colour, as ``stretched_hues`` see it.
+
+        Outlines make up most of the pixels' error; this tells one plain colour from another.
+        """
+        means = F.avg_pool2d(rebuilt - images, 2**self.tokenizer.config.stages)
+        return torch.einsum("ij,bjhw->bihw", self._hues, means).square().mean()
 
     def state(self) -> dict[str, Any]:
         return {name: precision.state() for name, precision in self.precisions.items()}

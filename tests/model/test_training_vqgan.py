@@ -112,6 +112,15 @@ def test_the_adaptive_weight_is_the_ratio_of_the_gradients_at_the_last_layer():
     assert not any(parameter.grad is not None for parameter in trainer.discriminator.parameters())
 
 
+def test_mean_colours_count_where_they_are_asked_for(monkeypatch):
+    images, losses = torch.rand(4, 3, 16, 16), []
+    for weight in (0.0, 2.0):
+        trainer = VQGANTrainer(tokenizer(), DigitPairs(), dataclasses.replace(CONFIG, color_weight=weight))
+        monkeypatch.setattr(trainer, "color_error", lambda rebuilt, images: rebuilt.sum() * 0 + 0.5)
+        losses.append(float(trainer.step(0, images).descent.loss))
+    assert losses[1] - losses[0] == pytest.approx(1.0, abs=1e-5)
+
+
 def test_hinge_loss_by_hand():
     real, rebuilt = torch.tensor([0.5, 2.0]), torch.tensor([-3.0, 0.5])
     assert hinge_loss(real, rebuilt).item() == pytest.approx(0.5 * (0.25 + 0.75))
