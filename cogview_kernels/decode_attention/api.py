@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _sharding, _torch_ops
 from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
-from cogview_kernels.decode_attention import native, sdpa
+from cogview_kernels.decode_attention import sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
 from cogview_kernels.layout import ThreeRegionLayout
@@ -117,7 +117,7 @@ def decode_attention(
                 q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale, starts
             ).to(q.dtype)
     if chosen == "cpu" and _backends.is_direct(signature) and signature not in _prepared:
-        run = native.prepare(q, k_cache, v_cache, lengths, layout, starts, scale)
+        run = backend_module(chosen).prepare(q, k_cache, v_cache, lengths, layout, starts, scale)
         _backends.keep(_prepared, signature, run)
     call = decode_attention_op.of(signature)
     if layout is None:
