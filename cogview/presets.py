@@ -332,6 +332,7 @@ def with_vqgan(preset: Preset) -> Preset:
         image_tokenizer_train=dataclasses.replace(
             training,
             commitment=ImageTokenizerTrainConfig.commitment,
+            color_weight=0.0,
             warmup_steps=1,
             vqgan=VQGANTrainConfig(
                 discriminator_start=training.steps // 5,
