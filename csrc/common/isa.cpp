@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/isa.h"
 
+#include <unistd.h>
+
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -8,7 +10,6 @@
 #if COGVIEW_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace cogview {
@@ -66,6 +67,14 @@ void set_isa(const char* name) {
     }
     throw std::invalid_argument(std::string("instruction set '") + name +
                                 "' is not to be had here; the best is " + kNames[static_cast<int>(most)]);
+}
+
+int64_t shared_cache_bytes() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    return sysconf(_SC_LEVEL3_CACHE_SIZE);
+#else
+    return 0;
+#endif
 }
 
 }  // namespace cogview

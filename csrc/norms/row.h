@@ -6,9 +6,11 @@
 // right. RMSNorm: squares, as the row is read.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/dropout.h"
+#include "common/isa.h"
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "norms/norm.h"
@@ -45,14 +47,19 @@ inline void widen_parameter(Parameter p, int64_t C, float fill, float added, flo
 
 // ---- results past the caches
 
-// From this many bytes a tensor does not stay in a core's caches until its reader comes.
-constexpr int64_t kLarge = 4 << 20;
+// Whether a tensor of so many bytes is not in the caches any more when its reader comes. Of the cache that
+// cores share, others want a part: an eighth counts. Stores past a cache that holds the lines cost more than
+// they save.
+inline bool is_large(int64_t bytes) {
+    static const int64_t large = std::max<int64_t>(4 << 20, shared_cache_bytes() / 8);
+    return bytes >= large;
+}
 
 // Whether [rows, C] at `to` is to be streamed: it is large, and its vectors are aligned.
 template <typename T>
 inline bool streams(const T* to, int64_t rows, int64_t C) {
     const int64_t vector = kLanes * sizeof(T);
-    return rows * C * int64_t(sizeof(T)) >= kLarge && C % kLanes == 0 &&
+    return is_large(rows * C * int64_t(sizeof(T))) && C % kLanes == 0 &&
            reinterpret_cast<uintptr_t>(to) % vector == 0;
 }
 
