@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/isa.h"
 
-#include <unistd.h>
-
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -10,6 +8,7 @@
 #if COGVIEW_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace cogview {
@@ -67,14 +66,6 @@ void set_isa(const char* name) {
     }
     throw std::invalid_argument(std::string("instruction set '") + name +
                                 "' is not to be had here; the best is " + kNames[static_cast<int>(most)]);
-}
-
-int64_t shared_cache_bytes() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    return sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-    return 0;
-#endif
 }
 
 }  // namespace cogview

@@ -42,8 +42,6 @@
 #define COGVIEW_PICK_ISA_WITH_BF16(function) portable::function
 #endif
 
-#include <cstdint>
-
 namespace cogview {
 
 // Each has what those before it have.
@@ -55,8 +53,5 @@ const char* isa_name();
 // For tests: "portable", "avx2", "avx512", "avx512bf16" or "amx"; throws std::invalid_argument for one this
 // machine lacks.
 void set_isa(const char* name);
-
-// Bytes of the largest cache, which cores share; 0 where the system does not tell.
-int64_t shared_cache_bytes();
 
 }  // namespace cogview

@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "common/dropout.h"
-#include "common/isa.h"
+#include "common/memory.h"
 #include "common/parallel.h"
 #include "common/vec.h"
 #include "norms/norm.h"
@@ -47,20 +47,21 @@ inline void widen_parameter(Parameter p, int64_t C, float fill, float added, flo
 
 // ---- results past the caches
 
-// Whether a tensor of so many bytes is not in the caches any more when its reader comes. Of the cache that
-// cores share, others want a part: an eighth counts. Stores past a cache that holds the lines cost more than
-// they save.
-inline bool is_large(int64_t bytes) {
-    static const int64_t large = std::max<int64_t>(4 << 20, shared_cache_bytes() / 8);
-    return bytes >= large;
+// Whether what is written to `bytes` at `to` is not in the caches any more when its reader comes. Of the
+// cache that cores share, others want a part: a sixteenth counts. Pages that the system has just cleared are
+// in the caches, and stores past these cost more than they save: what PyTorch allocates from 32 MB on is
+// fresh each time.
+inline bool leaves_caches(const void* to, int64_t bytes) {
+    static const int64_t large = std::max<int64_t>(4 << 20, shared_cache_bytes() / 16);
+    return bytes >= large && !is_fresh(to, bytes);
 }
 
-// Whether [rows, C] at `to` is to be streamed: it is large, and its vectors are aligned.
+// Whether [rows, C] at `to` is to be streamed: it leaves the caches, and its vectors are aligned.
 template <typename T>
 inline bool streams(const T* to, int64_t rows, int64_t C) {
     const int64_t vector = kLanes * sizeof(T);
-    return is_large(rows * C * int64_t(sizeof(T))) && C % kLanes == 0 &&
-           reinterpret_cast<uintptr_t>(to) % vector == 0;
+    return C % kLanes == 0 && reinterpret_cast<uintptr_t>(to) % vector == 0 &&
+           leaves_caches(to, rows * C * int64_t(sizeof(T)));
 }
 
 // v as T holds it; v is a result of arithmetic.
