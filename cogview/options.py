@@ -814,11 +814,12 @@ class Study:
     def __post_init__(self) -> None:
         if bool(self.runs) != (self.name in STUDIES_OF_RUNS):
             raise ValueError(f"--runs must be given for {' and '.join(STUDIES_OF_RUNS)}, and for them alone")
-        for option in ("seeds", "steps", "learning_rate", "precision"):
+        numbers = ("seeds", "steps", "learning_rate")
+        for option in (*numbers, "precision"):
             value = getattr(self, option)
             if value is not None and self.name in STUDIES_OF_RUNS:
                 raise ValueError(f"--{option.replace('_', '-')} belongs to a study that trains; leave it out")
-            if value is not None and option != "precision" and value <= 0:
+            if value is not None and option in numbers and value <= 0:
                 raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
         if self.name == "stability" and self.precision is not None:
             raise ValueError("--precision does not belong to stability, which is about float16; leave it out")

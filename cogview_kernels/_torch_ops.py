@@ -105,9 +105,9 @@ class Op:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
         return self._route(self.kernel, arguments)
 
-    def of(self, signature: bytes | None) -> Callable[..., Any]:
-        """The shortest way for arguments that have this signature. What is called then may give None for an
-        output that only a backward pass reads."""
+    def for_signature(self, signature: bytes | None) -> Callable[..., Any]:
+        """What to call with arguments of this signature: it leads to the kernel by the shortest way. It may
+        give None for an output that only a backward pass reads."""
         # From memory that is no longer in the caches, every function on the way costs microseconds.
         if _backends.is_direct(signature) and not is_watched():
             return self._unsaved

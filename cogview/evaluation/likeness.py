@@ -16,8 +16,8 @@ TOGETHER = 64  # pictures that the network sees at once
 class Likeness:
     """Compares pictures with ``truth`` ``[N, 3, H, W]`` in [0, 1].
 
-    By the last features of EfficientNet-Lite0, which no tokenizer and no enlarger is trained to meet.
-    ModuleNotFoundError where its weights are not installed.
+    By the last features of EfficientNet-Lite0, which nothing here is trained to meet; a VQGAN may be trained
+    to meet earlier ones. ModuleNotFoundError where its weights are not installed.
     """
 
     def __init__(self, truth: Tensor) -> None:

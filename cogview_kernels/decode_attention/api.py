@@ -119,7 +119,7 @@ def decode_attention(
     if chosen == "cpu" and _backends.is_direct(signature) and signature not in _prepared:
         run = backend_module(chosen).prepare(q, k_cache, v_cache, lengths, layout, starts, scale)
         _backends.keep(_prepared, signature, run)
-    call = decode_attention_op.of(signature)
+    call = decode_attention_op.for_signature(signature)
     if layout is None:
         return call(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, starts, scale, chosen)
     return call(

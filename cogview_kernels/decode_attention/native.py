@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import contiguous_format as _contiguous
 
 from cogview_kernels import _checks, _counters, _extension
-from cogview_kernels._attention import aligned, causal_layout, native_layout, with_rows
+from cogview_kernels._attention import NativeLayout, aligned, causal_layout, native_layout, with_rows
 from cogview_kernels.layout import ThreeRegionLayout
 
 LARGEST_HEAD = 256
@@ -52,34 +52,28 @@ def prepare(
     A layer calls the op once a token, and a layer's weights have then gone through the caches: each function
     on the way from Python to the kernel costs microseconds, and all of them more than a short cache does.
     """
-    kernel, threads = _extension.native.decode_attention_cpu, torch.get_num_threads
-    empty_like = torch.empty_like
-    dense: dict[str, Any] = {} if q.is_contiguous() else {"memory_format": _contiguous}
-    all_keys = causal_layout(k_cache.shape[2], None)
     lists = (lengths, starts, None if layout is None else layout.pivots)
     if not all(with_rows(x) is x for x in (q, k_cache, v_cache)):
         return None
     if not all(x is None or x.is_contiguous() for x in lists):
         return None
+    kernel, threads = _extension.native.decode_attention_cpu, torch.get_num_threads
+    empty_like = torch.empty_like
+    dense: dict[str, Any] = {} if q.is_contiguous() else {"memory_format": _contiguous}
+    S = k_cache.shape[2]
+    all_keys = causal_layout(S, None)
 
-    def run(
-        q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        lengths: Tensor,
-        layout: ThreeRegionLayout | None,
-        starts: Tensor | None,
-    ) -> Tensor:
+    def run(q, k_cache, v_cache, lengths, layout, starts):
         out = empty_like(q, **dense)
-        regions = all_keys
-        if layout is not None:
-            regions = native_layout(layout, layout.pivots, starts)
-        elif starts is not None:
-            regions = causal_layout(k_cache.shape[2], starts)
+        regions = all_keys if layout is None and starts is None else _regions(S, layout, starts)
         kernel(q, k_cache, v_cache, lengths, out, regions, scale, _UNDIVIDED, threads())
         return out
 
     return run
+
+
+def _regions(S: int, layout: ThreeRegionLayout | None, starts: Tensor | None) -> NativeLayout:
+    return causal_layout(S, starts) if layout is None else native_layout(layout, layout.pivots, starts)
 
 
 def _most_keys(Tq: int, S: int, layout: ThreeRegionLayout | None) -> int:
@@ -121,7 +115,7 @@ def forward(
         v_cache,
         lengths,
         out,
-        causal_layout(S, starts) if layout is None else native_layout(layout, layout.pivots, starts),
+        _regions(S, layout, starts),
         scale,
         splits,
     )

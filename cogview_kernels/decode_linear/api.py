@@ -61,7 +61,7 @@ def decode_linear(
         _backends.remember(signature, chosen)
     if chosen == "reference":
         return decode_linear_reference(x, weight, bias, activation)
-    return decode_linear_op.of(signature)(x, weight, bias, activation, chosen)
+    return decode_linear_op.for_signature(signature)(x, weight, bias, activation, chosen)
 
 
 def _check_tensors(*tensors: Tensor | None) -> None:

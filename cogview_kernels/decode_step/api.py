@@ -96,7 +96,7 @@ def decode_step(
     if chosen == "reference":
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
-    call = decode_step_op.of(signature)
+    call = decode_step_op.for_signature(signature)
     if layout is None:
         return call(x, stack.tensors, head, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)
     return call(

@@ -78,7 +78,7 @@ def layer_norm(
     if chosen == "reference":
         wide = x.float() if x.dtype.itemsize == 2 else x
         return layer_norm_reference(wide, weight, bias, eps=eps, pb_relax=pb_relax).to(x.dtype)
-    return layer_norm_op.of(signature)(x, weight, bias, float(eps), pb_relax, chosen)[0]
+    return layer_norm_op.for_signature(signature)(x, weight, bias, float(eps), pb_relax, chosen)[0]
 
 
 def _checked(

@@ -99,7 +99,7 @@ def rms_norm(
             pb_relax=pb_relax,
         )
     numbers = float(eps), float(weight_offset), bool(round_before_weight)
-    return rms_norm_op.of(signature)(x, weight, *numbers, pb_relax, chosen)[0]
+    return rms_norm_op.for_signature(signature)(x, weight, *numbers, pb_relax, chosen)[0]
 
 
 def _checked(

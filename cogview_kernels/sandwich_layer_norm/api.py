@@ -101,7 +101,7 @@ def sandwich_layer_norm(
         )
         return residual_out.to(branch.dtype), normed.to(branch.dtype)
     seed = _dropout.as_seed(dropout_p, seed)
-    return sandwich_layer_norm_op.of(signature)(
+    return sandwich_layer_norm_op.for_signature(signature)(
         branch, residual, *parameters, float(eps), pb_relax, float(dropout_p), seed, chosen
     )[:2]
 

@@ -116,7 +116,7 @@ def sandwich_rms_norm(
         )
     seed = _dropout.as_seed(dropout_p, seed)
     numbers = float(eps), float(weight_offset), bool(round_before_weight)
-    residual_out, normed, _ = sandwich_rms_norm_op.of(signature)(
+    residual_out, normed, _ = sandwich_rms_norm_op.for_signature(signature)(
         branch, residual, *weights, *numbers, pb_relax, float(dropout_p), seed, chosen
     )
     return residual_out, None if pre_weight is None else normed

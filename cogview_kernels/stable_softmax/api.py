@@ -74,7 +74,8 @@ def stable_softmax(
         return stable_softmax_reference(wide, alpha=alpha, scale=scale, mask=mask, causal=causal).to(
             scores.dtype
         )
-    return stable_softmax_op.of(signature)(scores, float(alpha), float(scale), mask, causal, chosen)
+    call = stable_softmax_op.for_signature(signature)
+    return call(scores, float(alpha), float(scale), mask, causal, chosen)
 
 
 def _in_parts(scores: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Any:

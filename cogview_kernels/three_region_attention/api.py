@@ -112,7 +112,7 @@ def three_region_attention(
     if layout is None:
         layout = ThreeRegionLayout(q.new_empty((q.shape[0], 0), dtype=torch.int32), *_ALL)
     if chosen not in ("sdpa", "reference"):
-        out, lse, _residuals = three_region_attention_op.of(signature)(
+        out, lse, _residuals = three_region_attention_op.for_signature(signature)(
             q,
             k,
             v,

@@ -298,7 +298,7 @@ def test_a_second_call_goes_straight_to_the_kernel(order, with_starts, with_layo
 
     given, options = inputs()
     decode_attention(*given, **options)
-    monkeypatch.setattr(api.decode_attention_op, "of", None)
+    monkeypatch.setattr(api.decode_attention_op, "for_signature", None)
     given, options = inputs()
     out = decode_attention(*given, **options)
     assert out.is_contiguous()
@@ -313,6 +313,20 @@ def test_a_second_call_goes_straight_to_the_kernel(order, with_starts, with_layo
     assert torch.isfinite(
         decode_attention(*(x.requires_grad_() for x in given[:3]), given[3], starts=options["starts"])
     ).all()
+
+
+@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
+@pytest.mark.parametrize(("length", "pivot"), [(10, 0), (-1, 0), (9, 9)])
+def test_the_kernel_itself_looks_at_positions(length, pivot):
+    """Nobody has checked them where the op is called by its name, as compiled code does."""
+    q, cache = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 9, 8)
+    layout = torch.tensor([[pivot]]), 2, 1, 0.0, 9
+    with pytest.raises(
+        ValueError, match=r"decode_attention: (lengths|layout.pivots) must lie .*the cache.s size"
+    ):
+        torch.ops.cogview_kernels.decode_attention(
+            q, cache, cache, torch.tensor([length]), *layout, None, 1.0, "cpu"
+        )
 
 
 def test_an_empty_cache_gives_zeros():

@@ -57,7 +57,10 @@ def test_which_signatures_lead_to_the_kernel_at_once():
     x, weight = torch.randn(2, 4), torch.ones(4, requires_grad=True)
     negative = torch.complex(x, x).conj().imag
     assert negative.is_neg()
-    direct = lambda *given: _backends.is_direct(_backends.signature("op", *given))  # noqa: E731
+
+    def direct(*given):
+        return _backends.is_direct(_backends.signature("op", *given))
+
     assert direct(x, None, 1.0) and direct(x, x.t(), "1")
     assert not any(direct(x, other) for other in (weight, negative, torch._efficientzerotensor(2, 4), [1]))
     with torch.no_grad():
