@@ -69,6 +69,8 @@ class Op:
         save: ``save(context, arguments, outputs)`` gives the tensors that ``backward`` needs, inputs and
             outputs alone, and sets what else it needs on ``context``.
         unsaved: as ``kernel``, on the CPU, but an output that only a backward pass reads is None.
+        prepare: ``prepare(*arguments)``, of the arguments of ``schema`` less the backend, gives what
+            :meth:`ready` gives for calls like this one, or None where it would not be so simple.
         backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
             ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
             NotImplementedError: so are second derivatives, since the ops that backward passes call have none.
@@ -84,10 +86,13 @@ class Op:
         backward: Callable[..., Sequence[Any]] | None = None,
         unsaved: Callable[..., Any] | None = None,
         flops: _flops.Formula | None = None,
+        prepare: Callable[..., Callable[..., Any] | None] | None = None,
     ) -> None:
         self.name = schema[: schema.index("(")]
         self.kernel = kernel
         self._unsaved = unsaved or kernel
+        self._prepare = prepare
+        self._ready: dict[bytes | None, Callable[..., Any] | None] = {}
         _library.define(schema, tags=_TAGS)
         packet = getattr(torch.ops.cogview_kernels, self.name)
         self._overload = packet.default
@@ -104,6 +109,21 @@ class Op:
     def __call__(self, *arguments: Any) -> Any:
         """By the shortest route that is differentiated, traced and transformed as the call needs."""
         return self._route(self.kernel, arguments)
+
+    def ready(self, signature: bytes | None) -> Callable[..., Any] | None:
+        """What gives the results of a call of this signature that was prepared: a function of its tensors, as
+        the op's ``prepare`` says. None where there is none, or where somebody is to see the op called.
+
+        A layer's weights have gone through the caches between two calls of an op: each function on the way
+        from Python to the kernel costs microseconds then, and all of them more than a few rows do.
+        """
+        run = self._ready.get(signature)
+        return None if run is None or is_watched() else run
+
+    def prepare(self, signature: bytes | None, *arguments: Any) -> None:
+        """Lets calls that look like this one, which the kernel of the CPU takes, be :meth:`ready`."""
+        if _backends.is_direct(signature) and self._prepare is not None and signature not in self._ready:
+            _backends.keep(self._ready, signature, self._prepare(*arguments))
 
     def for_signature(self, signature: bytes | None) -> Callable[..., Any]:
         """What to call with arguments of this signature: it leads to the kernel by the shortest way. It may

@@ -116,6 +116,15 @@ def rms_options(given: NormOptions) -> tuple[float, int, float, bool]:
     return eps, PB_RELAX_CODES[pb_relax], weight_offset, round_before_weight
 
 
+NO_WORKSPACE = (0, 0)  # of the CPU
+
+
+def are_direct(*tensors: Tensor | None) -> bool:
+    """Whether kernels of the CPU take all of these as they lie; the first one holds the rows."""
+    assert tensors[0] is not None
+    return tensors[0].numel() > 0 and all(x is None or x.is_contiguous() for x in tensors)
+
+
 def blocks(x: Tensor) -> int:
     """Persistent blocks of a CUDA kernel over the rows of ``x``: two for each multiprocessor."""
     return min(x.numel() // x.shape[-1], 2 * _device.multiprocessors(x.device))
@@ -125,7 +134,7 @@ def workspace(x: Tensor, backend: str, per_block: int) -> tuple[Tensor | None, t
     """Room for ``per_block`` floats of each block: a tensor to keep alive, and its address and the number of
     blocks. The CPU needs none."""
     if backend == "cpu":
-        return None, (0, 0)
+        return None, NO_WORKSPACE
     number = blocks(x)
     floats = x.new_empty(number * per_block, dtype=torch.float32)
     return floats, (floats.data_ptr(), number)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from cogview_kernels.decode_attention.reference import decode_attention_referenc
 from cogview_kernels.layout import ThreeRegionLayout
 
 _OP = "decode_attention"
-_prepared: dict[bytes | None, Callable[..., Tensor] | None] = {}
 _BACKENDS = ("cpu", "triton", "cuda", "sdpa", "reference")
 
 
@@ -86,8 +84,8 @@ def decode_attention(
     regions = pivots, is_causal, type(layout) is ThreeRegionLayout
     inputs = q, k_cache, v_cache, lengths, *regions, starts
     signature = _backends.signature(_OP, *inputs, scale, backend)
-    run = _prepared.get(signature)
-    if run is not None and not _torch_ops.is_watched():
+    run = decode_attention_op.ready(signature)
+    if run is not None:
         return run(q, k_cache, v_cache, lengths, layout, starts)
     chosen = _backends.passed(signature)
     if chosen is None:
@@ -116,9 +114,8 @@ def decode_attention(
             return decode_attention_reference(
                 q.to(wide), k_cache.to(wide), v_cache.to(wide), lengths, layout, scale, starts
             ).to(q.dtype)
-    if chosen == "cpu" and _backends.is_direct(signature) and signature not in _prepared:
-        run = backend_module(chosen).prepare(q, k_cache, v_cache, lengths, layout, starts, scale)
-        _backends.keep(_prepared, signature, run)
+    if chosen == "cpu":
+        decode_attention_op.prepare(signature, q, k_cache, v_cache, lengths, layout, starts, scale)
     call = decode_attention_op.for_signature(signature)
     if layout is None:
         return call(q, k_cache, v_cache, lengths, None, 1, 1, 0.0, 1, starts, scale, chosen)

@@ -46,12 +46,7 @@ def prepare(
     starts: Tensor | None,
     scale: float,
 ) -> Callable[..., Tensor] | None:
-    """A function of the first six that does what the op does on the CPU, for calls that have the signature of
-    this one; None where it would not be so simple.
-
-    A layer calls the op once a token, and a layer's weights have then gone through the caches: each function
-    on the way from Python to the kernel costs microseconds, and all of them more than a short cache does.
-    """
+    """See :class:`cogview_kernels._torch_ops.Op`: a function of the first six."""
     lists = (lengths, starts, None if layout is None else layout.pivots)
     if not all(with_rows(x) is x for x in (q, k_cache, v_cache)):
         return None

@@ -69,4 +69,5 @@ decode_attention_op = Op(
     kernel=_forward,
     fake=_empty_output,
     flops=_flops_of,
+    prepare=native.prepare,
 )

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from cogview_kernels import _extension
@@ -13,6 +16,27 @@ from cogview_kernels._norms.rows import Affine, NormOptions
 def limit(backend: str, x: Tensor) -> str:
     """Why the kernels cannot take ``x``; empty when they can."""
     return rows.limit(backend, "x", x)
+
+
+def prepare(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pb_relax: str | None
+) -> Callable[..., Tensor] | None:
+    """See :class:`cogview_kernels._torch_ops.Op`: a function of the first three."""
+    if not rows.are_direct(x, weight, bias):
+        return None
+    kernel, threads, empty_like = (
+        _extension.native.layer_norm_fwd_cpu,
+        torch.get_num_threads,
+        torch.empty_like,
+    )
+    options = rows.options(NormOptions(eps, pb_relax))
+
+    def run(x, weight, bias):
+        y = empty_like(x)
+        kernel(x.data_ptr(), y.data_ptr(), weight, bias, 0, x, options, rows.NO_WORKSPACE, threads())
+        return y
+
+    return run
 
 
 def forward(

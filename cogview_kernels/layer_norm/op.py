@@ -109,6 +109,7 @@ layer_norm_op = Op(
     save=_save,
     backward=_differentiate,
     unsaved=_without_stats,
+    prepare=native.prepare,
 )
 layer_norm_backward_op = Op(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, str backend,"

@@ -70,6 +70,9 @@ def rms_norm(
     """
     options = (eps, weight_offset, round_before_weight, pb_relax)
     signature = _backends.signature(_OP, x, weight, *options, backend)
+    run = rms_norm_op.ready(signature)
+    if run is not None:
+        return run(x, weight)
     chosen = _backends.passed(signature)
     if chosen is None:
         if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
@@ -99,6 +102,8 @@ def rms_norm(
             pb_relax=pb_relax,
         )
     numbers = float(eps), float(weight_offset), bool(round_before_weight)
+    if chosen == "cpu":
+        rms_norm_op.prepare(signature, x, weight, *numbers, pb_relax)
     return rms_norm_op.for_signature(signature)(x, weight, *numbers, pb_relax, chosen)[0]
 
 

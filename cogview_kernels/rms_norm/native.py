@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from cogview_kernels import _extension
@@ -13,6 +16,28 @@ from cogview_kernels._norms.rows import Affine, NormOptions
 def limit(backend: str, x: Tensor) -> str:
     """Why the kernels cannot take ``x``; empty when they can."""
     return rows.limit(backend, "x", x)
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    pb_relax: str | None,
+) -> Callable[..., Tensor] | None:
+    """See :class:`cogview_kernels._torch_ops.Op`: a function of the first two."""
+    if not rows.are_direct(x, weight):
+        return None
+    kernel, threads, empty_like = _extension.native.rms_norm_fwd_cpu, torch.get_num_threads, torch.empty_like
+    options = rows.rms_options(NormOptions(eps, pb_relax, weight_offset, round_before_weight))
+
+    def run(x, weight):
+        y = empty_like(x)
+        kernel(x.data_ptr(), y.data_ptr(), weight, 0, x, options, rows.NO_WORKSPACE, threads())
+        return y
+
+    return run
 
 
 def forward(

@@ -112,6 +112,7 @@ rms_norm_op = Op(
     save=_save,
     backward=_differentiate,
     unsaved=_without_stats,
+    prepare=native.prepare,
 )
 rms_norm_backward_op = Op(
     "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor stats, float weight_offset, str backend,"

@@ -257,7 +257,7 @@ def test_logits_past_float16(backend, backend_device):
 def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
     """float64, a wide head, a gradient: taken by default, refused when the kernel is asked for."""
     device, seen = backend_device("cpu"), []
-    monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(api.decode_attention_op, "_ready", {})
     for place, name in ((api.decode_attention_op, "_unsaved"), (api.sdpa, "forward")):
         function = getattr(place, name)
         route = "sdpa" if place is api.sdpa else "op"
@@ -284,7 +284,7 @@ def test_where_a_kernel_cannot_the_default_is_sdpa(monkeypatch, backend_device):
 @pytest.mark.parametrize("with_starts", [False, True])
 @pytest.mark.parametrize("order", ["heads first", "positions first"])
 def test_a_second_call_goes_straight_to_the_kernel(order, with_starts, with_layout, monkeypatch):
-    monkeypatch.setattr(api, "_prepared", {})
+    monkeypatch.setattr(api.decode_attention_op, "_ready", {})
     shape = (2, 2, 9, 8) if order == "heads first" else (2, 9, 2, 8)
 
     def inputs():

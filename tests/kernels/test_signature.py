@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import _backends, _extension, layer_norm
+from cogview_kernels import _backends, _extension, layer_norm, rms_norm
+from cogview_kernels.layer_norm.op import layer_norm_op
+from cogview_kernels.rms_norm.op import rms_norm_op
 
 pytestmark = pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
 
@@ -107,6 +110,42 @@ def test_few_are_remembered(passed, monkeypatch):
     for rows in range(1, 9):
         layer_norm(torch.randn(rows, 4))
     assert len(passed) <= 3
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that the dispatcher is asked for inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize(("norm", "op"), [(layer_norm, layer_norm_op), (rms_norm, rms_norm_op)])
+def test_a_second_call_goes_straight_to_the_kernel(norm, op, with_weight, monkeypatch):
+    monkeypatch.setattr(op, "_ready", {})
+    weight = torch.randn(40) if with_weight else None
+    norm(torch.randn(3, 40), weight, eps=0.5)
+    with Seen() as seen:  # somebody watches, so that the dispatcher is asked
+        norm(torch.randn(3, 40), weight, eps=0.5)
+    assert f"cogview_kernels.{op.name}.default" in seen.names
+    strided = torch.randn(40, 3).t()
+    for x in (strided, strided, strided[:0], strided[:0]):
+        torch.testing.assert_close(norm(x, weight), norm(x, weight, backend="reference"))
+    monkeypatch.setattr(op, "for_signature", None)
+    x = torch.randn(3, 40)
+    found = norm(x, weight, eps=0.5)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, norm(x, weight, eps=0.5, backend="reference"))
+    for other in (strided, x[:0], x[:2]):
+        with pytest.raises(TypeError, match="NoneType"):  # the other way, which is not there
+            norm(other, weight, eps=0.5)
+    with pytest.raises(TypeError, match="NoneType"):
+        norm(x, weight, eps=0.25)
 
 
 def test_tensors_of_older_pytorch_are_read_by_their_attributes():
