@@ -54,8 +54,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 else:
     ISA_FLAGS = {"portable": []}
     BF16_ISA_FLAGS = {}
-# Ops whose matrix products gain from bfloat16 instructions (declared with COGVIEW_DECLARE_PER_ISA_WITH_BF16).
-BF16_OPS = ("three_region_attention", "decode_attention", "linear_cross_entropy")
+# Ops, or files of them, whose matrix products gain from bfloat16 instructions (declared with
+# COGVIEW_DECLARE_PER_ISA_WITH_BF16).
+BF16_SOURCES = (
+    *("three_region_attention", "decode_attention", "linear_cross_entropy"),
+    "local_attention_2d/forward_cpu.cpp",
+)
 
 CXX_FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra"),
@@ -169,7 +173,8 @@ class NinjaBuildExt(build_ext):
         for source in sorted(set(CSRC.glob("*/*.cpp")).difference(per_isa)):
             edge("cxx", source)
         for source in per_isa:
-            extra = BF16_ISA_FLAGS if source.parent.name in BF16_OPS else {}
+            names = (source.parent.name, source.relative_to(CSRC).as_posix())
+            extra = BF16_ISA_FLAGS if any(name in BF16_SOURCES for name in names) else {}
             for isa, flags in {**ISA_FLAGS, **extra}.items():
                 edge("cxx", source, isa, flags=[f"-DCOGVIEW_ISA={isa}", *flags])
 

@@ -646,7 +646,7 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
-             [] { return COGVIEW_PICK_ISA(local_attention_2d_fwd_cpu); });
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(local_attention_2d_fwd_cpu); });
     bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,
              [] { return COGVIEW_PICK_ISA(local_attention_2d_bwd_cpu); });
     bind_cpu(m, "merge_attention_fwd_cpu", merge_forward, kMergeForward,

@@ -63,6 +63,8 @@ _TRITON_LINEAR = "decode_linear (test_every_number or test_edges_of_pieces or te
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
+# Missed, since skipped, where the processor does not multiply bfloat16.
+_BF16_LOCAL = "local_attention_2d test_products_in_bfloat16 or (test_thread_count and bfloat16)"
 _TRITON_LOCAL = "local_attention_2d test_small_triton_tiles and (causal or grouped_heads)"
 _CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
 _TRITON_MERGE = (
@@ -268,10 +270,39 @@ MUTATIONS = [
              "for (int64_t i = 0; i < 1; ++i) {\n            const Part", _CPU_LOCAL),
     Mutation("local-cpu-dk-scale", "csrc/local_attention_2d/*",
              "store_row(total[0], scale,", "store_row(total[0], 1.0f,", _CPU_LOCAL),
-    Mutation("local-cpu-heads-of-the-first-turn", "csrc/local_attention_2d/*",
+    Mutation("local-cpu-heads-of-the-first-turn", "csrc/local_attention_2d/forward_cpu.cpp",
              "(done + i) % plan.Hkv * plan.group", "i % plan.Hkv * plan.group", _CPU_LOCAL),
     Mutation("local-cpu-samples-of-the-first-turn", "csrc/local_attention_2d/*",
              "return (first + i) / plan.Hkv;", "return i / plan.Hkv;", _CPU_LOCAL),
+    Mutation("local-bf16-row-below", "csrc/local_attention_2d/*",
+             "(down <= plan.window.row_radius)", "(down < plan.window.row_radius)", _BF16_LOCAL),
+    Mutation("local-bf16-past-the-last-row", "csrc/local_attention_2d/*",
+             "plan.row_of(place) < plan.window.height", "true", _BF16_LOCAL),
+    Mutation("local-bf16-first-column", "csrc/local_attention_2d/*",
+             "column - window.column_radius));", "column - window.column_radius - 1));", _BF16_LOCAL),
+    Mutation("local-bf16-causal-row", "csrc/local_attention_2d/*",
+             "end = down == 0 ? own : last;", "", _BF16_LOCAL),
+    Mutation("local-bf16-block-of-rows", "csrc/local_attention_2d/*",
+             "rows.begin * width / kBlock", "parts(rows.begin * width, kBlock)", _BF16_LOCAL),
+    Mutation("local-bf16-cells-of-finer-queries", "csrc/local_attention_2d/*",
+             "(queries + window.query_scale - 2) / window.query_scale + 1",
+             "parts(queries, window.query_scale)", _BF16_LOCAL),
+    Mutation("local-bf16-strip-past-the-grid", "csrc/local_attention_2d/*",
+             "y < window.height && x_ < window.width", "y < window.height", _BF16_LOCAL),
+    Mutation("local-bf16-text-mask", "csrc/local_attention_2d/*",
+             "mask[b * plan.E + e] != 0", "mask[e] != 0", _BF16_LOCAL),
+    Mutation("local-bf16-no-rescale", "csrc/local_attention_2d/*",
+             "store(out + d, load(out + d) * by);", "store(out + d, load(out + d));", _BF16_LOCAL),
+    Mutation("local-bf16-no-rescale-of-sums", "csrc/local_attention_2d/*",
+             "load(work.sum + c * kLanes) * by", "load(work.sum + c * kLanes)", _BF16_LOCAL),
+    Mutation("local-bf16-keep-scale", "csrc/local_attention_2d/*",
+             "dropout.keep_scale / sums[lane]", "dropout.keep_scale * 0.0f + 1.0f / sums[lane]", _BF16_LOCAL),
+    Mutation("local-bf16-slots-of-text", "csrc/local_attention_2d/*",
+             "? plan.grid + place", "? place", _BF16_LOCAL),
+    Mutation("local-bf16-heads-of-the-first-turn", "csrc/local_attention_2d/forward_bf16.h",
+             "(done + i) % plan.Hkv * plan.group", "i % plan.Hkv * plan.group", _BF16_LOCAL),
+    Mutation("local-bf16-second-product", "csrc/local_attention_2d/*",
+             "tile_multiply_add<3, 4, 5>();", "tile_multiply_add<3, 4, 7>();", _BF16_LOCAL),
     Mutation("local-triton-causal", "cogview_kernels/local_attention_2d/*.py",
              "(down == 0) & (across <= 0)", "(down == 0) & (across < 0)", _TRITON_LOCAL),
     Mutation("local-triton-column", "cogview_kernels/local_attention_2d/*.py",

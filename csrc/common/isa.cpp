@@ -41,8 +41,18 @@ Isa best() {
     return Isa::kPortable;
 }
 
+// What is used unless set_isa() says otherwise. Intel's processors make products of pairs of bfloat16 at half
+// the rate of those of floats: on Sapphire Rapids 105 against 180 GFLOP/s, attention took 1.4 times as long.
+Isa preferred() {
+    const Isa most = best();
+#if COGVIEW_X86
+    if (most == Isa::kAvx512Bf16 && __builtin_cpu_is("intel")) return Isa::kAvx512;
+#endif
+    return most;
+}
+
 Isa& current() {
-    static Isa value = best();
+    static Isa value = preferred();
     return value;
 }
 

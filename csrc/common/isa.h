@@ -47,7 +47,7 @@ namespace cogview {
 // Each has what those before it have.
 enum class Isa { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
-// What this processor has, or less where set_isa() asked for less.
+// What serves this processor best, or what set_isa() asked for.
 Isa isa();
 const char* isa_name();
 // For tests: "portable", "avx2", "avx512", "avx512bf16" or "amx"; throws std::invalid_argument for one this

@@ -19,6 +19,9 @@ constexpr int64_t kRun = 64 * kLanes;
 // each row of x and one of W fill the 16 registers of AVX2.
 constexpr int kAlone = 8, kShared = 4, kTogether = 3;
 
+// How far ahead of the products W is asked for: a core by itself foresees little of rows that are short.
+constexpr int64_t kBytesAhead = 2048;
+
 // Two vectors of consecutive elements, in an order that depends on T alone. Of bfloat16 those at even places
 // come first, since they are the lower halves of words: a shift and a mask widen them, where widening them in
 // their order takes two shuffles besides.
@@ -58,10 +61,17 @@ inline void for_each_pair(int64_t start, int64_t stop, const Step& step) {
 template <int kOutputs, int kRows, typename T>
 inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t width, int64_t K, float* sums,
                          int64_t stride) {
+    constexpr int64_t kAhead = kBytesAhead / sizeof(T);
     VecF total[kOutputs][kRows] = {};
     for (int64_t start = 0; start < K; start += kRun) {
         VecF run[kOutputs][kRows] = {};
         for_each_pair(start, start + kRun < K ? start + kRun : K, [&](int64_t k, auto tag) {
+            // Behind the end of a row come the next kOutputs rows.
+            const T* ahead = k + kAhead < K ? w + k + kAhead : w + kOutputs * w_stride + k + kAhead - K;
+#pragma GCC unroll 8
+            for (int o = 0; o < kOutputs; ++o)
+                for (int line = 0; line < int(2 * kLanes * sizeof(T)); line += 64)
+                    __builtin_prefetch(reinterpret_cast<const char*>(ahead + o * w_stride) + line);
             VecF first[kRows], second[kRows];
 #pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) {

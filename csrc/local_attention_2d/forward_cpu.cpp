@@ -9,6 +9,9 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "local_attention_2d/tiles.h"
+#if defined(__AVX512BF16__)
+#include "local_attention_2d/forward_bf16.h"
+#endif
 
 namespace cogview {
 namespace COGVIEW_ISA {
@@ -144,6 +147,9 @@ void run(const LocalAttentionForward& args, int threads) {
 }  // namespace
 
 void local_attention_2d_fwd_cpu(const LocalAttentionForward& args, int threads) {
+#if defined(__AVX512BF16__)
+    if (args.common.dtype == DType::kBFloat16) return ForwardBf16{args, StripPlan(args.common)}.run(threads);
+#endif
     COGVIEW_DISPATCH_DTYPE(args.common.dtype, run<scalar_t>(args, threads));
 }
 

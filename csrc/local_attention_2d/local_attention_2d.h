@@ -48,7 +48,8 @@ struct LocalAttentionBackward {
     StridedOutput dq, dk, dv, dextra_k, dextra_v;
 };
 
-COGVIEW_DECLARE_PER_ISA(void local_attention_2d_fwd_cpu(const LocalAttentionForward& args, int threads);
-                        void local_attention_2d_bwd_cpu(const LocalAttentionBackward& args, int threads);)
+COGVIEW_DECLARE_PER_ISA_WITH_BF16(void local_attention_2d_fwd_cpu(const LocalAttentionForward& args,
+                                                                  int threads);)
+COGVIEW_DECLARE_PER_ISA(void local_attention_2d_bwd_cpu(const LocalAttentionBackward& args, int threads);)
 
 }  // namespace cogview

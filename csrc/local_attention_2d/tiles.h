@@ -12,12 +12,8 @@
 // The keys of a head are converted to float once, in slots: the grid in raster order, then the extra keys.
 #pragma once
 
-#include <algorithm>
-
 #include "common/pack.h"
-#include "common/vec.h"
-#include "common/weights.h"
-#include "local_attention_2d/local_attention_2d.h"
+#include "local_attention_2d/call.h"
 
 namespace cogview {
 namespace {
@@ -26,12 +22,7 @@ constexpr int64_t kQueries = 64;  // lanes of a tile
 constexpr int64_t kPanelLanes = 16;
 constexpr int64_t kPanels = kQueries / kPanelLanes;
 constexpr int kPanelVectors = int(kPanelLanes) / kLanes;
-constexpr int64_t kRun = 128;             // keys of a score tile, at most
-constexpr int32_t kNowhere = -(1 << 30);  // the row of a lane that has no query
-
-struct Range {
-    int64_t begin, end;
-};
+constexpr int64_t kRun = 128;  // keys of a score tile, at most
 
 // A patch of queries, and the keys that some of them see.
 struct Tile {
@@ -41,64 +32,27 @@ struct Tile {
     Range panel_rows[kPanels];    // of keys, by panel
 };
 
-// What all tiles of a call share.
-struct Plan {
-    const LocalAttention& args;
-    const Window window;
-    int64_t B, H, Hkv, D, E, T;
-    int64_t Dp;     // head size padded
-    int64_t grid;   // keys of the grid
-    int64_t slots;  // and the extra ones
-    int64_t group;  // query heads of a key head
-    int64_t query_height, query_width;
+// The tiles of a call.
+struct Plan : Call {
     int64_t tile_height, tile_width, tiles_down, tiles_across;
-    bool negate;               // a negative scale is put into Q
-    float factor, factor_low;  // logits in powers of 2: (factor + factor_low) * (q k)
 
-    explicit Plan(const LocalAttention& args) : args(args), window(args.window) {
-        B = args.B, H = args.H, Hkv = args.Hkv, D = args.D, E = args.E;
-        Dp = (D + 15) / 16 * 16;
-        grid = int64_t(window.height) * window.width;
-        slots = grid + E;
-        group = H / Hkv;
-        query_height = int64_t(window.height) * window.query_scale;
-        query_width = int64_t(window.width) * window.query_scale;
-        T = query_height * query_width;
-        negate = args.scale < 0;
-        const double wanted = (negate ? -double(args.scale) : double(args.scale)) * kLog2e;
-        factor = float(wanted);
-        factor_low = float(wanted - factor);
-        double least = 0.0;
-        tile_width = 0;
-        for (int64_t wide = kQueries; wide >= 1; wide /= 2) {
-            const double cost = cost_of(wide);
-            if (tile_width == 0 || cost < least) tile_width = wide, least = cost;
-        }
+    explicit Plan(const LocalAttention& args) : Call(args, 16) {
+        tile_width = cheapest_width(kQueries, [this](int64_t wide) { return cost_of(wide); });
         tile_height = kQueries / tile_width;
-        tiles_down = (query_height + tile_height - 1) / tile_height;
-        tiles_across = (query_width + tile_width - 1) / tile_width;
+        tiles_down = parts(query_height, tile_height);
+        tiles_across = parts(query_width, tile_width);
     }
 
     // Key lanes that tiles of this width multiply in all.
     double cost_of(int64_t wide) const {
-        const int64_t s = window.query_scale;
         const int64_t panel_high = std::max<int64_t>(1, kPanelLanes / wide);
-        const auto cells = [s](int64_t queries) { return (queries + s - 1) / s; };
-        const int64_t above = window.row_radius, below = window.causal ? 0 : above;
-        const int64_t rows = std::min<int64_t>(window.height, cells(panel_high) + above + below);
-        const int64_t columns = std::min<int64_t>(window.width, cells(wide) + 2 * window.column_radius);
-        const int64_t across = (query_width + wide - 1) / wide;
+        const int64_t keys =
+            rows_seen(parts(panel_high, window.query_scale)) * columns_seen(parts(wide, window.query_scale));
+        const int64_t across = parts(query_width, wide);
         // A panel is used whole where one of its rows exists.
-        const int64_t down = (query_height + panel_high - 1) / panel_high;
-        const int64_t panels = panel_high == 1 ? (wide + kPanelLanes - 1) / kPanelLanes : 1;
-        return double(across) * double(down) * double(panels) * double(rows * columns + E);
-    }
-
-    // The rows of keys that queries of the rows [first, last] see.
-    Range key_rows(int64_t first, int64_t last) const {
-        const int64_t below = window.causal ? 0 : window.row_radius;
-        return {std::max<int64_t>(0, first / window.query_scale - window.row_radius),
-                std::min<int64_t>(window.height, last / window.query_scale + below + 1)};
+        const int64_t down = parts(query_height, panel_high);
+        const int64_t panels = panel_high == 1 ? parts(wide, kPanelLanes) : 1;
+        return double(across) * double(down) * double(panels) * double(keys + E);
     }
 
     Tile tile(int64_t index) const {
@@ -118,22 +72,6 @@ struct Plan {
             t.panel_rows[p] = key_rows(t.y + above, t.y + std::min(below, t.height - 1));
         }
         return t;
-    }
-
-    // The exponent of a logit less what is subtracted, in powers of 2.
-    Exponent<false> exponent(VecF subtract, VecF subtract_low) const {
-        return {broadcast(factor), broadcast(factor_low), -subtract, -subtract_low};
-    }
-
-    int64_t slot(int64_t row, int64_t column) const { return row * window.width + column; }
-
-    // How many key heads are worked on at a time: what they need stays within about 4 MB, but there are tasks
-    // enough for every thread, and the last turn is about as long as the others.
-    int64_t heads_of_a_turn(int64_t floats_of_a_head, int64_t tasks_of_a_head, int threads) const {
-        const auto parts = [](int64_t whole, int64_t part) { return (whole + part - 1) / part; };
-        const int64_t most =
-            std::max((int64_t(1) << 20) / floats_of_a_head, parts(int64_t(4) * threads, tasks_of_a_head));
-        return parts(B * Hkv, parts(B * Hkv, most));
     }
 };
 

@@ -209,7 +209,7 @@ def test_small_triton_tiles(case, backend_device, monkeypatch):
     check_against_reference("triton", case, torch.float32, device, dropout_p=0.3, lse=True)
 
 
-# 16-bit dtypes differ in how rows are read and written alone.
+# 16-bit dtypes differ in how rows are read and written alone, but see test_products_in_bfloat16.
 NARROW = ["finer_queries", "grouped_heads", "past_an_edge"]
 
 
@@ -389,10 +389,34 @@ def test_every_instruction_set(isa, instruction_set):
     check_against_reference("cpu", SMALL["finer_queries"], torch.bfloat16, "cpu")
 
 
+# Where the processor multiplies bfloat16, the forward has panels of 16 queries and strips of keys of its own,
+# in blocks of 32, of which 8 are looked at at a time.
+PANELS = {
+    **{name: {**SMALL[name], "H": SMALL[name].get("H", 2)} for name in SMALL},
+    **{name: LARGE[name] for name in ("past_an_edge", "several_parts", "one_row", "one_column")},
+    "several_runs": {"grid": (21, 40), "kernel_size": (99, 99), "E": 300, "masked": True, "H": 1, "D": 40},
+    # Eight queries lie in two or three cells.
+    "much_finer_queries": {"grid": (2, 40), "s": 5, "kernel_size": (1, 15), "H": 1},
+    "strips_of_48": {"grid": (3, 90), "kernel_size": (3, 33), "causal": True, "H": 1, "D": 96},
+    "D256": {"grid": (9, 10), "kernel_size": (3, 5), "D": 256, "H": 4, "Hkv": 1, "E": 7},
+    "two_heads_then_one": {"grid": (32, 17), "D": 256, "H": 3},
+}
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("case", PANELS)
+@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+def test_products_in_bfloat16(isa, case, instruction_set):
+    instruction_set(isa)
+    check_against_reference("cpu", PANELS[case], torch.bfloat16, "cpu")
+    check_against_reference("cpu", PANELS[case], torch.bfloat16, "cpu", dropout_p=0.2, lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("grid", [(32, 33), (1, 700)], ids=str)
-def test_the_thread_count_changes_no_bit(grid, backend_device):
+def test_the_thread_count_changes_no_bit(grid, dtype, backend_device):
     backend_device("cpu")
-    q, keys, window = make(B=2, Hkv=1, grid=grid, kernel_size=(5, 7), E=9)
+    q, keys, window = make(B=2, Hkv=1, grid=grid, kernel_size=(5, 7), E=9, dtype=dtype)
     before, runs = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -404,17 +428,20 @@ def test_the_thread_count_changes_no_bit(grid, backend_device):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ALL)
-def test_every_key_counts_once(backend, backend_device):
+def test_every_key_counts_once(backend, dtype, backend_device):
     """Equal logits and one-hot values: the output lists each key's weight, 1 / (keys seen)."""
     device = backend_device(backend)
-    q, keys, window = make(grid=(7, 9), kernel_size=(3, 5), causal=True, E=5, D=68, device=device)
-    v = torch.eye(68, device=device).expand(1, 2, 68, 68)
+    q, keys, window = make(
+        grid=(7, 9), kernel_size=(3, 5), causal=True, E=5, D=68, dtype=dtype, device=device
+    )
+    v = torch.eye(68, dtype=dtype, device=device).expand(1, 2, 68, 68)
     mask = torch.tensor([[True, False, True, True, False]], device=device)
     keys = Keys(keys.k, v[:, :, :63], keys.extra_k, v[:, :, 63:], mask)
     out = attend(torch.zeros_like(q), keys, window, backend=backend)
     seen = torch.cat([window.dense_mask(device), mask.expand(63, 5)], 1).float()
-    torch.testing.assert_close(out[0], (seen / seen.sum(-1, keepdim=True)).expand(2, 63, 68))
+    torch.testing.assert_close(out[0], (seen / seen.sum(-1, keepdim=True)).to(dtype).expand(2, 63, 68))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
