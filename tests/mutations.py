@@ -300,7 +300,7 @@ MUTATIONS = [
     Mutation("local-bf16-slots-of-text", "csrc/local_attention_2d/*",
              "? plan.grid + place", "? place", _BF16_LOCAL),
     Mutation("local-bf16-heads-of-the-first-turn", "csrc/local_attention_2d/forward_bf16.h",
-             "(done + i) % plan.Hkv * plan.group", "i % plan.Hkv * plan.group", _BF16_LOCAL),
+             "(first + i) % plan.Hkv * plan.group", "i % plan.Hkv * plan.group", _BF16_LOCAL),
     Mutation("local-bf16-second-product", "csrc/local_attention_2d/*",
              "tile_multiply_add<3, 4, 5>();", "tile_multiply_add<3, 4, 7>();", _BF16_LOCAL),
     Mutation("local-triton-causal", "cogview_kernels/local_attention_2d/*.py",

@@ -180,6 +180,8 @@ def drop_codes(vocab: Vocab, batch: Batch, share: float, seed: int) -> Batch:
     [0, 1). Codes before a code tell more about it than the text does, so a model of few pictures learns
     pictures by heart and hardly reads; where they are hidden, it has nothing but the text. Source: the word
     dropout of Bowman et al., arXiv:1511.06349, section 3.1, there against a decoder that ignores its input.
+
+    In a row of two grids the low codes stay, since the high ones are drawn from them.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = (batch.tokens.shape[0], 1)
@@ -187,6 +189,8 @@ def drop_codes(vocab: Vocab, batch: Batch, share: float, seed: int) -> Batch:
     is_hit = torch.rand(rows, generator=generator, dtype=torch.float32) < share
     chance = torch.rand(batch.tokens.shape, generator=generator, dtype=torch.float32)
     hidden = is_hit & (chance < of_row) & (batch.tokens < vocab.num_image_codes)
+    restarts = batch.tokens == vocab.command("ROI2")
+    hidden &= (restarts.cumsum(1) > 0) | ~restarts.any(1, keepdim=True)
     return replace(batch, tokens=batch.tokens.masked_fill(hidden, vocab.command("MASK")))
 
 

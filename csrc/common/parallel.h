@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace cogview {
@@ -25,6 +26,18 @@ void parallel_for(int64_t n, int64_t grain, int threads, const Body& body) {
     parallel_run(
         n, grain, threads,
         [](const void* b, int64_t begin, int64_t end) { (*static_cast<const Body*>(b))(begin, end); }, &body);
+}
+
+// Calls body(first, count, threads) for all heads, some at a time. Where it keeps all threads busy, one
+// thread does a head from packing its keys to the end, so that they stay in the caches of its core; else all
+// threads share `most` heads.
+template <typename Body>
+void for_each_head(int64_t heads, int64_t most, int threads, const Body& body) {
+    if (heads % threads == 0 || heads >= 4 * threads) {
+        parallel_for(heads, 1, threads, [&](int64_t head, int64_t) { body(head, 1, 1); });
+        return;
+    }
+    for (int64_t first = 0; first < heads; first += most) body(first, std::min(most, heads - first), threads);
 }
 
 void parallel_region_run(int threads, void (*call)(const void*), const void* body);

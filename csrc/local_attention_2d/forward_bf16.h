@@ -18,7 +18,7 @@ namespace {
 struct ForwardBf16 {
     // Keys of a run, of which the scores are held at a time. Rows of scores begin in different cache sets.
     static constexpr int64_t kRunBlocks = 8, kRunVectors = 2 * kRunBlocks, kRow = kRunBlocks * kBlock + 16;
-    static constexpr int64_t kGrain = 4;  // panels
+    static constexpr int64_t kGrain = 8;  // panels
 
     // Of a head.
     struct Packed {
@@ -49,34 +49,41 @@ struct ForwardBf16 {
     const StripPlan plan;
 
     void run(int threads) {
-        const int64_t heads = plan.B * plan.Hkv, units = plan.head_blocks * kBlock * plan.Du;
         const int64_t panels = plan.panels_down * plan.panels_across;
-        const int64_t turn = plan.heads_of_a_turn(2 * units, parts(plan.group * panels, kGrain), threads);
-        const Workspace memory(turn * 2 * units);
-        for (int64_t done = 0; done < heads; done += turn) {
-            const int64_t now = std::min(turn, heads - done);
-            const auto keys = [&](int64_t i) { return memory.data + i * 2 * units; };
-            parallel_for(now * plan.head_blocks, 8, threads, [&](int64_t begin, int64_t end) {
-                const Workspace stage(kBlock * plan.Du);
-                for (int64_t j = begin; j < end; ++j) {
-                    const int64_t i = j / plan.head_blocks, block = j % plan.head_blocks;
-                    float* to = keys(i) + block * kBlock * plan.Du;
-                    pack((done + i) / plan.Hkv, (done + i) % plan.Hkv, block, stage.data, to, to + units);
-                }
-            });
-            parallel_for(now * plan.group * panels, kGrain, threads, [&](int64_t begin, int64_t end) {
-                const TileScope scope;
-                const Workspace memory(kWorkFloats + kPanelQueries * (plan.Du + plan.Dp));
-                Work* work = new (memory.data) Work;
-                work->queries = memory.data + kWorkFloats;
-                work->out = work->queries + kPanelQueries * plan.Du;
-                for (int64_t j = begin; j < end; ++j) {
-                    const int64_t i = j / panels / plan.group, b = (done + i) / plan.Hkv;
-                    const int64_t h = (done + i) % plan.Hkv * plan.group + j / panels % plan.group;
-                    panel(b, h, plan.panel(j % panels), {keys(i), keys(i) + units}, *work);
-                }
-            });
-        }
+        const int64_t most =
+            plan.heads_of_a_turn(2 * head_units(), parts(plan.group * panels, kGrain), threads);
+        for_each_head(plan.B * plan.Hkv, most, threads,
+                      [&](int64_t first, int64_t count, int own) { some_heads(first, count, own); });
+    }
+
+    // Of the packed keys of a head, and as many of its values.
+    int64_t head_units() const { return plan.head_blocks * kBlock * plan.Du; }
+
+    void some_heads(int64_t first, int64_t count, int threads) {
+        const int64_t units = head_units(), panels = plan.panels_down * plan.panels_across;
+        const Workspace memory(count * 2 * units);
+        const auto keys = [&](int64_t i) { return memory.data + i * 2 * units; };
+        parallel_for(count * plan.head_blocks, 16, threads, [&](int64_t begin, int64_t end) {
+            const Workspace stage(kBlock * plan.Du);
+            for (int64_t j = begin; j < end; ++j) {
+                const int64_t i = j / plan.head_blocks, block = j % plan.head_blocks;
+                const int64_t b = (first + i) / plan.Hkv, h = (first + i) % plan.Hkv;
+                float* to = keys(i) + block * kBlock * plan.Du;
+                pack(b, h, block, stage.data, to, to + units);
+            }
+        });
+        parallel_for(count * plan.group * panels, kGrain, threads, [&](int64_t begin, int64_t end) {
+            const TileScope scope;
+            const Workspace memory(kWorkFloats + kPanelQueries * (plan.Du + plan.Dp));
+            Work* work = new (memory.data) Work;
+            work->queries = memory.data + kWorkFloats;
+            work->out = work->queries + kPanelQueries * plan.Du;
+            for (int64_t j = begin; j < end; ++j) {
+                const int64_t i = j / panels / plan.group, b = (first + i) / plan.Hkv;
+                const int64_t h = (first + i) % plan.Hkv * plan.group + j / panels % plan.group;
+                panel(b, h, plan.panel(j % panels), {keys(i), keys(i) + units}, *work);
+            }
+        });
     }
 
     void pack(int64_t b, int64_t h, int64_t block, float* stage, float* keys, float* values) const {

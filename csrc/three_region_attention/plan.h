@@ -191,18 +191,6 @@ class Runs {
     Kind kind_ = kBefore;
 };
 
-// Calls body(first, count, threads) for all heads, some at a time. Where it keeps all threads busy, one
-// thread does a head from packing its keys to the end, so that they stay in the caches of its core; else all
-// threads share `most` heads.
-template <typename Body>
-void for_each_head(int64_t heads, int64_t most, int threads, const Body& body) {
-    if (heads % threads == 0 || heads >= 4 * threads) {
-        parallel_for(heads, 1, threads, [&](int64_t head, int64_t) { body(head, 1, 1); });
-        return;
-    }
-    for (int64_t first = 0; first < heads; first += most) body(first, std::min(most, heads - first), threads);
-}
-
 template <int kN>
 struct Count {
     static constexpr int value = kN;

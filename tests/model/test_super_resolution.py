@@ -27,6 +27,7 @@ from cogview.run import load_run
 from cogview.seeding import derive_seed
 from cogview.tokens.sequence import (
     ENLARGEMENT_FRAME_TOKENS,
+    drop_codes,
     enlargement_row,
     local_enlargement_prefix,
     make_batch,
@@ -65,6 +66,19 @@ def test_sides_that_have_no_windows():
         windows_of(5, 8)
     with pytest.raises(ValueError, match="got 3 x 3"):
         num_codes(ImageTokenizerConfig(image_size=24))
+
+
+def test_high_codes_are_hidden_and_low_ones_are_not():
+    rows = [
+        enlargement_row(VOCAB, [7, 8], [0, 1, 2, 3], list(range(16))),
+        text_to_image_row(VOCAB, [7], [0, 1, 2, 3]),  # one grid, whose codes are hidden
+    ] * 20
+    batch = make_batch(VOCAB, rows, length=len(rows[0]))
+    is_hidden = drop_codes(VOCAB, batch, 1.0, seed=0).tokens != batch.tokens
+    low, high = rows[0].index(VOCAB.command("BOI1")) + 1, rows[0].index(VOCAB.command("BOI2")) + 1
+    assert not is_hidden[::2, :high].any() and bool((batch.tokens[0, low : low + 4] < 4).all())
+    assert bool(is_hidden[::2, high : high + 16].any(0).all())
+    assert is_hidden[1::2].any()
 
 
 def test_positions_begin_anew_at_roi2():
