@@ -69,8 +69,8 @@ class Op:
         save: ``save(context, arguments, outputs)`` gives the tensors that ``backward`` needs, inputs and
             outputs alone, and sets what else it needs on ``context``.
         unsaved: as ``kernel``, on the CPU, but an output that only a backward pass reads is None.
-        prepare: ``prepare(*arguments)``, of the arguments of ``schema`` less the backend, gives what
-            :meth:`ready` gives for calls like this one, or None where it would not be so simple.
+        prepare: gives what :meth:`ready` is to give for calls like one with these arguments, those of
+            :meth:`prepare`; None where it would not be so simple.
         backward: ``backward(context, saved, *doutputs)`` gives a gradient or None for each argument; a
             ``doutput`` that nobody brought is None. Without ``backward``, a derivative of the op is a
             NotImplementedError: so are second derivatives, since the ops that backward passes call have none.

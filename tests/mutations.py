@@ -64,7 +64,7 @@ _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
 )
 # Missed, since skipped, where the processor does not multiply bfloat16.
-_BF16_LOCAL = "local_attention_2d test_products_in_bfloat16 or (test_thread_count and bfloat16)"
+_BF16_LOCAL = "local_attention_2d test_products_in_bfloat16"
 _TRITON_LOCAL = "local_attention_2d test_small_triton_tiles and (causal or grouped_heads)"
 _CPU_MERGE = "merge_attention (test_forward_and_backward or test_a_query or test_strides) and cpu"
 _TRITON_MERGE = (
@@ -288,7 +288,7 @@ MUTATIONS = [
              "(queries + window.query_scale - 2) / window.query_scale + 1",
              "parts(queries, window.query_scale)", _BF16_LOCAL),
     Mutation("local-bf16-strip-past-the-grid", "csrc/local_attention_2d/*",
-             "y < window.height && x_ < window.width", "y < window.height", _BF16_LOCAL),
+             "&& column_of(strip, i) < window.width", "", _BF16_LOCAL),
     Mutation("local-bf16-text-mask", "csrc/local_attention_2d/*",
              "mask[b * plan.E + e] != 0", "mask[e] != 0", _BF16_LOCAL),
     Mutation("local-bf16-no-rescale", "csrc/local_attention_2d/*",

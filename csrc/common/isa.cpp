@@ -41,8 +41,9 @@ Isa best() {
     return Isa::kPortable;
 }
 
-// What is used unless set_isa() says otherwise. Intel's processors make products of pairs of bfloat16 at half
-// the rate of those of floats: on Sapphire Rapids 105 against 180 GFLOP/s, attention took 1.4 times as long.
+// What is used unless set_isa() says otherwise. On Intel's processors products of pairs of bfloat16 are
+// slower than those of floats: on Sapphire Rapids 105 against 180 GFLOP/s, and attention took 1.4 times as
+// long.
 Isa preferred() {
     const Isa most = best();
 #if COGVIEW_X86

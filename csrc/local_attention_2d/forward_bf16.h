@@ -33,8 +33,8 @@ struct ForwardBf16 {
 
     // What belongs to the queries of a panel, a lane each, and to pairs of them and keys.
     struct Work {
-        alignas(64) int32_t row[kPanelQueries], first[kPanelQueries], last[kPanelQueries];
-        alignas(64) int32_t own[kPanelQueries];  // column; first and last are those that it sees
+        alignas(64) int32_t row[kPanelQueries], column[kPanelQueries];  // of the query's cell
+        alignas(64) int32_t first[kPanelQueries], last[kPanelQueries];  // columns that it sees
         uint32_t r0[kPanelQueries], r1[kPanelQueries];
         alignas(64) float row_max[kPanelQueries], rescale[kPanelQueries];
         alignas(64) float sum[kPanelQueries * kLanes];  // 16 partial sums a query
@@ -113,14 +113,14 @@ struct ForwardBf16 {
         std::memset(work.sum, 0, sizeof(work.sum));
         for (int64_t lane = 0; lane < kPanelQueries; ++lane) {
             work.row[lane] = kNowhere;
-            work.own[lane] = work.first[lane] = work.last[lane] = 0;
+            work.column[lane] = work.first[lane] = work.last[lane] = 0;
             work.r0[lane] = work.r1[lane] = 0;
             work.row_max[lane] = -kInf;
         }
         plan.for_each_query(p, [&](int64_t lane, int64_t query) {
             const int64_t column = query % plan.query_width / window.query_scale;
             work.row[lane] = int32_t(query / plan.query_width / window.query_scale);
-            work.own[lane] = int32_t(column);
+            work.column[lane] = int32_t(column);
             work.first[lane] = int32_t(std::max<int64_t>(0, column - window.column_radius));
             work.last[lane] = int32_t(std::min<int64_t>(window.width - 1, column + window.column_radius));
             stage_row(args.common.q.row<BFloat16>(b, h, query), plan.D, plan.Dp, plan.negate,
@@ -152,8 +152,8 @@ struct ForwardBf16 {
     // Which keys of a run each query sees.
     void look(const Run& run, int64_t b, Work& work) const {
         const VecI one = VecI{} + 1;
-        const VecI row = lanes_of(work.row), own = lanes_of(work.own);
-        const VecI first = lanes_of(work.first), last = lanes_of(work.last);
+        const VecI row = lane_vector<VecI>(work.row), own = lane_vector<VecI>(work.column);
+        const VecI first = lane_vector<VecI>(work.first), last = lane_vector<VecI>(work.last);
         for (int64_t v = 0; v < 2 * (run.blocks.end - run.blocks.begin); ++v) {
             const int64_t place = run.blocks.begin * kBlock + v * kLanes;
             VecI bits = VecI{};
@@ -169,7 +169,7 @@ struct ForwardBf16 {
                     near &= down <= 0;
                     end = down == 0 ? own : last;
                 }
-                // Of the lanes, those from..to-1.
+                // Bits from, from + 1, ..., to - 1.
                 const VecI from = clamp_lane(first - x), to = clamp_lane(end + 1 - x);
                 bits = near & ((one << to) - (one << from));
             }
@@ -177,11 +177,6 @@ struct ForwardBf16 {
         }
     }
 
-    static VecI lanes_of(const int32_t* p) {
-        VecI v;
-        std::memcpy(&v, p, sizeof(v));
-        return v;
-    }
     static VecI clamp_lane(VecI x) {
         x = x < 0 ? VecI{} : x;
         return x > kLanes ? VecI{} + kLanes : x;

@@ -53,7 +53,7 @@ struct StripPlan : Call {
         return (queries + window.query_scale - 2) / window.query_scale + 1;
     }
 
-    // Keys by 16 pairs, over all panels. To pack a key takes about as long as three of them.
+    // How often a key meets a panel, 16 pairs at a time. To pack a key takes about as long as three of these.
     double cost_of(int64_t wide) const {
         const int64_t high = kPanelQueries / wide, across = parts(query_width, wide);
         const int64_t columns = strip_width(wide);
@@ -108,9 +108,8 @@ struct StripPlan : Call {
             const BFloat16* row = nullptr;
             if (block < extra_blocks) {
                 if (i < E) row = extra.row<BFloat16>(b, h, i);
-            } else if (const int64_t y = row_of(i), x_ = column_of(strip, i);
-                       y < window.height && x_ < window.width) {
-                row = x.row<BFloat16>(b, h, slot(y, x_));
+            } else if (row_of(i) < window.height && column_of(strip, i) < window.width) {
+                row = x.row<BFloat16>(b, h, slot(row_of(i), column_of(strip, i)));
             }
             stage_row(row, D, Dp, false, to);
         }

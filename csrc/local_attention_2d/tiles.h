@@ -156,13 +156,6 @@ inline void start_lanes(const Plan& plan, const Tile& t, int64_t b, int64_t h, L
     });
 }
 
-template <typename V, typename E>
-inline V lane_vector(const E* p) {
-    V v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
-
 // Which of the queries from `lane` on keep the key in `slot`.
 inline auto keeps(const Plan& plan, int64_t slot, const Lanes& lanes, int64_t lane) {
     return keep_mask(lane_vector<VecU>(lanes.r0 + lane), lane_vector<VecU>(lanes.r1 + lane),

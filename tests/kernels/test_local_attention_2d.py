@@ -392,7 +392,7 @@ def test_every_instruction_set(isa, instruction_set):
 # Where the processor multiplies bfloat16, the forward has panels of 16 queries and strips of keys of its own,
 # in blocks of 32, of which 8 are looked at at a time.
 PANELS = {
-    **{name: {**SMALL[name], "H": SMALL[name].get("H", 2)} for name in SMALL},
+    **SMALL,
     **{name: LARGE[name] for name in ("past_an_edge", "several_parts", "one_row", "one_column")},
     "several_runs": {"grid": (21, 40), "kernel_size": (99, 99), "E": 300, "masked": True, "H": 1, "D": 40},
     # Eight queries lie in two or three cells.

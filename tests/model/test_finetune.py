@@ -150,7 +150,7 @@ def changed(run_folder, to, **parts):
 
 
 def test_a_finetuning_hides_no_codes_unless_asked(run_folder, tmp_path):
-    """Of codes that are low, or a picture's to describe, it would hide what the task is about."""
+    """Of a picture that is to be described, it would hide what the task is about."""
     hiding = changed(run_folder, tmp_path / "hiding", train={"code_dropout": 0.5})
     assert preset_of("captioning", Finetune(hiding, "digits", tmp_path / "out")).train.code_dropout == 0
     asked = Finetune(hiding, "digits", tmp_path / "out", {"code_dropout": 0.2})
