@@ -53,10 +53,12 @@ page: build  ## draw, describe and paint in the browser, with the run that ships
 test: build  ## every test that this machine can run
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
-# The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use.
+# The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use: workers that
+# have more threads together than there are cores take three times as long.
 SEEDS ?= 50
+WORKERS = $(if $(THREADS),$$(( ($$(nproc) + $(THREADS) - 1) / $(THREADS) )),auto)
 seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most
-	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n auto --dist worksteal \
+	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 	  tests/kernels --seeds $(SEEDS) -m budget $(if $(ONLY),-k "$(ONLY)")
 
 # The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own that
