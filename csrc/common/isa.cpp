@@ -79,4 +79,16 @@ void set_isa(const char* name) {
                                 "' is not to be had here; the best is " + kNames[static_cast<int>(most)]);
 }
 
+bool is_amd() {
+#if COGVIEW_X86
+    static const bool amd = [] {
+        __builtin_cpu_init();
+        return bool(__builtin_cpu_is("amd"));
+    }();
+    return amd;
+#else
+    return false;
+#endif
+}
+
 }  // namespace cogview

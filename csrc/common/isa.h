@@ -54,4 +54,7 @@ const char* isa_name();
 // machine lacks.
 void set_isa(const char* name);
 
+// Whether AMD made this processor: its caches are not Intel's.
+bool is_amd();
+
 }  // namespace cogview

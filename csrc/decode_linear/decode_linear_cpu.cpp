@@ -22,6 +22,15 @@ constexpr int kAlone = 8, kShared = 4, kTogether = 3;
 // How far ahead of the products W is asked for: a core by itself foresees little of rows that are short.
 constexpr int64_t kBytesAhead = 2048;
 
+// Asks for a line of memory: on AMD's processors into L2, by which Zen 4 reads W 1.2 times as fast as into
+// L1. On Intel's, L2 is unmeasured.
+inline void ask_for(const char* line, bool amd) {
+    if (amd)
+        __builtin_prefetch(line, 0, 2);
+    else
+        __builtin_prefetch(line);
+}
+
 // Two vectors of consecutive elements, in an order that depends on T alone. Of bfloat16 those at even places
 // come first, since they are the lower halves of words: a shift and a mask widen them, where widening them in
 // their order takes two shuffles besides.
@@ -62,6 +71,7 @@ template <int kOutputs, int kRows, typename T>
 inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t width, int64_t K, float* sums,
                          int64_t stride) {
     constexpr int64_t kAhead = kBytesAhead / sizeof(T);
+    const bool amd = is_amd();
     VecF total[kOutputs][kRows] = {};
     for (int64_t start = 0; start < K; start += kRun) {
         VecF run[kOutputs][kRows] = {};
@@ -71,7 +81,7 @@ inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t w
 #pragma GCC unroll 8
             for (int o = 0; o < kOutputs; ++o)
                 for (int line = 0; line < int(2 * kLanes * sizeof(T)); line += 64)
-                    __builtin_prefetch(reinterpret_cast<const char*>(ahead + o * w_stride) + line);
+                    ask_for(reinterpret_cast<const char*>(ahead + o * w_stride) + line, amd);
             VecF first[kRows], second[kRows];
 #pragma GCC unroll 3
             for (int r = 0; r < kRows; ++r) {
