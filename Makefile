@@ -53,8 +53,8 @@ page: build  ## draw, describe and paint in the browser, with the run that ships
 test: build  ## every test that this machine can run
 	$(BIN)/python -m pytest -n auto --dist worksteal --durations=20
 
-# The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use: workers that
-# have more threads together than there are cores take three times as long.
+# The tests of the error budget, SEEDS times each. THREADS, where given, is what one test may use, and fewer
+# workers run: two of two threads on two cores took three times as long as one.
 SEEDS ?= 50
 WORKERS = $(if $(THREADS),$$(( ($$(nproc) + $(THREADS) - 1) / $(THREADS) )),auto)
 seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most

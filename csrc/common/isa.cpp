@@ -43,7 +43,7 @@ Isa best() {
 
 // What is used unless set_isa() says otherwise. On Intel's processors products of pairs of bfloat16 are
 // slower than those of floats: on Sapphire Rapids 105 against 180 GFLOP/s, and attention took 1.4 times as
-// long. On AMD's Zen 4 attention is 1.7 times as fast with them.
+// long. On AMD's Zen 4 attention is 1.5 to 1.75 times as fast with them.
 Isa preferred() {
     const Isa most = best();
 #if COGVIEW_X86
