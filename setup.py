@@ -57,7 +57,7 @@ else:
 # Ops, or files of them, whose matrix products gain from bfloat16 instructions (declared with
 # COGVIEW_DECLARE_PER_ISA_WITH_BF16).
 BF16_SOURCES = (
-    *("three_region_attention", "decode_attention", "linear_cross_entropy"),
+    *("three_region_attention", "decode_attention", "decode_linear", "linear_cross_entropy"),
     "local_attention_2d/forward_cpu.cpp",
 )
 

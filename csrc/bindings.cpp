@@ -249,15 +249,10 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, Object
             pointer<float>(logit_max),    pointer<float>(total),    pointer<float>(dbias)};
 }
 
-// Matrices of bfloat16 whose rows are contiguous.
-LinearCrossEntropyTransposedProduct cross_entropy_transposed_product(const PythonTensor& a,
-                                                                     const PythonTensor& b,
-                                                                     const PythonTensor& out) {
-    return {a.size[1],    b.size[1],
-            a.size[0],    static_cast<const BFloat16*>(a.data),
-            a.stride[0],  static_cast<const BFloat16*>(b.data),
-            b.stride[0],  static_cast<BFloat16*>(out.data),
-            out.stride[0]};
+LinearCrossEntropyProduct cross_entropy_product(const PythonTensor& a, const PythonTensor& b,
+                                                const PythonTensor& out, bool add) {
+    return {a.size[0],   b.size[1],   a.size[1], a.data,        a.stride[0], a.stride[1], b.data,
+            b.stride[0], b.stride[1], out.data,  out.stride[0], add,         out.dtype};
 }
 
 // A tensor of attention, its rows contiguous, or None.
@@ -565,7 +560,7 @@ constexpr const char* kSandwichRmsBackward[] = {
 constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
 constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
                                      "logit_max", "total",     "dbias"};
-constexpr const char* kTransposedProduct[] = {"a", "b", "out"};
+constexpr const char* kProduct[] = {"a", "b", "out", "add"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 [[maybe_unused]] constexpr const char* kAttentionForwardSm90[] = {"q",   "k",         "v",     "out",
@@ -591,6 +586,7 @@ PYBIND11_MODULE(_C, m) {
     m.attr("has_cuda") = bool(COGVIEW_HAS_CUDA);
     m.def("isa", &isa_name);
     m.def("set_isa", &set_isa, py::arg("name"));
+    m.def("is_amd", &is_amd);
     m.def("parallel_runtime", &parallel_runtime);
     m.def("free_workspaces", &free_workspaces);
     m.def("signature", &signature, py::arg("recording"));
@@ -619,9 +615,8 @@ PYBIND11_MODULE(_C, m) {
              [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_reduce_cpu); });
     bind_cpu(m, "linear_cross_entropy_gradient_cpu", cross_entropy_gradient, kGradient,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_gradient_cpu); });
-    bind_cpu(m, "linear_cross_entropy_transposed_product_cpu", cross_entropy_transposed_product,
-             kTransposedProduct,
-             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_transposed_product_cpu); });
+    bind_cpu(m, "linear_cross_entropy_product_cpu", cross_entropy_product, kProduct,
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(linear_cross_entropy_product_cpu); });
     bind_cpu(m, "three_region_attention_fwd_cpu", attention_forward, kAttentionForward, [] {
         return [](const AttentionForward& args, int threads) {
             const SortedPivots sorted_pivots(args.common.shape, args.common.layout);
@@ -643,7 +638,7 @@ PYBIND11_MODULE(_C, m) {
         };
     });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
-             [] { return COGVIEW_PICK_ISA(decode_linear_cpu); });
+             [] { return COGVIEW_PICK_ISA_WITH_BF16(decode_linear_cpu); });
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(local_attention_2d_fwd_cpu); });

@@ -59,6 +59,7 @@ _TRITON_DECODE = (
 _CUDA_DECODE = "cuda_kernels test_decode and not properties"
 _CPU_STEP = "decode_step (test_error_budget or test_modes)"
 _CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
+_CPU_PANELS = "decode_linear test_many_rows"
 _TRITON_LINEAR = "decode_linear (test_every_number or test_edges_of_pieces or test_nothing_beside)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
@@ -87,6 +88,7 @@ _TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) 
 _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
 _CPU_XENT = "linear_cross_entropy (test_forward_and_backward or test_one_chunk or test_steps) and cpu"
 _CPU_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and cpu"
+_CPU_PRODUCT = "linear_cross_entropy test_product"
 _CHUNKED_XENT = "linear_cross_entropy (test_forward_and_backward or loss_scale) and chunked"
 _TRITON_XENT = "linear_cross_entropy (test_forward_and_backward or test_steps) and triton"
 _TRITON_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and triton"
@@ -323,6 +325,14 @@ MUTATIONS = [
     # ---- decode_linear, CPU
     Mutation("linear-cpu-last-part", "csrc/decode_linear/*",
              "if (k < stop) step(", "if (k + 1 < stop) step(", _CPU_LINEAR),
+    Mutation("linear-pairs-across-the-end-of-a-row", "csrc/decode_linear/decode_linear_cpu.cpp",
+             "a.K % kPack == 0 && a.weight_stride", "a.weight_stride", _CPU_PANELS),
+    Mutation("linear-inputs-before-the-last-run", "csrc/decode_linear/decode_linear_cpu.cpp",
+             "kPanelRows, u > 0);", "kPanelRows, false);", _CPU_PANELS),
+    Mutation("linear-rows-of-the-first-panel", "csrc/decode_linear/decode_linear_cpu.cpp",
+             "block + 16 * r, first + n + r", "block + 16 * r, n + r", _CPU_PANELS),
+    Mutation("linear-inputs-of-the-first-run", "csrc/decode_linear/decode_linear_cpu.cpp",
+             "panel + u * kPanelRows", "panel", _CPU_PANELS),
     Mutation("linear-cpu-long-rows", "csrc/decode_linear/*",
              "start < K; start += kRun", "start < K; start += K", _CPU_LINEAR),
     Mutation("linear-cpu-odd-row", "csrc/decode_linear/*",
@@ -330,7 +340,7 @@ MUTATIONS = [
     Mutation("linear-cpu-last-outputs", "csrc/decode_linear/*",
              "for (; o < end; ++o)", "for (; o + 1 < end; ++o)", _CPU_LINEAR),
     Mutation("linear-cpu-chunk-of-bias", "csrc/decode_linear/*",
-             "load(bias + begin + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
+             "load(bias + o + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
     Mutation("linear-cpu-negative-gelu", "csrc/decode_linear/*",
              "(twice < 0.0f ? e : broadcast(1.0f))", "broadcast(1.0f)", _CPU_LINEAR),
 
@@ -540,8 +550,22 @@ MUTATIONS = [
     Mutation("xent-cpu-last-of-equal-logits", "csrc/linear_cross_entropy/*_cpu.cpp",
              "for (int64_t r = rows; r-- > 0;)", "for (int64_t r = 0; r < rows; ++r)",
              "linear_cross_entropy test_predicted_tokens and cpu"),
+    Mutation("product-not-added", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "u > 0 || (direct && p.add)", "u > 0", _CPU_PRODUCT),
+    Mutation("product-not-added-to-bfloat16", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "add ? load(out + n, tag) + sum : sum", "sum", _CPU_PRODUCT),
+    Mutation("product-last-block-of-a-run", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "(panel * units + u) * width", "panel * units * width", _CPU_PRODUCT),
+    Mutation("product-half-a-pair", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "p.K % kPack != 0 || p.a_m % kPack != 0", "false", _CPU_PRODUCT),
+    Mutation("product-rows-that-lie-apart", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "columns, p.add, out + m * p.out_m", "columns, p.add, out + m * p.N", _CPU_PRODUCT),
+    Mutation("product-last-part", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "(part + 1) * blocks / parts", "(part + 1) * (blocks / parts)", _CPU_PRODUCT),
+    Mutation("product-rows-of-the-first-slab", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "k, u, first + m, real, count, to", "k, u, first, real, count, to", _CPU_PRODUCT),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
-             "out.addmm_(dlogits, hidden)", "out.addmm_(dlogits[:, 1:], hidden[1:])", _CHUNKED_XENT),
+             "product(dlogits, hidden, out", "product(dlogits[:, 1:], hidden[1:], out", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",
              "coefficient=part.coefficient * factor", "coefficient=part.coefficient * factor * 2",
              _CHUNKED_XENT),

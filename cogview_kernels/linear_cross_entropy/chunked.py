@@ -77,9 +77,7 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
             dbias[rows] += dlogits.sum(1)
 
 
-def transposed_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """See :class:`pieces.Steps`."""
-    torch.mm(a.T, b, out=out)
+product = pieces.product
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

@@ -7,11 +7,14 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels.linear_cross_entropy import chunked
+from cogview_kernels.linear_cross_entropy import chunked, pieces
 from cogview_kernels.linear_cross_entropy.objective import Objective
 from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
 
-MANY_ROWS = 1024  # of a transposed product, from which on the extension's is faster
+# From which on the extension's products are faster than PyTorch's: rows of a transposed one with tiles, and
+# multiplications of one without.
+MANY_ROWS = 1024
+MANY_PRODUCTS = 2**22
 
 
 def limit(backend: str, hidden: Tensor) -> str:
@@ -51,16 +54,28 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
     )
 
 
-def transposed_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """See :class:`pieces.Steps`. PyTorch's own, but for bfloat16 on a CPU with tiles."""
-    has_rows = a.stride(1) == b.stride(1) == out.stride(1) == 1 and out.numel() > 0
-    if a.dtype == torch.bfloat16 and len(a) >= MANY_ROWS and has_rows and _extension.native.isa() == "amx":
-        _extension.call("linear_cross_entropy_transposed_product", "cpu", a, b, out)
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """See :class:`pieces.Steps`. PyTorch's own, but where the extension's is faster."""
+    if _is_faster(a, b, out):
+        _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add)
     else:
-        chunked.transposed_product(a, b, out)
+        pieces.product(a, b, out, add=add)
 
 
 scale = chunked.scale
+
+
+def _is_faster(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    """Whether the extension's product is faster: of bfloat16 with tiles one over many rows, and on AMD's
+    processors every large one."""
+    rows, columns = a.stride(1) == 1, a.stride(0) == 1
+    if out.stride(1) != 1 or not (rows or columns) or not (b.stride(1) == 1 or (rows and b.stride(0) == 1)):
+        return False
+    isa, bf16 = _extension.native.isa(), a.dtype == torch.bfloat16
+    if isa == "amx":
+        return bf16 and columns and a.shape[1] >= MANY_ROWS
+    has = isa == "avx512bf16" if bf16 else isa.startswith("avx") and a.dtype == torch.float32
+    return has and _extension.native.is_amd() and out.numel() * a.shape[1] >= MANY_PRODUCTS
 
 
 def _address(x: Tensor | None) -> int:

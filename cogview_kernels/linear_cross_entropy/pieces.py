@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear cross-entropy in pieces: matrix products, most of them PyTorch's own, and the steps of a backend.
+"""Linear cross-entropy in pieces, by the steps of a backend, of which matrix products take nearly all time.
 
 Letters: N tokens, C width, V ids in the softmax. Logits and their gradients are held with a row per id and a
 column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dweight``, ``[V, C]``.
@@ -68,11 +68,19 @@ class Steps(Protocol):
         """Turns logits into the gradients of ``(coefficient * losses).sum()`` by them: exact zeros where
         ``coefficient`` is zero. Their sums over the tokens are added to ``dbias`` ``[v]``, float32."""
 
-    def transposed_product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """``torch.mm(a.T, b, out=out)``, where ``a`` and ``b`` have many rows."""
+    def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+        """``torch.mm(a, b, out=out)``, or ``out.addmm_(a, b)`` where it is to be added."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """``gradient *= factor``, a scalar, multiplied in float32 and rounded once, with no float32 copy."""
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """See :class:`Steps`; PyTorch's own."""
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
 
 
 class Wanted(NamedTuple):
@@ -136,7 +144,7 @@ class _Problem:
         return Piece(logits, ids.start, len(self.weight), None if self.bias is None else self.bias[ids])
 
     def logits(self, tokens: slice, ids: slice, out: Tensor) -> None:
-        torch.mm(self.weight[ids], self.hidden[tokens].T, out=out)
+        self.steps.product(self.weight[ids], self.hidden[tokens].T, out)
 
     def reduce(self, tokens: slice, ids: slice, logits: Tensor) -> None:
         """Makes the logits of ``tokens`` for ``ids`` in ``logits``, and brings their ``stats`` up to them."""
@@ -159,15 +167,13 @@ class _Problem:
         self.reduce(tokens, ids, dlogits)
         self.gradient(tokens, ids, dlogits, self.scales and self.scales.for_dhidden, self.dbias)
         if self.dhidden is not None:
-            self.steps.transposed_product(dlogits, self.weight, self.dhidden[tokens])
+            self.steps.product(dlogits.T, self.weight, self.dhidden[tokens])
 
     def add_dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, add: bool = False) -> None:
         if self.scales is not None:
             torch.addmm(out, dlogits, hidden, beta=0, alpha=self.scales.alpha, out=out)
-        elif add:
-            out.addmm_(dlogits, hidden)
         else:
-            torch.mm(dlogits, hidden, out=out)
+            self.steps.product(dlogits, hidden, out, add=add)
 
 
 class _Scales(NamedTuple):

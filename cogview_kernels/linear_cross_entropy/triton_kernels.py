@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cogview_kernels import _checks, _device
 from cogview_kernels._triton import LN2, LOG2E, offset, store_rounded
+from cogview_kernels.linear_cross_entropy import pieces
 from cogview_kernels.linear_cross_entropy.objective import Objective
 from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
 
@@ -288,6 +289,4 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
         _scale_kernel[(triton.cdiv(size, 4096),)](gradient, factor, size, BLOCK=4096)
 
 
-def transposed_product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """See :class:`pieces.Steps`."""
-    torch.mm(a.T, b, out=out)
+product = pieces.product

@@ -37,6 +37,11 @@ typedef uint32_t VecU __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t VecU16 __attribute__((vector_size(2 * kLanes)));
 typedef uint8_t VecU8 __attribute__((vector_size(kLanes)));
 
+template <int kCount>
+struct Floats {
+    typedef float type __attribute__((vector_size(4 * kCount)));
+};
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 template <typename To, typename From>
@@ -121,7 +126,12 @@ inline VecF load(const float* p) {
 inline VecF load(const BFloat16* p) {
     VecU16 h;
     std::memcpy(&h, p, sizeof(h));
+#if defined(__AVX512F__)
+    // GCC would widen the halves of h apart, and take two more instructions to join them.
+    return bitcast<VecF>(bitcast<VecU>(_mm512_cvtepu16_epi32(bitcast<__m256i>(h))) << 16);
+#else
     return bitcast<VecF>(__builtin_convertvector(h, VecU) << 16);
+#endif
 }
 inline VecF load(const Half* p) {
 #if defined(__AVX512F__)
@@ -138,41 +148,45 @@ inline VecF load(const Half* p) {
 inline void store(float* p, VecF v) {
     std::memcpy(p, &v, sizeof(v));
 }
-// v rounded to a bfloat16, as a float.
-inline VecF round_to_bfloat16(VecF v) {
-    const VecU u = bitcast<VecU>(v);
-    const VecU rounded = u + 0x7fff + ((u >> 16) & 1);
-    return bitcast<VecF>((v != v ? u | 0x400000 : rounded) & 0xffff0000);
-}
-// The same for what arithmetic gave, which takes less: its NaN are quiet, and become the least quiet one of
-// their sign, which rounding up leaves a NaN. By intrinsics: compilers do not see minima of integers.
-inline VecF round_result_to_bfloat16(VecF v) {
+// Bits whose upper halves are v rounded to bfloat16, ties to even. A NaN stays one: it is made quiet and not
+// rounded up.
+inline VecU round_to_upper_half(VecF v) {
+    const VecU u = bitcast<VecU>(v), quiet = u | 0x400000;
 #if defined(__AVX512F__)
-    const __m512i positive = _mm512_min_epi32(bitcast<__m512i>(v), _mm512_set1_epi32(0x7fc00000));
-    const VecU u = bitcast<VecU>(_mm512_min_epu32(positive, _mm512_set1_epi32(int32_t(0xffc00000))));
-#elif defined(__AVX2__)
-    const __m256i positive = _mm256_min_epi32(bitcast<__m256i>(v), _mm256_set1_epi32(0x7fc00000));
-    const VecU u = bitcast<VecU>(_mm256_min_epu32(positive, _mm256_set1_epi32(int32_t(0xffc00000))));
+    const __m512 x = bitcast<__m512>(v);
+    const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    const __mmask16 odd =
+        _mm512_mask_test_epi32_mask(number, bitcast<__m512i>(u), _mm512_set1_epi32(0x10000));
+    const __m512i sum = _mm512_mask_add_epi32(bitcast<__m512i>(quiet), number, bitcast<__m512i>(u),
+                                              _mm512_set1_epi32(0x7fff));
+    return bitcast<VecU>(_mm512_mask_add_epi32(sum, odd, sum, _mm512_set1_epi32(1)));
 #else
-    const VecU bits = bitcast<VecU>(v);
-    const VecU u = v != v ? (bits & 0x80000000) | 0x7fc00000 : bits;
+    return v != v ? quiet : u + 0x7fff + ((u >> 16) & 1);
 #endif
-    return bitcast<VecF>((u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000);
 }
-// The bits of bfloat16 numbers held as floats.
-inline VecU16 bfloat16_bits(VecF v) {
-    const VecU u = bitcast<VecU>(v) >> 16;
-#if defined(__AVX512F__)
-    return bitcast<VecU16>(_mm512_cvtepi32_epi16(bitcast<__m512i>(u)));
+inline VecU16 upper_halves(VecU u) {
+#if defined(__AVX512BW__)
+    alignas(32) static const uint16_t halves[16] = {1,  3,  5,  7,  9,  11, 13, 15,
+                                                    17, 19, 21, 23, 25, 27, 29, 31};
+    const __m256i odd = _mm256_load_si256(reinterpret_cast<const __m256i*>(halves));
+    return bitcast<VecU16>(
+        _mm512_castsi512_si256(_mm512_permutexvar_epi16(_mm512_castsi256_si512(odd), bitcast<__m512i>(u))));
 #elif defined(__AVX2__)
-    const __m256i wide = bitcast<__m256i>(u);
+    const __m256i wide = bitcast<__m256i>(u >> 16);
     return bitcast<VecU16>(_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1)));
 #else
-    return __builtin_convertvector(u, VecU16);
+    return __builtin_convertvector(u >> 16, VecU16);
 #endif
 }
+inline VecU16 to_bfloat16(VecF v) {
+    return upper_halves(round_to_upper_half(v));
+}
+// v rounded to a bfloat16, as a float.
+inline VecF round_to_bfloat16(VecF v) {
+    return bitcast<VecF>(round_to_upper_half(v) & 0xffff0000);
+}
 inline void store(BFloat16* p, VecF v) {
-    const VecU16 h = bfloat16_bits(round_to_bfloat16(v));
+    const VecU16 h = to_bfloat16(v);
     std::memcpy(p, &h, sizeof(h));
 }
 inline void store(Half* p, VecF v) {
@@ -185,17 +199,6 @@ inline void store(Half* p, VecF v) {
 #else
     for (int i = 0; i < kLanes; ++i) from_float(v[i], &p[i]);
 #endif
-}
-
-// store() of what arithmetic gave.
-template <typename T>
-inline void store_result(T* p, VecF v) {
-    if constexpr (std::is_same<T, BFloat16>::value) {
-        const VecU16 h = bfloat16_bits(round_result_to_bfloat16(v));
-        std::memcpy(p, &h, sizeof(h));
-    } else {
-        store(p, v);
-    }
 }
 
 // The rounding error of the product a * b, given its rounded value; 0 where the processor has no FMA.
@@ -225,7 +228,7 @@ inline VecF maximum(VecF a, VecF b) {
 #endif
 }
 inline VecF magnitude(VecF x) {
-    return maximum(x, -x);
+    return bitcast<VecF>(bitcast<VecU>(x) & 0x7fffffff);
 }
 
 // ---- a row as whole vectors and one part: loops are written once, over either tag
@@ -280,6 +283,9 @@ inline void stream(Half* p, VecF v) {
     store(reinterpret_cast<Half*>(&h), v);
     stream_bits(p, h);
 }
+inline void stream(BFloat16* p, VecF v) {
+    stream_bits(p, to_bfloat16(v));
+}
 inline void stream_fence() {
 #if COGVIEW_X86
     _mm_sfence();
@@ -306,10 +312,16 @@ struct Totals {
 // have to wait for the last.
 template <int K, typename Step>
 inline Totals<K> accumulate(int64_t n, const Step& step) {
-    Totals<K> t[4] = {};
+    Totals<K> a = {}, b = {}, c = {}, d = {};
     int64_t j = 0;
-    for (; j + 4 * kLanes <= n; j += 4 * kLanes)
-        for (int i = 0; i < 4; ++i) step(j + i * kLanes, Whole{}, t[i]);
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+        step(j, Whole{}, a);
+        step(j + kLanes, Whole{}, b);
+        step(j + 2 * kLanes, Whole{}, c);
+        step(j + 3 * kLanes, Whole{}, d);
+    }
+    // An array from here on only: it lies in memory, and was written at each step above.
+    Totals<K> t[4] = {a, b, c, d};
     for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
     if (j < n) step(j, Part{int(n - j)}, t[3]);
     for (int k = 0; k < K; ++k) t[0].sum[k] = (t[0].sum[k] + t[1].sum[k]) + (t[2].sum[k] + t[3].sum[k]);
@@ -324,16 +336,22 @@ inline void for_each_vector(int64_t n, const Step& step) {
     if (j < n) step(j, Part{int(n - j)});
 }
 
+// join(lane, lane + half) until one lane is left: an order that is the same at any optimisation level.
+template <int kCount, typename Join>
+inline float fold(typename Floats<kCount>::type v, const Join& join) {
+    if constexpr (kCount == 1) {
+        return v[0];
+    } else {
+        typename Floats<kCount / 2>::type half[2];
+        std::memcpy(half, &v, sizeof(v));
+        return fold<kCount / 2>(join(half[0], half[1]), join);
+    }
+}
 inline float reduce_max(VecF v) {
-    float m = v[0];
-    for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
-    return m;
+    return fold<kLanes>(v, [](auto a, auto b) { return b > a ? b : a; });
 }
 inline float reduce_sum(VecF v) {
-    // Pairwise, so that the order is the same at any optimisation level.
-    for (int step = kLanes / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) v[i] += v[i + step];
-    return v[0];
+    return fold<kLanes>(v, [](auto a, auto b) { return a + b; });
 }
 
 template <typename T>

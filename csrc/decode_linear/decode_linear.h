@@ -22,6 +22,6 @@ struct DecodeLinear {
     DType dtype;  // of all four
 };
 
-COGVIEW_DECLARE_PER_ISA(void decode_linear_cpu(const DecodeLinear& args, int threads);)
+COGVIEW_DECLARE_PER_ISA_WITH_BF16(void decode_linear_cpu(const DecodeLinear& args, int threads);)
 
 }  // namespace cogview

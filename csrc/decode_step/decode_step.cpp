@@ -72,7 +72,7 @@ class Step {
         if (a_.head == nullptr) return;
         const DecodeLinear args = {normed_.data(), a_.head, nullptr,        a_.y,  a_.B * a_.T,
                                    a_.C,           a_.V,    a_.head_stride, false, a_.dtype};
-        COGVIEW_PICK_ISA(decode_linear_cpu)(args, threads_);
+        COGVIEW_PICK_ISA_WITH_BF16(decode_linear_cpu)(args, threads_);
     }
 
   private:
@@ -104,7 +104,7 @@ class Step {
 
     void linear(const void* x, int64_t K, const LinearWeights& w, const Rows& y, bool gelu) {
         const DecodeLinear args = {x, w.weight, w.bias, y.data(), a_.B * a_.T, K, y.width, K, gelu, a_.dtype};
-        COGVIEW_PICK_ISA(decode_linear_cpu)(args, threads_);
+        COGVIEW_PICK_ISA_WITH_BF16(decode_linear_cpu)(args, threads_);
     }
 
     // The keys (0) or values (1) of a layer, [B, H, S, D].

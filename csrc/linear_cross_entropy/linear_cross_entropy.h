@@ -46,23 +46,24 @@ struct LinearCrossEntropyGradient {
     float* dbias;              // [v], added to; or null
 };
 
-// out[M, N] = a^T b of a [K, M] and b [K, N], rounded once. Rows lie `stride` elements apart. K is at
-// least 1.
-struct LinearCrossEntropyTransposedProduct {
+// out[M, N] (+)= a b, rounded once, in float32 or bfloat16. `a_m` is the distance of two rows of a, and so
+// on. Rows of out are contiguous, and so are rows or columns of a and of b; b has rows where a has columns.
+struct LinearCrossEntropyProduct {
     int64_t M, N, K;
-    const BFloat16* a;
-    int64_t a_stride;
-    const BFloat16* b;
-    int64_t b_stride;
-    BFloat16* out;
-    int64_t out_stride;
+    const void* a;
+    int64_t a_m, a_k;
+    const void* b;
+    int64_t b_k, b_n;
+    void* out;
+    int64_t out_m;
+    bool add;
+    DType dtype;
 };
 
 COGVIEW_DECLARE_PER_ISA_WITH_BF16(
     void linear_cross_entropy_reduce_cpu(const LinearCrossEntropyReduce& args, int threads);
     void linear_cross_entropy_gradient_cpu(const LinearCrossEntropyGradient& args, int threads);
-    // Only avx512bf16 and amx have it.
-    void linear_cross_entropy_transposed_product_cpu(const LinearCrossEntropyTransposedProduct& args,
-                                                     int threads);)
+    // bfloat16 is for avx512bf16 and amx, and on amx for columns of a alone.
+    void linear_cross_entropy_product_cpu(const LinearCrossEntropyProduct& args, int threads);)
 
 }  // namespace cogview

@@ -64,13 +64,13 @@ inline bool streams(const T* to, int64_t rows, int64_t C) {
            leaves_caches(to, rows * C * int64_t(sizeof(T)));
 }
 
-// v as T holds it; v is a result of arithmetic.
+// v as T holds it.
 template <typename T>
 inline VecF rounded(VecF v) {
     if constexpr (std::is_same<T, float>::value) {
         return v;
     } else if constexpr (std::is_same<T, BFloat16>::value) {
-        return round_result_to_bfloat16(v);
+        return round_to_bfloat16(v);
     } else {
         T values[kLanes];
         store(values, v);
@@ -78,30 +78,30 @@ inline VecF rounded(VecF v) {
     }
 }
 
-// Writes what rounded() gave: bfloat16 is not rounded a second time.
 template <typename T>
-inline void put_rounded(T* to, VecF v, Whole, bool streaming) {
-    if constexpr (std::is_same<T, BFloat16>::value) {
-        const VecU16 h = bfloat16_bits(v);
+inline void put(T* to, VecF v, Whole, bool streaming) {
+    if (streaming)
+        stream(to, v);
+    else
+        store(to, v);
+}
+template <typename T>
+inline void put(T* to, VecF v, Part part, bool) {
+    store(to, v, part);
+}
+
+// Writes what rounded() gave: bfloat16 is not rounded a second time.
+template <typename T, typename Tag>
+inline void put_rounded(T* to, VecF v, Tag tag, bool streaming) {
+    if constexpr (std::is_same<T, BFloat16>::value && std::is_same<Tag, Whole>::value) {
+        const VecU16 h = upper_halves(bitcast<VecU>(v));
         if (streaming)
             stream_bits(to, h);
         else
             std::memcpy(to, &h, sizeof(h));
-    } else if (streaming) {
-        stream(to, v);
     } else {
-        store(to, v);
+        put(to, v, tag, streaming);
     }
-}
-template <typename T>
-inline void put_rounded(T* to, VecF v, Part part, bool) {
-    store(to, v, part);
-}
-
-// Writes a result of arithmetic.
-template <typename T, typename Tag>
-inline void put(T* to, VecF v, Tag tag, bool streaming) {
-    put_rounded(to, std::is_same<T, BFloat16>::value ? rounded<T>(v) : v, tag, streaming);
 }
 
 // Asks for what a later pass reads, while this one computes. Past a tensor's end it asks for nothing.

@@ -87,7 +87,7 @@ void forward_row(const T* scores, const uint8_t* mask, int64_t mask_stride, int6
     }
     const float total = reduce_sum(sums.total);
     int64_t j = 0;
-    for (; j + kLanes <= visible; j += kLanes) store_result(probs + j, load(row + j) / total);
+    for (; j + kLanes <= visible; j += kLanes) store(probs + j, load(row + j) / total);
     for (; j < visible; ++j) from_float(row[j] / total, &probs[j]);
     for (; j < N; ++j) from_float(0.0f, &probs[j]);
 }
@@ -128,7 +128,7 @@ void backward(const SoftmaxBackward& a, int threads) {
             float dot = reduce_sum(dots.total);
             for (; j < a.N; ++j) dot += to_float(dprobs[j]) * to_float(probs[j]);
             for (j = 0; j + kLanes <= a.N; j += kLanes)
-                store_result(dscores + j, a.factor * load(probs + j) * (load(dprobs + j) - dot));
+                store(dscores + j, a.factor * load(probs + j) * (load(dprobs + j) - dot));
             for (; j < a.N; ++j)
                 from_float(a.factor * to_float(probs[j]) * (to_float(dprobs[j]) - dot), &dscores[j]);
         }

@@ -27,5 +27,8 @@ inline const char* isa_name() {
     return "none";
 }
 inline void set_isa(const char*) {}
+inline bool is_amd() {
+    return false;
+}
 
 }  // namespace cogview

@@ -13,9 +13,10 @@ round has two runs,
   so that a number which the dtype happens to hold exactly is rounded too. This is the floor: what the
   roundings of the intermediate results and of the result itself cost, however lucky eager arithmetic is;
 
-and the budget begins from the largest error of eight rounds. One round may be lucky even over many elements,
-because the elements of a row share the error of the row's sum. What one round allows, more rounds allow as
-well. So a round is run only for a result that the rounds before it do not let pass.
+and the budget begins from the largest error of sixteen rounds. One round may be lucky even over many
+elements, because the elements of a row share the error of the row's sum: after eight rounds 2 of 47,000 tests
+under fifty seeds still asked too much of a kernel. What one round allows, more rounds allow as well. So a
+round is run only for a result that the rounds before it do not let pass.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ OUTPUT, GRADIENT = 2.0, 3.0
 
 Results = Sequence[Tensor | None]
 
-_ROUNDS = 8
+_ROUNDS = 16
 
 # error / allowed of every check since a test began; tests/conftest.py clears and reads it.
 shares: list[float] = []

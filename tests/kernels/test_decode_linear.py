@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import _backends, decode_linear
+from cogview_kernels import _backends, _extension, decode_linear
 from cogview_kernels._triton import Plans
 from cogview_kernels.decode_linear import launch_config, native
 from cogview_kernels.decode_linear.op import decode_linear_op
@@ -43,11 +43,29 @@ def test_error_budget(dtype, activation, N, backend, backend_device):
     check(*make(N, 1100, 45, dtype, backend_device(backend)), activation, backend)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_every_instruction_set(isa, instruction_set):
     instruction_set(isa)
     for dtype in DTYPES:
         check(*make(3, 1100, 45, dtype), "gelu_tanh")
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize("N", [24, 60, 131])
+@pytest.mark.parametrize(("K", "O"), [(1, 5), (33, 37), (70, 64), (2100, 45)])
+def test_many_rows(isa, N, K, O, instruction_set, monkeypatch):
+    """Panels, blocks and runs of which the last are parts; pairs of inputs across a row's end; bits that do
+    not depend on the threads. A decoding step has so many rows."""
+    instruction_set(isa)
+    monkeypatch.setattr(native, "MOST_ROWS", N)
+    for dtype in DTYPES:
+        x, weight, bias = make(N, K, O + 1, dtype)
+        weight = F.pad(weight, (0, 1), value=torch.nan)[:O, :K]
+        out = check(x, weight, bias[:O], "gelu_tanh")
+        alone = torch.empty_like(out)
+        _extension.native.decode_linear_cpu(x, weight, bias[:O], alone, True, 1)
+        assert torch.equal(out, alone)
 
 
 @pytest.mark.parametrize("K", [1, 3, 7, 8, 9, 16, 17, 33, 511, 512, 513, 1024, 1030])

@@ -118,7 +118,7 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
         assert not kernel_runs(many[1], many[0], room, torch.tensor([0]))
     assert not stack.limit(native.MOST_ROWS, 32)
     for limit, message in (
-        (stack.limit(native.MOST_ROWS + 1, 32), "at most 64 rows in all, got 65; use backend='reference'"),
+        (stack.limit(native.MOST_ROWS + 1, 32), "at most 256 rows in all, got 257; use backend='reference'"),
         (stack.limit(1, 257), "takes head sizes up to 256, got 257"),
         (turned.limit(1, 32), "takes plain and contiguous tensors in stack, got a Tensor of strides"),
         (others.limit(1, 32), "got a Quantized"),
@@ -129,7 +129,7 @@ def test_which_way_a_call_takes(backend_device, monkeypatch):
     arguments = (LENGTHS, None, 1, 1, 0.0, 1, 1e-5, "row", "cpu")
     with pytest.raises(ValueError, match="tensors of stack must be contiguous"):
         torch.ops.cogview_kernels.decode_step(x, turned.tensors, None, cache, *arguments)
-    with pytest.raises(NotImplementedError, match="at most 64 rows"):
+    with pytest.raises(NotImplementedError, match="at most 256 rows"):
         decode_step(many[1], many[0], room, torch.tensor([0]), backend="cpu")
 
 

@@ -183,12 +183,24 @@ def test_one_chunk(backend, dtype, case, reduction, monkeypatch):
 @pytest.mark.budget
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("case", CASES)
-def test_products_of_the_extension(case, reduction, monkeypatch, instruction_set):
-    """They are for more ids than the cases have."""
-    instruction_set("amx")
-    monkeypatch.setattr(native, "MANY_ROWS", 1)
-    monkeypatch.setattr(native.chunked, "transposed_product", None)
-    check("cpu", torch.bfloat16, case, reduction)
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [("avx512", torch.float32), ("avx512bf16", torch.bfloat16), ("amx", torch.bfloat16)]
+)
+def test_products_of_the_extension(isa, dtype, case, reduction, monkeypatch, instruction_set):
+    """They are for larger products than the cases have, and without tiles for AMD's processors."""
+    instruction_set(isa)
+    made = []
+
+    def product(a, b, out, *, add=False):
+        if isa == "amx" and a.stride(1) == 1:
+            pieces.product(a, b, out, add=add)
+        else:
+            made.append(a.shape)
+            _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add)
+
+    monkeypatch.setattr(native, "product", product)
+    check("cpu", dtype, case, reduction)
+    assert made
 
 
 @pytest.mark.budget
@@ -302,35 +314,90 @@ def test_every_instruction_set(isa, backend, instruction_set):
         check(backend, dtype, "past_a_tile", "none")
 
 
-@pytest.mark.parametrize("isa", ["avx512bf16", "amx"])
+def matrix(rows, columns, dtype, transposed):
+    """Random, in the middle of a larger one."""
+    if transposed:
+        return matrix(columns, rows, dtype, False).T
+    return torch.randn(rows, columns + 3).to(dtype)[:, 1 : columns + 1]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("order", ["rows", "columns of a", "columns of b"])
 @pytest.mark.parametrize(
-    ("K", "M", "N"), [(1, 3, 5), (31, 33, 64), (300, 32, 95), (2305, 70, 33), (1100, 1200, 500)]
+    ("M", "N", "K"),
+    [(3, 5, 1), (33, 64, 31), (32, 95, 300), (70, 33, 2305), (5, 3, 9001), (1200, 500, 1100)],
 )
-def test_transposed_product(isa, K, M, N, instruction_set):
+def test_product(isa, dtype, order, M, N, K, instruction_set):
     """Rows that lie apart; results and parts that are cut; more threads than parts, so that slices are."""
     instruction_set(isa)
-    a, b = torch.randn(K, M + 3).bfloat16()[:, :M], torch.randn(K, N + 1).bfloat16()[:, 1:]
-    exact = a.double().T @ b.double()
+    if dtype == torch.bfloat16 and isa not in ("avx512bf16", "amx"):
+        pytest.skip("bfloat16 is multiplied by avx512bf16 and amx alone")
+    if dtype == torch.bfloat16 and isa == "amx" and order != "columns of a":
+        pytest.skip("tiles take columns of a alone: PyTorch multiplies rows by tiles as well")
+    a, b = matrix(M, K, dtype, order == "columns of a"), matrix(K, N, dtype, order == "columns of b")
+    exact = a.double() @ b.double()
     found = []
-    for threads in (1, 3, 11, 40):
-        out = torch.full((M, N + 2), 7.0, dtype=torch.bfloat16)
-        _extension.native.linear_cross_entropy_transposed_product_cpu(a, b, out[:, :N], threads)
+    for threads, start in ((1, None), (3, None), (11, None), (40, None), (2, 7.0)):
+        out = torch.full((M, N + 2), 7.0, dtype=dtype)
+        arguments = (a, b, out[:, :N], start is not None, threads)
+        _extension.native.linear_cross_entropy_product_cpu(*arguments)
         assert bool((out[:, N:] == 7).all())
-        found.append(out[:, :N])
+        # Half of a last bit, and what K sums in float32 can lose.
+        wanted = exact + (start or 0)
+        size = (a.double().abs() @ b.double().abs() + (start or 0)) * (K + 1) * 2**-24
+        half = wanted.abs() * (2**-8 if dtype == torch.bfloat16 else 2**-24)
+        assert bool(((out[:, :N].double() - wanted).abs() <= half + size).all())
+        if start is None:
+            found.append(out[:, :N])
     assert all(torch.equal(out, found[0]) for out in found)
-    # Half of a last bit, and what K sums in float32 can lose.
-    size = (a.double().abs().T @ b.double().abs()) * K * 2**-24
-    assert bool(((found[0].double() - exact).abs() <= exact.abs() * 2**-8 + size).all())
 
 
-def test_transposed_product_of_numbers_that_are_none(instruction_set):
+@pytest.mark.parametrize(
+    ("isa", "dtype"), [("avx512", torch.float32), ("avx512bf16", torch.bfloat16), ("amx", torch.bfloat16)]
+)
+@pytest.mark.parametrize("transposed", [True, False])
+def test_product_of_numbers_that_are_none(isa, dtype, transposed, instruction_set):
     """They stay in their row and column, though blocks are padded."""
-    instruction_set("amx")
-    a, b = torch.ones(40, 5).bfloat16(), torch.ones(40, 7).bfloat16()
-    a[3, 1], b[39, 6] = float("nan"), float("inf")
-    out = torch.empty(5, 7).bfloat16()
-    _extension.native.linear_cross_entropy_transposed_product_cpu(a, b, out, 2)
-    torch.testing.assert_close(out, (a.float().T @ b.float()).bfloat16(), equal_nan=True)
+    instruction_set(isa)
+    if isa == "amx" and not transposed:
+        pytest.skip("tiles take columns of a alone: PyTorch multiplies rows by tiles as well")
+    a, b = torch.ones(5, 41).to(dtype), torch.ones(41, 7).to(dtype)
+    a[1, 3], b[40, 6] = float("nan"), float("inf")
+    out = torch.empty(5, 7).to(dtype)
+    _extension.native.linear_cross_entropy_product_cpu(
+        a.T.contiguous().T if transposed else a, b, out, False, 2
+    )
+    torch.testing.assert_close(out, (a.float() @ b.float()).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
+def test_whose_product(isa, amd, monkeypatch, instruction_set):
+    """The extension's where it was found faster, and never one that it does not have."""
+    instruction_set(isa)
+    monkeypatch.setattr(_extension.native, "is_amd", lambda: amd)
+    seen = []
+    monkeypatch.setattr(_extension, "call", lambda *a: seen.append("extension"))
+    monkeypatch.setattr(pieces, "product", lambda *a, add: seen.append("torch"))
+    large, small = torch.empty(2048, 64), torch.empty(16, 64)
+
+    def maker(a, b):
+        native.product(a, b, torch.empty(a.shape[0], b.shape[1], dtype=a.dtype))
+        return seen.pop()
+
+    rows = amd and isa != "amx"
+    assert maker(large, large.T) == ("extension" if rows else "torch")
+    assert maker(large, small.T) == "torch"
+    assert maker(large.half(), large.half().T) == "torch"
+    assert maker(large[:, ::2], large[:, ::2].T) == "torch"
+    assert maker(large.T, large) == ("extension" if rows else "torch")
+    assert maker(large.T, large.T.contiguous().T) == "torch"
+    pairs = large.bfloat16()
+    assert maker(pairs, pairs.T) == ("extension" if amd and isa == "avx512bf16" else "torch")
+    assert maker(pairs.T, pairs) == (
+        "extension" if isa == "amx" or (amd and isa == "avx512bf16") else "torch"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
