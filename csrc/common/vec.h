@@ -312,16 +312,14 @@ struct Totals {
 // have to wait for the last.
 template <int K, typename Step>
 inline Totals<K> accumulate(int64_t n, const Step& step) {
-    Totals<K> a = {}, b = {}, c = {}, d = {};
+    Totals<K> four[4] = {};
     int64_t j = 0;
     for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-        step(j, Whole{}, a);
-        step(j + kLanes, Whole{}, b);
-        step(j + 2 * kLanes, Whole{}, c);
-        step(j + 3 * kLanes, Whole{}, d);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) step(j + i * kLanes, Whole{}, four[i]);
     }
-    // An array from here on only: it lies in memory, and was written at each step above.
-    Totals<K> t[4] = {a, b, c, d};
+    // Another array, since this one lies in memory: those indexed by constants do not.
+    Totals<K> t[4] = {four[0], four[1], four[2], four[3]};
     for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
     if (j < n) step(j, Part{int(n - j)}, t[3]);
     for (int k = 0; k < K; ++k) t[0].sum[k] = (t[0].sum[k] + t[1].sum[k]) + (t[2].sum[k] + t[3].sum[k]);

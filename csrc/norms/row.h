@@ -12,6 +12,7 @@
 #include "common/dropout.h"
 #include "common/memory.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/vec.h"
 #include "norms/norm.h"
 
@@ -104,13 +105,6 @@ inline void put_rounded(T* to, VecF v, Tag tag, bool streaming) {
     }
 }
 
-// Asks for what a later pass reads, while this one computes. Past a tensor's end it asks for nothing.
-template <typename T>
-inline void prefetch(const T* p) {
-    __builtin_prefetch(p);
-    if (kLanes * sizeof(T) > 64) __builtin_prefetch(p + kLanes / 2);
-}
-
 // ---- dropout
 
 inline RowWords row_words(const Dropout& dropout, int64_t row) {
@@ -198,11 +192,12 @@ inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_m
     const float first = moments.sum * inverse;
     float mean = 0.0f, spread = first;
     if constexpr (kKind == NormKind::kLayer) {
+        const bool amd = is_amd();
         const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
             const VecF d = only(load(row + j, tag) - first, tag);
             t.sum[0] += d;
             t.sum[1] += d * d;
-            prefetch(next + j);
+            prefetch_vector(next + j, amd);
         });
         const float correction = reduce_sum(total.sum[0]) * inverse;
         mean = first + correction;
@@ -237,9 +232,10 @@ inline VecF normalised(VecF x, Statistics s, const WideAffine& affine, int64_t j
 template <NormKind kKind, typename T, typename Next>
 inline void normalise_row(const float* row, Statistics s, const WideAffine& affine, int64_t C, T* out,
                           bool streaming, const Next* next) {
+    const bool amd = is_amd();
     for_each_vector(C, [&](int64_t j, auto tag) {
         put(out + j, normalised<kKind, T>(load(row + j, tag), s, affine, j, tag), tag, streaming);
-        if (kKind == NormKind::kRms) prefetch(next + j);
+        if (kKind == NormKind::kRms) prefetch_vector(next + j, amd);
     });
 }
 

@@ -16,6 +16,7 @@ namespace {
 template <NormKind kKind, typename B, typename T>
 Moments add_post_norm(float* row, Statistics s, const WideAffine& post, const T* residual, int64_t C, T* out,
                       bool streaming, const B* next) {
+    const bool amd = is_amd();
     const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
         const VecF y = normalised<kKind, B>(load(row + j, tag), s, post, j, tag);
         const VecF v = rounded<T>(only(load(residual + j, tag) + y, tag));
@@ -23,7 +24,7 @@ Moments add_post_norm(float* row, Statistics s, const WideAffine& post, const T*
         store(row + j, v, tag);
         t.sum[0] += moment<kKind>(v);
         t.largest = maximum(magnitude(v), t.largest);
-        if (kKind == NormKind::kRms) prefetch(next + j);
+        if (kKind == NormKind::kRms) prefetch_vector(next + j, amd);
     });
     return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
 }
@@ -107,6 +108,7 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
     constexpr int kNorm = parameters_of(kKind), kSlots = 2 * kNorm;
     const Scratch partials(chunks * kSlots * C);
     const bool streaming = streams(dbranch, rows, C) && (dresidual == nullptr || streams(dresidual, rows, C));
+    const bool amd = is_amd();
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch hat(C), scaled(C);
         float* post_partial = partials.data + begin / grain * kSlots * C;
@@ -122,8 +124,8 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
                 means = gradient_means<kKind>(
                     C, [&](int64_t j, auto tag) { return load(residual_out + at + j, tag); },
                     [&](int64_t j, auto tag) {
-                        if (dresidual_out != nullptr) prefetch(dresidual_out + at + j);
-                        prefetch(branch + at + j);
+                        if (dresidual_out != nullptr) prefetch_vector(dresidual_out + at + j, amd);
+                        prefetch_vector(branch + at + j, amd);
                         return load(dnormed + at + j, tag);
                     },
                     pre, pre_weight.data, pre_partial, pre_partial + C, hat.data, scaled.data);
@@ -136,7 +138,7 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
                     d = row_gradient<kKind>(pre, pre_means, hat.data, scaled.data, j, tag);
                 if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);
                 if (dresidual != nullptr) put(dresidual + at + j, d, tag, streaming);
-                if (dnormed != nullptr) prefetch(dnormed + at + C + j);
+                if (dnormed != nullptr) prefetch_vector(dnormed + at + C + j, amd);
                 return d;
             };
             const Statistics post = read_statistics<kKind>(a.stats, 0, rows, r);
@@ -152,7 +154,7 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
             for_each_vector(C, [&](int64_t j, auto tag) {
                 const VecF d = row_gradient<kKind>(post, means, hat.data, scaled.data, j, tag);
                 put(dbranch + at + j, kDropout ? drop(d, a.dropout, words, j) : d, tag, streaming);
-                prefetch(residual_out + at + C + j);
+                prefetch_vector(residual_out + at + C + j, amd);
             });
         }
         stream_fence();

@@ -44,7 +44,7 @@ void norm_backward(const NormBackward& a, int threads) {
     const T* dy = static_cast<const T*>(a.dy);
     const T* x = static_cast<const T*>(a.x);
     T* dx = static_cast<T*>(a.dx);
-    const bool streaming = streams(dx, rows, C);
+    const bool streaming = streams(dx, rows, C), amd = is_amd();
     const Scratch weight(C);
     widen_parameter(a.weight, C, 1.0f, a.weight_offset, weight.data);
     const int64_t grain = backward_chunk(rows), chunks = (rows + grain - 1) / grain;
@@ -64,8 +64,8 @@ void norm_backward(const NormBackward& a, int threads) {
             for_each_vector(C, [&](int64_t j, auto tag) {
                 put(dx + r * C + j, row_gradient<kKind>(s, means, hat.data, scaled.data, j, tag), tag,
                     streaming);
-                prefetch(x + (r + 1) * C + j);
-                prefetch(dy + (r + 1) * C + j);
+                prefetch_vector(x + (r + 1) * C + j, amd);
+                prefetch_vector(dy + (r + 1) * C + j, amd);
             });
         }
         stream_fence();
