@@ -6,8 +6,8 @@ column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dw
 
 FLOPs: 2 N C V for the losses, and as many for each of ``dhidden`` and ``dweight`` that is asked for. Up to
 2 (N - C) C V more where :func:`_in_place_of_dweight` makes logits twice. Memory beyond the gradients: one
-piece, or ``extra_memory`` times that of the logits where this is more, some 30 bytes a token and, in bfloat16
-on a CPU with tiles, at most 16 MB of sums.
+piece, or ``extra_memory`` times that of the logits where this is more, some 30 bytes a token and, on a CPU,
+what its own products hold: at most 16 MB of sums, and on AMD's processors a packed copy of ``hidden``.
 """
 
 from __future__ import annotations

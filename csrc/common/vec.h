@@ -309,17 +309,20 @@ struct Totals {
 };
 
 // step(j, tag, totals) for every vector of a row of n. Four sets of totals take turns, as one addition would
-// have to wait for the last.
+// have to wait for the last. Flattened: of several calls GCC would make a function, and keep totals in
+// memory.
 template <int K, typename Step>
-inline Totals<K> accumulate(int64_t n, const Step& step) {
-    Totals<K> four[4] = {};
+__attribute__((flatten)) inline Totals<K> accumulate(int64_t n, const Step& step) {
+    Totals<K> a = {}, b = {}, c = {}, d = {};
     int64_t j = 0;
     for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) step(j + i * kLanes, Whole{}, four[i]);
+        step(j, Whole{}, a);
+        step(j + kLanes, Whole{}, b);
+        step(j + 2 * kLanes, Whole{}, c);
+        step(j + 3 * kLanes, Whole{}, d);
     }
-    // Another array, since this one lies in memory: those indexed by constants do not.
-    Totals<K> t[4] = {four[0], four[1], four[2], four[3]};
+    // An array from here on only: it lies in memory, and was written at each step above.
+    Totals<K> t[4] = {a, b, c, d};
     for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
     if (j < n) step(j, Part{int(n - j)}, t[3]);
     for (int k = 0; k < K; ++k) t[0].sum[k] = (t[0].sum[k] + t[1].sum[k]) + (t[2].sum[k] + t[3].sum[k]);
