@@ -247,7 +247,7 @@ template <typename T>
 void forward(const DecodeLinear& a, int threads) {
     // Tiles would take whole blocks of the rows of W.
     constexpr bool kPairs = std::is_same<T, BFloat16>::value && kHasBf16 && !Product<kHasBf16>::kSteps;
-    if (a.N < kManyRows)
+    if (a.N < kManyRows || a.K == 0)
         few_rows<T>(a, threads);
     else
         many_rows<kPairs, T>(a, threads);

@@ -93,6 +93,15 @@ def test_threads_do_not_change_a_bit(threads, backend_device):
     assert torch.equal(*found) and torch.equal(*(mine.nan_to_num() for mine in caches))
 
 
+@pytest.mark.budget
+@pytest.mark.parametrize("F", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows(F, dtype):
+    """Enough that products go by panels; an MLP of no width adds its bias alone."""
+    lengths = torch.arange(40) % (S - 1)
+    check(*make(F=F, layers=1, dtype=dtype, lengths=lengths), lengths)
+
+
 def test_which_way_a_call_takes(backend_device, monkeypatch):
     backend_device("cpu")
     taken, run = [], native.forward

@@ -51,7 +51,7 @@ def test_drawing_takes_the_kernel_for_prompt_and_steps(taken):
     rows = prefill(model, [[1, 2], [3, 4, 5]], 6)
     decode(model, rows, Task([range(16)], 6, [1, 2]), DrawOptions())
     assert len(taken) == 1 + 5
-    many = prefill(model, [[n] for n in range(native.MOST_ROWS + 1)], 2)
+    many = prefill(model, [[n // 20, n % 20] for n in range(native.MOST_ROWS + 1)], 2)
     decode(model, many, Task([range(16)], 2, [0] * (native.MOST_ROWS + 1)), DrawOptions())
     assert len(taken) == 1 + 5
 
