@@ -66,7 +66,7 @@ def decode_step(
         ValueError: a shape above is not met, devices differ, or on the CPU lengths or pivots are out of
             range.
         NotImplementedError: a derivative is needed: the op has none. A limit of the backend asked for ("cpu":
-            no float64, 256 rows, D up to 256).
+            no float64, 256 rows, or 64 of bfloat16 on a processor with AMX, D up to 256).
         RuntimeError: the named backend cannot run here; the message says why.
 
     Source: CogView, arXiv:2105.13290, sections 2.4 and 4.1, with keys and values cached.

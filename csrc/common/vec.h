@@ -321,7 +321,7 @@ __attribute__((flatten)) inline Totals<K> accumulate(int64_t n, const Step& step
         step(j + 2 * kLanes, Whole{}, c);
         step(j + 3 * kLanes, Whole{}, d);
     }
-    // An array from here on only: it lies in memory, and was written at each step above.
+    // An array only now: indexed by a variable it lies in memory, and would be written at each step above.
     Totals<K> t[4] = {a, b, c, d};
     for (int i = 0; j + kLanes <= n; ++i, j += kLanes) step(j, Whole{}, t[i]);
     if (j < n) step(j, Part{int(n - j)}, t[3]);

@@ -6,12 +6,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "common/matmul.h"
-#include "common/pack.h"
+#include "common/panels.h"
 #include "common/parallel.h"
 #include "common/prefetch.h"
 #include "common/vec.h"
-#include "common/workspace.h"
 #include "decode_linear/decode_linear.h"
 
 namespace cogview {
@@ -133,7 +131,7 @@ inline VecF gelu(VecF x) {
     return x * (twice < 0.0f ? e : broadcast(1.0f)) / (1.0f + e);
 }
 
-// y[row, o + 0 ... ] = activation(sums + bias).
+// y[row, o to o + count - 1] = activation(sums + bias).
 template <typename T>
 inline void finish(const DecodeLinear& a, const float* sums, int64_t row, int64_t o, int64_t count) {
     const T* bias = static_cast<const T*>(a.bias);
@@ -179,10 +177,11 @@ void few_rows(const DecodeLinear& a, int threads) {
 
 // Rows of x from which on they are lanes.
 constexpr int64_t kManyRows = 24;
-// Rows of x in a panel, outputs of a chunk, units of inputs that one running sum takes up.
-constexpr int64_t kPanelRows = std::max(16, kPanel* kLanes), kOutputs = 32, kUnits = 512;
+// Outputs of a chunk.
+constexpr int64_t kOutputs = 32;
 
-// 16 units of inputs, from k on, of the rows [n, n + 16) of x to a panel [.., kPanelRows], zeros beyond both.
+// 16 units of inputs, from k on, of the rows [n, n + 16) of x to a panel, whose columns they are; zeros
+// beyond both.
 template <bool kBf16, typename T>
 inline void pack_block(const DecodeLinear& a, int64_t n, int64_t k, float* panel) {
     using E = typename Compute<kBf16>::type;
@@ -192,48 +191,35 @@ inline void pack_block(const DecodeLinear& a, int64_t n, int64_t k, float* panel
     for (int64_t r = 0; r < 16; ++r)
         stage_row(n + r < a.N ? x + (n + r) * a.K + k : nullptr, std::min(kWidth, a.K - k), kWidth, false,
                   reinterpret_cast<E*>(stage) + kWidth * r);
-    transpose_block(stage, 16, panel, kPanelRows);
+    transpose_block(stage, 16, panel, kPanelColumns);
 }
 
 template <bool kBf16, typename T>
 void many_rows(const DecodeLinear& a, int threads) {
-    using E = typename Compute<kBf16>::type;
     constexpr int64_t kPack = Compute<kBf16>::kPack;
     const int64_t units = (a.K + kPack - 1) / kPack, blocks = (units + 15) / 16;
-    const int64_t panels = (a.N + kPanelRows - 1) / kPanelRows, panel_size = blocks * 16 * kPanelRows;
+    const int64_t panels = (a.N + kPanelColumns - 1) / kPanelColumns,
+                  panel_size = blocks * 16 * kPanelColumns;
     const Workspace x(panels * panel_size);
     parallel_for(panels * blocks, 4, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
-            for (int64_t n = 0; n < kPanelRows; n += 16)
-                pack_block<kBf16, T>(a, i / blocks * kPanelRows + n, i % blocks * 16 * kPack,
-                                     x.data + i * 16 * kPanelRows + n);
+            for (int64_t n = 0; n < kPanelColumns; n += 16)
+                pack_block<kBf16, T>(a, i / blocks * kPanelColumns + n, i % blocks * 16 * kPack,
+                                     x.data + i * 16 * kPanelColumns + n);
     });
-    const bool direct = std::is_same<T, E>::value && a.K % kPack == 0 && a.weight_stride % kPack == 0;
     parallel_for(a.O, kOutputs, threads, [&](int64_t begin, int64_t end) {
         const int64_t outputs = end - begin;
-        const Workspace stage(direct ? 0 : outputs * units), sums(kOutputs * kPanelRows);
         const T* weight = static_cast<const T*>(a.weight) + begin * a.weight_stride;
-        MatmulA w = {reinterpret_cast<const float*>(weight), a.weight_stride / kPack, 0, 0};
-        if (!direct) {
-            E* rows = reinterpret_cast<E*>(stage.data);
-            for (int64_t o = 0; o < outputs; ++o)
-                stage_row(weight + o * a.weight_stride, a.K, units * kPack, false, rows + o * units * kPack);
-            w = {stage.data, units, 0, 0};
-        }
-        for (int64_t first = 0; first < a.N; first += kPanelRows) {
-            const int64_t rows = std::min(kPanelRows, a.N - first);
-            const float* panel = x.data + first / kPanelRows * panel_size;
-            for (int64_t u = 0; u < units; u += kUnits) {
-                MatmulA part = w;
-                part.data += u;
-                part.block = std::min(kUnits, units - u);
-                matmul<kBf16>(outputs, round_up(rows, kLanes), part.block, part, panel + u * kPanelRows,
-                              kPanelRows, sums.data, kPanelRows, u > 0);
-            }
+        const UnitRows<kBf16, T> w(weight, a.weight_stride, outputs, a.K);
+        const Workspace sums(kOutputs * kPanelColumns);
+        for (int64_t first = 0; first < a.N; first += kPanelColumns) {
+            const int64_t rows = std::min(kPanelColumns, a.N - first);
+            w.multiply(x.data + first / kPanelColumns * panel_size, round_up(rows, kLanes), sums.data,
+                       kPanelColumns, false);
             for (int64_t o = 0; o < outputs; o += 16) {
                 for (int64_t n = 0; n < rows; n += 16) {
                     alignas(64) float block[16 * 16];
-                    transpose_block(sums.data + o * kPanelRows + n, kPanelRows, block, 16);
+                    transpose_block(sums.data + o * kPanelColumns + n, kPanelColumns, block, 16);
                     for (int64_t r = 0; r < std::min<int64_t>(16, rows - n); ++r)
                         finish<T>(a, block + 16 * r, first + n + r, begin + o,
                                   std::min<int64_t>(16, outputs - o));
@@ -247,7 +233,7 @@ template <typename T>
 void forward(const DecodeLinear& a, int threads) {
     // Tiles would take whole blocks of the rows of W.
     constexpr bool kPairs = std::is_same<T, BFloat16>::value && kHasBf16 && !Product<kHasBf16>::kSteps;
-    if (a.N < kManyRows || a.K == 0)
+    if (a.N < kManyRows)
         few_rows<T>(a, threads);
     else
         many_rows<kPairs, T>(a, threads);

@@ -10,11 +10,9 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/matmul.h"
-#include "common/pack.h"
+#include "common/panels.h"
 #include "common/parallel.h"
 #include "common/vec.h"
-#include "common/workspace.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
 namespace cogview {
@@ -23,9 +21,9 @@ namespace {
 
 template <bool kBf16>
 constexpr bool kTiles = Product<kBf16>::kSteps;
-// Columns of a panel of b: a multiple of 16, as transposing takes.
+// Columns of a panel of b.
 template <bool kBf16>
-constexpr int64_t kWidth = kTiles<kBf16> ? 32 : std::max(16, kPanel* kLanes);
+constexpr int64_t kWidth = kTiles<kBf16> ? 32 : kPanelColumns;
 
 // out[0, columns) (+)= the sums of a row, rounded.
 template <typename T>
@@ -38,77 +36,60 @@ void put_row(const float* sums, int64_t columns, bool add, T* out) {
 
 // ---- a of rows
 
-// Units of the contraction that one running sum takes up, since its error grows with their number; and rows
-// of a that pass a panel of b, which stay in the L2 cache with it.
-constexpr int64_t kRun = 512, kTaskRows = 96;
+// Rows of a that pass a panel of b, which stay in the L2 cache with it.
+constexpr int64_t kTaskRows = 96;
 
-// Units [panels][K][kWidth] of b; what is beyond its columns is 0.
+// A panel of b, [units, a multiple of 16][kPanelColumns]; what is beyond its columns and rows is 0, but for
+// rows that no unit of a meets.
 template <bool kBf16, typename T>
 void pack_panel(const LinearCrossEntropyProduct& p, int64_t panel, int64_t units, float* to) {
     using E = typename Compute<kBf16>::type;
-    constexpr int64_t width = kWidth<kBf16>, kPack = Compute<kBf16>::kPack;
+    constexpr int64_t width = kPanelColumns, kPack = Compute<kBf16>::kPack;
     const T* b = static_cast<const T*>(p.b);
     const int64_t first = panel * width, columns = std::min(width, p.N - first);
-    if (p.b_k == 1) {
-        const int64_t padded = round_up(units, 16);
-        const Workspace stage(width * padded), transposed(width * padded);
-        E* rows = reinterpret_cast<E*>(stage.data);
+    const bool has_rows = p.b_n == 1;
+    const int64_t length = has_rows ? width : units * kPack;
+    const Workspace stage(has_rows ? kPack * width : width * units);
+    E* rows = reinterpret_cast<E*>(stage.data);
+    if (!has_rows) {
         for (int64_t n = 0; n < width; ++n)
-            stage_row(n < columns ? b + (first + n) * p.b_n : nullptr, p.K, padded * kPack, false,
-                      rows + n * padded * kPack);
-        pack_b_transposed<kBf16>(rows, width, padded * kPack, transposed.data);
-        std::memcpy(to, transposed.data, units * width * sizeof(float));
+            stage_row(n < columns ? b + (first + n) * p.b_n : nullptr, p.K, length, false, rows + n * length);
+        pack_b_transposed<kBf16>(rows, width, length, to);
         return;
     }
-    const Workspace stage(kPack * width);
-    E* rows = reinterpret_cast<E*>(stage.data);
-    for (int64_t u = 0; u < units; ++u) {
-        for (int64_t i = 0; i < kPack; ++i) {
-            const int64_t k = u * kPack + i;
-            stage_row(k < p.K ? b + k * p.b_k + first : nullptr, columns, width, false, rows + i * width);
-        }
-        pack_b(rows, kPack, width, to + u * width);
+    for (int64_t k = 0; k < p.K; k += kPack) {
+        for (int64_t i = 0; i < kPack; ++i)
+            stage_row(k + i < p.K ? b + (k + i) * p.b_k + first : nullptr, columns, width, false,
+                      rows + i * width);
+        pack_b(rows, kPack, width, to + k / kPack * width);
     }
 }
 
 template <bool kBf16, typename T>
 void product(const LinearCrossEntropyProduct& p, int threads) {
-    using E = typename Compute<kBf16>::type;
-    constexpr int64_t width = kWidth<kBf16>, kPack = Compute<kBf16>::kPack;
-    const int64_t units = (p.K + kPack - 1) / kPack, panels = (p.N + width - 1) / width;
+    constexpr int64_t width = kPanelColumns, kPack = Compute<kBf16>::kPack;
+    const int64_t units = round_up((p.K + kPack - 1) / kPack, 16), panels = (p.N + width - 1) / width;
     const Workspace b(panels * units * width);
     parallel_for(panels, 1, threads, [&](int64_t panel, int64_t) {
         pack_panel<kBf16, T>(p, panel, units, b.data + panel * units * width);
     });
-    // Pairs must lie in one unit each.
-    const bool staged = p.K % kPack != 0 || p.a_m % kPack != 0;
     parallel_for(p.M, kTaskRows, threads, [&](int64_t begin, int64_t end) {
         const int64_t rows = end - begin;
-        const Workspace stage(staged ? rows * units : 0), sums(rows * width);
-        const T* a = static_cast<const T*>(p.a) + begin * p.a_m;
-        MatmulA from = {reinterpret_cast<const float*>(a), p.a_m / kPack, units, 0};
-        if (staged) {
-            E* to = reinterpret_cast<E*>(stage.data);
-            for (int64_t m = 0; m < rows; ++m)
-                stage_row(a + m * p.a_m, p.K, units * kPack, false, to + m * units * kPack);
-            from = {stage.data, units, units, 0};
-        }
+        const UnitRows<kBf16, T> a(static_cast<const T*>(p.a) + begin * p.a_m, p.a_m, rows, p.K);
+        const Workspace sums(rows * width);
         for (int64_t panel = 0; panel < panels; ++panel) {
             const int64_t first = panel * width, columns = std::min(width, p.N - first);
+            const float* b_panel = b.data + panel * units * width;
             T* out = static_cast<T*>(p.out) + begin * p.out_m + first;
-            // Whole vectors of floats are summed where they belong.
-            const bool direct = std::is_same<T, float>::value && columns % kLanes == 0;
-            float* c = direct ? reinterpret_cast<float*>(out) : sums.data;
-            const int64_t row = direct ? p.out_m : width;
-            for (int64_t u = 0; u < units; u += kRun) {
-                MatmulA part = from;
-                part.data += u;
-                part.block = std::min(kRun, units - u);
-                matmul<kBf16>(rows, round_up(columns, kLanes), part.block, part,
-                              b.data + (panel * units + u) * width, width, c, row,
-                              u > 0 || (direct && p.add));
+            if constexpr (std::is_same<T, float>::value) {
+                // Whole vectors of floats are summed where they belong.
+                if (columns % kLanes == 0) {
+                    a.multiply(b_panel, columns, out, p.out_m, p.add);
+                    continue;
+                }
             }
-            for (int64_t m = 0; m < rows && !direct; ++m)
+            a.multiply(b_panel, round_up(columns, kLanes), sums.data, width, false);
+            for (int64_t m = 0; m < rows; ++m)
                 put_row(sums.data + m * width, columns, p.add, out + m * p.out_m);
         }
     });
@@ -117,7 +98,7 @@ void product(const LinearCrossEntropyProduct& p, int threads) {
 // ---- a transposed: a contraction over very many rows, of which kDepth at a time are packed and stay in the
 // L2 cache of one core
 
-// Elements of the contraction; 32 make a group, 16 units with pairs.
+// Elements of the contraction; with tiles 32 make a group, 16 units.
 template <bool kBf16>
 constexpr int64_t kDepth = kTiles<kBf16> ? 256 : 512;
 constexpr int64_t kGroup = 32;
@@ -169,21 +150,16 @@ struct Rows {
     }
 
   private:
-    const T* row_of(const void* x, int64_t stride, int64_t k) const {
-        return k < p.K ? static_cast<const T*>(x) + k * stride : nullptr;
-    }
-
-    // Unit u of the rows from k on, columns [from, from + count) of x, as floats or pairs [width].
-    void pack_row(const void* x, int64_t stride, int64_t k, int64_t u, int64_t from, int64_t count,
-                  int64_t width, float* to) const {
+    // A unit of each of the columns [from, from + count) of x, from row k on, as floats or pairs [width].
+    void pack_row(const void* x, int64_t stride, int64_t k, int64_t from, int64_t count, int64_t width,
+                  float* to) const {
         const auto at = [&](int64_t row) {
-            const T* data = row_of(x, stride, row);
-            return data == nullptr || count <= 0 ? nullptr : data + from;
+            return row < p.K && count > 0 ? static_cast<const T*>(x) + row * stride + from : nullptr;
         };
         if constexpr (kBf16)
-            pair_rows(at(k + 2 * u), at(k + 2 * u + 1), count, width, to);
+            pair_rows(at(k), at(k + 1), count, width, to);
         else
-            stage_row(at(k + u), std::max<int64_t>(count, 0), width, false, to);
+            stage_row(at(k), std::max<int64_t>(count, 0), width, false, to);
     }
 
     // Rows of the results [m, m + count): units [groups][count][16] for tiles, else [kUnits][count].
@@ -192,22 +168,22 @@ struct Rows {
         if constexpr (kTiles<kBf16>) {
             for (int64_t group = 0; group < kUnits; group += kGroupUnits, to += kGroupUnits * count) {
                 for (int64_t u = 0; u < kGroupUnits; ++u)
-                    pack_row(p.a, p.a_k, k, group + u, first + m, real, count, work + u * count);
+                    pack_row(p.a, p.a_k, k + kPack * (group + u), first + m, real, count, work + u * count);
                 transpose(work, kGroupUnits, count, count, to, kGroupUnits);
             }
             return MatmulA{to - kUnits * count, kGroupUnits, kGroupUnits, kGroupUnits * count};
         } else {
             for (int64_t u = 0; u < kUnits; ++u)
-                pack_row(p.a, p.a_k, k, u, first + m, real, count, to + u * count);
+                pack_row(p.a, p.a_k, k + kPack * u, first + m, real, count, to + u * count);
             return TransposedA{to, count, kUnits, 0};
         }
     }
 
-    // Row by row into units [width / kPanelWidth][kUnits][kPanelWidth]: panel by panel would fetch a few
-    // lines here and there.
+    // Unit u of the rows from k on into [width / kPanelWidth][kUnits][kPanelWidth]: panel by panel would
+    // fetch a few lines here and there.
     void pack_b(int64_t k, int64_t u, float* units) const {
         for (int64_t column = 0; column < width; column += kPanelWidth)
-            pack_row(p.b, p.b_k, k, u, column, std::min(kPanelWidth, p.N - column), kPanelWidth,
+            pack_row(p.b, p.b_k, k + kPack * u, column, std::min(kPanelWidth, p.N - column), kPanelWidth,
                      units + column * kUnits + u * kPanelWidth);
     }
 };

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cogview_kernels import LayerStack, ThreeRegionLayout, decode_step
+from cogview_kernels import LayerStack, ThreeRegionLayout, _extension, decode_step
 from cogview_kernels.decode_step import native
 from cogview_kernels.decode_step.reference import decode_step_reference
 from tests.helpers.stack import random_stack
@@ -100,6 +100,14 @@ def test_many_rows(F, dtype):
     """Enough that products go by panels; an MLP of no width adds its bias alone."""
     lengths = torch.arange(40) % (S - 1)
     check(*make(F=F, layers=1, dtype=dtype, lengths=lengths), lengths)
+
+
+def test_tiles_leave_rows_to_pytorch(monkeypatch):
+    """PyTorch multiplies many rows of bfloat16 by tiles."""
+    monkeypatch.setattr(_extension.native, "isa", lambda: "amx")
+    wide, narrow = random_stack(dtype=torch.bfloat16), random_stack()
+    assert not wide.limit(64, 32) and "at most 64 rows in all, got 65" in wide.limit(65, 32)
+    assert not narrow.limit(65, 32)
 
 
 def test_which_way_a_call_takes(backend_device, monkeypatch):

@@ -321,9 +321,17 @@ def matrix(rows, columns, dtype, transposed):
     return torch.randn(rows, columns + 3).to(dtype)[:, 1 : columns + 1]
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("order", ["rows", "columns of a", "columns of b"])
+ORDERS = ("rows", "columns of a", "columns of b")
+PAIRS = ("avx512bf16", "amx")
+# Tiles take columns of a alone.
+PRODUCTS = [
+    *((isa, torch.float32, order) for isa in ("portable", "avx2", "avx512", *PAIRS) for order in ORDERS),
+    *(("avx512bf16", torch.bfloat16, order) for order in ORDERS),
+    ("amx", torch.bfloat16, "columns of a"),
+]
+
+
+@pytest.mark.parametrize(("isa", "dtype", "order"), PRODUCTS, ids=str)
 @pytest.mark.parametrize(
     ("M", "N", "K"),
     [(3, 5, 1), (33, 64, 31), (32, 95, 300), (70, 33, 2305), (5, 3, 9001), (1200, 500, 1100)],
@@ -331,10 +339,6 @@ def matrix(rows, columns, dtype, transposed):
 def test_product(isa, dtype, order, M, N, K, instruction_set):
     """Rows that lie apart; results and parts that are cut; more threads than parts, so that slices are."""
     instruction_set(isa)
-    if dtype == torch.bfloat16 and isa not in ("avx512bf16", "amx"):
-        pytest.skip("bfloat16 is multiplied by avx512bf16 and amx alone")
-    if dtype == torch.bfloat16 and isa == "amx" and order != "columns of a":
-        pytest.skip("tiles take columns of a alone: PyTorch multiplies rows by tiles as well")
     a, b = matrix(M, K, dtype, order == "columns of a"), matrix(K, N, dtype, order == "columns of b")
     exact = a.double() @ b.double()
     found = []
@@ -353,21 +357,18 @@ def test_product(isa, dtype, order, M, N, K, instruction_set):
     assert all(torch.equal(out, found[0]) for out in found)
 
 
-@pytest.mark.parametrize(
-    ("isa", "dtype"), [("avx512", torch.float32), ("avx512bf16", torch.bfloat16), ("amx", torch.bfloat16)]
-)
-@pytest.mark.parametrize("transposed", [True, False])
-def test_product_of_numbers_that_are_none(isa, dtype, transposed, instruction_set):
+@pytest.mark.parametrize(("isa", "dtype", "order"), PRODUCTS, ids=str)
+def test_product_of_numbers_that_are_none(isa, dtype, order, instruction_set):
     """They stay in their row and column, though blocks are padded."""
     instruction_set(isa)
-    if isa == "amx" and not transposed:
-        pytest.skip("tiles take columns of a alone: PyTorch multiplies rows by tiles as well")
     a, b = torch.ones(5, 41).to(dtype), torch.ones(41, 7).to(dtype)
     a[1, 3], b[40, 6] = float("nan"), float("inf")
+    if order == "columns of a":
+        a = a.T.contiguous().T
+    if order == "columns of b":
+        b = b.T.contiguous().T
     out = torch.empty(5, 7).to(dtype)
-    _extension.native.linear_cross_entropy_product_cpu(
-        a.T.contiguous().T if transposed else a, b, out, False, 2
-    )
+    _extension.native.linear_cross_entropy_product_cpu(a, b, out, False, 2)
     torch.testing.assert_close(out, (a.float() @ b.float()).to(dtype), equal_nan=True)
 
 
