@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,6 +280,9 @@ def test_tokens_that_fit_in_one_chunk_are_one_chunk(dtype, N, monkeypatch):
     truth, eager = judge(lambda *x: with_gradients(loss_of_reference, x, target), (hidden, weight))
     for a, e, t in zip(call(hidden, weight)[1:], eager[1:], truth[1:], strict=True):
         assert_within_budget(a, e, t, dtype=dtype, factor=GRADIENT)
+    # Elsewhere than on the CPU a chunk has no room to spare.
+    problem = SimpleNamespace(hidden=hidden.to("meta"), weight=weight, room=0)
+    assert pieces._chunk_of_tokens(problem) == N
 
 
 @pytest.mark.parametrize(
