@@ -232,15 +232,51 @@ def decode_linear_cpu(
     gelu: bool,
     threads: int,
 ) -> None: ...
+
+class DecodeStack:
+    """The tensors of a LayerStack, whose addresses it keeps."""
+
+    def __init__(self, tensors: list[Tensor | None]) -> None: ...
+
 def decode_step_cpu(
     x: Tensor | None,
     y: Tensor | None,
     head: Tensor | None,
-    weights: list[Tensor | None],
+    stack: DecodeStack,
     cache: Tensor | None,
     lengths: _Integers,
     layout: _Layout,
     options: _NormOptions,
+    threads: int,
+) -> None: ...
+def draw_step_cpu(
+    last: _Integers,
+    tokens: _Integers,
+    done: _Integers,
+    seeds: _Integers,
+    words: Tensor | None,
+    positions: Tensor | None,
+    restart: _Integers,
+    head: Tensor | None,
+    stack: DecodeStack,
+    cache: Tensor | None,
+    lengths: _Integers,
+    options: _NormOptions,
+    total: Tensor | None,
+    first: int,
+    temperature: float,
+    top_k: int,
+    threads: int,
+) -> None: ...
+def draw_tokens_cpu(
+    logits: Tensor | None,
+    seeds: _Integers,
+    positions: _Integers,
+    drawn: _Integers,
+    total: Tensor | None,
+    first: int,
+    temperature: float,
+    top_k: int,
     threads: int,
 ) -> None: ...
 def local_attention_2d_fwd_cpu(

@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <array>
+#include <limits>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -19,6 +21,8 @@
 #include "decode_attention/decode_attention.h"
 #include "decode_linear/decode_linear.h"
 #include "decode_step/decode_step.h"
+#include "draw_step/draw_step.h"
+#include "draw_tokens/draw_tokens.h"
 #include "layer_norm/layer_norm.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 #include "local_attention_2d/local_attention_2d.h"
@@ -395,20 +399,40 @@ DecodeStepLayer decode_step_layer(const PythonTensor* x) {
     return {affine(0), linear(2), linear(4), affine(6), affine(8), linear(10), linear(12), affine(14)};
 }
 
-// x [B, T, C]; head [V, C] or None; y [B, T, V], or as x; weights: those of the layers, then weight and bias
-// of the norm after them; cache [L, 2, B, H, S, D].
-DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const PythonTensor& head,
-                       const std::vector<PythonTensor>& weights, const PythonTensor& cache,
-                       const PythonTensor& lengths, const LayoutArguments& layout, NormArguments options) {
-    const int64_t B = x.size[0], C = x.last, H = cache.size[3], L = cache.size[0];
-    if (!std::all_of(weights.begin(), weights.end(), is_contiguous))
+// The tensors of a LayerStack as decode_step wants them: to read them anew takes as long as a short step
+// does. Python keeps the tensors.
+struct DecodeStack {
+    std::vector<DecodeStepLayer> layers;
+    Affine final_norm;
+    int64_t F;
+};
+
+// Of each layer, then weight and bias of the norm after them.
+DecodeStack decode_stack(const std::vector<PythonTensor>& tensors) {
+    if (!std::all_of(tensors.begin(), tensors.end(), is_contiguous))
         throw std::invalid_argument("decode_step: the tensors of stack must be contiguous");
+    if (tensors.size() < kLayerTensors + 2 || (tensors.size() - 2) % kLayerTensors != 0)
+        throw std::invalid_argument("decode_step: stack must have " + std::to_string(kLayerTensors) +
+                                    " tensors a layer and two more, got " + std::to_string(tensors.size()));
+    DecodeStack stack = {};
+    const size_t last = tensors.size() - 2;
+    for (size_t i = 0; i < last; i += kLayerTensors) stack.layers.push_back(decode_step_layer(&tensors[i]));
+    stack.final_norm = {parameter(tensors[last]), parameter(tensors[last + 1])};
+    stack.F = tensors[10].size[0];
+    return stack;
+}
+
+// x [B, T, C]; head [V, C] or None; y [B, T, V], or as x; cache [L, 2, B, H, S, D].
+DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const PythonTensor& head,
+                       const DecodeStack& stack, const PythonTensor& cache, const PythonTensor& lengths,
+                       const LayoutArguments& layout, NormArguments options) {
+    const int64_t B = x.size[0], C = x.last, L = int64_t(stack.layers.size());
     DecodeStep a = {};
     a.x = x.data;
     a.y = y.data;
-    for (int64_t layer = 0; layer < L; ++layer)
-        a.layers.push_back(decode_step_layer(&weights[layer * kLayerTensors]));
-    a.final_norm = {parameter(weights[L * kLayerTensors]), parameter(weights[L * kLayerTensors + 1])};
+    a.layers = stack.layers.data();
+    a.L = L;
+    a.final_norm = stack.final_norm;
     a.head = head.data;
     a.V = head.size[0];
     a.head_stride = head.stride[0];
@@ -417,12 +441,58 @@ DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const Pytho
     a.B = B;
     a.T = x.size[1];
     a.C = C;
-    a.H = H;
+    a.H = cache.size[3];
     a.S = cache.elements / (2 * L * B * C);
-    a.F = weights[10].size[0];
+    a.F = stack.F;
     a.layout = layout_within(a.S, layout);
     a.norms = norm_options(options);
     a.dtype = x.dtype;
+    return a;
+}
+
+// logits [B, T, V], contiguous; seeds [B], positions and drawn [B, T]: contiguous, int64; total [].
+DrawTokens draw_tokens(const PythonTensor& logits, const PythonTensor& seeds, const PythonTensor& positions,
+                       const PythonTensor& drawn, const PythonTensor& total, int64_t first, float temperature,
+                       int64_t top_k) {
+    return {logits.data,
+            positions.elements,
+            positions.last,
+            logits.last,
+            logits.dtype,
+            static_cast<const int64_t*>(seeds.data),
+            static_cast<const int64_t*>(positions.data),
+            first,
+            temperature,
+            top_k,
+            static_cast<int64_t*>(drawn.data),
+            static_cast<float*>(total.data)};
+}
+
+// last, tokens, done, lengths, seeds: int64, contiguous, changed in place but for the seeds; restart: as
+// these, or None; words, positions: [.., C], contiguous. The rest as of decode_step and draw_tokens.
+DrawStep draw_step(const PythonTensor& last, const PythonTensor& tokens, const PythonTensor& done,
+                   const PythonTensor& seeds, const PythonTensor& words, const PythonTensor& positions,
+                   const PythonTensor& restart, const PythonTensor& head, const DecodeStack& stack,
+                   const PythonTensor& cache, const PythonTensor& lengths, NormArguments options,
+                   const PythonTensor& total, int64_t first, float temperature, int64_t top_k) {
+    PythonTensor x = words;
+    x.size = {lengths.elements, 1};
+    const LayoutArguments every_key = {{}, std::numeric_limits<int64_t>::max(), 1, 0.0f, true, {}};
+    DrawStep a = {};
+    a.step = decode_step(x, x, head, stack, cache, lengths, every_key, options);
+    const int64_t B = a.step.B;
+    a.draw = {nullptr, B,     1,           a.step.V, words.dtype, static_cast<const int64_t*>(seeds.data),
+              nullptr, first, temperature, top_k,    nullptr,     static_cast<float*>(total.data)};
+    a.words = words.data;
+    a.positions = positions.data;
+    a.num_words = words.size[0];
+    a.num_positions = positions.size[0];
+    a.restart = static_cast<const int64_t*>(restart.data);
+    a.lengths = static_cast<int64_t*>(lengths.data);
+    a.last = static_cast<int64_t*>(last.data);
+    a.tokens = static_cast<int64_t*>(tokens.data);
+    a.done = static_cast<int64_t*>(done.data);
+    a.W = tokens.last;
     return a;
 }
 
@@ -570,7 +640,12 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
                                               "dtype",  "sorted_pivots", "workspace"};
 constexpr const char* kDecode[] = {"q", "k_cache", "v_cache", "lengths", "out", "layout", "scale", "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
-constexpr const char* kStep[] = {"x", "y", "head", "weights", "cache", "lengths", "layout", "options"};
+constexpr const char* kStep[] = {"x", "y", "head", "stack", "cache", "lengths", "layout", "options"};
+constexpr const char* kDraw[] = {"logits", "seeds", "positions",   "drawn",
+                                 "total",  "first", "temperature", "top_k"};
+constexpr const char* kDrawStep[] = {"last",    "tokens", "done",        "seeds", "words",   "positions",
+                                     "restart", "head",   "stack",       "cache", "lengths", "options",
+                                     "total",   "first",  "temperature", "top_k"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
@@ -639,7 +714,10 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(decode_linear_cpu); });
+    py::class_<DecodeStack>(m, "DecodeStack").def(py::init(&decode_stack), py::arg("tensors"));
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });
+    bind_cpu(m, "draw_step_cpu", draw_step, kDrawStep, [] { return draw_step_cpu; });
+    bind_cpu(m, "draw_tokens_cpu", draw_tokens, kDraw, [] { return COGVIEW_PICK_ISA(draw_tokens_cpu); });
     bind_cpu(m, "local_attention_2d_fwd_cpu", local_attention_forward, kLocalForward,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(local_attention_2d_fwd_cpu); });
     bind_cpu(m, "local_attention_2d_bwd_cpu", local_attention_backward, kLocalBackward,

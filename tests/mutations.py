@@ -60,6 +60,7 @@ _CUDA_DECODE = "cuda_kernels test_decode and not properties"
 _CPU_STEP = "decode_step (test_error_budget or test_modes)"
 _CPU_LINEAR = "decode_linear (test_error_budget or test_edges or test_several or test_gelu)"
 _CPU_PANELS = "decode_linear test_many_rows"
+_DRAW, _DRAW_STEP, _PLAN = "model/sampling the_kernel", "model/whole_step test", "model/decoder test"
 _TRITON_LINEAR = "decode_linear (test_every_number or test_edges_of_pieces or test_nothing_beside)"
 _CPU_LOCAL = (
     "local_attention_2d (test_forward_and_backward or test_dropout or test_narrow or fp16_limit) and cpu"
@@ -322,6 +323,33 @@ MUTATIONS = [
              "last ? a_.final_norm", "last ? a_.layers[0].attention_pre", _CPU_STEP),
     Mutation("step-cpu-trunk", "csrc/decode_step/*",
              "residual = x_.data();", "", _CPU_STEP),
+    # ---- drawing, CPU
+    Mutation("draw-cpu-top-k", "csrc/draw_tokens/*", "found >= k", "found > k", _DRAW),
+    Mutation("draw-cpu-noise", "csrc/draw_tokens/*", "uint64_t(i + j + 1)", "uint64_t(i + j)", _DRAW),
+    Mutation("draw-cpu-seeds", "csrc/draw_tokens/*", "a.seeds[n / a.T]", "a.seeds[0]", _DRAW),
+    Mutation("draw-cpu-first", "csrc/draw_tokens/*",
+             "uint64_t(a.first + a.positions[n])", "uint64_t(a.positions[n])", _DRAW),
+    Mutation("draw-cpu-past-the-row", "csrc/draw_tokens/*", "int64_t j = a.V; j < padded",
+             "int64_t j = a.V + 1; j < padded", _DRAW),
+    Mutation("draw-cpu-best", "csrc/draw_tokens/*", "best = arrival, at = i + j", "at = i + j", _DRAW),
+    Mutation("draw-cpu-temperature", "csrc/draw_tokens/*", "kLog2e / double(a.temperature)", "kLog2e", _DRAW),
+    Mutation("draw-cpu-total", "csrc/draw_tokens/*", "*a.total += sums", "*a.total = sums", _DRAW),
+    Mutation("draw-step-restart", "csrc/draw_step/*",
+             "a.lengths[b] >= a.restart[b]", "a.lengths[b] > a.restart[b] + 1", _DRAW_STEP),
+    Mutation("draw-step-position", "csrc/draw_step/*", " + load(position + c, tag)", "", _DRAW_STEP),
+    Mutation("draw-step-tokens", "csrc/draw_step/*",
+             "a.tokens[b * a.W + a.done[b]]", "a.tokens[b * a.W]", _DRAW_STEP),
+    Mutation("draw-step-lengths", "csrc/draw_step/*", "++a.lengths[b];", "", _DRAW_STEP),
+    Mutation("draw-step-words", "csrc/draw_step/*",
+             "check_below(a.last[b], a.num_words", "check_below(0, a.num_words", _DRAW_STEP),
+    Mutation("draw-step-watched", "cogview_kernels/_draw.py",
+             "type(head) not in PLAIN or is_watched()", "type(head) not in PLAIN", _DRAW_STEP),
+    Mutation("plan-hooks", "cogview/model/decoder.py", "type(module), hooks,", "type(module), 0,",
+             _PLAN),
+    Mutation("plan-weights", "cogview/model/decoder.py", "weight.data_ptr(), weight.dtype", "weight.dtype,",
+             _PLAN),
+    Mutation("plan-eps", "cogview/model/decoder.py", 'of.get("eps")', "0", _PLAN),
+
     # ---- decode_linear, CPU
     Mutation("linear-cpu-last-part", "csrc/decode_linear/*",
              "if (k < stop) step(", "if (k + 1 < stop) step(", _CPU_LINEAR),
@@ -337,9 +365,14 @@ MUTATIONS = [
     Mutation("linear-cpu-long-rows", "csrc/decode_linear/*",
              "start < K; start += kRun", "start < K; start += K", _CPU_LINEAR),
     Mutation("linear-cpu-odd-row", "csrc/decode_linear/*",
-             "if (r < a.N)", "if (r + 1 < a.N)", _CPU_LINEAR),
+             "else if (rows == 2)", "else if (rows == 9)", _CPU_LINEAR),
+    Mutation("linear-cpu-later-rows", "csrc/decode_linear/*",
+             "sums.data + r * stride + o", "sums.data + o", _CPU_LINEAR),
+    Mutation("linear-cpu-halves-of-sums", "csrc/common/vec.h",
+             "kLane % kOf + kHalf * kOf", "kLane % kOf + kHalf", _CPU_LINEAR),
     Mutation("linear-cpu-last-outputs", "csrc/decode_linear/*",
-             "for (; o < end; ++o)", "for (; o + 1 < end; ++o)", _CPU_LINEAR),
+             "some(Constant<1>{}, some(Constant<kMost>{}, stride));", "some(Constant<kMost>{}, stride);",
+             _CPU_LINEAR),
     Mutation("linear-cpu-chunk-of-bias", "csrc/decode_linear/*",
              "load(bias + o + j, tag)", "load(bias + j, tag)", _CPU_LINEAR),
     Mutation("linear-cpu-negative-gelu", "csrc/decode_linear/*",
@@ -636,9 +669,10 @@ def build() -> None:
 def fails(tests: str) -> bool:
     """Whether one of the tests does; without any test that is an error."""
     file, words = tests.split(" ", 1)
+    folder, _, name = file.rpartition("/")
     done = run(
         *("-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"),
-        *(f"tests/kernels/test_{file}.py", "-k", words),
+        *(f"tests/{folder or 'kernels'}/test_{name}.py", "-k", words),
     )
     if done.returncode in (2, 3, 4, 5):  # pytest's own; a kernel that crashes ends it by a signal
         sys.exit(f"pytest {tests}:\n{(done.stdout + done.stderr)[-3000:]}")

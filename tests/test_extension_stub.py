@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ def _plain(node: ast.expr, aliases: dict[str, ast.expr]):
     text = ast.unparse(node)
     if text in aliases:
         return _plain(aliases[text], aliases)
+    if isinstance(node, ast.Attribute) and "_C" in text.split("."):  # a class of the module's own
+        return node.attr
     if isinstance(node, ast.BinOp):  # pybind11: SupportsInt | SupportsIndex
         if text == "Tensor | None":
             return text
@@ -46,18 +50,26 @@ def _agree(stub, module) -> bool:
 
 
 def _signature(function: ast.FunctionDef, aliases: dict[str, ast.expr]) -> dict:
-    types = {a.arg: _plain(a.annotation, aliases) for a in function.args.args}
+    types = {a.arg: _plain(a.annotation, aliases) for a in function.args.args if a.arg != "self"}
     return {**types, "return": _plain(function.returns, aliases)}
+
+
+def _with_constructors(names: Iterable[tuple[str, object]], is_class, constructor) -> dict[str, object]:
+    """Functions by name, and of each class its constructor under the name of the class."""
+    return {name: constructor(x) if is_class(x) else x for name, x in names}
 
 
 def _of_stub() -> dict[str, dict]:
     body = ast.parse(STUB.read_text()).body
     aliases = {n.target.id: n.value for n in body if isinstance(n, ast.AnnAssign) and n.value is not None}
-    return {n.name: _signature(n, aliases) for n in body if isinstance(n, ast.FunctionDef)}
+    named = [(n.name, n) for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    functions = _with_constructors(named, lambda n: isinstance(n, ast.ClassDef), lambda n: n.body[-1])
+    return {name: _signature(f, aliases) for name, f in functions.items()}
 
 
 def _of_module(module) -> dict[str, dict]:
-    functions = {name: f for name, f in vars(module).items() if callable(f)}
+    named = [(name, f) for name, f in vars(module).items() if callable(f)]
+    functions = _with_constructors(named, inspect.isclass, lambda c: c.__init__)
     docs = {name: f.__doc__.strip().splitlines()[0] for name, f in functions.items()}
     parsed = {name: ast.parse(f"def {doc}: ...").body[0] for name, doc in docs.items()}
     return {name: _signature(f, {}) for name, f in parsed.items()}

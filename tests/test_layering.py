@@ -18,7 +18,10 @@ OPS = sorted(p.parent.name for p in KERNELS.glob("*/api.py"))
 OURS = ("torch", "typing_extensions", "cogview_kernels", "triton")  # PyTorch needs the second itself
 
 # An op that is made of others, and of which. Its reference calls theirs, its C++ file their functions.
-MADE_OF = {"decode_step": ("decode_attention", "decode_linear", "layer_norm", "sandwich_layer_norm")}
+MADE_OF = {
+    "decode_step": ("decode_attention", "decode_linear", "layer_norm", "sandwich_layer_norm"),
+    "draw_step": ("decode_step", "draw_tokens"),
+}
 
 # What each file of an op may import of its own op. Any may import the shared modules, `layout` and `_*`.
 ALLOWED = {
@@ -174,7 +177,11 @@ def test_training_on_a_folder_loads_nothing_of_the_digits_or_the_plots(tmp_path)
 
 
 # The cache's memory is the model's, and a kernel that fills it is no op that others would want.
-PRIVATE = {("model/cache.py", "cogview_kernels._cache")}
+PRIVATE = {
+    ("model/cache.py", "cogview_kernels._cache"),
+    ("model/decoder.py", "cogview_kernels._draw"),
+    ("generation/sampling.py", "cogview_kernels._draw"),
+}
 
 
 def test_cogview_uses_only_the_public_names():

@@ -10,6 +10,7 @@ Letters: B rows that are drawn, R rows of the batch (B, or 2 B with guidance), N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from cogview.config import SamplingConfig
 from cogview.generation.graph import on_device
-from cogview.generation.sampling import Noise, choose
+from cogview.generation.sampling import Noise, choose, drawing_of
 from cogview.model.cache import KVCache
 from cogview.model.decoder import Decoder
 from cogview.model.transformer import CogView
@@ -93,9 +94,7 @@ def prefill(
         )
     place: dict[tuple[int, ...], int] = {}
     index = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
-    tokens = torch.zeros(len(place), longest, dtype=torch.int64)
-    for row, prompt in zip(tokens, place, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
+    tokens = torch.tensor([(*prompt, *[0] * (longest - len(prompt))) for prompt in place])
     each_once = len(place) == len(prompts)
     capacity = longest + new_tokens + spare
     cache = KVCache(
@@ -110,9 +109,11 @@ def prefill(
     # Padding stands behind the prompts, where causal attention never looks back at it.
     step = Decoder(model)
     hidden = step(tokens.to(device), cache)
-    lengths = torch.tensor([len(prompt) for prompt in place], device=device)
-    cache.set_lengths(lengths)
-    last = hidden[torch.arange(len(place), device=device), lengths - 1]
+    last = hidden[:, -1]
+    if any(len(prompt) < longest for prompt in place):
+        lengths = torch.tensor([len(prompt) for prompt in place], device=device)
+        cache.set_lengths(lengths)
+        last = hidden[torch.arange(len(place), device=device), lengths - 1]
     if not each_once:
         cache, last = cache.take(index, capacity), last[torch.tensor(index, device=device)]
     return Rows(cache, last, step)
@@ -127,7 +128,7 @@ def decode(model: CogView, rows: Rows, task: Task, options: DrawOptions) -> Tens
     loop = (_OneByOne if options.parallel == 1 else _GuessAndVerify)(model, rows, task, options)
     loop.start()
     loop.check_finite()  # damaged weights are told now, not after a thousand steps
-    advance = on_device(loop.advance, rows.hidden.device)
+    advance = on_device(loop.next_step(), rows.hidden.device)
     turn = 0
     while not loop.is_done(turn):
         advance()
@@ -192,11 +193,14 @@ class _OneByOne:
         self.model, self.task, self.options = model, task, options
         self.cache, self.hidden, self.step = rows
         self.branches = len(rows.hidden) // B
-        ids = torch.cat([torch.arange(part.start, part.stop, device=device) for part in task.allowed])
-        self.ids = None if len(task.allowed) == 1 and task.allowed[0].start == 0 else ids
+        self.ids: Tensor | None = None  # of image codes, which come first, the index is the id
+        if len(task.allowed) > 1 or task.allowed[0].start > 0:
+            self.ids = torch.cat(
+                [torch.arange(part.start, part.stop, device=device) for part in task.allowed]
+            )
         self.heads = [model.word_embeddings.weight[part.start : part.stop] for part in task.allowed]
         seeds = torch.tensor(task.seeds, device=device, dtype=torch.int64)
-        self.noise = Noise(seeds, task.num_tokens, len(ids), task.first)
+        self.noise = Noise(seeds, task.num_tokens, sum(map(len, task.allowed)), task.first)
         width = task.num_tokens + options.parallel - 1
         self.given = torch.full((B, width), -1, device=device, dtype=torch.int64)
         if task.given is not None:
@@ -212,6 +216,15 @@ class _OneByOne:
         self.tokens.scatter_(1, self.done, self.last)
         self.done += 1
         self.report()
+
+    def next_step(self) -> Callable[[], None]:
+        """What draws more tokens when called, after the start."""
+        drawing = drawing_of(self.options.sampling, self.noise, self.total)
+        is_plain = self.branches == 1 and self.ids is None and self.task.given is None
+        if not is_plain or drawing is None:
+            return self.advance
+        rows = self.last, self.tokens, self.done, self.cache
+        return self.step.whole_step(*rows, self.heads[0], drawing) or self.advance
 
     def advance(self) -> None:
         """One more token in every row."""
@@ -234,13 +247,12 @@ class _OneByOne:
     def next_tokens(self, parts: list[Tensor], positions: Tensor) -> Tensor:
         """The tokens at ``positions`` ``[B, T]`` from the logits for them, as :meth:`read` gives them."""
         logits = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-        self.total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
         if self.branches == 2:
             with_text, without = logits.float().chunk(2)
             logits = without + self.options.sampling.guidance * (with_text - without)
-        drawn = choose(logits, self.options.sampling, self.noise, positions)
+        drawn = choose(logits, self.options.sampling, self.noise, positions, self.total)
         if self.ids is not None:
-            drawn = self.ids[drawn]  # of image codes, which come first, the index is the id
+            drawn = self.ids[drawn]
         if self.task.given is None:
             return drawn
         given = self.given.gather(1, positions)
@@ -256,7 +268,7 @@ class _OneByOne:
 
     def check_finite(self) -> None:
         """Waits for the device, unlike a step, which only remembers what it met."""
-        if not bool(self.total.isfinite()):
+        if not math.isfinite(self.total.item()):
             raise FloatingPointError(
                 "the model's logits are not finite (NaN or infinite): its weights are damaged, or overflow "
                 f"in this precision, {self.hidden.dtype}"
@@ -289,6 +301,9 @@ class _GuessAndVerify(_OneByOne):
         self.window = torch.arange(options.parallel, device=self.tokens.device)
         self.places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         self.counted = 0
+
+    def next_step(self) -> Callable[[], None]:
+        return self.advance
 
     def start(self) -> None:
         super().start()

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from cogview.config import SamplingConfig
+from cogview_kernels import _draw
 
 MADE_AT_ONCE = 1 << 22  # numbers of noise, 16 MiB
 COLDEST = 1e-6  # a temperature below it is taken for 0: in float32 it leaves one token anyway
@@ -42,11 +45,29 @@ def token_probabilities(logits: Tensor, config: SamplingConfig) -> Tensor:
     return top_p_filter(top_k_filter(logits, config.top_k), config.top_p).softmax(-1)
 
 
-def choose(logits: Tensor, config: SamplingConfig, noise: Noise, positions: Tensor) -> Tensor:
-    """One index per row of ``[B, T, V]``: the likeliest at temperature 0, else drawn; int64 ``[B, T]``."""
+def choose(
+    logits: Tensor, config: SamplingConfig, noise: Noise, positions: Tensor, total: Tensor | None = None
+) -> Tensor:
+    """One index per row of ``[B, T, V]``: the likeliest at temperature 0, else drawn; int64 ``[B, T]``.
+
+    The sum of the logits is added to ``total``, which is not finite if one of them is not.
+    """
+    drawing = drawing_of(config, noise, total)
+    if drawing is not None and _draw.can_draw(logits):
+        return _draw.draw_tokens(logits, positions, drawing)
+    if total is not None:
+        total += logits.sum(dtype=torch.float32)  # two ops, where isfinite().all() are eight
     if config.temperature < COLDEST:
         return logits.argmax(-1)
     return draw(token_probabilities(logits, config), noise.at(positions))
+
+
+def drawing_of(config: SamplingConfig, noise: Noise, total: Tensor | None) -> _draw.Drawing | None:
+    """The same for the kernel, which has no top-p."""
+    if 0 < config.top_p < 1:
+        return None
+    temperature = config.temperature if config.temperature >= COLDEST else 0.0
+    return _draw.Drawing(noise.seeds, noise.first, temperature, config.top_k, total)
 
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
@@ -101,11 +122,15 @@ class Noise:
     """
 
     def __init__(self, seeds: Tensor, length: int, size: int, first: int = 0) -> None:
-        self.seeds, self.size, self.first = seeds, size, first
-        self.made: Tensor | None = None
-        if len(seeds) * length * size <= MADE_AT_ONCE:
-            positions = torch.arange(first, first + length, device=seeds.device).expand(len(seeds), -1)
-            self.made = exponentials(seeds, positions, size)
+        self.seeds, self.length, self.size, self.first = seeds, length, size, first
+
+    @functools.cached_property
+    def made(self) -> Tensor | None:
+        """Of all positions; None where that would be much memory. A kernel that draws needs none of it."""
+        if len(self.seeds) * self.length * self.size > MADE_AT_ONCE:
+            return None
+        positions = torch.arange(self.first, self.first + self.length, device=self.seeds.device)
+        return exponentials(self.seeds, positions.expand(len(self.seeds), -1), self.size)
 
     def at(self, positions: Tensor) -> Tensor:
         """float32 ``[B, T, size]`` at positions ``[B, T]``."""

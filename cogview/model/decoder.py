@@ -7,14 +7,17 @@ On the CPU a step of a small model is mostly the host's time between the ops of 
 
 from __future__ import annotations
 
-from typing import cast
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
 from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk
-from cogview_kernels import LayerStack, LayerWeights, decode_linear, decode_step
+from cogview_kernels import LayerStack, LayerWeights, _draw, decode_linear, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
 _KNOWN = frozenset((CogView, Trunk, Layer, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Embedding))
@@ -28,11 +31,10 @@ class Decoder:
 
     def __init__(self, model: CogView) -> None:
         self.model = model
-        self.stack = layer_stack(model)
+        self._plan = _plan_of(model)
         # Attributes of modules take as long to look up as small tensors take to add.
         self._words = model.word_embeddings.weight
         self._positions = model.transformer.position_embeddings.weight
-        self._fitting: dict[int, bool] = {}  # by the number of rows
 
     def __call__(
         self,
@@ -45,24 +47,80 @@ class Decoder:
 
         With ``head``, rows ``[V, C]`` of the tied embedding, their logits ``[B, T, V]``.
         """
-        if self.stack is None or not self._fits(self.stack, tokens.numel()):
+        stack = self._plan.stack
+        if stack is None or not self._fits(stack, tokens.numel()):
             hidden = self.model(tokens, positions=positions, cache=cache)
             return cast(Tensor, hidden if head is None else decode_linear(hidden, head))
         T = tokens.shape[1]
         if positions is None:
             positions = cache.positions(cache.places(T))
         x = torch.embedding(self._words, tokens) + torch.embedding(self._positions, positions)
-        out = decode_step(x, self.stack, cache.buffer, cache.lengths, head=head)
+        out = decode_step(x, stack, cache.buffer, cache.lengths, head=head)
         cache.advance(T)
         return out
 
+    def whole_step(
+        self, last: Tensor, tokens: Tensor, done: Tensor, cache: KVCache, head: Tensor, drawing: _draw.Drawing
+    ) -> Callable[[], None] | None:
+        """A call of it reads the last token of each row and draws the next, see
+        :func:`cogview_kernels._draw.whole_step`. None where there is no kernel for it."""
+        stack = self._plan.stack
+        if stack is None or not self._fits(stack, len(last)):
+            return None
+        tables, cached = (self._words, self._positions, cache.restart), (cache.buffer, cache.lengths)
+        return _draw.whole_step(last, tokens, done, *tables, stack, head, *cached, drawing)
+
     def _fits(self, stack: LayerStack, rows: int) -> bool:
-        fits = self._fitting.get(rows)
+        fits = self._plan.fitting.get(rows)
         if fits is None:
             config = self.model.config
             limit = stack.limit(rows, config.hidden_size // config.num_heads)
-            fits = self._fitting[rows] = not limit
+            fits = self._plan.fitting[rows] = not limit
         return fits and not torch.is_autocast_enabled("cpu")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a look at a model found. It holds no module, so that it ends with the model."""
+
+    seen: list[Any]  # what it follows from, see _seen_of
+    stack: LayerStack | None
+    fitting: dict[int, bool] = field(default_factory=dict)  # whether the kernel takes so many rows
+
+
+_plans: weakref.WeakKeyDictionary[CogView, _Plan] = weakref.WeakKeyDictionary()
+
+
+def _plan_of(model: CogView) -> _Plan:
+    """A look takes twice as long as a step of a small model, so that of the last call serves while it can."""
+    seen, known = _seen_of(model), _plans.get(model)
+    if known is None or known.seen != seen:
+        known = _plans[model] = _Plan(seen, layer_stack(model))
+    return known
+
+
+def _seen_of(model: CogView) -> list[Any]:
+    """All that :func:`layer_stack` depends on but the weights' values.
+
+    Weights go by where they lie: while a stack has hold of them, no others can lie there.
+    """
+    seen: list[Any] = [model.training, model.config]
+    left: list[nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is None:
+            seen.append(None)
+            continue
+        of = module.__dict__
+        hooks = len(of["_forward_hooks"]) + len(of["_forward_pre_hooks"])
+        seen += type(module), hooks, of.get("eps")
+        for weight in of["_parameters"].values():
+            if type(weight) is nn.Parameter:
+                seen += weight.data_ptr(), weight.dtype, weight.shape
+            else:  # none, or of a kind that no kernel takes
+                seen.append(weight if weight is None else id(weight))
+        left += of["_modules"].values()
+    return seen
 
 
 def layer_stack(model: CogView) -> LayerStack | None:

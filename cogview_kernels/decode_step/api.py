@@ -84,6 +84,9 @@ def decode_step(
     # Of a stack the number is enough: it does not change, and to look at its tensors takes longer than the
     # rest of the host's work.
     signature = _backends.signature(_OP, stack.serial, *inputs, *regions, backend)
+    run = decode_step_op.ready(signature)
+    if run is not None:
+        return run(x, stack, head, cache, lengths, layout)
     chosen = _backends.passed(signature)
     if chosen is None:
         _check(x, stack, cache, lengths, layout)
@@ -96,6 +99,8 @@ def decode_step(
     if chosen == "reference":
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
+    if chosen == "cpu" and x.numel() > 0:
+        decode_step_op.prepare(signature, x, stack, head, cache, lengths, layout)
     call = decode_step_op.for_signature(signature)
     if layout is None:
         return call(x, stack.tensors, head, cache, lengths, None, 1, 1, 0.0, 1, *options, chosen)

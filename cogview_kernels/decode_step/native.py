@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cogview_kernels import _checks, _extension
-from cogview_kernels._attention import causal_layout, native_layout
+from cogview_kernels._attention import causal_layout, native_layout, with_rows
 from cogview_kernels._norms import rows as shared
 from cogview_kernels._norms.rows import NormOptions
 from cogview_kernels.layout import ThreeRegionLayout
@@ -41,8 +42,41 @@ def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) ->
     return ""
 
 
+def handle(tensors: Sequence[Tensor]) -> Any:
+    """A stack's tensors as the extension reads them, by their addresses: they must outlive it."""
+    return _extension.native.DecodeStack(list(tensors))
+
+
 def _has_tiles(tensor: Tensor) -> bool:
     return tensor.dtype == torch.bfloat16 and _extension.native.isa() == "amx"
+
+
+def prepare(
+    x: Tensor,
+    stack: Any,
+    head: Tensor | None,
+    cache: Tensor,
+    lengths: Tensor,
+    layout: ThreeRegionLayout | None,
+) -> Callable[..., Tensor] | None:
+    """See :class:`cogview_kernels._torch_ops.Op`: a function of the same; ``stack`` is a ``LayerStack``."""
+    lists = (x, lengths, None if layout is None else layout.pivots)
+    if not all(tensor is None or tensor.is_contiguous() for tensor in lists):
+        return None
+    if head is not None and with_rows(head) is not head:
+        return None
+    native, threads, empty_like = _extension.native, torch.get_num_threads, torch.empty_like
+    S = cache.shape[4]
+    all_keys, options = causal_layout(S, None), shared.options(NormOptions(stack.eps, stack.pb_relax))
+    logits = None if head is None else (*x.shape[:2], head.shape[0])
+
+    def run(x, stack, head, cache, lengths, layout):
+        out = empty_like(x) if logits is None else x.new_empty(logits)
+        regions = all_keys if layout is None else native_layout(layout, layout.pivots, None)
+        native.decode_step_cpu(x, out, head, stack.native, cache, lengths, regions, options, threads())
+        return out
+
+    return run
 
 
 def forward(
@@ -64,7 +98,7 @@ def forward(
         x,
         out,
         head,
-        tensors,
+        handle(tensors),
         cache,
         lengths,
         causal_layout(cache.shape[4], None) if layout is None else native_layout(layout, layout.pivots, None),

@@ -84,4 +84,5 @@ decode_step_op = Op(
     kernel=_forward,
     fake=_empty_output,
     flops=_flops_of,
+    prepare=native.prepare,
 )

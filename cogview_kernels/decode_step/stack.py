@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -57,6 +58,15 @@ class LayerStack:
         pairs = [*(pair for layer in self.layers for pair in layer), self.final_norm]
         views = [x.detach() if isinstance(x, Tensor) else x for pair in pairs for x in pair]
         object.__setattr__(self, "tensors", views)
+
+    def __reduce__(self) -> tuple[type[LayerStack], tuple[Any, ...]]:
+        # A copy has tensors of its own, so it is another stack.
+        return LayerStack, (self.layers, self.final_norm, self.eps, self.pb_relax)
+
+    @functools.cached_property
+    def native(self) -> Any:
+        """The tensors as the kernel of the CPU reads them."""
+        return native.handle(self.tensors)
 
     @property
     def requires_grad(self) -> bool:

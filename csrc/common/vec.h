@@ -13,6 +13,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -54,6 +55,20 @@ inline To bitcast(From from) {
 
 inline VecF broadcast(float x) {
     return x - VecF{};
+}
+
+// Makes the compiler forget how x came about: else it would load a vector again for each of its uses, or
+// derive addresses from one another where registers for all of them are free.
+inline void hide(VecF& x) {
+#if COGVIEW_X86
+    asm("" : "+v"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+}
+template <typename T>
+inline void hide(const T*& x) {
+    asm("" : "+r"(x));
 }
 
 // A thread's working floats, cache-line aligned. Not std::vector, whose members could be shared between
@@ -353,6 +368,45 @@ inline float reduce_max(VecF v) {
 }
 inline float reduce_sum(VecF v) {
     return fold<kLanes>(v, [](auto a, auto b) { return a + b; });
+}
+
+// Lanes of two vectors side by side, by number.
+template <int... kFrom>
+inline VecF take_lanes(VecF a, VecF b, std::integer_sequence<int, kFrom...>) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, kFrom...);
+#else
+    return __builtin_shuffle(a, b, VecI{kFrom...});
+#endif
+}
+// Of parts of kPart lanes, which two vectors hold, all first halves (0) or all second ones (1).
+template <int kPart, int kHalf, int... kLane>
+inline VecF take_halves(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
+    constexpr int kOf = kPart / 2;
+    return take_lanes(
+        a, b,
+        std::integer_sequence<int, (kLane / kOf * kPart + kLane % kOf + kHalf * kOf) % (2 * kLanes)...>{});
+}
+// out[i] = reduce_sum(v[i]), the same bits, of kCount vectors, a power of two: one addition serves halves of
+// two vectors, then quarters of four. Overwrites v.
+template <int kCount, int kPart = kLanes>
+inline void reduce_sums(VecF* v, float* out) {
+    static_assert((kCount & (kCount - 1)) == 0, "must be a power of two");
+    if constexpr (kCount > kLanes) {
+        reduce_sums<kCount / 2>(v, out);
+        reduce_sums<kCount / 2>(v + kCount / 2, out + kCount / 2);
+    } else if constexpr (kPart == 1) {
+        std::memcpy(out, v, kCount * sizeof(float));
+    } else {
+        constexpr int kVectors = (kCount * kPart + kLanes - 1) / kLanes;
+        constexpr auto kAll = std::make_integer_sequence<int, kLanes>{};
+#pragma GCC unroll 16
+        for (int i = 0; i < (kVectors + 1) / 2; ++i) {
+            const VecF a = v[2 * i], b = v[2 * i + (kVectors > 1)];
+            v[i] = take_halves<kPart, 0>(a, b, kAll) + take_halves<kPart, 1>(a, b, kAll);
+        }
+        reduce_sums<kCount, kPart / 2>(v, out);
+    }
 }
 
 template <typename T>

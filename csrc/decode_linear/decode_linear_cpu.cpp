@@ -22,7 +22,7 @@ constexpr int64_t kChunkBytes = 256 << 10, kChunkBytesAwake = 32 << 10;
 constexpr int64_t kRun = 64 * kLanes;
 // Rows of W that are multiplied at a time, with one row of x, and with up to kTogether: the sums, a vector of
 // each row of x and one of W fill the 16 registers of AVX2.
-constexpr int kAlone = 8, kShared = 4, kTogether = 3;
+constexpr int kAlone = 8, kShared = 4, kTogether = kLanes == 16 ? 4 : 3;
 
 // How far ahead of the products W is asked for: a core by itself foresees little of rows that are short.
 constexpr int64_t kBytesAhead = 2048;
@@ -61,64 +61,69 @@ inline void for_each_pair(int64_t start, int64_t stop, const Step& step) {
     if (k < stop) step(k, Part{int(stop - k)});
 }
 
-// sums[r * stride + o] = x_r w_o. Rows of x are floats in the order of pairs, with zeros up to `width`, which
-// whole pairs fill.
-template <int kOutputs, int kRows, typename T>
-inline void dot_products(const T* w, int64_t w_stride, const float* x, int64_t width, int64_t K, float* sums,
-                         int64_t stride) {
+template <int kValue>
+using Constant = std::integral_constant<int, kValue>;
+
+// sums[r * stride + o] = x_r w_o for `outputs` rows of W, kOutputs at a time; gives how many are left over.
+// Rows of x are floats in the order of pairs, with zeros up to `width`, which whole pairs fill. kAsk: W is
+// asked for ahead, as by the first rows of x. kOneRun: K is no more than that.
+template <int kOutputs, int kRows, bool kAsk, bool kOneRun, typename T>
+inline int64_t dot_products(const T* w, int64_t w_stride, int64_t outputs, const float* x, int64_t width,
+                            int64_t K, float* sums, int64_t stride) {
     constexpr int64_t kAhead = kBytesAhead / sizeof(T);
     const bool amd = is_amd();
-    VecF total[kOutputs][kRows] = {};
-    for (int64_t start = 0; start < K; start += kRun) {
-        VecF run[kOutputs][kRows] = {};
-        for_each_pair(start, start + kRun < K ? start + kRun : K, [&](int64_t k, auto tag) {
-            // Behind the end of a row come the next kOutputs rows.
-            const T* ahead = k + kAhead < K ? w + k + kAhead : w + kOutputs * w_stride + k + kAhead - K;
+    for (; outputs >= kOutputs; outputs -= kOutputs, w += kOutputs * w_stride, sums += kOutputs) {
+        const T* row[kOutputs];
+#pragma GCC unroll 8
+        for (int o = 0; o < kOutputs; ++o) {
+            row[o] = w + o * w_stride;
+            hide(row[o]);
+        }
+        VecF total[kOutputs][kRows] = {};
+        for (int64_t start = 0; kOneRun ? start == 0 : start < K; start += kRun) {
+            VecF run[kOutputs][kRows] = {};
+            for_each_pair(start, kOneRun || K < start + kRun ? K : start + kRun, [&](int64_t k, auto tag) {
+                if constexpr (kAsk) {
+                    // Behind the end of a row come the next kOutputs rows.
+                    const int64_t ahead = k + kAhead < K ? k + kAhead : kOutputs * w_stride + k + kAhead - K;
+#pragma GCC unroll 8
+                    for (int o = 0; o < kOutputs; ++o)
+                        for (int line = 0; line < int(2 * kLanes * sizeof(T)); line += 64)
+                            prefetch(reinterpret_cast<const char*>(row[o] + ahead) + line, amd);
+                }
+                VecF first[kRows], second[kRows];
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; ++r) {
+                    first[r] = load(x + r * width + k);
+                    second[r] = load(x + r * width + k + kLanes);
+                }
+#pragma GCC unroll 8
+                for (int o = 0; o < kOutputs; ++o) {
+                    Pair weights = load_pair(row[o] + k, tag);
+                    if constexpr (kRows > 1) {
+                        hide(weights.first);
+                        hide(weights.second);
+                    }
+#pragma GCC unroll 4
+                    for (int r = 0; r < kRows; ++r) run[o][r] += weights.first * first[r];
+#pragma GCC unroll 4
+                    for (int r = 0; r < kRows; ++r) run[o][r] += weights.second * second[r];
+                }
+            });
 #pragma GCC unroll 8
             for (int o = 0; o < kOutputs; ++o)
-                for (int line = 0; line < int(2 * kLanes * sizeof(T)); line += 64)
-                    prefetch(reinterpret_cast<const char*>(ahead + o * w_stride) + line, amd);
-            VecF first[kRows], second[kRows];
-#pragma GCC unroll 3
-            for (int r = 0; r < kRows; ++r) {
-                first[r] = load(x + r * width + k);
-                second[r] = load(x + r * width + k + kLanes);
-            }
+#pragma GCC unroll 4
+                for (int r = 0; r < kRows; ++r) total[o][r] = kOneRun ? run[o][r] : total[o][r] + run[o][r];
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+            VecF of_row[kOutputs];
 #pragma GCC unroll 8
-            for (int o = 0; o < kOutputs; ++o) {
-                const Pair weights = load_pair(w + o * w_stride + k, tag);
-#pragma GCC unroll 3
-                for (int r = 0; r < kRows; ++r) run[o][r] += weights.first * first[r];
-#pragma GCC unroll 3
-                for (int r = 0; r < kRows; ++r) run[o][r] += weights.second * second[r];
-            }
-        });
-#pragma GCC unroll 8
-        for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 3
-            for (int r = 0; r < kRows; ++r) total[o][r] += run[o][r];
+            for (int o = 0; o < kOutputs; ++o) of_row[o] = total[o][r];
+            reduce_sums<kOutputs>(of_row, sums + r * stride);
+        }
     }
-#pragma GCC unroll 8
-    for (int o = 0; o < kOutputs; ++o)
-#pragma GCC unroll 3
-        for (int r = 0; r < kRows; ++r) sums[r * stride + o] = reduce_sum(total[o][r]);
-}
-
-// All N rows of x with kOutputs rows of W, which stay in the caches meanwhile.
-template <int kOutputs, typename T>
-inline void all_rows(const DecodeLinear& a, const T* w, const float* x, int64_t width, float* sums,
-                     int64_t stride) {
-    const auto multiply = [&](int64_t r, auto rows) {
-        dot_products<kOutputs, decltype(rows)::value>(w, a.weight_stride, x + r * width, width, a.K,
-                                                      sums + r * stride, stride);
-    };
-    int64_t r = 0;
-    for (; r + kTogether <= a.N; r += kTogether) multiply(r, std::integral_constant<int, kTogether>{});
-    if (r + 2 <= a.N) {
-        multiply(r, std::integral_constant<int, 2>{});
-    } else if (r < a.N) {
-        multiply(r, std::integral_constant<int, 1>{});
-    }
+    return outputs;
 }
 
 // x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than
@@ -161,22 +166,38 @@ void few_rows(const DecodeLinear& a, int threads) {
     parallel_for(a.O, chunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t stride = end - begin;
         const Scratch sums(a.N * stride);
-        int64_t o = begin;
-        if (a.N == 1)
-            for (; o + kAlone <= end; o += kAlone)
-                dot_products<kAlone, 1>(weight + o * a.weight_stride, a.weight_stride, wide.data, width, a.K,
-                                        sums.data + o - begin, stride);
-        for (; o + kShared <= end; o += kShared)
-            all_rows<kShared>(a, weight + o * a.weight_stride, wide.data, width, sums.data + o - begin,
-                              stride);
-        for (; o < end; ++o)
-            all_rows<1>(a, weight + o * a.weight_stride, wide.data, width, sums.data + o - begin, stride);
+        const auto multiply = [&](int64_t r, auto rows, auto ask) {
+            constexpr int kRows = decltype(rows)::value, kMost = kRows == 1 ? kAlone : kShared;
+            constexpr bool kAsk = decltype(ask)::value;
+            const auto some = [&](auto outputs, int64_t left) {
+                constexpr int kOutputs = decltype(outputs)::value;
+                const auto function = a.K <= kRun ? dot_products<kOutputs, kRows, kAsk, true, T>
+                                                  : dot_products<kOutputs, kRows, kAsk, false, T>;
+                const int64_t o = stride - left;
+                return function(weight + (begin + o) * a.weight_stride, a.weight_stride, left,
+                                wide.data + r * width, width, a.K, sums.data + r * stride + o, stride);
+            };
+            some(Constant<1>{}, some(Constant<kMost>{}, stride));
+        };
+        const auto multiply_up_to = [&](int64_t r, auto ask) {
+            const int64_t rows = a.N - r;
+            if (rows >= kTogether)
+                multiply(r, Constant<kTogether>{}, ask);
+            else if (rows == 3)
+                multiply(r, Constant<3>{}, ask);
+            else if (rows == 2)
+                multiply(r, Constant<2>{}, ask);
+            else
+                multiply(r, Constant<1>{}, ask);
+        };
+        multiply_up_to(0, std::true_type{});
+        for (int64_t r = kTogether; r < a.N; r += kTogether) multiply_up_to(r, std::false_type{});
         for (int64_t r = 0; r < a.N; ++r) finish<T>(a, sums.data + r * stride, r, begin, stride);
     });
 }
 
-// Rows of x from which on they are lanes.
-constexpr int64_t kManyRows = 24;
+// Rows of x from which on they are lanes, of floats and of pairs.
+constexpr int64_t kManyFloats = 32, kManyPairs = 16;
 // Outputs of a chunk.
 constexpr int64_t kOutputs = 32;
 
@@ -233,7 +254,7 @@ template <typename T>
 void forward(const DecodeLinear& a, int threads) {
     // Tiles would take whole blocks of the rows of W.
     constexpr bool kPairs = std::is_same<T, BFloat16>::value && kHasBf16 && !Product<kHasBf16>::kSteps;
-    if (a.N < kManyRows)
+    if (a.N < (kPairs ? kManyPairs : kManyFloats))
         few_rows<T>(a, threads);
     else
         many_rows<kPairs, T>(a, threads);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "common/parallel.h"
 #include "common/positions.h"
@@ -53,11 +54,11 @@ class Step {
     }
 
     void run() {
-        norm(a_.layers.front().attention_pre);
+        norm(a_.layers[0].attention_pre);
         const void* residual = a_.x;
-        for (size_t i = 0; i < a_.layers.size(); ++i) {
+        for (int64_t i = 0; i < a_.L; ++i) {
             const DecodeStepLayer& layer = a_.layers[i];
-            const bool last = i + 1 == a_.layers.size();
+            const bool last = i + 1 == a_.L;
             linear(normed_.data(), a_.C, layer.qkv, qkv_, false);
             append(i);
             attend(i);
@@ -108,12 +109,12 @@ class Step {
     }
 
     // The keys (0) or values (1) of a layer, [B, H, S, D].
-    char* cached(size_t layer, int which) const {
+    char* cached(int64_t layer, int which) const {
         return static_cast<char*>(a_.cache) + (2 * layer + which) * a_.B * a_.S * a_.C * element_;
     }
 
     // The keys and values of the new tokens go behind those of the earlier ones.
-    void append(size_t layer) {
+    void append(int64_t layer) {
         const int64_t bytes = a_.C / a_.H * element_;
         for (int which = 0; which < 2; ++which)
             for (int64_t row = 0; row < a_.B * a_.T; ++row) {
@@ -125,7 +126,7 @@ class Step {
             }
     }
 
-    void attend(size_t layer) {
+    void attend(int64_t layer) {
         const int64_t D = a_.C / a_.H;
         DecodeAttention args = {};
         args.shape = {int(a_.B), int(a_.H), int(a_.H), int(a_.T), int(a_.S), int(D)};
@@ -150,8 +151,7 @@ class Step {
 }  // namespace
 
 void decode_step_cpu(const DecodeStep& args, int threads) {
-    const int64_t products =
-        int64_t(args.layers.size()) * args.B * args.T * args.C * (4 * args.C + 2 * args.F);
+    const int64_t products = args.L * args.B * args.T * args.C * (4 * args.C + 2 * args.F);
     threads = int(std::min<int64_t>(threads, 1 + products / kProductsOfAThread));
     Step step(args, threads);
     parallel_region(threads, [&] { step.run(); });

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "common/dtype.h"
 #include "common/regions.h"
@@ -33,13 +32,13 @@ struct DecodeStepLayer {
 struct DecodeStep {
     const void* x;  // [B, T, C], contiguous
     void* y;        // contiguous: [B, T, C], the trunk behind the last layer, normalised, or [B, T, V] logits
-    std::vector<DecodeStepLayer> layers;
+    const DecodeStepLayer* layers;  // [L]
     Affine final_norm;
     const void* head;  // [V, C], rows contiguous and `head_stride` elements apart, or nullptr: no logits
     int64_t V, head_stride;
     void* cache;          // [L, 2, B, H, S, D], contiguous: keys, values
     IntegerList lengths;  // [B] tokens that are cached; the new ones are written behind them
-    int64_t B, T, C, H, S, F;
+    int64_t L, B, T, C, H, S, F;
     Layout layout;
     NormOptions norms;
     DType dtype;  // of all but the lengths

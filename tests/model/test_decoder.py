@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoder is the model: to the bit where one op takes all layers, and by the model itself elsewhere."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -19,9 +23,11 @@ NEEDS_EXTENSION = pytest.mark.skipif(_extension.native is None, reason=_extensio
 
 @pytest.fixture
 def taken(monkeypatch):
-    """One element for each call of the kernel."""
-    calls, run = [], native.forward
-    monkeypatch.setattr(native, "forward", lambda *a: calls.append(1) or run(*a))
+    """One element for each call of a kernel that takes all layers."""
+    calls = []
+    for name in ("decode_step_cpu", "draw_step_cpu") if _extension.native else ():
+        run = getattr(_extension.native, name)
+        monkeypatch.setattr(_extension.native, name, lambda *a, run=run: calls.append(1) or run(*a))
     return calls
 
 
@@ -86,6 +92,67 @@ def test_what_is_not_the_models_own_goes_through_the_modules(change):
     assert layer_stack(model) is not None
     change(model)
     assert layer_stack(model) is None
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize("change", [_train, _hook, _replace, _no_bias, _other_mlp])
+def test_a_look_at_a_model_serves_until_it_is_another(change):
+    model = small_model()
+    first, second = Decoder(model)._plan, Decoder(model)._plan
+    assert first is second and first.stack is not None
+    change(model)
+    assert Decoder(model)._plan.stack is None
+
+
+def _other_data(model):
+    weight = model.transformer.layers[1].mlp.dense_4h_to_h.weight
+    weight.data = torch.randn_like(weight)
+
+
+def _other_parameter(model):
+    model.transformer.layers[0].attention.dense.bias = nn.Parameter(torch.randn(64))
+
+
+def _other_dtype(model):
+    model.to(torch.bfloat16)
+
+
+def _other_module(model):
+    model.transformer.layers[1].input_layernorm = nn.LayerNorm(64, eps=0.1)
+
+
+def _other_eps(model):
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 0.1
+
+
+def _loaded(model):
+    model.load_state_dict(small_model(seed=1, scale=5.0).state_dict())
+
+
+@NEEDS_EXTENSION
+@pytest.mark.parametrize(
+    "change", [_other_data, _other_parameter, _other_dtype, _other_module, _other_eps, _loaded]
+)
+@torch.no_grad()
+def test_a_new_decoder_has_the_models_weights_of_today(change, taken):
+    model, tokens = small_model(scale=5.0), torch.tensor([[1, 2, 3]])
+    Decoder(model)(tokens, KVCache(2, 1, 2, 9, 32))
+    change(model)
+    dtype = model.word_embeddings.weight.dtype
+    caches = [KVCache(2, 1, 2, 9, 32, dtype=dtype) for _ in range(2)]
+    found, expected = Decoder(model)(tokens, caches[0]), Decoder(copy.deepcopy(model))(tokens, caches[1])
+    assert len(taken) == 3 and torch.equal(found, expected)
+
+
+def test_a_look_does_not_keep_the_model():
+    model = small_model()
+    Decoder(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @torch.no_grad()
