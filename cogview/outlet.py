@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from cogview.files import write_bytes
+from cogview.files import ASIDE, write_bytes
 from cogview.images import grid_size, picture_grid, png_bytes
 
 LARGEST_SHEET = 1 << 28  # pixels
@@ -40,6 +41,8 @@ class Outlet:
         is_folder = path.is_dir() or out.endswith("/") or not (self.is_stream or path.suffix)
         self.folder = path if is_folder else None
         self.path = path
+        if self.is_standard_output and sys.stdout is None:
+            raise OSError("--out - cannot be written: standard output is closed; name a file")
         if self.is_stream:
             return
         if self.folder is None and path.suffix.lower() != ".png":
@@ -93,7 +96,7 @@ class Outlet:
 
 def _require_writable(folder: Path, out: str) -> None:
     """Whether a file can be made in ``folder``, which may have to be made itself."""
-    longest = os.pathconf("/", "PC_NAME_MAX") - len(".tmp")  # as which a file is written before it is renamed
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
     if len(os.fsencode(Path(out).name)) > longest:
         raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
     while not folder.exists():
@@ -102,3 +105,8 @@ def _require_writable(folder: Path, out: str) -> None:
         raise NotADirectoryError(f"--out {out} cannot be written: {folder} is not a folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {out} cannot be written: no permission to write in {folder}")
+    try:  # there are folders that take no file whatever their permissions say
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"no file can be made in {folder} ({error.strerror})"
+        raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None

@@ -19,9 +19,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -140,7 +142,7 @@ class Run:
             sampling = dataclasses.replace(sampling, guidance=guidance)
         options = DrawOptions(sampling, max_batch=MAX_BATCH)
         rows: list[list[Drawing]] = [[] for _ in several]
-        seeds = [seed] * len(several) if isinstance(seed, int) else list(seed)
+        seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(several)
         with Progress(len(several) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:
             options = dataclasses.replace(options, on_step=bar.update)
             for batch in self.draw(self.requests(several, seeds), num, options):
@@ -199,6 +201,10 @@ class Run:
         self, texts: Sequence[str], seeds: Sequence[int], given: Tensor | None = None
     ) -> list[tuple[str, Request]]:
         """Texts as :meth:`draw` takes them. Warns of parts that the text tokenizer does not know."""
+        for seed in seeds:
+            if not isinstance(seed, Integral):
+                raise TypeError(f"seed must be an integer, or one for each text, got {seed!r}")
+        seeds = [int(seed) for seed in seeds]
         if len(seeds) != len(texts):
             raise ValueError(f"seed must be one or as many as texts ({len(texts)}), got {len(seeds)}")
         pieces = self._known_pieces(texts)
@@ -460,9 +466,13 @@ class Run:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text {text!r} is not valid UTF-8: character {error.start + 1} stands for no character"
-            ) from None
+            try:  # bytes of UTF-8 that a terminal of ASCII handed over one by one
+                text = os.fsencode(text).decode("utf-8")
+            except UnicodeError:
+                at = error.start + 1
+                raise ValueError(
+                    f"the text {text!r} is not valid UTF-8: character {at} stands for no character"
+                ) from None
         pieces = self.tokenizers.text.encode(text)
         if not pieces:
             raise ValueError("the text is empty")

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
     """A 63-bit seed for one use of randomness, so that no two uses of a run's seed coincide."""
-    digest = hashlib.blake2b(repr((seed, *path)).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((operator.index(seed), *path)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

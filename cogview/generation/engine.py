@@ -207,7 +207,8 @@ class _OneByOne:
             self.given[:, : task.num_tokens] = task.given
         self.tokens = self.given.clone()
         self.done = torch.zeros(B, 1, device=device, dtype=torch.int64)  # tokens that each row has drawn
-        self.total = torch.zeros((), device=device)  # of all logits: not finite once one was not
+        # Of all logits: not finite once one was not.
+        self.total = torch.zeros((), device=device, dtype=torch.float32)
 
     def start(self) -> None:
         """The first token, from what the prompts left."""

@@ -93,7 +93,7 @@ class KVCache:
         elif _cache.can_write(both, keys_and_values):
             _cache.write(both, keys_and_values, self._slots)
         else:
-            both[self._rows, self._slots] = keys_and_values
+            both[self._rows, self._slots] = keys_and_values.to(both.dtype)  # autocast has dtypes of its own
         return keys, values
 
     def advance(self, count: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
-from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk
+from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk, is_as_written
 from cogview_kernels import LayerStack, LayerWeights, _draw, decode_linear, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
@@ -112,11 +112,10 @@ def _seen_of(model: CogView) -> list[Any]:
             seen.append(None)
             continue
         of = module.__dict__
-        hooks = len(of["_forward_hooks"]) + len(of["_forward_pre_hooks"])
-        seen += type(module), hooks, of.get("eps")
+        seen += type(module), is_as_written(module), of.get("eps")
         for weight in of["_parameters"].values():
             if type(weight) is nn.Parameter:
-                seen += weight.data_ptr(), weight.dtype, weight.shape
+                seen += weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
             else:  # none, or of a kind that no kernel takes
                 seen.append(weight if weight is None else id(weight))
         left += of["_modules"].values()
@@ -136,17 +135,20 @@ def layer_stack(model: CogView) -> LayerStack | None:
         return None
     weights = [_weights(layer) for layer in layers]
     found = tuple(one for one in weights if one is not None)
-    if len(found) < len(layers):
+    if len(found) < config.num_layers or len(layers) != config.num_layers:
+        return None
+    # Layers that were made narrower go through their modules.
+    if len({tuple(weight.shape for weight, _ in layer) for layer in found}) > 1:
+        return None
+    norms = [module for module in trunk.modules() if isinstance(module, nn.LayerNorm)]
+    if any(norm.eps != final.eps for norm in norms):
         return None
     return LayerStack(found, (final.weight, final.bias), final.eps, config.pb_relax)
 
 
 def _are_own(*modules: nn.Module) -> bool:
     """Whether modules compute what they are known for, and nobody listens."""
-    return all(
-        type(module) in _KNOWN and not module._forward_hooks and not module._forward_pre_hooks
-        for module in modules
-    )
+    return all(type(module) in _KNOWN and is_as_written(module) for module in modules)
 
 
 def _weights(layer: Layer) -> LayerWeights | None:

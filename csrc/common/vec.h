@@ -163,6 +163,17 @@ inline VecF load(const Half* p) {
 inline void store(float* p, VecF v) {
     std::memcpy(p, &v, sizeof(v));
 }
+// Two vectors of consecutive elements, those at even places and those at odd ones: bfloat16 are halves of
+// words, which a shift and a mask widen, where widening them in their order takes shuffles besides.
+struct EvenOdd {
+    VecF even, odd;
+};
+inline EvenOdd load_words(const BFloat16* p) {
+    VecU words;
+    std::memcpy(&words, p, sizeof(words));
+    return {bitcast<VecF>(words << 16), bitcast<VecF>(words & 0xffff0000)};
+}
+
 // Bits whose upper halves are v rounded to bfloat16, ties to even. A NaN stays one: it is made quiet and not
 // rounded up.
 inline VecU round_to_upper_half(VecF v) {
@@ -199,6 +210,10 @@ inline VecU16 to_bfloat16(VecF v) {
 // v rounded to a bfloat16, as a float.
 inline VecF round_to_bfloat16(VecF v) {
     return bitcast<VecF>(round_to_upper_half(v) & 0xffff0000);
+}
+// The same of two vectors, as words.
+inline VecU to_words(EvenOdd v) {
+    return round_to_upper_half(v.even) >> 16 | (round_to_upper_half(v.odd) & 0xffff0000);
 }
 inline void store(BFloat16* p, VecF v) {
     const VecU16 h = to_bfloat16(v);
@@ -300,6 +315,15 @@ inline void stream(Half* p, VecF v) {
 }
 inline void stream(BFloat16* p, VecF v) {
     stream_bits(p, to_bfloat16(v));
+}
+inline void stream_bits(void* p, VecU words) {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(static_cast<__m512i*>(p), bitcast<__m512i>(words));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(static_cast<__m256i*>(p), bitcast<__m256i>(words));
+#else
+    std::memcpy(p, &words, sizeof(words));
+#endif
 }
 inline void stream_fence() {
 #if COGVIEW_X86

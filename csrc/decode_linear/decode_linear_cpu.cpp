@@ -27,20 +27,14 @@ constexpr int kAlone = 8, kShared = 4, kTogether = kLanes == 16 ? 4 : 3;
 // How far ahead of the products W is asked for: a core by itself foresees little of rows that are short.
 constexpr int64_t kBytesAhead = 2048;
 
-// Two vectors of consecutive elements, in an order that depends on T alone. Of bfloat16 those at even places
-// come first, since they are the lower halves of words: a shift and a mask widen them, where widening them in
-// their order takes two shuffles besides.
-struct Pair {
-    VecF first, second;
-};
+// Two vectors of consecutive elements, in an order that depends on T alone.
+using Pair = EvenOdd;
 template <typename T>
 inline Pair load_pair(const T* p) {
     return {load(p), load(p + kLanes)};
 }
 inline Pair load_pair(const BFloat16* p) {
-    VecU words;
-    std::memcpy(&words, p, sizeof(words));
-    return {bitcast<VecF>(words << 16), bitcast<VecF>(words & 0xffff0000)};
+    return load_words(p);
 }
 template <typename T>
 inline Pair load_pair(const T* p, Whole) {
@@ -61,14 +55,60 @@ inline void for_each_pair(int64_t start, int64_t stop, const Step& step) {
     if (k < stop) step(k, Part{int(stop - k)});
 }
 
+// Two vectors of bfloat16 as they lie, of which one instruction adds the products of pairs to floats.
+struct Words {
+    VecF bits;
+};
+inline Words load_bits(const BFloat16* p, Whole) {
+    Words words;
+    std::memcpy(&words, p, sizeof(words));
+    return words;
+}
+inline Words load_bits(const BFloat16* p, Part part) {
+    BFloat16 padded[2 * kLanes] = {};
+    std::memcpy(padded, p, part.n * sizeof(BFloat16));
+    return load_bits(padded, Whole{});
+}
+
+// A row of x is floats in the order of pairs, or words; weights are loaded to go with it.
+inline Pair load_row(const float* x) {
+    return {load(x), load(x + kLanes)};
+}
+inline Words load_row(const BFloat16* x) {
+    return load_bits(x, Whole{});
+}
+template <typename T, typename Tag>
+inline Pair load_weights(const T* w, Tag tag, const float*) {
+    return load_pair(w, tag);
+}
+template <typename Tag>
+inline Words load_weights(const BFloat16* w, Tag tag, const BFloat16*) {
+    return load_bits(w, tag);
+}
+
+inline void add_products(const Pair& w, const Pair& x, VecF& sum) {
+    sum += w.even * x.even;
+    sum += w.odd * x.odd;
+}
+inline void add_products(const Words& w, const Words& x, VecF& sum) {
+    sum = multiply_add<true>(w.bits, x.bits, sum);
+}
+inline void keep(Pair& w) {
+    hide(w.even);
+    hide(w.odd);
+}
+inline void keep(Words& w) {
+    hide(w.bits);
+}
+
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 // sums[r * stride + o] = x_r w_o for `outputs` rows of W, kOutputs at a time; gives how many are left over.
-// Rows of x are floats in the order of pairs, with zeros up to `width`, which whole pairs fill. kAsk: W is
-// asked for ahead, as by the first rows of x. kOneRun: K is no more than that.
-template <int kOutputs, int kRows, bool kAsk, bool kOneRun, typename T>
-inline int64_t dot_products(const T* w, int64_t w_stride, int64_t outputs, const float* x, int64_t width,
+// Rows of x have zeros up to `width`, which whole pairs fill. kAsk: W is asked for ahead, as by the first
+// rows of x. kOneRun: K is no more than that.
+template <int kOutputs, int kRows, bool kAsk, bool kOneRun, typename T, typename X>
+inline int64_t dot_products(const T* w, int64_t w_stride, int64_t outputs, const X* x, int64_t width,
                             int64_t K, float* sums, int64_t stride) {
     constexpr int64_t kAhead = kBytesAhead / sizeof(T);
     const bool amd = is_amd();
@@ -91,23 +131,15 @@ inline int64_t dot_products(const T* w, int64_t w_stride, int64_t outputs, const
                         for (int line = 0; line < int(2 * kLanes * sizeof(T)); line += 64)
                             prefetch(reinterpret_cast<const char*>(row[o] + ahead) + line, amd);
                 }
-                VecF first[kRows], second[kRows];
+                decltype(load_row(x)) of_x[kRows];
 #pragma GCC unroll 4
-                for (int r = 0; r < kRows; ++r) {
-                    first[r] = load(x + r * width + k);
-                    second[r] = load(x + r * width + k + kLanes);
-                }
+                for (int r = 0; r < kRows; ++r) of_x[r] = load_row(x + r * width + k);
 #pragma GCC unroll 8
                 for (int o = 0; o < kOutputs; ++o) {
-                    Pair weights = load_pair(row[o] + k, tag);
-                    if constexpr (kRows > 1) {
-                        hide(weights.first);
-                        hide(weights.second);
-                    }
+                    auto weights = load_weights(row[o] + k, tag, x);
+                    if constexpr (kRows > 1) keep(weights);
 #pragma GCC unroll 4
-                    for (int r = 0; r < kRows; ++r) run[o][r] += weights.first * first[r];
-#pragma GCC unroll 4
-                    for (int r = 0; r < kRows; ++r) run[o][r] += weights.second * second[r];
+                    for (int r = 0; r < kRows; ++r) add_products(weights, of_x[r], run[o][r]);
                 }
             });
 #pragma GCC unroll 8
@@ -148,18 +180,31 @@ inline void finish(const DecodeLinear& a, const float* sums, int64_t row, int64_
     });
 }
 
+// Rows of x as dot_products() wants them, `width` apart.
 template <typename T>
+inline void spread_rows(const T* x, int64_t N, int64_t K, int64_t width, float* to) {
+    for (int64_t r = 0; r < N; ++r) {
+        for_each_pair(0, K, [&](int64_t k, auto tag) {
+            const Pair values = load_pair(x + r * K + k, tag);  // zeros behind a part
+            store(to + r * width + k, values.even);
+            store(to + r * width + k + kLanes, values.odd);
+        });
+    }
+}
+inline void spread_rows(const BFloat16* x, int64_t N, int64_t K, int64_t width, BFloat16* to) {
+    for (int64_t r = 0; r < N; ++r) {
+        std::memcpy(to + r * width, x + r * K, K * sizeof(BFloat16));
+        std::memset(to + r * width + K, 0, (width - K) * sizeof(BFloat16));
+    }
+}
+
+template <typename T, typename X>
 void few_rows(const DecodeLinear& a, int threads) {
     const T *x = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
     const int64_t width = (a.K + 2 * kLanes - 1) / (2 * kLanes) * 2 * kLanes;
-    const Scratch wide(a.N * width);
-    for (int64_t r = 0; r < a.N; ++r) {
-        for_each_pair(0, a.K, [&](int64_t k, auto tag) {
-            const Pair values = load_pair(x + r * a.K + k, tag);  // zeros behind a part
-            store(wide.data + r * width + k, values.first);
-            store(wide.data + r * width + k + kLanes, values.second);
-        });
-    }
+    const Scratch memory(a.N * width);
+    X* wide = reinterpret_cast<X*>(memory.data);
+    spread_rows(x, a.N, a.K, width, wide);
     const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;
     const int64_t rows = bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
     const int64_t chunk = rows < kAlone ? kAlone : rows;
@@ -171,11 +216,11 @@ void few_rows(const DecodeLinear& a, int threads) {
             constexpr bool kAsk = decltype(ask)::value;
             const auto some = [&](auto outputs, int64_t left) {
                 constexpr int kOutputs = decltype(outputs)::value;
-                const auto function = a.K <= kRun ? dot_products<kOutputs, kRows, kAsk, true, T>
-                                                  : dot_products<kOutputs, kRows, kAsk, false, T>;
+                const auto function = a.K <= kRun ? dot_products<kOutputs, kRows, kAsk, true, T, X>
+                                                  : dot_products<kOutputs, kRows, kAsk, false, T, X>;
                 const int64_t o = stride - left;
                 return function(weight + (begin + o) * a.weight_stride, a.weight_stride, left,
-                                wide.data + r * width, width, a.K, sums.data + r * stride + o, stride);
+                                wide + r * width, width, a.K, sums.data + r * stride + o, stride);
             };
             some(Constant<1>{}, some(Constant<kMost>{}, stride));
         };
@@ -197,7 +242,7 @@ void few_rows(const DecodeLinear& a, int threads) {
 }
 
 // Rows of x from which on they are lanes, of floats and of pairs.
-constexpr int64_t kManyFloats = 32, kManyPairs = 16;
+constexpr int64_t kManyFloats = 32, kManyPairs = 24;
 // Outputs of a chunk.
 constexpr int64_t kOutputs = 32;
 
@@ -254,10 +299,14 @@ template <typename T>
 void forward(const DecodeLinear& a, int threads) {
     // Tiles would take whole blocks of the rows of W.
     constexpr bool kPairs = std::is_same<T, BFloat16>::value && kHasBf16 && !Product<kHasBf16>::kSteps;
-    if (a.N < (kPairs ? kManyPairs : kManyFloats))
-        few_rows<T>(a, threads);
-    else
+    // Intel's processors multiply floats faster than pairs.
+    const bool has_pairs = kPairs && is_amd();
+    if (a.N >= (has_pairs ? kManyPairs : kManyFloats))
         many_rows<kPairs, T>(a, threads);
+    else if (has_pairs)
+        few_rows<T, std::conditional_t<kPairs, BFloat16, float>>(a, threads);
+    else
+        few_rows<T, float>(a, threads);
 }
 
 }  // namespace

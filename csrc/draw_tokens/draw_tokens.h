@@ -23,7 +23,7 @@ struct DrawTokens {
     float temperature;  // 0: the likeliest token, the first of several
     int64_t top_k;      // logits below the top_k-th largest of their row are left out; 0 keeps all
     int64_t* drawn;     // [N], each in [0, V), whatever the logits are
-    float* total;       // the sum of all logits is added to it, which tells of one that is not finite; or nullptr
+    float* total;  // the sum of all logits is added to it, which tells of one that is not finite; or nullptr
 };
 
 COGVIEW_DECLARE_PER_ISA(void draw_tokens_cpu(const DrawTokens& args, int threads);)

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A norm of one row on the CPU. Only *_cpu.cpp files include this; internal linkage as in common/vec.h.
 //
-// Statistics are taken from a row of floats that stays in the L1 cache. LayerNorm: the mean, then centred
-// squares, and the centred values' own mean to undo the first one's rounding, so that constant rows come out
-// right. RMSNorm: squares, as the row is read.
+// Statistics: LayerNorm takes the mean, then centred squares, and the centred values' own mean to undo the
+// first one's rounding, so that constant rows come out right. RMSNorm: squares.
 #pragma once
 
 #include <algorithm>
@@ -169,47 +168,13 @@ inline float tensor_abs_max(const T* x, int64_t rows, int64_t C, const Dropout& 
     return abs_max;
 }
 
-// Mean and 1 / sqrt(variance + eps * (abs_max / 8)^2) of row[0, C), for RMSNorm with the mean of squares in
-// place of the variance; `abs_max` is 8 without PB-Relax. Rows whose squares float cannot hold are first
-// scaled in place by a power of two (the norm does not change): the returned statistics are those of the
-// scaled row, `saved` those of the row as it was. Meanwhile LayerNorm fetches the row at `next`.
-template <NormKind kKind, typename T>
-inline Statistics statistics(float* row, int64_t C, Moments moments, float abs_max, float eps, const T* next,
-                             Statistics* saved) {
-    float scale = 1.0f;
-    if (abs_max > 0.0f && !(abs_max > 1e-15f && abs_max < 1e15f)) {
-        int32_t exponent = bitcast<int32_t>(abs_max) >> 23;
-        exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
-        scale = bitcast<float>((254 - exponent) << 23);
-        const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
-            const VecF v = load(row + j, tag) * scale;
-            store(row + j, v, tag);
-            t.sum[0] += moment<kKind>(v);
-        });
-        moments.sum = reduce_sum(total.sum[0]);
-    }
-    const float inverse = 1.0f / float(C);
-    const float first = moments.sum * inverse;
-    float mean = 0.0f, spread = first;
-    if constexpr (kKind == NormKind::kLayer) {
-        const bool amd = is_amd();
-        const Totals<2> total = accumulate<2>(C, [&](int64_t j, auto tag, Totals<2>& t) {
-            const VecF d = only(load(row + j, tag) - first, tag);
-            t.sum[0] += d;
-            t.sum[1] += d * d;
-            prefetch_vector(next + j, amd);
-        });
-        const float correction = reduce_sum(total.sum[0]) * inverse;
-        mean = first + correction;
-        spread = reduce_sum(total.sum[1]) * inverse - correction * correction;
-    }
-    const float relaxed = abs_max * scale * 0.125f;
-    const float variance = (spread > 0.0f || spread != spread ? spread : 0.0f) + eps * relaxed * relaxed;
-    const float rstd = variance > 0.0f || variance != variance ? 1.0f / __builtin_sqrtf(variance) : 0.0f;
-    const float limit = std::numeric_limits<float>::max();
-    saved->mean = mean / scale;
-    saved->rstd = rstd * scale < limit ? rstd * scale : limit;
-    return {mean, rstd};
+// A power of two by which a row is to be multiplied, since float cannot hold its squares (the norm does not
+// change); else 1.
+inline float scale_of(float abs_max) {
+    if (!(abs_max > 0.0f) || (abs_max > 1e-15f && abs_max < 1e15f)) return 1.0f;
+    int32_t exponent = bitcast<int32_t>(abs_max) >> 23;
+    exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+    return bitcast<float>((254 - exponent) << 23);
 }
 
 // What a row's values, normalised, are multiplied by and added to; RMSNorm adds nothing.
@@ -225,18 +190,6 @@ inline VecF normalised(VecF x, Statistics s, const WideAffine& affine, int64_t j
         return (x - s.mean) * s.rstd * load(affine.weight + j, tag) + load(affine.bias + j, tag);
     const VecF y = x * s.rstd;
     return (affine.round_before_weight ? rounded<T>(y) : y) * load(affine.weight + j, tag);
-}
-
-// out[0, C) = the row, normalised. Meanwhile RMSNorm, which has no pass for statistics, fetches the row at
-// `next`.
-template <NormKind kKind, typename T, typename Next>
-inline void normalise_row(const float* row, Statistics s, const WideAffine& affine, int64_t C, T* out,
-                          bool streaming, const Next* next) {
-    const bool amd = is_amd();
-    for_each_vector(C, [&](int64_t j, auto tag) {
-        put(out + j, normalised<kKind, T>(load(row + j, tag), s, affine, j, tag), tag, streaming);
-        if (kKind == NormKind::kRms) prefetch_vector(next + j, amd);
-    });
 }
 
 // ---- gradients

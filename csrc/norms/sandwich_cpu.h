@@ -1,44 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two norms and the addition between them on the CPU: a row at a time, in a float buffer that stays in the L1
-// cache. Bytes: forward reads branch and residual and writes residual_out and normed, once each; under
-// pb_relax="tensor" branch is read twice, as its maximum must be known first, and so is residual_out.
-// Backward reads four tensors and writes two; without a norm after the addition it reads two and writes one.
+// Two norms and the addition between them on the CPU: a row at a time, which stays in the L1 cache. Bytes:
+// forward reads branch and residual and writes residual_out and normed, once each; under pb_relax="tensor"
+// branch is read twice, as its maximum must be known first, and so is residual_out. Backward reads four
+// tensors and writes two; without a norm after the addition it reads two and writes one.
 #pragma once
 
-#include "norms/row.h"
 #include "norms/sandwich.h"
+#include "norms/values.h"
 
 namespace cogview {
 namespace {
 
-// row = residual + the row, normalised; rounded to T as it is stored in `out`. B: the dtype of the branch, of
-// which RMSNorm fetches the row at `next` meanwhile.
-template <NormKind kKind, typename B, typename T>
-Moments add_post_norm(float* row, Statistics s, const WideAffine& post, const T* residual, int64_t C, T* out,
-                      bool streaming, const B* next) {
-    const bool amd = is_amd();
-    const Totals<1> total = accumulate<1>(C, [&](int64_t j, auto tag, Totals<1>& t) {
-        const VecF y = normalised<kKind, B>(load(row + j, tag), s, post, j, tag);
-        const VecF v = rounded<T>(only(load(residual + j, tag) + y, tag));
-        put_rounded(out + j, v, tag, streaming);
-        store(row + j, v, tag);
-        t.sum[0] += moment<kKind>(v);
-        t.largest = maximum(magnitude(v), t.largest);
-        if (kKind == NormKind::kRms) prefetch_vector(next + j, amd);
-    });
-    return {reduce_sum(total.sum[0]), reduce_max(total.largest)};
-}
-
 // B: the dtype of branch, T: that of the other rows.
 template <NormKind kKind, bool kDropout, typename B, typename T>
 void sandwich_forward(const SandwichForward& a, int threads) {
+    constexpr bool kW = kIsBf16<B> && kIsBf16<T> && !kDropout;
     const int64_t rows = a.shape.rows, C = a.shape.C;
     const B* branch = static_cast<const B*>(a.branch);
     const T* residual = static_cast<const T*>(a.residual);
     T* residual_out = static_cast<T*>(a.residual_out);
     T* normed = static_cast<T*>(a.normed);
     const bool by_row = a.options.pb_relax == PbRelax::kRow,
-               by_tensor = a.options.pb_relax == PbRelax::kTensor;
+               by_tensor = a.options.pb_relax == PbRelax::kTensor, amd = is_amd();
     const Scratch parameters(4 * C);
     float *post_weight = parameters.data, *post_bias = post_weight + C;
     float *pre_weight = post_bias + C, *pre_bias = pre_weight + C;
@@ -46,6 +29,8 @@ void sandwich_forward(const SandwichForward& a, int threads) {
     widen_parameter(a.post.bias, C, 0.0f, 0.0f, post_bias);
     widen_parameter(a.pre.weight, C, 1.0f, a.options.weight_offset, pre_weight);
     widen_parameter(a.pre.bias, C, 0.0f, 0.0f, pre_bias);
+    if (kW)
+        for (int i = 0; i < 4; ++i) order_as_words(parameters.data + i * C, C);
     const WideAffine post = {post_weight, post_bias, a.options.round_before_weight};
     const WideAffine pre = {pre_weight, pre_bias, a.options.round_before_weight};
 
@@ -53,26 +38,56 @@ void sandwich_forward(const SandwichForward& a, int threads) {
         by_tensor ? tensor_abs_max<kDropout>(branch, rows, C, a.dropout, threads) : 8.0f;
     const int64_t grain = forward_chunk(C), chunks = (rows + grain - 1) / grain;
     const Scratch abs_maxima(chunks);
-    const bool streaming = streams(residual_out, rows, C) && (normed == nullptr || streams(normed, rows, C));
-    const auto pre_norm = [&](int64_t r, float* row, Moments moments, float abs_max, const auto* source) {
+    const bool streaming = streams(residual_out, rows, C) && has_blocks<kW>(residual_out, C) &&
+                           (normed == nullptr || (streams(normed, rows, C) && has_blocks<kW>(normed, C)));
+    // row[0, C) = residual + the values of x, normalised, as residual_out has them.
+    const auto post_norm = [&](int64_t r, const auto* x, Moments m, float* row) {
+        const float abs_max = by_row ? m.abs_max : post_abs_max, scale = scale_of(abs_max);
         Statistics saved;
-        const Statistics s =
-            statistics<kKind>(row, C, moments, abs_max, a.options.eps, source + (r + 1) * C, &saved);
-        normalise_row<kKind>(row, s, pre, C, normed + r * C, streaming, residual + (r + 1) * C);
+        m = with_scaling(scale, [&](auto scaled) {
+            constexpr bool kScaled = decltype(scaled)::value;
+            const Statistics s = statistics_of<kW, kKind, kScaled>(x, C, m.sum, abs_max, scale, a.options.eps,
+                                                                   residual + r * C, &saved);
+            const B* next = branch + (r + 1) * C;
+            return join_values<kW, kKind>(x, residual + r * C, C, row, residual_out + r * C, streaming,
+                                          [&](int64_t j, VecF v, VecF other, auto tag) {
+                                              if (kKind == NormKind::kRms && (!kW || j % (2 * kLanes) == 0))
+                                                  prefetch_vector(next + j, amd);
+                                              const VecF y = normalised<kKind, B>(kScaled ? v * scale : v, s,
+                                                                                  post, j, tag);
+                                              return only(other + y, tag);
+                                          });
+        });
+        if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
+        return m;
+    };
+    // `x` is what post_norm() gave; meanwhile the rows that come next are fetched.
+    const auto pre_norm = [&](int64_t r, const auto* x, Moments m, float abs_max, const auto* next) {
+        const float scale = scale_of(abs_max);
+        Statistics saved;
+        with_scaling(scale, [&](auto scaled) {
+            constexpr bool kScaled = decltype(scaled)::value;
+            const Statistics s = statistics_of<kW, kKind, kScaled>(x, C, m.sum, abs_max, scale, a.options.eps,
+                                                                   next + (r + 1) * C, &saved);
+            normalise_values<kW, kKind, kScaled>(x, s, scale, pre, C, normed + r * C, streaming,
+                                                 residual + (r + 1) * C);
+        });
         if (a.stats != nullptr) save_statistics<kKind>(a.stats, 1, rows, r, saved);
     };
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
         const Scratch row(C);
         float largest = 0.0f;
         for (int64_t r = begin; r < end; ++r) {
-            const RowWords words = kDropout ? row_words(a.dropout, r) : RowWords{};
-            Moments m = widen_row<kKind, kDropout>(branch + r * C, C, a.dropout, words, row.data);
-            Statistics saved;
-            const Statistics s = statistics<kKind>(row.data, C, m, by_row ? m.abs_max : post_abs_max,
-                                                   a.options.eps, residual + r * C, &saved);
-            if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
-            m = add_post_norm<kKind, B>(row.data, s, post, residual + r * C, C, residual_out + r * C,
-                                        streaming, branch + (r + 1) * C);
+            Moments m;
+            if constexpr (kW) {
+                m = moments_of<kW, kKind>(branch + r * C, C, by_row);
+                m = post_norm(r, branch + r * C, m, row.data);
+            } else {
+                // A copy, so that rows of float32 find room in the L1 cache: it is written over in place.
+                const RowWords words = kDropout ? row_words(a.dropout, r) : RowWords{};
+                m = widen_row<kKind, kDropout>(branch + r * C, C, a.dropout, words, row.data);
+                m = post_norm(r, row.data, m, row.data);
+            }
             largest = m.abs_max > largest ? m.abs_max : largest;
             if (!by_tensor && normed != nullptr) pre_norm(r, row.data, m, by_row ? m.abs_max : 8.0f, branch);
         }
@@ -84,10 +99,10 @@ void sandwich_forward(const SandwichForward& a, int threads) {
     for (int64_t i = 0; i < chunks; ++i)
         abs_max = abs_maxima.data[i] > abs_max ? abs_maxima.data[i] : abs_max;
     parallel_for(rows, grain, threads, [&](int64_t begin, int64_t end) {
-        const Scratch row(C);
-        for (int64_t r = begin; r < end; ++r)
-            pre_norm(r, row.data, widen_row<kKind, false>(residual_out + r * C, C, a.dropout, {}, row.data),
-                     abs_max, residual_out);
+        for (int64_t r = begin; r < end; ++r) {
+            const T* row = residual_out + r * C;
+            pre_norm(r, row, moments_of<kW, kKind>(row, C, false), abs_max, residual_out);
+        }
         stream_fence();
     });
 }

@@ -1,37 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
-// One norm over rows on the CPU: a row at a time, in a float buffer that stays in the L1 cache. Bytes:
-// forward reads and writes a row (reads it twice under pb_relax="tensor"); backward reads two and writes one.
+// One norm over rows on the CPU, a row at a time, which stays in the L1 cache. Bytes: forward reads and
+// writes a row (reads it twice under pb_relax="tensor"); backward reads two and writes one.
 #pragma once
 
-#include "norms/row.h"
 #include "norms/single.h"
+#include "norms/values.h"
 
 namespace cogview {
 namespace {
 
 template <NormKind kKind, typename T>
 void norm_forward(const NormForward& a, int threads) {
+    constexpr bool kW = kIsBf16<T>;
     const int64_t rows = a.shape.rows, C = a.shape.C;
     const PbRelax pb_relax = a.options.pb_relax;
     const T* x = static_cast<const T*>(a.x);
     T* y = static_cast<T*>(a.y);
-    const Dropout none = {};
     const bool by_row = pb_relax == PbRelax::kRow;
     const float fixed =
-        pb_relax == PbRelax::kTensor ? tensor_abs_max<false>(x, rows, C, none, threads) : 8.0f;
-    const bool streaming = streams(y, rows, C);
+        pb_relax == PbRelax::kTensor ? tensor_abs_max<false>(x, rows, C, Dropout{}, threads) : 8.0f;
+    const bool streaming = streams(y, rows, C) && has_blocks<kW>(y, C);
     const Scratch weight(C), bias(C);
     widen_parameter(a.affine.weight, C, 1.0f, a.options.weight_offset, weight.data);
     widen_parameter(a.affine.bias, C, 0.0f, 0.0f, bias.data);
+    if (kW) {
+        order_as_words(weight.data, C);
+        order_as_words(bias.data, C);
+    }
     const WideAffine affine = {weight.data, bias.data, a.options.round_before_weight};
     parallel_for(rows, forward_chunk(C), threads, [&](int64_t begin, int64_t end) {
-        const Scratch row(C);
         for (int64_t r = begin; r < end; ++r) {
-            const Moments moments = widen_row<kKind, false>(x + r * C, C, none, {}, row.data);
+            const T *row = x + r * C, *next = row + C;
+            const Moments m = moments_of<kW, kKind>(row, C, by_row);
+            const float abs_max = by_row ? m.abs_max : fixed, scale = scale_of(abs_max);
             Statistics saved;
-            const Statistics s = statistics<kKind>(row.data, C, moments, by_row ? moments.abs_max : fixed,
-                                                   a.options.eps, x + (r + 1) * C, &saved);
-            normalise_row<kKind>(row.data, s, affine, C, y + r * C, streaming, x + (r + 1) * C);
+            with_scaling(scale, [&](auto scaled) {
+                constexpr bool kScaled = decltype(scaled)::value;
+                const Statistics s = statistics_of<kW, kKind, kScaled>(row, C, m.sum, abs_max, scale,
+                                                                       a.options.eps, next, &saved);
+                normalise_values<kW, kKind, kScaled>(row, s, scale, affine, C, y + r * C, streaming, next);
+            });
             if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
         }
         stream_fence();

@@ -304,7 +304,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     assert f"at most {PRESETS['digits'].min_text_tokens} fit" in mistake(
         capsys, "generate", "--run", run_folder, "seven " * 20
     )
-    assert "temperature must be 0 (the likeliest token) or above" in mistake(
+    assert "temperature must be a finite number, 0 (the likeliest token) or above" in mistake(
         capsys, "generate", "--run", run_folder, text, "--temperature", "-1"
     )
     for device in ("nonsense", "xla", "privateuseone"):

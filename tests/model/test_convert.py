@@ -15,7 +15,7 @@ import cogview
 from cogview.cli import main
 from cogview.config import ModelConfig
 from cogview.convert import Convert, convert, left_behind
-from cogview.files import load_tensors
+from cogview.files import ASIDE, load_tensors
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.settings import ModelSettings, TokenizerSettings, write_settings
@@ -243,7 +243,7 @@ def refused(capsys, source, out, *options) -> str:
     *progress, line = capsys.readouterr().err.strip().splitlines()
     assert all(shown.startswith("convert: tensor ") for shown in progress)
     assert not out.exists()
-    assert not out.with_name(out.name + ".tmp").exists()
+    assert not out.with_name(out.name + ASIDE).exists()
     return line.removeprefix("cogview convert: ")
 
 

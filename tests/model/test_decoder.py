@@ -86,7 +86,31 @@ def _other_mlp(model):
     model.transformer.layers[0].mlp = nn.Identity()
 
 
-@pytest.mark.parametrize("change", [_train, _hook, _replace, _no_bias, _other_mlp])
+def _own_forward(model):
+    layer = model.transformer.layers[1].mlp.dense_4h_to_h
+    layer.forward = lambda x, usual=layer.forward: 2 * usual(x)
+
+
+def _narrower(model):
+    mlp = model.transformer.layers[1].mlp
+    mlp.dense_h_to_4h, mlp.dense_4h_to_h = nn.Linear(64, 32), nn.Linear(32, 64)
+
+
+def _fewer(model):
+    del model.transformer.layers[1]
+
+
+def _one_other_eps(model):
+    model.transformer.layers[1].third_layernorm.eps = 0.1
+
+
+CHANGES = [
+    *(_train, _hook, _replace, _no_bias, _other_mlp),
+    *(_own_forward, _narrower, _fewer, _one_other_eps),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_the_models_own_goes_through_the_modules(change):
     model = small_model()
     assert layer_stack(model) is not None
@@ -95,7 +119,7 @@ def test_what_is_not_the_models_own_goes_through_the_modules(change):
 
 
 @NEEDS_EXTENSION
-@pytest.mark.parametrize("change", [_train, _hook, _replace, _no_bias, _other_mlp])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_look_at_a_model_serves_until_it_is_another(change):
     model = small_model()
     first, second = Decoder(model)._plan, Decoder(model)._plan
@@ -127,13 +151,19 @@ def _other_eps(model):
             module.eps = 0.1
 
 
+def _transposed(model):
+    weight = model.transformer.layers[1].attention.dense.weight
+    weight.data = weight.data.t()
+
+
 def _loaded(model):
     model.load_state_dict(small_model(seed=1, scale=5.0).state_dict())
 
 
 @NEEDS_EXTENSION
 @pytest.mark.parametrize(
-    "change", [_other_data, _other_parameter, _other_dtype, _other_module, _other_eps, _loaded]
+    "change",
+    [_other_data, _other_parameter, _other_dtype, _other_module, _other_eps, _transposed, _loaded],
 )
 @torch.no_grad()
 def test_a_new_decoder_has_the_models_weights_of_today(change, taken):
@@ -143,7 +173,51 @@ def test_a_new_decoder_has_the_models_weights_of_today(change, taken):
     dtype = model.word_embeddings.weight.dtype
     caches = [KVCache(2, 1, 2, 9, 32, dtype=dtype) for _ in range(2)]
     found, expected = Decoder(model)(tokens, caches[0]), Decoder(copy.deepcopy(model))(tokens, caches[1])
-    assert len(taken) == 3 and torch.equal(found, expected)
+    assert torch.equal(found, expected)
+
+
+def test_a_hook_on_every_module_is_called():
+    model, heard = small_model(), []
+    Decoder(model)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: heard.append(type(module)))
+    try:
+        assert Decoder(model)._plan.stack is None
+        rows = prefill(model, [[1, 2]], 4)
+        decode(model, rows, Task([range(16)], 4, [1]), DrawOptions())
+        assert heard.count(nn.Linear) == 4 * 2 * 4  # of each layer, for the prompt and three steps
+    finally:
+        hook.remove()
+
+
+class _Adapted(nn.Linear):
+    """As LoRA has it: another result than that of its weight."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+@torch.no_grad()
+def test_a_step_calls_modules_that_are_not_plain():
+    model = small_model(scale=5.0)
+    old = model.transformer.layers[1].mlp.dense_4h_to_h
+    new = _Adapted(256, 64)
+    new.load_state_dict(old.state_dict())
+    model.transformer.layers[1].mlp.dense_4h_to_h = new
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    cache = KVCache(2, 1, 2, 9, 32)
+    step = Decoder(model)
+    step(tokens[:, :2], cache)
+    found = torch.cat([step(tokens[:, at : at + 1], cache) for at in (2, 3)], dim=1)
+    torch.testing.assert_close(found, model(tokens)[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_drawing_under_autocast():
+    model = small_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = prefill(model, [[1, 2], [3]], 4)
+        drawn = decode(model, rows, Task([range(16)], 4, [1, 2]), DrawOptions())
+    assert drawn.shape == (2, 4)
 
 
 def test_a_look_does_not_keep_the_model():

@@ -94,3 +94,22 @@ def test_a_sheet_that_would_be_too_large_is_refused(tmp_path, monkeypatch):
     to.check_size([2], 16)
     to.write_sheet([[RED, RED]], {})
     assert not (tmp_path / "folder").exists()
+
+
+def test_a_folder_that_takes_no_file_is_told_before_anything_is_drawn():
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("there is no /proc here")
+    with pytest.raises(OSError, match=r"--out /proc/x\.png cannot be written: no file can be made in /proc"):
+        Outlet("/proc/x.png")
+
+
+def test_closed_standard_output_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="standard output is closed; name a file"):
+        Outlet("-")
+
+
+def test_a_file_of_somebody_else_beside_it_stays(tmp_path):
+    (tmp_path / "x.png.tmp").write_text("precious")
+    Outlet(str(tmp_path / "x.png")).write_sheet([[RED]], {})
+    assert (tmp_path / "x.png.tmp").read_text() == "precious" and is_red(tmp_path / "x.png")

@@ -69,12 +69,22 @@ def test_unranked_pictures_come_in_the_order_drawn(run, drawn):
     assert first[0].tobytes() == images[0].tobytes()
 
 
+def test_bytes_of_a_terminal_without_unicode_are_read_as_utf_8(run):
+    assert run.pieces(CHINESE.encode().decode("ascii", "surrogateescape")) == run.pieces(CHINESE)
+
+
 def test_a_text_has_its_own_seed_whatever_is_drawn_beside_it(run, drawn):
     images, losses = run.generate([CHINESE, SEVEN], num=5, seed=[8, 3])
     assert [image.tobytes() for image in images[1]] == [image.tobytes() for image in drawn[0]]
     assert losses[1] == pytest.approx(drawn[1])
     with pytest.raises(ValueError, match=r"one or as many as texts \(2\), got 3"):
         run.generate([CHINESE, SEVEN], seed=[1, 2, 3])
+    for wrong in ("0", 1.0, [0, "1"], None):
+        with pytest.raises(TypeError, match="seed must be an integer, or one for each text, got"):
+            run.generate([CHINESE, SEVEN], seed=wrong)
+    other, _ = run.generate([CHINESE, SEVEN], num=5, seed=np.array([8, 3]))
+    pictures = [[image.tobytes() for group in groups for image in group] for groups in (images, other)]
+    assert pictures[0] == pictures[1]
 
 
 def test_pictures_come_batch_by_batch_with_what_draws_them_again(run):
