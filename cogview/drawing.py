@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +53,8 @@ def draw_pictures(
     pictures = _Pictures(outlet, texts, ranked=not given.no_rerank)
     requests = run.requests(texts, [given.seed] * len(texts), None if kept is None else kept(run))
     on_partial = pictures.show_partial if given.stream else None
-    with Progress(len(texts) * given.num * run.num_codes, "draw", unit="code") as bar:
+    bar = Progress(len(texts) * given.num * run.num_codes, "draw", unit="code")
+    with _only_one_interrupt(), bar:
         drawer = dataclasses.replace(drawer, on_step=bar.update)
         try:
             for batch in run.draw(requests, given.num, drawer, on_partial):
@@ -71,6 +75,26 @@ def draw_pictures(
         _print_json(pictures, {"seconds": seconds, "bytes": memory})
     else:
         _print_summary(pictures, to=sys.stderr if outlet.is_standard_output else sys.stdout)
+
+
+@contextlib.contextmanager
+def _only_one_interrupt() -> Iterator[None]:
+    """Within the block a first Ctrl-C is a KeyboardInterrupt, further ones are nothing: finished pictures get
+    written."""
+
+    def handle(signum: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _memory(run: Run, drawer: DrawOptions, pictures: int) -> dict[str, int]:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import cogview.commands
 import cogview.run
+from cogview import drawing
 from cogview.cli import main
 from cogview.generation import text_to_image
 from cogview.parsing import VERBS
@@ -136,6 +137,30 @@ def test_a_part_of_a_picture_is_drawn_anew(run_folder, tmp_path, capsys):
     assert "got 20 x 20 pixels for a picture of 30 x 20 pixels" in mistake(capsys, *command, *square)
     Image.new("L", (30, 20)).save(tmp_path / "photo.png")
     assert "mask must have a white part" in mistake(capsys, *command, *no_white)
+
+
+def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, monkeypatch):
+    """Both come while a batch is drawn; the second one when the finished pictures are written."""
+    real, finish = text_to_image.decode, drawing._Pictures.finish
+
+    def decode(*arguments):
+        if drawn:
+            os.kill(os.getpid(), signal.SIGINT)
+        drawn.append(1)
+        return real(*arguments)
+
+    def write(pictures):
+        os.kill(os.getpid(), signal.SIGINT)
+        finish(pictures)
+
+    drawn = []
+    monkeypatch.setattr(text_to_image, "decode", decode)
+    monkeypatch.setattr(drawing._Pictures, "finish", write)
+    command = ["generate", "--run", str(run_folder), SEVEN, "--num", "9", "--max-batch", "2"]
+    assert main([*command, "--out", str(tmp_path / "x.png")]) == 130
+    assert "interrupted; 2 of 9 pictures were finished" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["x.png"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_keeps_the_pictures_that_are_finished(run_folder, tmp_path, capsys, monkeypatch):
