@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview_kernels import _dropout, sandwich_layer_norm
+from cogview_kernels import _dropout, layer_norm, sandwich_layer_norm
 from cogview_kernels.layer_norm.reference import layer_norm_reference
 from cogview_kernels.sandwich_layer_norm.reference import sandwich_layer_norm_reference
 from tests.helpers import cuda_compile
@@ -184,6 +184,20 @@ def test_every_backend_draws_the_references_mask(backend, seed, backend_device):
     assert torch.equal(residual_out != lowest, keep)
     (dbranch,) = torch.autograd.grad(residual_out, branch, torch.randn_like(residual_out))
     assert torch.equal(dbranch != 0, keep)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_second_norm_is_that_of_what_was_rounded(dtype, dropout_p, backend_device):
+    """Of the rows as residual_out has them; an unrounded one would change every third value."""
+    backend_device("cpu")
+    branch, residual = (torch.randn(9, 300).to(dtype) for _ in range(2))
+    weight, bias = torch.randn(300).to(dtype), torch.randn(300).to(dtype)
+    residual_out, normed = sandwich_layer_norm(
+        branch, residual, None, None, weight, bias, dropout_p=dropout_p, seed=5, backend="cpu"
+    )
+    expected = layer_norm(residual_out, weight, bias, backend="cpu")
+    assert (normed == expected).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
