@@ -65,7 +65,7 @@ seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was u
 # may be built while a wheel is.
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
 SANITIZED := build/sanitize
-SANITIZED_OPS := three_region_attention decode_attention decode_linear linear_cross_entropy
+SANITIZED_OPS := three_region_attention decode_attention decode_linear linear_cross_entropy draw_tokens draw_step
 SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
 sanitize: $(VENV)/.ready  ## run tests of CPU kernels under address and undefined-behaviour sanitizers
 	@mkdir -p $(SANITIZED)
@@ -74,8 +74,8 @@ sanitize: $(VENV)/.ready  ## run tests of CPU kernels under address and undefine
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
 	  --import-mode=append -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
 	  tests/kernels/test_decode_attention.py tests/kernels/test_decode_linear.py \
-	  tests/kernels/test_linear_cross_entropy.py \
-	  -k "every_instruction_set or cpu_refuses or thread_count or any_stride or test_product or many_rows" \
+	  tests/kernels/test_linear_cross_entropy.py tests/model/test_whole_step.py tests/model/test_sampling.py \
+	  -k "every_instruction_set or cpu_refuses or thread_count or any_stride or test_product or many_rows or the_kernel" \
 	  -p no:cacheprovider
 
 lint: $(VENV)/.ready  ## ruff, mypy, clang-format
