@@ -257,15 +257,23 @@ def test_only_like_settings_share(run):
 def steps(monkeypatch):
     """The number of rows of every step, and what is to happen after a number of them."""
     rows, after = [], {}
-    decode = Decoder.__call__
+    decode, whole_step = Decoder.__call__, Decoder.whole_step
+
+    def count(number):
+        rows.append(number)
+        after.get(len(rows), lambda: None)()
 
     def counted(decoder, tokens, *others):
         hidden = decode(decoder, tokens, *others)
         if tokens.shape[1] == 1:  # Prompts are longer.
-            rows.append(len(tokens))
-            after.get(len(rows), lambda: None)()
+            count(len(tokens))
         return hidden
 
+    def counted_at_once(decoder, last, *others):
+        step = whole_step(decoder, last, *others)
+        return step and (lambda: (step(), count(len(last))))
+
+    monkeypatch.setattr(Decoder, "whole_step", counted_at_once)
     monkeypatch.setattr(Decoder, "__call__", counted)
     return rows, after
 
