@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.config import STUDY_SEEDS
 from cogview.device import usable_device
+from cogview.terminal import in_one_line
 
 if TYPE_CHECKING:
     from cogview import options
@@ -222,7 +223,7 @@ def caption(given: options.Caption) -> None:
             if given.json:
                 line = _json_line(file=str(path), text=found.text, cap_loss=found.loss)
             else:
-                line = f"{path}\t{found.text}\tCapLoss {found.loss:.3f}"
+                line = f"{in_one_line(path)}\t{in_one_line(found.text)}\tCapLoss {found.loss:.3f}"
             print(line, flush=True)
             bar.update()
 
@@ -238,7 +239,7 @@ def rerank(given: options.Rerank) -> None:
         if given.json:
             print(_json_line(place=place, file=str(path), cap_loss=loss))
         else:
-            print(f"{place}\t{path}\tCapLoss {loss:.3f}")
+            print(f"{place}\t{in_one_line(path)}\tCapLoss {loss:.3f}")
 
 
 def _require_files(paths: Sequence[Path]) -> None:

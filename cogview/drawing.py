@@ -23,6 +23,7 @@ from cogview.model.memory import cache_bytes, rows_that_fit, weight_bytes
 from cogview.outlet import Outlet
 from cogview.progress import Progress
 from cogview.run import MAX_PICTURES, Drawing, Run, load_run
+from cogview.terminal import in_one_line
 
 
 def draw_pictures(
@@ -153,17 +154,15 @@ class _Pictures:
 
 def _print_summary(pictures: _Pictures, to: Any) -> None:
     order = "best first" if pictures.ranked else "in the order drawn"
-    for text, row in zip(pictures.texts, pictures.rows, strict=True):
+    for text, row in zip(map(in_one_line, pictures.texts), pictures.rows, strict=True):
         losses = [drawing.loss for drawing in row]
         if len(row) == 1:
             print(f'"{text}": 1 picture, CapLoss {losses[0]:.3f}', file=to)
         else:
             span = f"{min(losses):.3f} to {max(losses):.3f}"
             print(f'"{text}": {len(row)} pictures, {order}, CapLoss {span}', file=to)
-    print(
-        f"written: {'standard output' if pictures.outlet.is_standard_output else pictures.outlet.name}",
-        file=to,
-    )
+    to_name = "standard output" if pictures.outlet.is_standard_output else in_one_line(pictures.outlet.name)
+    print(f"written: {to_name}", file=to)
 
 
 def _print_json(pictures: _Pictures, facts: dict[str, Any]) -> None:

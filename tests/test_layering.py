@@ -116,6 +116,7 @@ FLOORS = [
         "weights",
         "images",
         "outlet",
+        "terminal",
     },
     {"tokens", "model"},
     {"data"},

@@ -23,6 +23,7 @@ from cogview.cli import main
 from cogview.generation import text_to_image
 from cogview.parsing import VERBS
 from cogview.presets import PRESETS
+from cogview.terminal import in_one_line
 from tests.model.helpers import heed_signals
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,20 @@ def test_a_part_of_a_picture_is_drawn_anew(run_folder, tmp_path, capsys):
     assert "got 20 x 20 pixels for a picture of 30 x 20 pixels" in mistake(capsys, *command, *square)
     Image.new("L", (30, 20)).save(tmp_path / "photo.png")
     assert "mask must have a white part" in mistake(capsys, *command, *no_white)
+
+
+def test_words_and_names_do_not_act_on_the_terminal(run_folder, tmp_path, capsys):
+    out = tmp_path / "a\nb.png"
+    words = "a handwritten\tseven\x1b[31m \u2028"
+    assert main(["generate", "--run", str(run_folder), words, "--num", "1", "--out", str(out)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith('"a handwritten\\tseven\\x1b[31m \\u2028": 1 picture')
+    assert second == f"written: {tmp_path}/a\\nb.png" and out.exists()
+    for command in (["caption", str(out)], ["rerank", SEVEN, str(out)]):
+        assert main([command[0], "--run", str(run_folder), *command[1:]]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "a\\nb.png\t" in line and line.count("\t") == 2
+    assert in_one_line("👩\u200d🚀 老虎") == "👩\u200d🚀 老虎"
 
 
 def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, monkeypatch):
