@@ -204,7 +204,6 @@ class Run:
         for seed in seeds:
             if not isinstance(seed, Integral):
                 raise TypeError(f"seed must be an integer, or one for each text, got {seed!r}")
-        seeds = [int(seed) for seed in seeds]
         if len(seeds) != len(texts):
             raise ValueError(f"seed must be one or as many as texts ({len(texts)}), got {len(seeds)}")
         pieces = self._known_pieces(texts)

@@ -26,6 +26,8 @@ _NormOptions: TypeAlias = tuple[float, int]
 _Workspace: TypeAlias = tuple[_Address, int]
 # eps, the mode of PB-Relax, what is added to weights, whether rows are rounded before they are multiplied.
 _RmsOptions: TypeAlias = tuple[float, int, float, bool]
+# Seeds, what is added to positions, temperature, top_k, the sum of the logits.
+_Drawing: TypeAlias = tuple[_Integers, int, float, int, Tensor | None]
 # Address, stride of a row, ids, tokens, dtype.
 _Logits: TypeAlias = tuple[_Address, int, int, int, int, _Address, float, int]
 
@@ -234,7 +236,7 @@ def decode_linear_cpu(
 ) -> None: ...
 
 class DecodeStack:
-    """The tensors of a LayerStack, whose addresses it keeps."""
+    """The tensors of a LayerStack, which it holds, by their addresses."""
 
     def __init__(self, tensors: list[Tensor | None]) -> None: ...
 
@@ -250,33 +252,21 @@ def decode_step_cpu(
     threads: int,
 ) -> None: ...
 def draw_step_cpu(
-    last: _Integers,
-    tokens: _Integers,
-    done: _Integers,
-    seeds: _Integers,
-    words: Tensor | None,
-    positions: Tensor | None,
-    restart: _Integers,
+    rows: tuple[_Integers, ...],
+    embedding: tuple[Tensor | None, ...],
     head: Tensor | None,
     stack: DecodeStack,
     cache: Tensor | None,
     lengths: _Integers,
     options: _NormOptions,
-    total: Tensor | None,
-    first: int,
-    temperature: float,
-    top_k: int,
+    drawing: _Drawing,
     threads: int,
 ) -> None: ...
 def draw_tokens_cpu(
     logits: Tensor | None,
-    seeds: _Integers,
     positions: _Integers,
     drawn: _Integers,
-    total: Tensor | None,
-    first: int,
-    temperature: float,
-    top_k: int,
+    drawing: _Drawing,
     threads: int,
 ) -> None: ...
 def local_attention_2d_fwd_cpu(

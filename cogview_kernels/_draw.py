@@ -48,20 +48,30 @@ def draw_tokens(logits: Tensor, positions: Tensor, drawing: Drawing) -> Tensor:
 
     As PyTorch draws it but where two tokens arrive at the same time up to a rounding.
     """
-    seeds, first, temperature, top_k, total = drawing
     drawn = torch.empty_like(positions, memory_format=torch.contiguous_format)
-    arguments = (logits, seeds, positions.contiguous(), drawn, total, first, temperature, top_k)
-    _extension.call("draw_tokens", "cpu", *arguments)
+    _extension.call("draw_tokens", "cpu", logits, positions.contiguous(), drawn, drawing)
     return drawn
 
 
+class Rows(NamedTuple):
+    """B rows of which each has a token that is drawn and not read yet. All change in place."""
+
+    last: Tensor  # int64 [B, 1]: these tokens; replaced by the next ones
+    tokens: Tensor  # int64 [B, W]: where the next ones are put
+    done: Tensor  # int64 [B, 1]: at which place, and the position of their noise; one more afterwards
+
+
+class Embedding(NamedTuple):
+    """A token's embedding is the sum of a row of ``words`` and a row of ``positions``."""
+
+    words: Tensor  # [.., C]
+    positions: Tensor  # [.., C]
+    restart: Tensor | None  # int64 [B, 1]: from which place on the positions of a row begin at 0 again
+
+
 def whole_step(
-    last: Tensor,
-    tokens: Tensor,
-    done: Tensor,
-    words: Tensor,
-    positions: Tensor,
-    restart: Tensor | None,
+    rows: Rows,
+    embedding: Embedding,
     stack: LayerStack,
     head: Tensor,
     cache: Tensor,
@@ -70,29 +80,19 @@ def whole_step(
 ) -> Callable[[], None] | None:
     """What does a step when called: each row's last token goes through the layers, and the next is drawn.
 
-    None where these tensors are not what the kernel takes.
-
-    The dtype of ``words``, ``positions``, ``head`` and ``cache`` is that of ``stack``, which takes B rows.
+    None where these tensors are not what the kernel takes. The dtype of ``embedding``, ``head`` and ``cache``
+    is that of ``stack``, which takes B rows.
 
     Args:
-        last: int64 ``[B, 1]``, the tokens; replaced by the next ones.
-        tokens: int64 ``[B, W]``, where the next ones are put.
-        done: int64 ``[B, 1]``, at which place, and the position of their noise; one more afterwards.
-        words, positions: ``[.., C]``: the sum of a row of each is an embedding.
-        restart: None, or int64 ``[B, 1]``: from which place on the positions of a row begin at 0 again.
-        head, cache: as of :func:`cogview_kernels.decode_step`.
-        lengths: so, too, int64; one more afterwards.
+        head, cache, lengths: as of :func:`cogview_kernels.decode_step`; lengths are int64, and one more
+            afterwards.
     """
-    given = (last, tokens, done, words, positions, restart, cache, lengths)
+    given = (*rows, *embedding, cache, lengths)
     if not all(x is None or (type(x) in PLAIN and x.is_cpu and x.is_contiguous()) for x in given):
         return None
     if with_rows(head) is not head or type(head) not in PLAIN or is_watched():
         return None
-    seeds, first, temperature, top_k, total = drawing
     options = shared.options(NormOptions(stack.eps, stack.pb_relax))
     run, threads = _extension.native.draw_step_cpu, torch.get_num_threads
-    arguments = (
-        *(last, tokens, done, seeds, words, positions, restart, head, stack.native, cache, lengths, options),
-        *(total, first, temperature, top_k),
-    )
+    arguments = (rows, embedding, head, stack.handle, cache, lengths, options, drawing)
     return lambda: run(*arguments, threads())

@@ -400,7 +400,7 @@ DecodeStepLayer decode_step_layer(const PythonTensor* x) {
 }
 
 // The tensors of a LayerStack as decode_step wants them: to read them anew takes as long as a short step
-// does. Python keeps the tensors.
+// does. It holds the list of them.
 struct DecodeStack {
     std::vector<DecodeStepLayer> layers;
     Affine final_norm;
@@ -450,39 +450,42 @@ DecodeStep decode_step(const PythonTensor& x, const PythonTensor& y, const Pytho
     return a;
 }
 
-// logits [B, T, V], contiguous; seeds [B], positions and drawn [B, T]: contiguous, int64; total [].
-DrawTokens draw_tokens(const PythonTensor& logits, const PythonTensor& seeds, const PythonTensor& positions,
-                       const PythonTensor& drawn, const PythonTensor& total, int64_t first, float temperature,
-                       int64_t top_k) {
+// Seeds [B], contiguous, int64; what is added to positions; temperature; top_k; the sum of the logits, [] or
+// None.
+using DrawingArguments = std::tuple<PythonTensor, int64_t, float, int64_t, PythonTensor>;
+
+// logits [B, T, V], contiguous; positions and drawn [B, T], contiguous, int64.
+DrawTokens draw_tokens(const PythonTensor& logits, const PythonTensor& positions, const PythonTensor& drawn,
+                       const DrawingArguments& drawing) {
     return {logits.data,
             positions.elements,
             positions.last,
             logits.last,
             logits.dtype,
-            static_cast<const int64_t*>(seeds.data),
+            static_cast<const int64_t*>(std::get<0>(drawing).data),
             static_cast<const int64_t*>(positions.data),
-            first,
-            temperature,
-            top_k,
+            std::get<1>(drawing),
+            std::get<2>(drawing),
+            std::get<3>(drawing),
             static_cast<int64_t*>(drawn.data),
-            static_cast<float*>(total.data)};
+            static_cast<float*>(std::get<4>(drawing).data)};
 }
 
-// last, tokens, done, lengths, seeds: int64, contiguous, changed in place but for the seeds; restart: as
-// these, or None; words, positions: [.., C], contiguous. The rest as of decode_step and draw_tokens.
-DrawStep draw_step(const PythonTensor& last, const PythonTensor& tokens, const PythonTensor& done,
-                   const PythonTensor& seeds, const PythonTensor& words, const PythonTensor& positions,
-                   const PythonTensor& restart, const PythonTensor& head, const DecodeStack& stack,
-                   const PythonTensor& cache, const PythonTensor& lengths, NormArguments options,
-                   const PythonTensor& total, int64_t first, float temperature, int64_t top_k) {
+// rows: last [B, 1], tokens [B, W], done [B, 1]; embedding: words and positions [.., C], restart [B, 1] or
+// None; all contiguous, integers int64. The rest as of decode_step and draw_tokens.
+DrawStep draw_step(const std::array<PythonTensor, 3>& rows, const std::array<PythonTensor, 3>& embedding,
+                   const PythonTensor& head, const DecodeStack& stack, const PythonTensor& cache,
+                   const PythonTensor& lengths, NormArguments options, const DrawingArguments& drawing) {
+    const auto& [last, tokens, done] = rows;
+    const auto& [words, positions, restart] = embedding;
     PythonTensor x = words;
     x.size = {lengths.elements, 1};
     const LayoutArguments every_key = {{}, std::numeric_limits<int64_t>::max(), 1, 0.0f, true, {}};
     DrawStep a = {};
     a.step = decode_step(x, x, head, stack, cache, lengths, every_key, options);
-    const int64_t B = a.step.B;
-    a.draw = {nullptr, B,     1,           a.step.V, words.dtype, static_cast<const int64_t*>(seeds.data),
-              nullptr, first, temperature, top_k,    nullptr,     static_cast<float*>(total.data)};
+    PythonTensor logits = words;
+    logits.last = a.step.V;
+    a.draw = draw_tokens(logits, done, done, drawing);
     a.words = words.data;
     a.positions = positions.data;
     a.num_words = words.size[0];
@@ -641,11 +644,9 @@ constexpr const char* kAttentionBackward[] = {"inputs", "lse",           "dlse",
 constexpr const char* kDecode[] = {"q", "k_cache", "v_cache", "lengths", "out", "layout", "scale", "splits"};
 constexpr const char* kLinear[] = {"x", "weight", "bias", "y", "gelu"};
 constexpr const char* kStep[] = {"x", "y", "head", "stack", "cache", "lengths", "layout", "options"};
-constexpr const char* kDraw[] = {"logits", "seeds", "positions",   "drawn",
-                                 "total",  "first", "temperature", "top_k"};
-constexpr const char* kDrawStep[] = {"last",    "tokens", "done",        "seeds", "words",   "positions",
-                                     "restart", "head",   "stack",       "cache", "lengths", "options",
-                                     "total",   "first",  "temperature", "top_k"};
+constexpr const char* kDraw[] = {"logits", "positions", "drawn", "drawing"};
+constexpr const char* kDrawStep[] = {"rows",  "embedding", "head",    "stack",
+                                     "cache", "lengths",   "options", "drawing"};
 constexpr const char* kLocalForward[] = {"inputs", "out",   "lse",     "extra_mask", "shape",
                                          "window", "scale", "dropout", "dtype"};
 constexpr const char* kLocalBackward[] = {"inputs", "lse",    "dlse",  "gradients", "extra_mask",
@@ -714,7 +715,8 @@ PYBIND11_MODULE(_C, m) {
     });
     bind_cpu(m, "decode_linear_cpu", decode_linear, kLinear,
              [] { return COGVIEW_PICK_ISA_WITH_BF16(decode_linear_cpu); });
-    py::class_<DecodeStack>(m, "DecodeStack").def(py::init(&decode_stack), py::arg("tensors"));
+    py::class_<DecodeStack>(m, "DecodeStack")
+        .def(py::init(&decode_stack), py::arg("tensors"), py::keep_alive<1, 2>());
     bind_cpu(m, "decode_step_cpu", decode_step, kStep, [] { return decode_step_cpu; });
     bind_cpu(m, "draw_step_cpu", draw_step, kDrawStep, [] { return draw_step_cpu; });
     bind_cpu(m, "draw_tokens_cpu", draw_tokens, kDraw, [] { return COGVIEW_PICK_ISA(draw_tokens_cpu); });

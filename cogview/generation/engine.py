@@ -109,7 +109,7 @@ def prefill(
     # Padding stands behind the prompts, where causal attention never looks back at it.
     step = Decoder(model)
     hidden = step(tokens.to(device), cache)
-    last = hidden[:, -1]
+    last = hidden[:, -1].clone()  # a view would keep all that the prompts left
     if any(len(prompt) < longest for prompt in place):
         lengths = torch.tensor([len(prompt) for prompt in place], device=device)
         cache.set_lengths(lengths)
@@ -224,8 +224,8 @@ class _OneByOne:
         is_plain = self.branches == 1 and self.ids is None and self.task.given is None
         if not is_plain or drawing is None:
             return self.advance
-        rows = self.last, self.tokens, self.done, self.cache
-        return self.step.whole_step(*rows, self.heads[0], drawing) or self.advance
+        rows = self.last, self.tokens, self.done
+        return self.step.whole_step(rows, self.cache, self.heads[0], drawing) or self.advance
 
     def advance(self) -> None:
         """One more token in every row."""

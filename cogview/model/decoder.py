@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
-from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk, is_as_written
+from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk, is_unmodified
 from cogview_kernels import LayerStack, LayerWeights, _draw, decode_linear, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
@@ -60,15 +60,17 @@ class Decoder:
         return out
 
     def whole_step(
-        self, last: Tensor, tokens: Tensor, done: Tensor, cache: KVCache, head: Tensor, drawing: _draw.Drawing
+        self, rows: tuple[Tensor, Tensor, Tensor], cache: KVCache, head: Tensor, drawing: _draw.Drawing
     ) -> Callable[[], None] | None:
-        """A call of it reads the last token of each row and draws the next, see
-        :func:`cogview_kernels._draw.whole_step`. None where there is no kernel for it."""
-        stack = self._plan.stack
-        if stack is None or not self._fits(stack, len(last)):
+        """A call of it reads the last token of each row and draws the next. None where no kernel does.
+
+        ``rows``: those tokens, all tokens, and how many are drawn, see :class:`cogview_kernels._draw.Rows`.
+        """
+        stack, drawn = self._plan.stack, _draw.Rows(*rows)
+        if stack is None or not self._fits(stack, len(drawn.last)):
             return None
-        tables, cached = (self._words, self._positions, cache.restart), (cache.buffer, cache.lengths)
-        return _draw.whole_step(last, tokens, done, *tables, stack, head, *cached, drawing)
+        embedding = _draw.Embedding(self._words, self._positions, cache.restart)
+        return _draw.whole_step(drawn, embedding, stack, head, cache.buffer, cache.lengths, drawing)
 
     def _fits(self, stack: LayerStack, rows: int) -> bool:
         fits = self._plan.fitting.get(rows)
@@ -112,7 +114,7 @@ def _seen_of(model: CogView) -> list[Any]:
             seen.append(None)
             continue
         of = module.__dict__
-        seen += type(module), is_as_written(module), of.get("eps")
+        seen += type(module), is_unmodified(module), of.get("eps")
         for weight in of["_parameters"].values():
             if type(weight) is nn.Parameter:
                 seen += weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
@@ -148,7 +150,7 @@ def layer_stack(model: CogView) -> LayerStack | None:
 
 def _are_own(*modules: nn.Module) -> bool:
     """Whether modules compute what they are known for, and nobody listens."""
-    return all(type(module) in _KNOWN and is_as_written(module) for module in modules)
+    return all(type(module) in _KNOWN and is_unmodified(module) for module in modules)
 
 
 def _weights(layer: Layer) -> LayerWeights | None:

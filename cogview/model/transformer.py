@@ -46,7 +46,7 @@ Layout = ThreeRegionLayout | LocalGrid  # which keys each query sees
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
 
 
-def is_as_written(module: nn.Module) -> bool:
+def is_unmodified(module: nn.Module) -> bool:
     """Whether a call of a module is its class's ``forward`` alone: no hook, and no other function."""
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return False
@@ -55,7 +55,7 @@ def is_as_written(module: nn.Module) -> bool:
 
 def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
     """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
-    if decoding and type(layer) is nn.Linear and is_as_written(layer):
+    if decoding and type(layer) is nn.Linear and is_unmodified(layer):
         return decode_linear(x, layer.weight, layer.bias, activation=activation)
     y = layer(x)
     return y if activation is None else F.gelu(y, approximate="tanh")

@@ -43,7 +43,7 @@ def limit(backend: str, rows: int, head_size: int, tensors: Sequence[Tensor]) ->
 
 
 def handle(tensors: Sequence[Tensor]) -> Any:
-    """A stack's tensors as the extension reads them, by their addresses: they must outlive it."""
+    """A stack's tensors as the extension reads them."""
     return _extension.native.DecodeStack(list(tensors))
 
 
@@ -73,7 +73,7 @@ def prepare(
     def run(x, stack, head, cache, lengths, layout):
         out = empty_like(x) if logits is None else x.new_empty(logits)
         regions = all_keys if layout is None else native_layout(layout, layout.pivots, None)
-        native.decode_step_cpu(x, out, head, stack.native, cache, lengths, regions, options, threads())
+        native.decode_step_cpu(x, out, head, stack.handle, cache, lengths, regions, options, threads())
         return out
 
     return run

@@ -64,7 +64,7 @@ class LayerStack:
         return LayerStack, (self.layers, self.final_norm, self.eps, self.pb_relax)
 
     @functools.cached_property
-    def native(self) -> Any:
+    def handle(self) -> Any:
         """The tensors as the kernel of the CPU reads them."""
         return native.handle(self.tensors)
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -108,6 +111,19 @@ def test_tiles_leave_rows_to_pytorch(monkeypatch):
     wide, narrow = random_stack(dtype=torch.bfloat16), random_stack()
     assert not wide.limit(64, 32) and "at most 64 rows in all, got 65" in wide.limit(65, 32)
     assert not narrow.limit(65, 32)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_stack_that_was_used_is_a_stack_of_its_own(backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    expected = decode_step(x, stack, cache.clone(), LENGTHS)
+    for copied in (copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert copied.serial != stack.serial
+        assert torch.equal(decode_step(x, copied, cache.clone(), LENGTHS), expected)
+        copied.tensors[-1].add_(1)  # the bias of the last norm
+        assert torch.equal(decode_step(x, copied, cache.clone(), LENGTHS), expected + 1)
+        assert torch.equal(decode_step(x, stack, cache.clone(), LENGTHS), expected)
 
 
 def test_which_way_a_call_takes(backend_device, monkeypatch):

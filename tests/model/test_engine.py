@@ -55,6 +55,12 @@ def test_cached_steps_equal_one_full_pass_to_the_error_budget(dtype):
     torch.testing.assert_close(wide, torch.stack(truth, dim=1))
 
 
+@pytest.mark.parametrize("prompts", [[[1, 2, 3], [4, 5, 6]], [[1, 2], [3]]])
+def test_what_prompts_leave_is_kept_of_their_last_tokens_alone(prompts):
+    _, hidden, _ = prefill(small_model(), prompts, 3)
+    assert hidden.untyped_storage().nbytes() == hidden.nbytes
+
+
 def test_prompts_of_different_lengths_share_a_batch_and_like_ones_are_read_once():
     model = small_model(scale=5.0)
     rows = [text_to_image_prompt(VOCAB, prompt, 16) for prompt in PROMPTS]

@@ -269,9 +269,9 @@ def steps(monkeypatch):
             count(len(tokens))
         return hidden
 
-    def counted_at_once(decoder, last, *others):
-        step = whole_step(decoder, last, *others)
-        return step and (lambda: (step(), count(len(last))))
+    def counted_at_once(decoder, drawn, *others):
+        step = whole_step(decoder, drawn, *others)
+        return step and (lambda: (step(), count(len(drawn[0]))))
 
     monkeypatch.setattr(Decoder, "whole_step", counted_at_once)
     monkeypatch.setattr(Decoder, "__call__", counted)

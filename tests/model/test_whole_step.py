@@ -133,4 +133,4 @@ def test_tensors_that_are_not_contiguous_are_not_taken():
     for change in ("last", "tokens", "done"):
         rows = {"last": loop.last, "tokens": loop.tokens, "done": loop.done}
         rows[change] = rows[change].repeat(1, 2)[:, ::2]
-        assert loop.step.whole_step(*rows.values(), loop.cache, loop.heads[0], drawing) is None
+        assert loop.step.whole_step(tuple(rows.values()), loop.cache, loop.heads[0], drawing) is None
