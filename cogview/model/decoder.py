@@ -137,7 +137,7 @@ def layer_stack(model: CogView) -> LayerStack | None:
         return None
     weights = [_weights(layer) for layer in layers]
     found = tuple(one for one in weights if one is not None)
-    if len(found) < config.num_layers or len(layers) != config.num_layers:
+    if len(found) < len(layers) or len(layers) != config.num_layers:
         return None
     # Layers that were made narrower go through their modules.
     if len({tuple(weight.shape for weight, _ in layer) for layer in found}) > 1:

@@ -168,6 +168,8 @@ def test_what_the_kernel_does_not_take_goes_to_pytorch(monkeypatch):
         (logits.detach(), SamplingConfig(top_p=0.9)),
     ):
         assert choose(given, of, noise, positions.expand(2, given.shape[1])).shape == given.shape[:2]
+    with torch.profiler.profile():  # which is to see the ops
+        assert choose(logits.detach(), config, noise, positions).shape == (2, 1)
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-300, 1e-39, 1e-5])
