@@ -244,9 +244,10 @@ def rerank(given: options.Rerank) -> None:
 
 def _require_files(paths: Sequence[Path]) -> None:
     """A wrong name is told before a model is loaded and other pictures are read."""
+    from cogview.data.image_files import require_image_file
+
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"image not found: {path}")
+        require_image_file(path)
 
 
 def _json_line(**values: Any) -> str:

@@ -30,5 +30,5 @@ def usable_device(name: str | None = None) -> str:
     except (RuntimeError, AssertionError, ImportError) as error:
         # PyTorch goes on with what its developers need: every device that it has heard of.
         reason = str(error).splitlines()[0].partition(". ")[0]
-        raise ValueError(f"device {name} cannot be used here: {reason}") from None
+        raise ValueError(f"device {name} cannot be used here: {reason}; give cpu or cuda") from None
     return name

@@ -357,7 +357,8 @@ class Run:
         An image of another size is scaled so that its shorter side fits, and cropped at the centre.
 
         Raises:
-            FileNotFoundError: a path that leads to no file.
+            FileNotFoundError: a path that leads nowhere.
+            IsADirectoryError: one that leads to a folder.
             ValueError: a file that is no image, or a tensor that is not ``[3, H, W]``.
             TypeError: an image that is neither a path nor a PIL picture nor a tensor.
         """

@@ -65,15 +65,22 @@ def to_unit_range(pixels: Tensor) -> Tensor:
     return pixels.float() / 255
 
 
+def require_image_file(path: StrPath) -> None:
+    """FileNotFoundError, or IsADirectoryError for a folder, which says what to name instead."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"image must be a file, got the folder {path}; name the pictures in it")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"image not found: {path}")
+
+
 def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:
     """An image file, by its path or opened as ``name``, through :func:`fit_picture`.
 
-    FileNotFoundError if absent, ValueError that names it if it cannot be read as an image.
+    FileNotFoundError if absent, IsADirectoryError for a folder, ValueError that names it if it cannot be read as an image.
     """
     if isinstance(file, (str, os.PathLike)):
         name = os.fspath(file)
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"image not found: {name}")
+        require_image_file(name)
     try:
         with Image.open(file) as picture:
             return fit_picture(picture, size)

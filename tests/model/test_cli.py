@@ -336,6 +336,8 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         in mistake(capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge")
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
+    folder = mistake(capsys, "rerank", "--run", run_folder, text, tmp_path)
+    assert f"image must be a file, got the folder {tmp_path}" in folder
     (tmp_path / "bad.png").write_text("not an image")
     assert "cannot be read as an image" in mistake(
         capsys, "rerank", "--run", run_folder, text, tmp_path / "bad.png"
@@ -349,7 +351,7 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     )
     for device in ("nonsense", "xla", "privateuseone"):
         error = mistake(capsys, "generate", "--run", run_folder, text, "--device", device)
-        assert f"device {device} cannot be used here" in error and len(error) < 400
+        assert f"device {device} cannot be used here" in error and "give cpu" in error and len(error) < 400
 
 
 def test_a_warning_that_is_to_be_an_error_is_one_line(run_folder, tmp_path, capsys):
