@@ -76,7 +76,8 @@ def require_image_file(path: StrPath) -> None:
 def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:
     """An image file, by its path or opened as ``name``, through :func:`fit_picture`.
 
-    FileNotFoundError if absent, IsADirectoryError for a folder, ValueError that names it if it cannot be read as an image.
+    FileNotFoundError if absent, IsADirectoryError for a folder, ValueError that names it if it cannot be
+    read as an image.
     """
     if isinstance(file, (str, os.PathLike)):
         name = os.fspath(file)

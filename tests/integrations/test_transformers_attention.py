@@ -5,7 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 from cogview_kernels import ThreeRegionLayout
 from cogview_kernels.integrations.transformers import register
@@ -146,6 +154,63 @@ def test_a_prompt_in_two_parts(make, ids):
     torch.testing.assert_close(second, model(ids).logits[:, 9:], rtol=1e-4, atol=1e-6)
 
 
+def holes():
+    """Rows with padding between tokens, with that and padding on the left, and with none."""
+    mask = torch.ones(3, T, dtype=torch.int64)
+    mask[0, 9:14] = mask[1, :3] = mask[1, 6] = mask[1, 8:10] = 0
+    return mask
+
+
+@MODELS
+def test_padding_between_tokens_is_not_seen(make, ids):
+    model, mask = make().eval(), holes()
+    logits = []
+    for implementation in ("eager", WIDE):
+        model.set_attn_implementation(implementation)
+        logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-6)
+    assert bool(logits[1].isfinite().all())
+
+
+@pytest.mark.parametrize("pivot_bias", [0.0, 0.7])
+def test_padding_between_tokens_under_a_sparse_layout(pivot_bias, ids):
+    """The pivots are a row's first tokens that are no padding; the window counts padding as positions."""
+    register("biased", block_size=4, window_blocks=2, num_pivots=4, text_length=4, pivot_bias=pivot_bias)
+    model, mask = llama().eval(), holes()
+    model.set_attn_implementation("biased")
+    sparse = model(ids, attention_mask=mask).logits
+    pivots = torch.tensor([[0, 1, 2, 3], [3, 4, 5, 7], [0, 1, 2, 3]])
+    layout = ThreeRegionLayout(pivots, block_size=4, window_blocks=2)
+    window, far = layout.regions(torch.arange(T), T, torch.tensor([0, 3, 0]))
+    bias = torch.full((3, T, T), -1e9).masked_fill(window, 0.0).masked_fill(far, pivot_bias)
+    bias = bias.masked_fill(~mask.bool()[:, None], -1e9)
+    model.set_attn_implementation("eager")
+    dense = model(ids, attention_mask=bias[:, None]).logits
+    torch.testing.assert_close(sparse[mask.bool()], dense[mask.bool()], rtol=1e-4, atol=1e-6)
+    half = model.bfloat16()
+    half.set_attn_implementation("biased")
+    assert bool(half(ids, attention_mask=mask).logits.isfinite().all())
+
+
+@MODELS
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_prompt_that_was_padded_on_the_right_goes_on(make, fixed, ids):
+    """What a query that is padding itself computes is nothing that anybody asks for."""
+    model, prompt = make().eval(), padding("right")
+    more, logits = torch.randint(2, V, (3, 4)), []
+    for implementation in ("sdpa", WIDE):
+        model.set_attn_implementation(implementation)
+        cache = DynamicCache(config=model.config)
+        if fixed:
+            cache = StaticCache(config=model.config, max_cache_len=T + 8)
+        model(ids, attention_mask=prompt, past_key_values=cache)
+        for count in (1, 3):  # the tokens so far, one at first
+            mask = torch.cat([prompt, torch.ones(3, 1 if count == 1 else 4, dtype=torch.int64)], 1)
+            new = more[:, :1] if count == 1 else more[:, 1:]
+            logits.append(model(new, attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[2:], logits[:2], rtol=1e-4, atol=1e-6)
+
+
 @MODELS
 def test_trainer_fine_tunes(make, tmp_path):
     from transformers import Trainer, TrainingArguments
@@ -222,6 +287,14 @@ def test_what_it_cannot_do_is_an_error(ids):
         register("broken", num_pivots=6, text_length=7)
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         register("broken", block_size=0)
+    before = AttentionInterface()["sdpa"]
+    with pytest.raises(ValueError, match="name 'sdpa' is taken in transformers; choose another"):
+        register("sdpa")
+    assert AttentionInterface()["sdpa"] is before
+    with pytest.raises(ValueError, match="name must not be empty"):
+        register("")
+    with pytest.raises(TypeError, match="name must be a string, got int"):
+        register(3)
 
 
 def test_a_mask_of_the_user_and_sliding_windows_go_to_sdpa(ids):

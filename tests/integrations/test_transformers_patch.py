@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -185,6 +186,179 @@ def test_generation_and_saving_go_on(ids, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(loaded.generate(ids, **options), expected)
+
+
+class Adapter(nn.Module):
+    """What adds to a layer and shows the layer's weights as its own, as LoRA does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: getattr(self.base, "bias", None))
+
+    def forward(self, x):
+        return self.base(x) * self.scale
+
+
+def _scaled(module, inputs, output):
+    return output * 1.5
+
+
+def change_head(model, how):
+    if how == "adapter":
+        model.lm_head = Adapter(model.lm_head)
+    elif how == "several modules":
+        model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
+    elif how == "hook":
+        model.lm_head.register_forward_hook(_scaled)
+    elif how == "forward":
+        original = model.lm_head.forward
+        model.lm_head.forward = lambda x: original(x) * 1.5
+    else:
+        model.loss_function = lambda logits, labels, vocab_size, **options: logits.square().mean()
+
+
+@pytest.mark.parametrize("first", ["patch", "change"])
+@pytest.mark.parametrize("how", ["adapter", "several modules", "hook", "forward", "loss"])
+@pytest.mark.parametrize("make", [gemma2, glm4, olmo2])
+def test_what_stands_at_the_head_is_called(make, how, first, ids):
+    """Not its weight read: an adapter would get no gradient, and train another model than is evaluated."""
+    if how == "loss" and first == "change":
+        pytest.skip("patch refuses a loss that it does not know")
+    model = tiny(make)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    other = copy.deepcopy(model)
+    change_head(model, how)
+    expected, expected_gradients = step(model, ids)
+    if first == "patch":
+        patch(other)
+    change_head(other, how)
+    if first == "change":
+        patch(other)
+    got, gradients = step(other, ids)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+NORMS = [
+    (gemma2, "post_attention_layernorm"),
+    (gemma2, "pre_feedforward_layernorm"),
+    (gemma3, "post_feedforward_layernorm"),
+    (glm4, "post_self_attn_layernorm"),
+    (olmo2, "post_attention_layernorm"),
+]
+
+
+@pytest.mark.parametrize("how", ["hook", "hook before", "hook of gradients", "adapter", "everywhere"])
+@pytest.mark.parametrize(("make", "norm"), NORMS)
+def test_norms_that_others_have_a_hold_of_are_called(make, norm, how, ids):
+    model, heard = tiny(make), []
+    other = copy.deepcopy(model)
+
+    def change(model):
+        layer = model.model.layers[0]
+        module = getattr(layer, norm)
+        if how == "hook":
+            module.register_forward_hook(_scaled)
+        elif how == "hook before":
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1.5 + 0.5,))
+        elif how == "hook of gradients":
+            module.register_full_backward_hook(lambda module, *gradients: heard.append(module))
+        elif how == "adapter":
+            setattr(layer, norm, Adapter(module))
+        else:
+            return nn.modules.module.register_module_forward_hook(
+                lambda module, inputs, output: output * 1.5 if "Norm" in type(module).__name__ else None
+            )
+        return None
+
+    def changed(model, make_first):
+        if make_first:
+            patch(model)
+        handle = change(model)
+        try:
+            return step(model, ids)
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    expected, expected_gradients = changed(model, make_first=False)
+    got, gradients = changed(other, make_first=True)
+    assert len(heard) == (2 if how == "hook of gradients" else 0)
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_quantised_head_is_called(ids):
+    """PyTorch's is called Linear as well, and its weight is a method."""
+
+    class Linear(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.of = of
+
+        def weight(self):
+            raise AssertionError
+
+        def forward(self, x):
+            return (self.of(x) * 8).round() / 8
+
+    model = tiny(olmo2)
+    model.lm_head = Linear(model.lm_head)
+    expected = model(ids, labels=ids).loss
+    patch(model)
+    torch.testing.assert_close(model(ids, labels=ids).loss, expected, rtol=1e-5, atol=1e-6)
+
+
+@MODELS
+def test_the_signature_is_the_models(make):
+    """Trainer drops what no argument is named for, and generate asks for logits of the last token alone."""
+    model = tiny(make)
+    expected = inspect.signature(model.forward)
+    patch(model)
+    assert inspect.signature(model.forward) == expected
+
+
+def test_trainer_and_generation_ask_the_signature(ids, tmp_path):
+    model = tiny(gemma2)
+    patch(model)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    options = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), **options)
+    assert transformers.Trainer(model, arguments, train_dataset=data).train().training_loss > 0
+    shapes = []
+    model.eval().lm_head.register_forward_hook(lambda module, inputs, out: shapes.append(tuple(out.shape)))
+    model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert shapes == [(2, 1, V)] * 2
+
+
+def test_parts_that_are_sharded_by_themselves(ids):
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        losses = []
+        for patched in (False, True):
+            torch.manual_seed(0)
+            model = tiny(gemma2)
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+            if patched:
+                patch(model)
+            for part in (model.lm_head, model.model.layers[0].post_attention_layernorm, model):
+                fully_shard(part)
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_what_it_does_not_know_is_an_error_and_changes_nothing(monkeypatch):

@@ -41,11 +41,12 @@ def register(
     :func:`cogview_kernels.decode_attention`. The layout is drawn once per forward pass, for all layers: the
     first ``text_length`` tokens of each row and random other ones, none of them padding. Draws come from
     PyTorch's default generator, so ``torch.manual_seed`` repeats them; with ``num_pivots == text_length``
-    nothing is random. Rows may be padded on the left or on the right. Cross-attention, sliding windows and
-    masks of four dimensions from the user go to SDPA as they are.
+    nothing is random. Rows may be padded on the left or on the right. Where padding lies between tokens, as a
+    prompt that was padded on the right leaves it in a cache, SDPA gets a mask of what the layout lets a query
+    see. Cross-attention, sliding windows and masks of four dimensions from the user go to it as they are.
 
     Args:
-        name: more than one may be registered, each with its own options.
+        name: more than one may be registered, each with its own options; none that is transformers' own.
         block_size, window_blocks: the window, see :class:`cogview_kernels.ThreeRegionLayout`.
         num_pivots: pivots a row, 0 or above.
         text_length: at most ``num_pivots``.
@@ -57,11 +58,20 @@ def register(
 
     In a forward pass, NotImplementedError names what the attention cannot do: packed sequences and other
     changes of the causal mask, softcap, sinks, position biases, dropout beside a filled cache. Under
-    ``torch.compile`` an ``attention_mask`` is needed, since transformers otherwise assumes packed sequences.
+    ``torch.compile`` an ``attention_mask`` is needed, since transformers otherwise assumes packed sequences;
+    nobody looks at its values there, and padding must not lie between tokens.
     """
     implementation = ThreeRegionImplementation(
         name, block_size, window_blocks, num_pivots, text_length, pivot_bias
     )
+    known = AttentionInterface()
+    taken = name in known and not isinstance(
+        getattr(known[name], "__self__", None), ThreeRegionImplementation
+    )
+    if taken:
+        raise ValueError(
+            f"register: name {name!r} is taken in transformers; choose another, as 'three_region' is"
+        )
     AttentionInterface.register(name, implementation.attention)
     AttentionMaskInterface.register(name, implementation.mask)
 
@@ -79,6 +89,10 @@ class ThreeRegionImplementation:
 
     def __post_init__(self) -> None:
         op = "register"
+        if not isinstance(self.name, str):
+            raise TypeError(f"{op}: name must be a string, got {type(self.name).__name__}")
+        if not self.name:
+            raise ValueError(f"{op}: name must not be empty; 'three_region' is the default")
         for option, least in (("block_size", 1), ("window_blocks", 1), ("num_pivots", 0), ("text_length", 0)):
             _checks.check_count(op, option, getattr(self, option), least)
         if self.text_length > self.num_pivots:
@@ -126,10 +140,29 @@ class ThreeRegionImplementation:
         if padding is not None:
             valid = valid & padding[:, :kv_length]
             starts = _starts(valid)
+        has_holes = padding is not None and _has_holes(valid)
         text = valid & (valid.cumsum(1) <= self.text_length)
         layout = ThreeRegionLayout.sample(text, self.num_pivots, density_correction=False, valid_mask=valid)
+        if has_holes:
+            query = length[:, None] - q_length + torch.arange(q_length, device=device)
+            return self._dense_mask(layout, query, valid, starts)
         columns = [length[:, None], layout.pivots] + ([] if starts is None else [starts[:, None]])
         return torch.cat(columns, 1)[:, None, None]
+
+    def _dense_mask(
+        self, layout: ThreeRegionLayout, query: Tensor, valid: Tensor, starts: Tensor | None
+    ) -> Tensor:
+        """``[B, 1, T, S]`` for SDPA: what queries at positions ``query`` ``[B, T]`` see of valid keys."""
+        layout = ThreeRegionLayout(layout.pivots, self.block_size, self.window_blocks)
+        num_keys = valid.shape[1]
+        window, far = layout.regions(query, num_keys, starts)
+        # A query that is padding sees itself alone: of no key at all SDPA would make NaN.
+        itself = query[..., None] == torch.arange(num_keys, device=query.device)
+        seen = ((window | far) & valid[:, None]) | itself
+        if self.pivot_bias:
+            bias = torch.where(far, self.pivot_bias, 0.0)
+            return bias.masked_fill_(~seen, -torch.inf)[:, None]
+        return seen[:, None]
 
     def attention(
         self,
@@ -151,6 +184,8 @@ class ThreeRegionImplementation:
                 "its model needs attn_implementation='sdpa'"
             )
         if attention_mask is None or attention_mask.dtype != torch.int64:
+            if attention_mask is not None and attention_mask.is_floating_point():
+                attention_mask = attention_mask.to(query.dtype)
             return sdpa_attention_forward(
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
             )
@@ -183,6 +218,14 @@ class ThreeRegionImplementation:
         else:
             out = decode_attention(q, k, value, lengths, **options)
         return out.transpose(1, 2).contiguous(), None
+
+
+def _has_holes(valid: Tensor) -> bool:
+    """Whether padding lies between the valid positions of a row; not looked at while tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    changes = (valid[:, 1:] != valid[:, :-1]).sum(1) + valid[:, 0]
+    return bool((changes > 2).any())
 
 
 def _starts(valid: Tensor) -> Tensor | None:

@@ -2,10 +2,13 @@
 """``patch``: our norms and our loss inside models of transformers that have the pattern they fuse.
 
 A patched module keeps its class, its parameters and its hooks; only its ``forward`` is another, put on the
-instance. Layers are patched one by one: the end of the first branch and the norm before the second are one
-call, the end of the second branch is another. Joining that with the first norm of the *next* layer, as
-CogView does, would save one more pass over memory, but a layer would then read its neighbour's weights,
-which FSDP does not allow for.
+instance. A call that is fused passes by the modules whose weights it reads. So it looks each time whether
+they are what they were: where somebody listens, or has put an adapter there, they are called one by one.
+
+Layers are patched one by one: the end of the first branch and the norm before the second are one call, the
+end of the second branch is another. Joining that with the first norm of the *next* layer, as CogView does,
+would save one more pass over memory, but a layer would then read its neighbour's weights, which FSDP does not
+allow for.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from typing import Any
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from cogview_kernels import _checks, rms_norm, sandwich_rms_norm
 from cogview_kernels import linear_cross_entropy as fused_cross_entropy
-from cogview_kernels import rms_norm, sandwich_rms_norm
 
 Forward = Callable[..., Any]
 _RETURN = re.compile(r"return (\w+)\(\s*loss=loss,")  # of a head: the class of its output
@@ -114,7 +118,8 @@ def patch(model: nn.Module, *, sandwich_norm: bool = True, linear_cross_entropy:
         linear_cross_entropy: in training mode and with ``labels``, the loss is
             :func:`cogview_kernels.linear_cross_entropy`, and ``logits`` of the output are None: not having
             them is the point. It is computed from float32 sums, where the model rounds logits to its dtype.
-            In evaluation mode, or without labels, the model's own head runs.
+            In evaluation mode, without labels, or where the head is no plain ``nn.Linear`` any more or has
+            hooks, the model's own head runs.
 
     Raises:
         NotImplementedError: the model, or the source of its classes in the installed transformers, is not one
@@ -133,7 +138,7 @@ def patch(model: nn.Module, *, sandwich_norm: bool = True, linear_cross_entropy:
                 forwards[module] = _layer_forward(family)
     if linear_cross_entropy:
         _check_head(model, family)
-        forwards[model] = _head_forward(_output_class(model))
+        forwards[model] = _head_forward(_output_class(model), inspect.signature(type(model).forward))
     for module in forwards:
         if "forward" in vars(module):
             by = "patch; call unpatch first" if _is_ours(module) else "another library; call patch before it"
@@ -151,7 +156,28 @@ def unpatch(model: nn.Module) -> None:
 
 
 def _is_ours(module: nn.Module) -> bool:
-    return getattr(vars(module).get("forward"), "__module__", None) == __name__
+    forward = vars(module).get("forward")
+    # Other libraries wrap a method in something that copies its names.
+    return isinstance(forward, MethodType) and forward.__func__.__module__ == __name__
+
+
+def _has_hold(module: nn.Module) -> bool:
+    """Whether anybody has a say in a call of the module beside its class, and ``patch``."""
+    if "forward" in vars(module) and not _is_ours(module):
+        return True
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    of_gradients = (module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or any(of_gradients) or _has_any_global_hook()
+
+
+def _is_known(module: nn.Module, family: _Family) -> bool:
+    """Whether the weight of a norm may be read in place of a call."""
+    return type(module).__name__ == family.norm and not _has_hold(module)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether the weights of a head may be read in place of a call."""
+    return type(head) is nn.Linear and type(head.weight) in _checks.PLAIN and not _has_hold(head)
 
 
 def _family_of(model: nn.Module) -> _Family:
@@ -216,6 +242,7 @@ def _norm_forward(kind: _Norm) -> Forward:
 def _layer_forward(family: _Family) -> Forward:
     pre_attention, post_attention, pre_mlp, post_mlp = family.norms
     kind = family.kind
+    fused = [name for name in (post_attention, pre_mlp, post_mlp) if name is not None]
 
     def sandwich(self: Any, branch: Tensor, x: Tensor, post: str, pre: str | None) -> tuple[Tensor, Tensor]:
         post_norm = getattr(self, post)
@@ -226,6 +253,8 @@ def _layer_forward(family: _Family) -> Forward:
         return x, x if normed is None else normed
 
     def forward(self: Any, hidden_states: Tensor, **others: Any) -> Tensor:
+        if not all(_is_known(getattr(self, name), family) for name in fused):
+            return type(self).forward(self, hidden_states, **others)
         x = hidden_states
         normed = x if pre_attention is None else getattr(self, pre_attention)(x)
         branch, _ = self.self_attn(hidden_states=normed, **others)
@@ -242,15 +271,18 @@ def _output_class(model: nn.Module) -> Any:
     return getattr(sys.modules[type(model).__module__], found.group(1))
 
 
-def _head_forward(output: Any) -> Forward:
+def _head_forward(output: Any, signature: inspect.Signature) -> Forward:
     fields = {field.name for field in dataclasses.fields(output)}
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         original = type(self).forward
-        given = dict(inspect.signature(original).bind(self, *args, **kwargs).arguments)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
         others = given.pop("kwargs", {})
         wants_tuple = others.get("return_dict", self.config.return_dict) is False
-        if given.get("labels") is None or not self.training or "logits_to_keep" in given or wants_tuple:
+        keeps_some = "logits_to_keep" in given
+        if given.get("labels") is None or not self.training or keeps_some or wants_tuple:
+            return original(self, *args, **kwargs)
+        if self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head):
             return original(self, *args, **kwargs)
         del given["self"]
         labels = given.pop("labels")
@@ -260,6 +292,8 @@ def _head_forward(output: Any) -> Forward:
         rest = {name: value for name, value in outputs.items() if name in fields}
         return output(loss=loss, **rest)
 
+    # Trainer and generate ask it which arguments the model takes.
+    forward.__signature__ = signature  # type: ignore[attr-defined]
     return forward
 
 
