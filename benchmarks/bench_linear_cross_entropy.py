@@ -48,17 +48,17 @@ def call(op, x: Inputs):
     return op(x.hidden, x.weight, x.target, bias=x.values.get("bias"), **x.options)
 
 
-def in_memory(share: float) -> Variant:
-    """What more memory than one piece saves on a GPU."""
-    function = functools.partial(linear_cross_entropy, backend="triton", extra_memory=share)
+def in_memory(backend: str, share: float) -> Variant:
+    """What more memory than one piece saves."""
+    function = functools.partial(linear_cross_entropy, backend=backend, extra_memory=share)
 
     def why_not(case: Case, device: torch.device) -> str:
         if case.direction == FORWARD:
             return "memory is traded for time where there are gradients"
-        return _backends.why_not("triton", device)
+        return _backends.why_not(backend, device)
 
     return Variant(
-        f"triton, extra_memory={share:g}",
+        f"{backend}, extra_memory={share:g}",
         lambda x, case: lambda: call(function, x),
         kind="option",
         why_not=why_not,
@@ -72,7 +72,11 @@ BENCHMARK = Benchmark(
     truths={"op": truth},
     backends=("triton", "cpu", "chunked"),
     call=call,
-    rivals=(*map(in_memory, (0.12, 0.5, 1)), *cross_entropy.VARIANTS),
+    rivals=(
+        *(in_memory("triton", share) for share in (0.12, 0.5, 1)),
+        *(in_memory("cpu", share) for share in (0.25, 1)),
+        *cross_entropy.VARIANTS,
+    ),
     work=work,
     baseline="eager",
 )

@@ -185,7 +185,13 @@ def linear_cross_entropy_gradient_cpu(
     threads: int,
 ) -> None: ...
 def linear_cross_entropy_product_cpu(
-    a: Tensor | None, b: Tensor | None, out: Tensor | None, add: bool, threads: int
+    a: Tensor | None,
+    b: Tensor | None,
+    out: Tensor | None,
+    add: bool,
+    low: _Address,
+    last: bool,
+    threads: int,
 ) -> None: ...
 def three_region_attention_fwd_cpu(
     q: _Strided,

@@ -69,7 +69,11 @@ def check_pivots_of_cache(op: str, layout: ThreeRegionLayout | None, size: int) 
     """Where they can be read. Decoding is short, so the whole check of a layout's pivots would be felt."""
     if layout is None or not _torch_ops.values_are_readable(layout.pivots):
         return
-    if layout.pivots.numel() > 0 and int(layout.pivots.max()) >= size:
+    if layout.pivots.numel() == 0:
+        return
+    least, most = (int(x) for x in layout.pivots.aminmax())
+    if least < -1 or most >= size:
         raise ValueError(
-            f"{op}: layout.pivots must lie below the cache's size, {size}, got {int(layout.pivots.max())}"
+            f"{op}: layout.pivots must lie in [0, {size}), the cache's size (-1 pads), "
+            f"got {most if most >= size else least}"
         )

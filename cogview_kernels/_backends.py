@@ -22,13 +22,21 @@ T = TypeVar("T")
 
 BACKENDS = ("cpu", "triton", "cuda", "sdpa", "chunked", "reference")
 
+_ON = ("1", "true", "yes", "on", "y")  # as Triton reads its own variables
+
+
+def is_switched_on(variable: str) -> bool:
+    """Whether an environment variable says so; what says nothing that is known is off."""
+    return os.environ.get(variable, "").strip().lower() in _ON
+
+
 _log = logging.getLogger("cogview_kernels")
-if os.environ.get("COGVIEW_KERNELS_TRACE", "0") not in ("", "0"):
+if is_switched_on("COGVIEW_KERNELS_TRACE"):
     _log.setLevel(logging.DEBUG)
     _log.addHandler(logging.StreamHandler())
 
 # Read once: asking the environment at every call costs as much as choosing.
-TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+TRITON_INTERPRETED = is_switched_on("TRITON_INTERPRET")
 _TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 # Plain PyTorch, which runs wherever PyTorch does.

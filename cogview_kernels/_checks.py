@@ -34,6 +34,14 @@ def check_float(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
+def check_tensors(op: str, *, or_none: bool = False, **tensors: object) -> None:
+    """Each argument, by its name, is a tensor, or ``or_none``."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) and not (or_none and x is None):
+            kind = "a tensor or None" if or_none else "a tensor"
+            raise TypeError(f"{op}: {name} must be {kind}, got {type(x).__name__}")
+
+
 def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(
@@ -80,9 +88,8 @@ def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, 
             f"got {tuple(x.shape)}"
         )
     if x.dtype not in (other.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {name} must be {other.dtype}, as {other_name} is, or torch.float32, got {x.dtype}"
-        )
+        wide = "" if other.dtype == torch.float32 else ", or torch.float32"
+        raise TypeError(f"{op}: {name} must be {other.dtype}, as {other_name} is{wide}, got {x.dtype}")
     check_same_device(op, name, x, other_name, other)
 
 
@@ -101,13 +108,18 @@ def check_rms_options(
     check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
 
 
+def check_probability(op: str, name: str, p: float) -> None:
+    """Of dropout."""
+    check_finite_number(op, name, p)
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")
+
+
 def check_dropout(op: str, p: float, seed: int | Tensor | None, other_name: str, other: Tensor) -> None:
     """``p`` is in [0, 1), ``seed`` an int or a 0-d int64 tensor, on the CPU or beside ``other``."""
     if p == 0 and seed is None:  # the usual call
         return
-    check_finite_number(op, "dropout_p", p)
-    if not 0 <= p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    check_probability(op, "dropout_p", p)
     if seed is None:
         return
     if isinstance(seed, Tensor):
@@ -138,9 +150,22 @@ def check_starts(op: str, starts: Tensor | None, q: Tensor) -> None:
         check_positions(op, "starts", starts, "q", q)
 
 
-def check_count(op: str, name: str, value: int, least: int) -> None:
+def check_int(op: str, name: str, value: object) -> None:
     if not isinstance(value, _INTS) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+
+
+def checked_pair(op: str, name: str, value: Any) -> tuple[int, int]:
+    """``value``, which is a pair of ints."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{op}: {name} must be a pair of ints or None, got {value!r}")
+    for one in value:
+        check_int(op, name, one)
+    return value[0], value[1]
+
+
+def check_count(op: str, name: str, value: int, least: int) -> None:
+    check_int(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
 

@@ -105,7 +105,7 @@ class ThreeRegionLayout:
         causal: whether a query sees nothing after itself.
 
     A layout is a pytree node, whose leaf is ``pivots``: it may be an input of what ``torch.export`` exports,
-    and ``tree_map`` and data loaders reach its tensor. It can be copied, pickled, and loaded with
+    and ``tree_map`` reaches its tensor. It can be copied, pickled, and loaded with
     ``torch.load(weights_only=True)``, which checks it as the constructor does.
 
     Source: CogView, arXiv:2105.13290, section 4.1 (three-region sparse attention) and its released code.
@@ -174,7 +174,7 @@ class ThreeRegionLayout:
         """
         op = "ThreeRegionLayout.sample"
         for name, mask in (("text_mask", text_mask), ("valid_mask", valid_mask)):
-            if mask is None:
+            if mask is None and name == "valid_mask":
                 continue
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -184,6 +184,8 @@ class ThreeRegionLayout:
                 raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}")
             _checks.check_same_device(op, name, mask, "text_mask", text_mask)
         _checks.check_count(op, "num_pivots", num_pivots, 0)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
         if generator is not None and generator.device.type != text_mask.device.type:
             raise ValueError(
                 f"{op}: generator must be on the device of text_mask, {text_mask.device}, "
@@ -291,6 +293,7 @@ class ThreeRegionLayout:
     def dense_mask(self, T: int) -> Tensor:
         """Boolean ``[B, T, T]``: True where query (second dimension) sees key (third)."""
         _checks.check_count("ThreeRegionLayout.dense_mask", "T", T, 0)
+        self.check_pivots("ThreeRegionLayout.dense_mask", T)
         window, far = self.regions(torch.arange(T, device=self.pivots.device), T)
         return window | far
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
@@ -54,7 +55,7 @@ class ThreeRegionAttention(nn.Module):
         _checks.check_count(op, "embed_dim", embed_dim, 1)
         if embed_dim % num_heads:
             raise ValueError(f"{op}: embed_dim must be a multiple of num_heads, {num_heads}, got {embed_dim}")
-        _checks.check_dropout(op, dropout, None, "x", torch.empty(0))
+        _checks.check_probability(op, "dropout", dropout)
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **options))
@@ -71,6 +72,9 @@ class ThreeRegionAttention(nn.Module):
             nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            expected = f"[B, T, {self.embed_dim}]"
+            raise ValueError(f"{type(self).__name__}: x must be {expected}, got {tuple(x.shape)}")
         B, T, C = x.shape
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -109,7 +113,11 @@ class SandwichLayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.check_count(type(self).__name__, "normalized_size", normalized_size, 1)
+        op = type(self).__name__
+        _checks.check_count(op, "normalized_size", normalized_size, 1)
+        _checks.check_finite_number(op, "eps", eps, positive=True)
+        _checks.check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
+        _checks.check_probability(op, "dropout", dropout)
         self.pb_relax, self.dropout = pb_relax, dropout
         self.post = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
         self.pre = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
@@ -127,6 +135,27 @@ class SandwichLayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
+
+
+class _RMSNorm(nn.RMSNorm):
+    """Whose weight begins at ``1 - weight_offset``. It holds the parameter; the op has the arithmetic."""
+
+    weight_offset = 0.0  # while the class that it comes from begins
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        weight_offset: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(size, eps, device=device, dtype=dtype)
+        self.weight_offset = weight_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1 - self.weight_offset)
 
 
 class SandwichRMSNorm(nn.Module):
@@ -159,16 +188,19 @@ class SandwichRMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _checks.check_count(type(self).__name__, "normalized_size", normalized_size, 1)
+        op = type(self).__name__
+        _checks.check_count(op, "normalized_size", normalized_size, 1)
+        _checks.check_rms_options(op, eps, weight_offset, round_before_weight, None)
+        _checks.check_probability(op, "dropout", dropout)
         self.weight_offset, self.round_before_weight = weight_offset, round_before_weight
         self.dropout = dropout
-        self.post = nn.RMSNorm(normalized_size, eps, device=device, dtype=dtype)
-        self.pre = nn.RMSNorm(normalized_size, eps, device=device, dtype=dtype)
-        self.reset_parameters()
+        self.post = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
+        self.pre = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
 
     def reset_parameters(self) -> None:
+        """What its two norms do by themselves, in whatever order an initialisation walks."""
         for norm in (self.post, self.pre):
-            nn.init.constant_(norm.weight, 1 - self.weight_offset)
+            norm.reset_parameters()
 
     def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         residual_out, normed = sandwich_rms_norm(
@@ -221,6 +253,12 @@ class LinearCrossEntropy(nn.Module):
         op = type(self).__name__
         _checks.check_count(op, "in_features", in_features, 1)
         _checks.check_count(op, "num_classes", num_classes, 1)
+        known = inspect.signature(linear_cross_entropy).parameters.values()
+        names = [one.name for one in known if one.kind is one.KEYWORD_ONLY and one.name != "bias"]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"{op}: options must be among {', '.join(names)}, got {name}")
+        _checks.check_choice(op, "reduction", options.get("reduction", "mean"), ("none", "sum", "mean"))
         self.options = options
         self.weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(num_classes, device=device, dtype=dtype)) if bias else None

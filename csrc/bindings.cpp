@@ -254,9 +254,10 @@ LinearCrossEntropyGradient cross_entropy_gradient(LogitsArguments logits, Object
 }
 
 LinearCrossEntropyProduct cross_entropy_product(const PythonTensor& a, const PythonTensor& b,
-                                                const PythonTensor& out, bool add) {
-    return {a.size[0],   b.size[1],   a.size[1], a.data,        a.stride[0], a.stride[1], b.data,
-            b.stride[0], b.stride[1], out.data,  out.stride[0], add,         out.dtype};
+                                                const PythonTensor& out, bool add, Address low, bool last) {
+    return {a.size[0],   b.size[1],   a.size[1], a.data,        a.stride[0], a.stride[1],           b.data,
+            b.stride[0], b.stride[1], out.data,  out.stride[0], add,         pointer<uint8_t>(low), last,
+            out.dtype};
 }
 
 // A tensor of attention, its rows contiguous, or None.
@@ -633,7 +634,7 @@ constexpr const char* kSandwichRmsBackward[] = {
 constexpr const char* kReduce[] = {"logits", "target", "logit_max", "total", "picked", "sum", "predicted"};
 constexpr const char* kGradient[] = {"logits",    "objective", "target", "coefficient",
                                      "logit_max", "total",     "dbias"};
-constexpr const char* kProduct[] = {"a", "b", "out", "add"};
+constexpr const char* kProduct[] = {"a", "b", "out", "add", "low", "last"};
 constexpr const char* kAttentionForward[] = {"q",      "k",     "v",       "out",   "lse",          "shape",
                                              "layout", "scale", "dropout", "dtype", "sorted_pivots"};
 [[maybe_unused]] constexpr const char* kAttentionForwardSm90[] = {"q",   "k",         "v",     "out",

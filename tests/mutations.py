@@ -90,6 +90,7 @@ _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) an
 _CPU_XENT = "linear_cross_entropy (test_forward_and_backward or test_one_chunk or test_steps) and cpu"
 _CPU_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and cpu"
 _CPU_PRODUCT = "linear_cross_entropy test_product"
+_CPU_SUM = "linear_cross_entropy (test_products_summed or test_summed_in_24)"
 _CHUNKED_XENT = "linear_cross_entropy (test_forward_and_backward or loss_scale) and chunked"
 _TRITON_XENT = "linear_cross_entropy (test_forward_and_backward or test_steps) and triton"
 _TRITON_XENT_OPTIONS = "linear_cross_entropy (test_options or test_steps_with_options) and triton"
@@ -615,6 +616,23 @@ MUTATIONS = [
              "(part + 1) * blocks / parts", "(part + 1) * (blocks / parts)", _CPU_PRODUCT),
     Mutation("product-rows-of-the-first-slab", "csrc/linear_cross_entropy/product_cpu.cpp",
              "u, first + m, real, count, to", "u, first, real, count, to", _CPU_PRODUCT),
+    Mutation("product-byte-forgotten", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "upper << 16 | below << 8", "upper << 16", _CPU_SUM),
+    Mutation("product-byte-not-rounded", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "bitcast<VecU>(sum) + 0x80", "bitcast<VecU>(sum)", _CPU_SUM),
+    Mutation("product-sum-of-what-was-there", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "if (add) {\n            const VecU upper", "{\n            const VecU upper", _CPU_SUM),
+    Mutation("product-sum-cut-off", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "if (last) return store", "if (false) return store", _CPU_SUM),
+    Mutation("product-bytes-of-the-first-rows", "csrc/linear_cross_entropy/product_cpu.cpp",
+             "p.low + begin * p.N + first", "p.low + first", _CPU_SUM),
+    Mutation("xent-24-bits-never-rounded", "cogview_kernels/linear_cross_entropy/*.py",
+             "last=tokens.stop == N", "last=False", "linear_cross_entropy summed_in_24"),
+    Mutation("xent-first-tokens-forgotten", "cogview_kernels/linear_cross_entropy/*.py",
+             "first=False, last=", "first=tokens.start == C, last=", "linear_cross_entropy summed_in_24"),
+    Mutation("xent-24-bits-in-more-memory", "cogview_kernels/linear_cross_entropy/*.py",
+             "problem.room - dweight.numel() // dweight.element_size()", "problem.room",
+             "linear_cross_entropy (room_for_24 or quarter_of_their)"),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "product(dlogits, hidden, out", "product(dlogits[:, 1:], hidden[1:], out", _CHUNKED_XENT),
     Mutation("xent-scale-twice", "cogview_kernels/linear_cross_entropy/*.py",

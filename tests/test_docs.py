@@ -60,7 +60,7 @@ def test_every_environment_variable_is_on_its_page():
     sources = [ROOT / "setup.py", ROOT / ".ci" / "gpu_check.py"]
     for folder in ("cogview_kernels", "cogview"):
         sources += (ROOT / folder).rglob("*.py")
-    pattern = r"environ(?:\.get|\.setdefault)?[(\[]\s*[\"']([A-Z][A-Z0-9_]+)"
+    pattern = r"(?:environ(?:\.get|\.setdefault)?|is_switched_on)[(\[]\s*[\"']([A-Z][A-Z0-9_]+)"
     read = {name for source in sources for name in re.findall(pattern, source.read_text())}
     # What the shell or this process itself sets, which is no option of ours.
     missing = {name for name in read - {"PATH", "COLUMNS"} if f"{name}" not in page}

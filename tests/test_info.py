@@ -53,3 +53,14 @@ def test_other_gpus_are_not_bothered_with_volta(name, capability, gpu, monkeypat
 def test_every_backend_is_listed_with_a_reason_or_yes():
     assert [line.split()[0] for line in lines_of("cpu")[1:]] == list(_backends.BACKENDS)
     assert all(line.split()[1] in ("yes", "no:") for line in lines_of("cpu")[1:])
+
+
+@pytest.mark.parametrize(
+    ("value", "on"),
+    [("1", True), ("True", True), (" yes", True), ("0", False), ("false", False), ("", False)],
+)
+def test_switches_are_read_as_triton_reads_its_own(value, on, monkeypatch):
+    monkeypatch.setenv("COGVIEW_KERNELS_TRACE", value)
+    assert _backends.is_switched_on("COGVIEW_KERNELS_TRACE") == on
+    monkeypatch.delenv("COGVIEW_KERNELS_TRACE")
+    assert not _backends.is_switched_on("COGVIEW_KERNELS_TRACE")

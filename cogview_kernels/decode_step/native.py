@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cogview_kernels import _checks, _extension
 from cogview_kernels._attention import causal_layout, native_layout, with_rows
@@ -74,6 +75,7 @@ def prepare(
         out = empty_like(x) if logits is None else x.new_empty(logits)
         regions = all_keys if layout is None else native_layout(layout, layout.pivots, None)
         native.decode_step_cpu(x, out, head, stack.handle, cache, lengths, regions, options, threads())
+        increment_version(cache)
         return out
 
     return run
@@ -90,8 +92,10 @@ def forward(
     out: Tensor,
     backend: str,
 ) -> None:
-    """Fills ``out`` and the places of the new tokens in ``cache``. Rows of ``head`` are contiguous, and
-    everything else throughout."""
+    """Fills ``out`` and the places of the new tokens in ``cache``, which autograd is told.
+
+    Rows of ``head`` are contiguous, and everything else throughout.
+    """
     _extension.call(
         "decode_step",
         backend,
@@ -104,3 +108,4 @@ def forward(
         causal_layout(cache.shape[4], None) if layout is None else native_layout(layout, layout.pivots, None),
         shared.options(norms),
     )
+    increment_version(cache)

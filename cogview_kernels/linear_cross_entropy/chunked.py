@@ -77,7 +77,7 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
             dbias[rows] += dlogits.sum(1)
 
 
-product = pieces.product
+product, adder = pieces.product, pieces.no_adder
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

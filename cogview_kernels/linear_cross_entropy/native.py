@@ -9,7 +9,7 @@ from torch import Tensor
 from cogview_kernels import _checks, _extension
 from cogview_kernels.linear_cross_entropy import chunked, pieces
 from cogview_kernels.linear_cross_entropy.objective import Objective
-from cogview_kernels.linear_cross_entropy.pieces import Piece, Tokens
+from cogview_kernels.linear_cross_entropy.pieces import AddToSum, Piece, Tokens
 
 # From which on the extension's products are faster than PyTorch's: rows of a transposed one with tiles, and
 # multiplications of one without.
@@ -57,9 +57,18 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """See :class:`pieces.Steps`. PyTorch's own, but where the extension's is faster."""
     if _is_faster(a, b, out):
-        _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add)
+        _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add, 0, False)
     else:
         pieces.product(a, b, out, add=add)
+
+
+def adder(out: Tensor) -> AddToSum | None:
+    """See :class:`pieces.Steps`. Of bfloat16, where its products are the extension's."""
+    return _add_to_sum if out.dtype == torch.bfloat16 and _multiplies(out.dtype) else None
+
+
+def _add_to_sum(a: Tensor, b: Tensor, high: Tensor, low: Tensor, *, first: bool, last: bool) -> None:
+    _extension.call("linear_cross_entropy_product", "cpu", a, b, high, not first, low.data_ptr(), last)
 
 
 scale = chunked.scale
@@ -71,11 +80,16 @@ def _is_faster(a: Tensor, b: Tensor, out: Tensor) -> bool:
     rows, columns = a.stride(1) == 1, a.stride(0) == 1
     if out.stride(1) != 1 or not (rows or columns) or not (b.stride(1) == 1 or (rows and b.stride(0) == 1)):
         return False
-    isa, bf16 = _extension.native.isa(), a.dtype == torch.bfloat16
-    if isa == "amx":
-        return bf16 and columns and a.shape[1] >= MANY_ROWS
-    has = isa == "avx512bf16" if bf16 else isa.startswith("avx") and a.dtype == torch.float32
-    return has and _extension.native.is_amd() and out.numel() * a.shape[1] >= MANY_PRODUCTS
+    if _extension.native.isa() == "amx":
+        return a.dtype == torch.bfloat16 and columns and a.shape[1] >= MANY_ROWS
+    return _multiplies(a.dtype) and out.numel() * a.shape[1] >= MANY_PRODUCTS
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether large products of rows are the extension's."""
+    isa = _extension.native.isa()
+    has = isa == "avx512bf16" if dtype == torch.bfloat16 else isa.startswith("avx") and dtype == torch.float32
+    return has and _extension.native.is_amd()
 
 
 def _address(x: Tensor | None) -> int:

@@ -5,9 +5,12 @@ Letters: N tokens, C width, V ids in the softmax. Logits and their gradients are
 column per token, ``[v, n]``, so that a piece of them fits in the memory of ``dweight``, ``[V, C]``.
 
 FLOPs: 2 N C V for the losses, and as many for each of ``dhidden`` and ``dweight`` that is asked for. Up to
-2 (N - C) C V more where :func:`_in_place_of_dweight` makes logits twice. Memory beyond the gradients: one
-piece, or ``extra_memory`` times that of the logits where this is more, some 30 bytes a token and, on a CPU,
-what its own products hold: at most 16 MB of sums, and on AMD's processors a packed copy of ``hidden``.
+2 (N - C) C V more where :func:`_in_place_of_dweight` makes logits twice. :func:`_summed_in_24_bits` makes
+none twice; for each chunk it reads and writes ``dweight`` and a byte beside each element.
+
+Memory beyond the gradients: one piece, or ``extra_memory`` times that of the logits where this is more, some
+30 bytes a token and, on a CPU, what its own products hold: at most 16 MB of sums, and on AMD's processors a
+packed copy of ``hidden``.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 
 # 2.9 % of the logits of 8,704 tokens over 58,240 ids.
 CHUNK_ELEMENTS = 14 * 2**20
+FEWEST_TOKENS = 96  # of a chunk of _summed_in_24_bits
 
 
 class Piece(NamedTuple):
@@ -54,6 +58,14 @@ class Tokens(NamedTuple):
         return Tokens(self.target[tokens], self.coefficient[tokens], self.stats[:, tokens], predicted)
 
 
+class AddToSum(Protocol):
+    """Adds a product to a sum in float32 of which 24 bits are kept."""
+
+    def __call__(self, a: Tensor, b: Tensor, high: Tensor, low: Tensor, *, first: bool, last: bool) -> None:
+        """``high``, bfloat16, is the sum's upper half, and ``low``, uint8, the byte below it. The ``first``
+        product finds no sum there, and the ``last`` one rounds it to ``high``."""
+
+
 class Steps(Protocol):
     """What a backend, a module, does to logits and to gradients."""
 
@@ -71,6 +83,9 @@ class Steps(Protocol):
     def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         """``torch.mm(a, b, out=out)``, or ``out.addmm_(a, b)`` where it is to be added."""
 
+    def adder(self, out: Tensor) -> AddToSum | None:
+        """By what products are summed in ``out`` and a byte beside each element; None where by nothing."""
+
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """``gradient *= factor``, a scalar, multiplied in float32 and rounded once, with no float32 copy."""
 
@@ -81,6 +96,10 @@ def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)
+
+
+def no_adder(out: Tensor) -> None:
+    """See :class:`Steps`."""
 
 
 class Wanted(NamedTuple):
@@ -365,6 +384,8 @@ def _solve(problem: _Problem) -> None:
         _losses_only(problem)
     elif dweight is None or fits or (dweight.dtype == torch.float32 and n > C):
         _accumulated(problem)
+    elif chunk := _chunk_beside_bytes(problem, dweight):
+        _summed_in_24_bits(problem, dweight, chunk)
     else:
         _in_place_of_dweight(problem, dweight, _sizes(n, C, V, problem.room, dweight.device))
 
@@ -422,6 +443,38 @@ def _accumulated(problem: _Problem) -> None:
         if scales is not None:
             dlogits *= scales.for_dweight / scales.for_dhidden
         problem.add_dweight(dlogits, hidden[tokens], problem.dweight, add=tokens.start > 0)
+
+
+def _chunk_beside_bytes(problem: _Problem, dweight: Tensor) -> int:
+    """Tokens of a chunk that fits in the room with a byte for each element of ``dweight``; 0 if none does.
+
+    Each chunk passes over ``weight`` twice and over ``dweight``, so that few tokens are not worth it.
+    """
+    if len(problem.hidden) <= dweight.shape[1] or problem.steps.adder(dweight) is None:
+        return 0
+    beside = problem.room - dweight.numel() // dweight.element_size()
+    tokens = beside // len(dweight) // 32 * 32
+    return tokens if tokens >= FEWEST_TOKENS else 0
+
+
+def _summed_in_24_bits(problem: _Problem, dweight: Tensor, chunk: int) -> None:
+    """Chunk by chunk of tokens, ``dweight`` summed over them in 24 bits, of which 16 lie in it.
+
+    The logits of the first C tokens lie in ``dweight`` itself, which they are the gradients of afterwards.
+    """
+    hidden, add = problem.hidden, problem.steps.adder(dweight)
+    N, (V, C) = len(hidden), dweight.shape
+    assert add is not None
+    problem.round(slice(0, C), dweight)
+    low = torch.empty_like(dweight, dtype=torch.uint8)
+    buffer = hidden.new_empty(V * chunk)
+    for ids in _pieces(0, V, max(1, len(buffer) // C)):
+        dlogits = buffer[: (ids.stop - ids.start) * C].view(-1, C).copy_(dweight[ids])
+        add(dlogits, hidden[:C], dweight[ids], low[ids], first=True, last=False)
+    for tokens in _pieces(C, N, chunk):
+        dlogits = buffer[: V * (tokens.stop - tokens.start)].view(V, -1)
+        problem.round(tokens, dlogits)
+        add(dlogits, hidden[tokens], dweight, low, first=False, last=tokens.stop == N)
 
 
 def _in_place_of_dweight(problem: _Problem, dweight: Tensor, sizes: _Sizes) -> None:

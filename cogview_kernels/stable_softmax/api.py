@@ -101,6 +101,7 @@ def _checked(
         raise ValueError(f"{_OP}: causal needs scores of [..., T, N], got shape {tuple(scores.shape)}")
     _checks.check_finite_number(_OP, "alpha", alpha, positive=True)
     _checks.check_finite_number(_OP, "scale", scale)
+    _checks.check_tensors(_OP, or_none=True, mask=mask)
     if mask is not None:
         if mask.dtype != torch.bool:
             raise TypeError(f"{_OP}: mask must be boolean (True = visible), got {mask.dtype}; try mask != 0")

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 
 from cogview_kernels import _device
+from cogview_kernels._backends import is_switched_on
 
-AUTOTUNE = os.environ.get("COGVIEW_KERNELS_AUTOTUNE", "0") not in ("", "0")
+AUTOTUNE = is_switched_on("COGVIEW_KERNELS_AUTOTUNE")
 
 # fwd, dq: BLOCK_M queries walk over BLOCK_N keys at a time; dkv (window), dkv_far (pivots): BLOCK_N keys walk
 # over BLOCK_M queries at a time.

@@ -21,10 +21,10 @@ inline void check_lengths(const char* op, IntegerList lengths, int64_t B, int64_
 // Pivots of a cache with S positions; -1 pads.
 inline void check_pivots(const char* op, const Layout& layout, int64_t B, int64_t S) {
     for (int64_t i = 0; i < B * layout.P; ++i)
-        if (layout.pivots[i] >= S)
-            throw std::invalid_argument(std::string(op) +
-                                        ": layout.pivots must lie below the cache's size, " +
-                                        std::to_string(S) + ", got " + std::to_string(layout.pivots[i]));
+        if (layout.pivots[i] < -1 || layout.pivots[i] >= S)
+            throw std::invalid_argument(std::string(op) + ": layout.pivots must lie in [0, " +
+                                        std::to_string(S) + "), the cache's size (-1 pads), got " +
+                                        std::to_string(layout.pivots[i]));
 }
 
 }  // namespace cogview

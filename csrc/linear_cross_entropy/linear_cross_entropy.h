@@ -48,6 +48,10 @@ struct LinearCrossEntropyGradient {
 
 // out[M, N] (+)= a b, rounded once, in float32 or bfloat16. `a_m` is the distance of two rows of a, and so
 // on. Rows of out are contiguous, and so are rows or columns of a and of b; b has rows where a has columns.
+//
+// With `low` (bfloat16, rows of a), out is no result but the upper half of a sum in float32, and low, [M, N],
+// the byte below it, until the `last` product rounds the sum to out: so a sum of many products is rounded
+// to bfloat16 once, and to 24 bits each time.
 struct LinearCrossEntropyProduct {
     int64_t M, N, K;
     const void* a;
@@ -57,6 +61,8 @@ struct LinearCrossEntropyProduct {
     void* out;
     int64_t out_m;
     bool add;
+    uint8_t* low;
+    bool last;
     DType dtype;
 };
 

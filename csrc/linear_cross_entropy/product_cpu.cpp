@@ -8,10 +8,12 @@
 //
 // Sums are in float; what is summed together does not depend on the number of threads.
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 #include "common/panels.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/vec.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
 
@@ -31,6 +33,45 @@ void put_row(const float* sums, int64_t columns, bool add, T* out) {
     for_each_vector(columns, [&](int64_t n, auto tag) {
         const VecF sum = load(sums + n);
         store(out + n, add ? load(out + n, tag) + sum : sum, tag);
+    });
+}
+
+// The lanes that count of a vector in memory, whatever its elements are.
+template <typename Vec, typename E>
+Vec load_lanes(const E* p, Whole) {
+    Vec v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
+}
+template <typename Vec, typename E>
+Vec load_lanes(const E* p, Part part) {
+    Vec v = {};
+    std::memcpy(&v, p, part.n * sizeof(E));
+    return v;
+}
+template <typename Vec, typename E>
+void store_lanes(E* p, Vec v, Whole) {
+    std::memcpy(p, &v, sizeof(v));
+}
+template <typename Vec, typename E>
+void store_lanes(E* p, Vec v, Part part) {
+    std::memcpy(p, &v, part.n * sizeof(E));
+}
+
+// (out, low) (+)= the sums of a row, in 24 bits, or at last rounded to out.
+inline void put_sum(const float* sums, int64_t columns, bool add, bool last, BFloat16* out, uint8_t* low) {
+    for_each_vector(columns, [&](int64_t n, auto tag) {
+        VecF sum = load(sums + n);
+        if (add) {
+            const VecU upper = __builtin_convertvector(load_lanes<VecU16>(out + n, tag), VecU);
+            const VecU below = __builtin_convertvector(load_lanes<VecU8>(low + n, tag), VecU);
+            sum += bitcast<VecF>(upper << 16 | below << 8);
+        }
+        if (last) return store(out + n, sum, tag);
+        // What bfloat16 brings has no NaN of which this would make a number.
+        const VecU rounded = bitcast<VecU>(sum) + 0x80;
+        store_lanes(out + n, upper_halves(rounded), tag);
+        store_lanes(low + n, __builtin_convertvector(rounded >> 8, VecU8), tag);
     });
 }
 
@@ -70,6 +111,7 @@ void product(const LinearCrossEntropyProduct& p, int threads) {
     constexpr int64_t width = kPanelColumns, kPack = Compute<kBf16>::kPack;
     const int64_t units = round_up((p.K + kPack - 1) / kPack, 16), panels = (p.N + width - 1) / width;
     const Workspace b(panels * units * width);
+    [[maybe_unused]] const bool amd = is_amd();
     parallel_for(panels, 1, threads, [&](int64_t panel, int64_t) {
         pack_panel<kBf16, T>(p, panel, units, b.data + panel * units * width);
     });
@@ -85,6 +127,22 @@ void product(const LinearCrossEntropyProduct& p, int threads) {
                 // Whole vectors of floats are summed where they belong.
                 if (columns % kLanes == 0) {
                     a.multiply(b_panel, columns, out, p.out_m, p.add);
+                    continue;
+                }
+            }
+            if constexpr (kBf16) {
+                if (p.low != nullptr) {
+                    uint8_t* low = p.low + begin * p.N + first;
+                    // The sums lie row by row far apart, and come from memory while the product is made.
+                    for (int64_t m = 0; m < rows && p.add; ++m) {
+                        prefetch(out + m * p.out_m, amd);
+                        prefetch(out + m * p.out_m + std::min<int64_t>(columns, width / 2), amd);
+                        prefetch(low + m * p.N, amd);
+                    }
+                    a.multiply(b_panel, round_up(columns, kLanes), sums.data, width, false);
+                    for (int64_t m = 0; m < rows; ++m)
+                        put_sum(sums.data + m * width, columns, p.add, p.last, out + m * p.out_m,
+                                low + m * p.N);
                     continue;
                 }
             }
@@ -224,6 +282,8 @@ void transposed_product(const LinearCrossEntropyProduct& p, int threads) {
 
 template <bool kBf16, typename T>
 void multiply(const LinearCrossEntropyProduct& p, int threads) {
+    if (p.low != nullptr && (p.a_k != 1 || !kBf16))
+        throw std::logic_error("a sum in 24 bits of columns, or of float32");
     if (p.a_k != 1)
         transposed_product<kBf16, T>(p, threads);
     else if constexpr (!kTiles<kBf16>)

@@ -11,6 +11,7 @@ from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
     layer_norm,
+    linear_cross_entropy,
     local_attention_2d,
     rms_norm,
     sandwich_layer_norm,
@@ -70,6 +71,17 @@ def test_float64_is_left_alone(op):
     q, k, v = heads(*[torch.float64] * 3)
     with torch.autocast("cpu", torch.bfloat16):
         assert ATTENTION[op](q, k, v).dtype == torch.float64
+
+
+def test_the_loss_leaves_float64_alone():
+    """As F.linear does; and what is no float is an error, not cast to one."""
+    hidden, weight = torch.randn(6, 32).double(), torch.randn(50, 32).double()
+    target = torch.randint(0, 50, (6,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, target)
+        with pytest.raises(TypeError, match=r"hidden must be float32, .* got torch.int64"):
+            linear_cross_entropy(hidden.long(), weight, target)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
 
 
 def test_autocast_under_compile():

@@ -308,7 +308,7 @@ def test_a_second_call_goes_straight_to_the_kernel(order, with_starts, with_layo
             decode_attention(*given[:3], torch.tensor(lengths), **options)
     if with_layout:
         options["layout"].pivots[1, 2] = 9
-        with pytest.raises(ValueError, match="pivots must lie below the cache's size, 9, got 9"):
+        with pytest.raises(ValueError, match=r"in \[0, 9\), the cache's size \(-1 pads\), got 9"):
             decode_attention(*given, **options)
     assert torch.isfinite(
         decode_attention(*(x.requires_grad_() for x in given[:3]), given[3], starts=options["starts"])
@@ -352,7 +352,8 @@ def test_an_empty_cache_gives_zeros():
         ({"lengths": torch.tensor([1])}, ValueError, r"lengths must have shape \[2\], got \(1,\)"),
         ({"lengths": torch.tensor([1, 10])}, ValueError, r"lengths must lie in \[0, 9\]"),
         ({"layout": [[1]]}, ValueError, r"layout.pivots must have shape \[2, P\] to go with q, got \(1, 1\)"),
-        ({"layout": [[1], [9]]}, ValueError, "must lie below the cache's size, 9, got 9"),
+        ({"layout": [[1], [9]]}, ValueError, r"must lie in \[0, 9\), the cache's size \(-1 pads\), got 9"),
+        ({"layout": [[1], [-2]]}, ValueError, r"must lie in \[0, 9\), the cache's size \(-1 pads\), got -2"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"backend": "chunked"}, NotImplementedError, "no chunked backend; this op has cpu"),
     ],

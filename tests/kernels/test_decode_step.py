@@ -224,6 +224,25 @@ def test_nothing_to_read_and_no_derivative(backend_device):
         tensor.requires_grad_(False)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autograd_is_told_that_the_cache_was_written(backend, backend_device):
+    """A graph that has saved the cache must not go on with the values of later."""
+    backend_device("cpu")
+    stack, x, cache = make()
+    cache = cache.nan_to_num()
+    weight = torch.ones_like(cache, requires_grad=True)
+    loss = (cache * weight).sum()
+    for _ in range(2):  # the second call is prepared
+        version = cache._version
+        with torch.no_grad():
+            decode_step(x, stack, cache, LENGTHS, backend=backend)
+        assert cache._version > version
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        decode_step(x.clone(), stack, cache.clone(), LENGTHS, backend=backend)
+
+
 def changed(**parts):
     """A stack whose first layer, or norm after the last one, is another."""
     stack = random_stack()
@@ -274,7 +293,7 @@ WIDE = torch.ones(65), torch.ones(64)
             (X, STACK, CACHE, LENGTHS),
             {"layout": ThreeRegionLayout(torch.tensor([[40]] * 3), 4, 2)},
             ValueError,
-            "pivots must lie below the cache's size, 40, got 40",
+            r"pivots must lie in \[0, 40\), the cache's size \(-1 pads\), got 40",
         ),
     ],
 )

@@ -197,7 +197,7 @@ def test_products_of_the_extension(isa, dtype, case, reduction, monkeypatch, ins
             pieces.product(a, b, out, add=add)
         else:
             made.append(a.shape)
-            _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add)
+            _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add, 0, False)
 
     monkeypatch.setattr(native, "product", product)
     check("cpu", dtype, case, reduction)
@@ -217,11 +217,74 @@ def test_kept_in_a_buffer(backend, dtype, kept, monkeypatch):
     assert seen == [kept]
 
 
+@pytest.mark.budget
+@pytest.mark.parametrize("chunk", [5, 16, 64])
+@pytest.mark.parametrize("case", ["past_a_chunk", "rounds_and_a_bit", "three_rounds", "padded_tail"])
+def test_summed_in_24_bits(case, chunk, monkeypatch, instruction_set):
+    """The last chunk is cut, or is the only one after the first C tokens."""
+    instruction_set("avx512bf16")
+    monkeypatch.setattr(_extension.native, "is_amd", lambda: True)
+    seen, function = [], pieces._summed_in_24_bits
+    # No token counts twice in the case of fewer tokens that count than C.
+    chosen = lambda problem, dweight: chunk if len(problem.hidden) > dweight.shape[1] else 0  # noqa: E731
+    monkeypatch.setattr(pieces, "_chunk_beside_bytes", chosen)
+    monkeypatch.setattr(pieces, "_summed_in_24_bits", lambda *a: seen.append(a[-1]) or function(*a))
+    for reduction in ("none", "mean"):
+        check("cpu", torch.bfloat16, case, reduction)
+    assert set(seen) == ({chunk} if case != "past_a_chunk" else set())
+
+
+@pytest.mark.parametrize("amd", [True, False])
+@pytest.mark.parametrize("isa", ["avx512", "avx512bf16", "amx"])
+def test_room_for_24_bits(isa, amd, monkeypatch, instruction_set):
+    """A byte for each of dweight and a chunk that is worth it, where the extension makes the products."""
+    instruction_set(isa)
+    monkeypatch.setattr(_extension.native, "is_amd", lambda: amd)
+    N, C, V = 2000, 300, 900
+
+    def chunk(room, dtype=torch.bfloat16, tokens=N, steps=native):
+        problem = SimpleNamespace(hidden=torch.empty(tokens, C), weight=None, room=room, steps=steps)
+        return pieces._chunk_beside_bytes(problem, torch.empty(V, C, dtype=dtype))
+
+    serves = amd and isa == "avx512bf16"
+    assert chunk(V * (150 + 96)) == (96 if serves else 0)
+    assert chunk(V * (150 + 96) - 1) == 0
+    assert chunk(V * (150 + 421)) == (416 if serves else 0)
+    assert chunk(V * N, tokens=C) == chunk(V * N, torch.float32) == chunk(V * N, torch.float16) == 0
+    assert chunk(V * N, steps=backend_module("chunked")) == chunk(V * N, steps=backend_module("triton")) == 0
+
+
+@pytest.mark.skipif(_extension.native is None, reason=_extension.missing_reason)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_no_logits_twice_in_a_quarter_of_their_memory(share, monkeypatch, instruction_set):
+    """By 24 bits, and in no more memory than was allowed but for some 16 MB of sums and packed tokens."""
+    instruction_set("avx512bf16")
+    monkeypatch.setattr(_extension.native, "is_amd", lambda: True)
+    N, C, V = 1600, 320, 6000
+    inputs = (torch.randn(N, C) * 0.3).bfloat16(), torch.randn(V, C).bfloat16()
+    leaves, target, made = [x.requires_grad_() for x in inputs], torch.randint(0, V, (N,)), []
+    logits = pieces._Problem.logits
+
+    def counted(self, tokens, ids, out):
+        made.append(out.numel())
+        logits(self, tokens, ids, out)
+
+    monkeypatch.setattr(pieces._Problem, "logits", counted)
+    call = functools.partial(linear_cross_entropy, *leaves, target, extra_memory=share)
+    gradients = torch.autograd.grad(call(), leaves)
+    assert sum(made) == N * V
+    allowed = share * N * V * 2 + 16 * 2**20
+    assert peak_bytes(lambda: torch.autograd.grad(call(), leaves)) <= allowed + sum(
+        x.numel() * x.element_size() for x in gradients
+    )
+
+
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("extra_memory", [0.2, 0.6, 1])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extra_memory(backend, extra_memory, reduction, monkeypatch):
     """The same gradients up to their rounding, and fewer logits made twice."""
+    monkeypatch.setattr(native, "adder", pieces.no_adder)  # which makes none twice, on AMD's processors
     N, C, V = 400, 16, 300
     hidden, weight = torch.randn(N, C).bfloat16(), torch.randn(V, C).bfloat16()
     target, made = torch.randint(0, V, (N,)), []
@@ -348,7 +411,7 @@ def test_product(isa, dtype, order, M, N, K, instruction_set):
     found = []
     for threads, start in ((1, None), (3, None), (11, None), (40, None), (2, 7.0)):
         out = torch.full((M, N + 2), 7.0, dtype=dtype)
-        arguments = (a, b, out[:, :N], start is not None, threads)
+        arguments = (a, b, out[:, :N], start is not None, 0, False, threads)
         _extension.native.linear_cross_entropy_product_cpu(*arguments)
         assert bool((out[:, N:] == 7).all())
         # Half of a last bit, and what K sums in float32 can lose.
@@ -359,6 +422,48 @@ def test_product(isa, dtype, order, M, N, K, instruction_set):
         if start is None:
             found.append(out[:, :N])
     assert all(torch.equal(out, found[0]) for out in found)
+
+
+@pytest.mark.parametrize("columns_of_b", [False, True])
+@pytest.mark.parametrize(("M", "N", "K"), [(3, 5, 1), (33, 64, 31), (100, 95, 300)])
+def test_products_summed_in_24_bits(M, N, K, columns_of_b, instruction_set):
+    """Ten products: each may lose half of the last of 16 bits, and the last one rounds to bfloat16."""
+    instruction_set("avx512bf16")
+
+    def value_of(high, low):
+        bits = (high.contiguous().view(torch.int16).int() << 16) | (low.int() << 8)
+        return bits.view(torch.float32).double()
+
+    for threads in (1, 3):
+        out, low = torch.full((M, N + 2), 7.0).bfloat16(), torch.full((M, N), 77, dtype=torch.uint8)
+        before, size = torch.zeros(M, N, dtype=torch.float64), torch.zeros(M, N, dtype=torch.float64)
+        for step in range(10):
+            a, b = matrix(M, K, torch.bfloat16, False), matrix(K, N, torch.bfloat16, columns_of_b)
+            exact = before + a.double() @ b.double()
+            size += a.double().abs() @ b.double().abs()
+            last = step == 9
+            arguments = (a, b, out[:, :N], step > 0, low.data_ptr(), last, threads)
+            _extension.native.linear_cross_entropy_product_cpu(*arguments)
+            before = out[:, :N].double() if last else value_of(out[:, :N], low)
+            lost = exact.abs() * (2**-8 if last else 2**-16) + size * (K + 1) * 2**-24
+            assert bool(((before - exact).abs() <= lost).all())
+            if K == 1 and step == 0:  # 16 bits hold a product of two numbers of 8
+                assert torch.equal(before, exact)
+        assert bool((out[:, N:] == 7).all())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_in_24_bits(value, instruction_set):
+    instruction_set("avx512bf16")
+    a, b = torch.ones(3, 4).bfloat16(), torch.ones(4, 5).bfloat16()
+    out, low = torch.empty(3, 5).bfloat16(), torch.empty(3, 5, dtype=torch.uint8)
+    for step in range(3):
+        a[1, 2] = value if step == 0 else 1
+        arguments = (a, b, out, step > 0, low.data_ptr(), step == 2, 1)
+        _extension.native.linear_cross_entropy_product_cpu(*arguments)
+    expected = torch.full((3, 5), 12.0)
+    expected[1] = value
+    torch.testing.assert_close(out.float(), expected, equal_nan=True)
 
 
 @pytest.mark.parametrize(("isa", "dtype", "order"), PRODUCTS, ids=str)
@@ -372,7 +477,7 @@ def test_product_of_numbers_that_are_none(isa, dtype, order, instruction_set):
     if order == "columns of b":
         b = b.T.contiguous().T
     out = torch.empty(5, 7).to(dtype)
-    _extension.native.linear_cross_entropy_product_cpu(a, b, out, False, 2)
+    _extension.native.linear_cross_entropy_product_cpu(a, b, out, False, 0, False, 2)
     torch.testing.assert_close(out, (a.float() @ b.float()).to(dtype), equal_nan=True)
 
 
@@ -1078,6 +1183,13 @@ def test_without_values(mode, reduction):
         ({"target": torch.zeros(3).long()}, ValueError, r"target must have shape \(2,\)"),
         ({"target": torch.tensor([1, 5])}, ValueError, r"target must be in \[0, 5\) or ignore_index.*got 5"),
         ({"target": torch.tensor([1, -1])}, ValueError, "got -1"),
+        ({"weight": [1.0]}, TypeError, "weight must be a tensor, got list"),
+        ({"target": None}, TypeError, "target must be a tensor, got NoneType"),
+        ({"bias": [1.0]}, TypeError, "bias must be a tensor or None, got list"),
+        ({"token_weight": 1.0}, TypeError, "token_weight must be a tensor or None, got float"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got NoneType"),
+        ({"vocab_range": 5}, TypeError, "vocab_range must be a pair of ints or None, got 5"),
+        ({"vocab_range": (0.0, 5.0)}, TypeError, "vocab_range must be an int, got float"),
         ({"vocab_range": (2, 6)}, ValueError, "vocab_range must be 0 <= start < stop <= 5"),
         ({"vocab_range": (2, 4)}, ValueError, r"target must be in \[2, 4\)"),
         ({"token_weight": torch.ones(3)}, ValueError, r"token_weight must have shape \(2,\)"),

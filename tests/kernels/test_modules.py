@@ -106,6 +106,18 @@ def test_a_weight_with_an_offset_begins_as_one():
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_weights_begin_anew_in_any_order(offset):
+    """Of parents before their parts, as some initialisations after ``to_empty`` walk, and after them."""
+    module = SandwichRMSNorm(4, weight_offset=offset)
+    for order in (list(module.modules()), list(module.modules())[::-1]):
+        for parameter in module.parameters():
+            nn.init.constant_(parameter, 7.0)
+        for part in order:
+            part.reset_parameters()
+        assert all(bool((parameter == 1 - offset).all()) for parameter in module.parameters())
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_is_that_of_a_linear_head(bias):
     hidden = torch.randn(2, 7, 12, requires_grad=True)
@@ -122,10 +134,31 @@ def test_loss_is_that_of_a_linear_head(bias):
     )
 
 
+DROPPING = (lambda p: SandwichLayerNorm(4, dropout=p), lambda p: SandwichRMSNorm(4, dropout=p))
+
+
 def test_sizes_that_cannot_be_are_errors():
     with pytest.raises(ValueError, match="embed_dim must be a multiple of num_heads, 3, got 16"):
         ThreeRegionAttention(16, 3)
     with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
         LinearCrossEntropy(8, 0)
-    with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\), got 1"):
-        ThreeRegionAttention(16, 2, dropout=1.0)
+    for make in (lambda p: ThreeRegionAttention(16, 2, dropout=p), *DROPPING):
+        for p in (1.0, 7.0, -0.5):
+            with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got {p}"):
+                make(p)
+    with pytest.raises(ValueError, match="pb_relax must be one of None, 'row', 'tensor', got 'rows'"):
+        SandwichLayerNorm(4, pb_relax="rows")
+    for norm in (SandwichLayerNorm, SandwichRMSNorm):
+        with pytest.raises(ValueError, match="eps must be a positive finite number, got 0"):
+            norm(4, eps=0.0)
+    with pytest.raises(ValueError, match="reduction must be one of 'none', 'sum', 'mean', got 'foo'"):
+        LinearCrossEntropy(8, 5, reduction="foo")
+    with pytest.raises(TypeError, match=r"options must be among token_weight, reduction, .*, got reduktion"):
+        LinearCrossEntropy(8, 5, reduktion="sum")
+
+
+def test_what_is_no_batch_of_sequences_is_an_error():
+    layout = ThreeRegionLayout(torch.zeros(1, 0, dtype=torch.int64))
+    for shape in ((8, 32), (1, 8, 31)):
+        with pytest.raises(ValueError, match=r"ThreeRegionAttention: x must be \[B, T, 32\], got"):
+            ThreeRegionAttention(32, 4)(torch.randn(shape), layout)

@@ -323,6 +323,7 @@ def test_eager_call_skips_the_autograd_key(monkeypatch):
         ({"alpha": "2"}, TypeError, "alpha must be a number, got str"),
         ({"scale": float("inf")}, ValueError, "scale must be a finite number, got inf"),
         ({"mask": torch.ones(3)}, TypeError, "mask must be boolean"),
+        ({"mask": [True]}, TypeError, "mask must be a tensor or None, got list"),
         ({"mask": torch.ones(4, dtype=torch.bool)}, ValueError, r"shape of scores, \(2, 3\), got \(4,\)"),
         ({"mask": torch.ones(5, 2, 3, dtype=torch.bool)}, ValueError, "must broadcast"),
         ({"backend": "tpu"}, ValueError, "backend must be one of"),

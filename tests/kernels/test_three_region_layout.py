@@ -206,6 +206,8 @@ def test_layout_errors(arguments, error, message):
             r"text_mask, \(1, 4\), got \(2, 4\)",
         ),
         ({"valid_mask": torch.ones(1, 4)}, TypeError, "valid_mask must be a boolean tensor"),
+        ({"text_mask": None}, TypeError, "text_mask must be a boolean tensor, got NoneType"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
         ({"num_pivots": -1}, ValueError, "num_pivots must be at least 0, got -1"),
         ({"num_pivots": True}, TypeError, "num_pivots must be an int, got bool"),
     ],
@@ -216,6 +218,11 @@ def test_sample_errors(arguments, error, message):
         ThreeRegionLayout.sample(
             **{"text_mask": torch.zeros(1, 4, dtype=torch.bool), "num_pivots": 2, **arguments}
         )
+
+
+def test_a_mask_of_a_length_that_pivots_lie_past_is_an_error():
+    with pytest.raises(ValueError, match=r"layout.pivots must lie in \[0, 10\) \(-1 pads\), got 30"):
+        ThreeRegionLayout(torch.tensor([[30]])).dense_mask(10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
