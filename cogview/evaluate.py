@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ def evaluate(options: Evaluate) -> list[Figure]:
     opened = _open(first, options, network)
     require_comparable((network.name, opened.side), (network.name, reference.side))
     sets = [_statistics(each, options, network) for each in (opened, reference)]
-    figures = [*_of_sets(sets[0], sets[1], network), *of_run]
+    figures = [*_of_sets(sets[0], sets[1], options, network), *of_run]
     if scorer is not None:
         losses = [
             mean_cap_loss(scorer, path, progress=options.progress) if path.is_dir() else None
@@ -177,12 +178,23 @@ def _statistics(opened: PictureFolder | SetStatistics, options: Evaluate, networ
     )
 
 
-def _of_sets(first: SetStatistics, second: SetStatistics, network: Features) -> list[Figure]:
+def _of_sets(
+    first: SetStatistics, second: SetStatistics, options: Evaluate, network: Features
+) -> list[Figure]:
+    of_both = distances(first, second)
+    missing = [radius for radius in options.radii if radius not in of_both]
+    if missing:
+        pixels = ", ".join(f"{radius:g}" for radius in missing)
+        warnings.warn(
+            f"the saved statistics have no blur of {pixels} pixels: it is left out; give the pictures "
+            "themselves for it",
+            stacklevel=3,
+        )
     return [
         Figure("pictures", first.count, second.count),
         *(
             Figure(f"{network.distance}, blur {radius:g}", between=distance)
-            for radius, distance in distances(first, second).items()
+            for radius, distance in of_both.items()
         ),
         Figure(network.score, first.score.mean, second.score.mean),
         Figure(f"{network.score}, deviation over parts", first.score.deviation, second.score.deviation),

@@ -25,6 +25,8 @@ from cogview.config import (
     TrainPrecision,
 )
 
+MOST_PIXELS = 1 << 14  # of a picture's side, as of a tokenizer's
+
 
 def _shown(metavar: str, default: str) -> Any:
     """How the help shows an option whose default depends on something else."""
@@ -604,6 +606,8 @@ class Evaluate:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        if self.size is not None and self.size > MOST_PIXELS:
+            raise ValueError(f"--size must be at most {MOST_PIXELS:,}, got {self.size}")
         if not all(0 <= radius < 1000 for radius in self.blur):
             raise ValueError(f"--blur must be pixels from 0 to 1000, got {self.blur}")
 

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cogview.config import (
     ImageTokenizerConfig,
@@ -106,7 +106,18 @@ def build(kind: type[T], content: Any) -> T:
         raise TypeError(
             f"{kind.__name__} has no field {unknown[0]!r}; a newer version of cogview may have written it"
         )
-    return kind(**{name: _value(name, hints[name], value) for name, value in content.items()})
+    values = {name: _value(name, hints[name], value) for name, value in content.items()}
+    missing = [
+        one.name
+        for one in dataclasses.fields(cast(Any, kind))
+        if one.name not in content
+        and one.init
+        and one.default is dataclasses.MISSING
+        and one.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise TypeError(f"missing in {kind.__name__}: {', '.join(missing)}")
+    return kind(**values)
 
 
 def _value(name: str, hint: Any, value: Any) -> Any:
@@ -149,6 +160,8 @@ def check_settings(path: StrPath, settings: Any) -> None:
     if not exists(path):
         return
     content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it must be a table of settings, got {content!r}; restore it")
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         # A run of an earlier version lacks the fields that came later: they have their defaults. Where the
         # file does not fit the dataclass at all, the comparison below names what differs.

@@ -32,7 +32,7 @@ from cogview.evaluation.likeness import Likeness
 from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_figure, save_png, to_picture
 from cogview.run import Run, load_run
-from cogview.super_resolving import kept_of
+from cogview.super_resolving import TASKS, kept_of
 from cogview.tokens.tokenizers import require_same_tokenizers
 
 HELD_OUT: dict[str, Callable[[], Pairs]] = {
@@ -40,7 +40,6 @@ HELD_OUT: dict[str, Callable[[], Pairs]] = {
     "paper": held_out_combinations,
 }
 SHOWN = 12  # pictures on the sheet
-TASKS = ("super-resolution", "local-super-resolution")
 MEASURES = {
     "psnr_db": "PSNR (dB)",
     "feature_distance": "1 - cosine of features",

@@ -19,11 +19,18 @@ from cogview.outlet import Outlet
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 
+TASKS = ("super-resolution", "local-super-resolution")
+
 
 def super_resolve(given: options.SuperResolve) -> None:
     """Enlarge the pictures of the command line and write them."""
     outlet = Outlet(given.out, given.force)
     run = load_run(given.run, given.device, given.precision)
+    if run.finetuned_for not in TASKS:
+        raise ValueError(
+            f"{given.run or 'the run that ships'} never learned to enlarge; cogview finetune "
+            "super-resolution --run RUN --data DATA --out RUN2, or local-super-resolution, makes one that has"
+        )
     size = run.image_size if given.from_half else 2 * run.image_size
     outlet.check_size([len(given.images)], size)
     small: list[Path] | list[Tensor] = list(given.images)

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ OURS = "cogview_kernels"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Relative errors (of norms) that another order of summation explains; gradients may have three times as much.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+_PLOTS = (".png", ".pdf", ".svg")
 
 Call = Callable[[], Any]
 
@@ -338,11 +341,29 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         torch.empty(0, device=given.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: {str(error).splitlines()[0]}")
+    if given.device.type not in ("cpu", "cuda"):
+        parser.error(f"argument --device: must be cpu or cuda, got {given.device}")
+    # Drawn last, when all else is done.
+    if given.plot and not (Path(given.plot).parent.is_dir() and Path(given.plot).suffix in _PLOTS):
+        endings = ", ".join(_PLOTS)
+        parser.error(f"argument --plot: must be a file in a folder that exists, ending in {endings}")
     return given
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = _arguments(argv)
+    try:
+        return _race_and_tell(given)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has an exception of its own for it on GPUs, and on a CPU only this message.
+        lacks = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not (lacks or isinstance(error, MemoryError)):
+            raise
+        print(f"--shape {given.shape} needs more memory than there is; take a smaller one", file=sys.stderr)
+        return 1
+
+
+def _race_and_tell(given: argparse.Namespace) -> int:
     make = OPS[given.op][2]
     sizes = [given.shape] + ([given.layout] if make is attention else [])
     subject = make(*sizes, DTYPES[given.dtype], given.device)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -59,4 +60,5 @@ def describe() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(prog="python -m cogview_kernels.info", description=__doc__).parse_args()
     print(describe())

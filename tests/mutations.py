@@ -631,7 +631,7 @@ MUTATIONS = [
     Mutation("xent-first-tokens-forgotten", "cogview_kernels/linear_cross_entropy/*.py",
              "first=False, last=", "first=tokens.start == C, last=", "linear_cross_entropy summed_in_24"),
     Mutation("xent-24-bits-in-more-memory", "cogview_kernels/linear_cross_entropy/*.py",
-             "problem.room - dweight.numel() // dweight.element_size()", "problem.room",
+             "problem.room - V * C // 2", "problem.room",
              "linear_cross_entropy (room_for_24 or quarter_of_their)"),
     Mutation("xent-a-token-missing-in-dweight", "cogview_kernels/linear_cross_entropy/*.py",
              "product(dlogits, hidden, out", "product(dlogits[:, 1:], hidden[1:], out", _CHUNKED_XENT),

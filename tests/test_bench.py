@@ -62,6 +62,11 @@ def test_the_plot_shows_each_direction(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_too_large_a_shape_is_one_line(capsys):
+    assert bench.main(["--shape", "4096,4096,65536,4096", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.endswith("needs more memory than there is; take a smaller one\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,6 +76,12 @@ def test_the_plot_shows_each_direction(tmp_path):
         (["--layout", "1,2"], "must be block_size,window_blocks,num_pivots"),
         (["--seconds", "nan"], "must be positive, got nan"),
         (["--device", "nowhere"], "argument --device"),
+        (["--device", "meta"], "argument --device: must be cpu or cuda, got meta"),
+        (
+            ["--plot", "absent/a.png"],
+            "argument --plot: must be a file in a folder that exists, ending in .png",
+        ),
+        (["--plot", "a.txt"], "argument --plot: must be a file in a folder that exists, ending in .png"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments, message, capsys):

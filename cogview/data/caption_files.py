@@ -95,12 +95,24 @@ def read_text(path: Path) -> str:
             raise ValueError(f"{said}; save it as UTF-8") from None
         raise ValueError(f"{said}; {_conversion(path, 'GB18030', 'GBK')}") from None
     if "\0" in text:
+        if not _may_be_utf16(content):
+            line = text[: text.index("\0")].count("\n") + 1
+            raise ValueError(f"{path} is damaged: line {line} holds a zero byte; take it out")
         half = "UTF-16BE" if content[:1] == b"\0" else "UTF-16LE"
         raise ValueError(f"{path} holds zero bytes, as UTF-16 does; {_conversion(path, half, half)}")
     return text
 
 
+def _may_be_utf16(content: bytes) -> bool:
+    """Whether the zero bytes are those of UTF-16: one with each tab and each line end, all on one side."""
+    zeros = content.count(0)
+    return zeros >= max(2, 2 * content.count(b"\n")) and zeros in (
+        content[::2].count(0),
+        content[1::2].count(0),
+    )
+
+
 def _conversion(path: Path, encoding: str, called: str) -> str:
-    old = shlex.quote(str(path))
-    new = shlex.quote(f"{path}.utf8")
-    return f"if it is {called}: iconv -f {encoding} -t UTF-8 {old} > {new} && mv {new} {old}"
+    old, new, before = (shlex.quote(f"{path}{end}") for end in ("", ".utf8", ".before"))
+    converted = f"iconv -f {encoding} -t UTF-8 {old} > {new}"
+    return f"if it is {called}: {converted} && mv {old} {before} && mv {new} {old}"

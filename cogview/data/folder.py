@@ -18,6 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cogview.data.caption_files import is_text, read_captions
+from cogview.data.fingerprint import contents
 from cogview.data.image_files import picture_files, read_pixels, to_unit_range
 from cogview.files import StrPath
 from cogview.progress import Progress
@@ -130,9 +131,10 @@ class FolderPairs:
         return ""
 
     def identity(self) -> Iterator[bytes]:
-        """Name, size and captions of every file."""
+        """Name, size and captions of every file, and what tells contents apart."""
         for name, captions in self._items:
             yield repr((name, (self.folder / name).stat().st_size, captions)).encode(errors="surrogatepass")
+        yield from contents([self.folder / name for name, _ in self._items])
 
 
 def pictures_with(caption: str, folder: StrPath) -> FolderPairs:

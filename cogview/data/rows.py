@@ -158,7 +158,15 @@ class Rows:
         last = int(self._images[image + 1, 0]) if image + 1 < len(self) else len(self._tokens)
         row = self._tokens[first + int(choice * (last - first))]
         text, codes = np.split(row, [self.head.format.text_width])
-        return (text[text != PADDING] - self.head.format.num_image_codes).tolist(), codes.tolist()
+        num_codes, num_pieces = self.head.format.num_image_codes, self.head.format.num_text_pieces
+        pieces = text[text != PADDING] - num_codes
+        if not (_within(pieces, num_pieces) and _within(codes, num_codes)):
+            where = "rows" if self.folder is None else self.folder / ROWS
+            raise ValueError(
+                f"{where} are damaged: a row of image {image} holds what is no token; remove their "
+                "folder, and the same command as before writes them anew"
+            )
+        return pieces.tolist(), codes.tolist()
 
     def chosen(self, share: float) -> np.ndarray:
         """About ``share`` of the images, in order: by the hash of each, whatever else is among them."""
@@ -167,6 +175,10 @@ class Rows:
     def identity(self) -> Iterator[bytes]:
         """See :func:`cogview.data.fingerprint.fingerprint`."""
         yield repr((self.head.content, self.head.format.width, self.head.rows, self.head.images)).encode()
+
+
+def _within(ids: np.ndarray, count: int) -> bool:
+    return not len(ids) or (ids.min() >= 0 and ids.max() < count)
 
 
 class RowSubset:
@@ -233,7 +245,10 @@ def _map(path: Path, kind: type, shape: tuple[int, int], advice: int = mmap.MADV
     expected = shape[0] * shape[1] * np.dtype(kind).itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != expected or not expected:
-        raise ValueError(f"{path} must have {expected} bytes, has {size}; write the rows anew")
+        raise ValueError(
+            f"{path} must have {expected} bytes, has {size}; remove the folder {path.parent}, and the same "
+            "command as before writes the rows anew"
+        )
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(advice)

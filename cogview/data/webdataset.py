@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from cogview.data.caption_files import is_text
+from cogview.data.fingerprint import contents
 from cogview.data.image_files import read_pixels, to_unit_range
 from cogview.data.samples import Sample
 
@@ -49,10 +50,11 @@ class ShardSamples:
                 yield _sample(url, found) if isinstance(found, dict) else _unreadable(url, found)
 
     def identity(self) -> Iterator[bytes]:
-        """Names and, of files on this machine, sizes of the shards."""
+        """Names and, of files on this machine, sizes of the shards, and what tells contents apart."""
         for url in self.parts:
             size = Path(url).stat().st_size if _is_local(url) else 0
             yield repr((Path(url).name if _is_local(url) else url, size)).encode()
+        yield from contents([Path(url) for url in self.parts if _is_local(url)])
 
 
 def _is_local(url: str) -> bool:

@@ -64,6 +64,9 @@ def load_statistics(path: StrPath) -> SetStatistics:
         raise ValueError(f"{path} holds no statistics of pictures; cogview evaluate writes them") from None
 
 
+FEW = 10  # pictures of a part of the score
+
+
 @torch.inference_mode()
 def picture_statistics(
     pictures: PictureFolder,
@@ -78,8 +81,8 @@ def picture_statistics(
     """Read all pictures once. Memory does not depend on their number.
 
     A set of fewer pictures than the network has features gives a warning: its covariance is singular, and its
-    Frechet distance from any set too large. The score has fewer than ``splits`` parts where there are fewer
-    pictures.
+    Frechet distance from any set too large. The score has fewer than ``splits`` parts where these would have
+    fewer than two pictures, and fewer than ten a part give a warning: of one picture the score is always 1.
     """
     if len(pictures) <= network.width:
         warnings.warn(
@@ -88,7 +91,14 @@ def picture_statistics(
             stacklevel=3,
         )
     by_radius = {float(radius): FeatureStatistics(network.width) for radius in (0, *radii)}
-    score = InceptionScore(len(pictures), min(splits, len(pictures)))
+    parts = min(splits, max(1, len(pictures) // 2))
+    if len(pictures) < FEW * parts:
+        warnings.warn(
+            f"{pictures.folder} has {len(pictures)} pictures, fewer than {FEW} for each of {parts} parts: "
+            f"its {network.score} says little; it needs {FEW * parts} pictures, or fewer --splits",
+            stacklevel=3,
+        )
+    score = InceptionScore(len(pictures), parts)
     label = f"read {pictures.folder.name}"
     with Progress(len(pictures), label, unit="image", enabled=progress) as bar:
         for images in pictures.batches(batch_size):

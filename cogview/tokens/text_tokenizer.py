@@ -71,6 +71,8 @@ class TextTokenizer:
         if not lines:
             raise ValueError("captions must hold at least one non-empty text to train a tokenizer on")
         required = required_pieces(lines)
+        if required == RESERVED:
+            raise ValueError(f"captions must hold letters or signs that can be seen, got {lines[0]!r}")
         # Of many captions the rarest characters are left out, so fewer pieces can do.
         covers_all = len(lines) <= MANY_LINES
         if covers_all and num_pieces < required:

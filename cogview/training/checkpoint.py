@@ -9,9 +9,10 @@ previous one intact. Random numbers need no saving: training derives them from (
 Several ranks save the same, but for the optimizers: each rank writes its own part of their state, such as
 ``optimizer-00001-of-00004.safetensors``. A checkpoint of either kind is read by any number of ranks.
 
-Only folders of exactly such a name with a ``state.json`` in them are checkpoints. Whatever else lies beside
-them is the user's: it is neither read nor removed. A damaged checkpoint is refused by name, with the way to
-go on from the one before; nothing falls back in silence, since that would throw steps away.
+Only folders of exactly such a name with a ``state.json`` in them are checkpoints; one with a model that has
+lost it is a damaged one. Whatever else lies beside them is the user's: it is neither read nor removed. A
+damaged checkpoint is refused by name, with the way to go on from the one before; nothing falls back in
+silence, since that would throw steps away.
 """
 
 from __future__ import annotations
@@ -176,10 +177,10 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _what_remains(folder: Path) -> str:
-    latest = latest_checkpoint(folder)
-    if latest is None:
+    found = checkpoints(folder)
+    if not found:
         return "once that is mended, the same command begins again"
-    return f"{latest.name} is whole: once that is mended, the same command goes on from there"
+    return f"{found[-1].name} is whole: once that is mended, the same command goes on from there"
 
 
 def checkpoints(folder: StrPath) -> list[Path]:
@@ -191,8 +192,15 @@ def checkpoints(folder: StrPath) -> list[Path]:
 
 
 def latest_checkpoint(folder: StrPath) -> Path | None:
-    """The checkpoint with the most steps in ``folder``, if there is one."""
+    """The checkpoint with the most steps in ``folder``, if there is one.
+
+    ValueError where a later one has lost its ``state.json``: to pass over it would throw steps away.
+    """
     found = checkpoints(folder)
+    for path in sorted(Path(folder).iterdir()) if exists(folder) else ():
+        later = _NAME.fullmatch(path.name) and (not found or path > found[-1])
+        if later and exists(path / MODEL):
+            raise _refusal(path, f"{STATE} is missing")
     return found[-1] if found else None
 
 

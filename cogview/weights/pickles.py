@@ -99,4 +99,6 @@ def _reason(error: Exception) -> str:
         found = re.search(r"GLOBAL (\S+)", text)
         named = f" {found[1]}" if found else ""
         return f"it is no file of torch.save, or holds code{named}; nothing of it was run"
+    if isinstance(error, (KeyError, IndexError, UnicodeDecodeError)):  # of bytes that are no pickle
+        return "it is no file of torch.save"
     return text.splitlines()[0] if text else type(error).__name__

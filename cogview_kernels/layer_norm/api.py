@@ -32,7 +32,8 @@ def layer_norm(
     Equals ``F.layer_norm(x / (abs_max / 8), (C,), weight, bias, eps)``, where ``abs_max`` is
 
     - ``"row"``: ``x.abs().amax(-1, keepdim=True)``, the default: independent of the rest of the batch;
-    - ``"tensor"``: ``x.abs().amax()``, as CogView's released weights were trained;
+    - ``"tensor"``: ``x.abs().amax()``, as CogView's released weights were trained (a NaN in one row makes all
+      rows NaN in the reference alone);
     - ``None``: 8, that is plain LayerNorm.
 
     ``abs_max`` is a constant to the gradient. In exact arithmetic the division only turns ``eps`` into

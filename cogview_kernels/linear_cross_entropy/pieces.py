@@ -448,12 +448,13 @@ def _accumulated(problem: _Problem) -> None:
 def _chunk_beside_bytes(problem: _Problem, dweight: Tensor) -> int:
     """Tokens of a chunk that fits in the room with a byte for each element of ``dweight``; 0 if none does.
 
+    The room is for the parts of the chunk's ``dhidden``, too, that its product sums: eight floats an element.
     Each chunk passes over ``weight`` twice and over ``dweight``, so that few tokens are not worth it.
     """
     if len(problem.hidden) <= dweight.shape[1] or problem.steps.adder(dweight) is None:
         return 0
-    beside = problem.room - dweight.numel() // dweight.element_size()
-    tokens = beside // len(dweight) // 32 * 32
+    V, C = dweight.shape
+    tokens = (problem.room - V * C // 2) // (V + 8 * 2 * C) // 32 * 32
     return tokens if tokens >= FEWEST_TOKENS else 0
 
 
@@ -465,7 +466,8 @@ def _summed_in_24_bits(problem: _Problem, dweight: Tensor, chunk: int) -> None:
     hidden, add = problem.hidden, problem.steps.adder(dweight)
     N, (V, C) = len(hidden), dweight.shape
     assert add is not None
-    problem.round(slice(0, C), dweight)
+    for tokens in _pieces(0, C, chunk):
+        problem.round(tokens, dweight[:, tokens])
     low = torch.empty_like(dweight, dtype=torch.uint8)
     buffer = hidden.new_empty(V * chunk)
     for ids in _pieces(0, V, max(1, len(buffer) // C)):

@@ -146,6 +146,14 @@ def test_a_damaged_file_is_refused_by_name_and_the_checkpoint_before_is_offered(
     assert load(latest_checkpoint(saved), pair).step == 100
 
 
+def test_a_checkpoint_that_lost_its_state_is_not_passed_over(saved, pair):
+    (saved / "step-00000200" / "state.json").unlink()
+    message = refusal(saved, pair)
+    assert "state.json is missing" in message and "step-00000100, move this one away" in message
+    (saved / "step-00000200").rename(saved / "step-00000200.damaged")
+    assert load(latest_checkpoint(saved), pair).step == 100
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -171,7 +179,7 @@ def test_without_a_checkpoint_before_a_damaged_one_says_so(saved, pair):
     shutil.rmtree(saved / "step-00000100")
     (saved / "step-00000200" / "state.json").write_text("{}")
     message = refusal(saved, pair)
-    assert "missing 2 required positional arguments: 'step' and 'history'" in message
+    assert "missing in CheckpointState: step, history" in message
     assert "there is none before it; train again, in another folder" in message
 
 

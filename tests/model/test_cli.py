@@ -154,6 +154,15 @@ def test_words_and_names_do_not_act_on_the_terminal(run_folder, tmp_path, capsys
     assert in_one_line("👩\u200d🚀 老虎") == "👩\u200d🚀 老虎"
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A shell starts what runs in the background deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, monkeypatch):
     """Both come while a batch is drawn; the second one when the finished pictures are written."""
     real, finish = text_to_image.decode, drawing._Pictures.finish

@@ -285,9 +285,10 @@ def test_damaged_and_other_files_are_one_clear_line(tmp_path, capsys):
     for size in (len(whole) - 5, len(whole) // 2, 100):
         file.write_bytes(whole[:size])
         assert "is truncated: its end is missing; fetch it again" in refused(capsys, source, out)
-    for content in (b"", b"nonsense"):
+    for content in (b"", b"nonsense", b"hello"):
         file.write_bytes(content)
-        assert "cannot be read safely as weights" in refused(capsys, source, out)
+        said = refused(capsys, source, out)
+        assert "cannot be read safely as weights" in said and "no file of torch.save" in said
     file.unlink()
     assert "has no mp_rank_00_model_states.pt" in refused(capsys, source, out)
     shutil.rmtree(source / "20000")

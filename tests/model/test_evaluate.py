@@ -17,8 +17,9 @@ from cogview.cli import main
 from cogview.evaluate import Evaluate, evaluate
 from cogview.evaluate_run import RunTask, _best
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
+from cogview.evaluation.inception_score import InceptionScore
 from cogview.evaluation.pictures import PictureFolder, blurred
-from cogview.evaluation.set_statistics import load_statistics
+from cogview.evaluation.set_statistics import load_statistics, picture_statistics
 from cogview.generation.engine import DrawOptions
 from cogview.run import load_run
 from cogview.seeding import derive_seed
@@ -183,6 +184,9 @@ def test_wrong_sets_are_told_in_one_line(tmp_path, capsys):
         assert "folder of pictures not found" in refused(capsys, tmp_path / "none", second, *out)
     assert "got 16x16 and 32x32 pixels; --size 16 scales both" in refused(capsys, first, large, *out)
     assert "two sets are compared" in refused(capsys, first, *out)
+    assert "--size must be at most 16,384, got 99999999" in refused(
+        capsys, first, first, "--size", "99999999", *out
+    )
     mixed = tmp_path / "mixed"
     shutil.copytree(first, mixed)
     shutil.copy(large / "0.png", mixed / "other.png")
@@ -225,6 +229,28 @@ def test_fewer_pictures_than_features_are_told(tmp_path):
     folder = save_pictures(tmp_path / "a", count=3)
     with pytest.warns(UserWarning, match="has 3 pictures, not more than the 4 features of Means"):
         compare(folder, folder, tmp_path / "out", radii=(0,))
+
+
+@pytest.mark.parametrize(("count", "splits", "parts"), [(12, 10, 6), (12, 3, 3), (3, 10, 1), (1, 10, 1)])
+def test_no_part_of_the_score_is_a_picture_alone(tmp_path, count, splits, parts):
+    """Of one picture it is 1, whatever the picture is."""
+    pictures = PictureFolder(save_pictures(tmp_path / "a", count=count), progress=False)
+    options = {"radii": (0,), "splits": splits, "progress": False}
+    expected = InceptionScore(count, parts)
+    for images in pictures.batches(4):
+        expected.update(Means().class_logits(Means()(images)))
+    with pytest.warns(UserWarning, match=rf"has {count} pictures, fewer than 10 for each of {parts} parts"):
+        got = picture_statistics(pictures, Means(), "cpu", **options).score
+    assert got == expected.result()
+
+
+def test_a_blur_that_saved_statistics_lack_is_told(tmp_path):
+    first, second = save_pictures(tmp_path / "a"), save_pictures(tmp_path / "b", seed=1)
+    compare(first, second, tmp_path / "out", radii=(0, 1))
+    saved = tmp_path / "out" / "reference.safetensors"
+    with pytest.warns(UserWarning, match="have no blur of 3 pixels: it is left out"):
+        figures = compare(first, saved, tmp_path / "again", radii=(0, 3))
+    assert not any(name.endswith("blur 3") for name in figures)
 
 
 def test_sizes_that_differ_can_be_made_the_same(tmp_path):

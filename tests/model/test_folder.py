@@ -95,6 +95,21 @@ def test_another_encoding_is_named_with_the_way_out(folder, encoding, line, conv
     assert str(folder / file) in message and line in message and conversion in message
 
 
+def test_a_zero_byte_alone_is_no_other_encoding(folder):
+    """A conversion would succeed and give garbage."""
+    (folder / "captions.tsv").write_bytes(b"red.png\tred\ngray.png\tgr\0ay\n")
+    with pytest.raises(ValueError, match=r"captions.tsv is damaged: line 2 holds a zero byte; take it out"):
+        FolderPairs(folder)
+
+
+def test_a_conversion_keeps_the_original(folder):
+    (folder / "captions.tsv").write_bytes(("red.png\t" + "红" * 200 + "\n").encode("utf-16-le"))
+    with pytest.raises(ValueError) as raised:
+        FolderPairs(folder)
+    old = folder / "captions.tsv"
+    assert str(raised.value).endswith(f"&& mv {old} {old}.before && mv {old}.utf8 {old}")
+
+
 def test_a_file_that_json_names_twice_has_both_captions(folder):
     (folder / "captions.json").write_text('{"red.png": "one", "gray.png": "x", "red.png": ["two", "three"]}')
     assert FolderPairs(folder).captions(1) == ["one", "two", "three"]

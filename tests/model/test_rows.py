@@ -155,7 +155,9 @@ def test_damaged_or_unfinished_rows_are_one_clear_error(photos, tokenizers, tmp_
     folder = tmp_path / "rows"
     write(PairSamples(FolderPairs(photos)), tokenizers, folder)
     (folder / "rows.bin").write_bytes(b"1234")
-    with pytest.raises(ValueError, match=r"rows\.bin must have 312 bytes, has 4; write the rows anew"):
+    with pytest.raises(
+        ValueError, match=r"rows\.bin must have 312 bytes, has 4; remove the folder .*rows, and the same"
+    ):
         open_rows(folder)
     (folder / "rows.json").write_text("{}")
     with pytest.raises(ValueError, match=r"rows\.json is damaged"):
@@ -163,6 +165,19 @@ def test_damaged_or_unfinished_rows_are_one_clear_error(photos, tokenizers, tmp_
     (folder / "rows.json").unlink()
     with pytest.raises(FileNotFoundError, match="are not finished"):
         open_rows(folder)
+
+
+@pytest.mark.parametrize(("place", "number"), [(0, 0), (0, -2), (0, 10**6), (-1, -1), (-1, 10**6)])
+def test_what_is_no_token_is_refused_by_file(photos, tokenizers, tmp_path, place, number):
+    folder = tmp_path / "rows"
+    rows = write(PairSamples(FolderPairs(photos)), tokenizers, folder)
+    tokens = np.fromfile(folder / "rows.bin", np.int32).reshape(len(rows._tokens), -1)
+    tokens[1, place] = number
+    tokens.tofile(folder / "rows.bin")
+    with pytest.raises(ValueError, match=r"rows\.bin are damaged: a row of image \d holds what is no token"):
+        for image in range(len(rows)):
+            for choice in (0.0, 0.99):
+                open_rows(folder).read(image, choice)
 
 
 def test_pictures_that_are_all_bad_are_an_error(tmp_path, tokenizers):

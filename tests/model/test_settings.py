@@ -140,6 +140,14 @@ def test_what_is_missing_or_damaged_is_one_clear_error(tmp_path):
         (folder / "model.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"model\.json is damaged"):
             load_model_settings(folder)
+    (folder / "tokenizers.json").write_text("{}")
+    with pytest.raises(
+        ValueError, match=r"tokenizers\.json is damaged, .*: missing in TokenizerSettings: \w+"
+    ):
+        load_tokenizer_settings(folder)
+    (folder / "model.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"model\.json is damaged: it must be a table of settings, got \[\]"):
+        check_settings(folder / "model.json", {"num_layers": 3})
 
 
 @pytest.mark.parametrize(

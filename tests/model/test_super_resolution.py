@@ -231,6 +231,14 @@ def test_a_run_that_never_learned_to_enlarge_says_so(run_folder, enlarger):
         run.super_resolve(enlarger / "photos" / "0.png", from_half=True)
 
 
+def test_the_command_refuses_a_run_that_never_learned_to_enlarge(run_folder, enlarger, tmp_path, capsys):
+    words = ["super-resolve", str(enlarger / "photos" / "0.png"), "--run", str(run_folder)]
+    assert main([*words, "--out", str(tmp_path / "large.png"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"{run_folder} never learned to enlarge; cogview finetune super-resolution" in said
+    assert not (tmp_path / "large.png").exists()
+
+
 def test_the_command_compares_and_writes(enlarger, tmp_path, capsys):
     out = tmp_path / "large"
     words = ["super-resolve", str(enlarger / "photos" / "0.png"), "--run", str(enlarger / "run")]

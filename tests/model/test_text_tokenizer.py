@@ -79,6 +79,8 @@ def test_errors(tmp_path):
         TextTokenizer.load(tmp_path / "bad.model")
     with pytest.raises(ValueError, match="at least one non-empty text"):
         TextTokenizer.train(["  "], 100)
+    with pytest.raises(ValueError, match=r"letters or signs that can be seen, got '\\u200b'"):
+        TextTokenizer.train(["\u200b", "\u200b\u200b"], 100)
     with pytest.raises(ValueError, match=r"at least 17 for these captions, .* 13 different .* got 16"):
         TextTokenizer.train(["many different letters"], 16)
 
