@@ -128,6 +128,8 @@ def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | S
     if pictures.left_out:
         left_out = f"{len(pictures.left_out)} pictures left out of {path}"
         print(f"{left_out}: {listing(pictures.left_out)}", file=sys.stderr)
+    if len(pictures) < 2:
+        raise ValueError(f"{path} has one picture, of which there is no distance; it takes two or more")
     return pictures
 
 

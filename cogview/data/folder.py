@@ -69,7 +69,8 @@ class FolderPairs:
         absent = [name for name, _ in self._items if not (self.folder / name).is_file()]
         if not absent:
             return []
-        present = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*")]
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        present = [path.relative_to(self.folder).as_posix() for path in files]
         near = {_folded(name): name for name in sorted(present)}
         gone = set(absent)
         self._items = [item for item in self._items if item[0] not in gone]

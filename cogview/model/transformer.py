@@ -10,7 +10,8 @@ and after (CogView, arXiv:2105.13290). Per layer::
     logits = LN_final(z_last) @ word_embeddings^T
 
 The end of one branch and the start of the next are one call, ``sandwich_layer_norm``, so the layers here
-hand on both the trunk ``x`` and its normalised form. Module names are those of the released checkpoint.
+hand on both the trunk ``x`` and its normalised form. Of LayerNorms the parameters are read; nobody calls
+them, so that hooks on them hear nothing. Module names are those of the released checkpoint.
 Without ``sandwich_norm`` the branches are added as they are: a plain pre-LN model, for comparison.
 
 Letters: B rows, T tokens per row, C width, H heads, D = C / H, V vocabulary, S cache length.

@@ -193,6 +193,8 @@ def test_wrong_sets_are_told_in_one_line(tmp_path, capsys):
     assert "must be of one size, got 12 of 16x16 and 1 of 32x32" in refused(capsys, mixed, first, *out)
     Image.new("RGB", (8, 4)).save(empty / "wide.png")
     assert "must be squares, got 8x4 pixels" in refused(capsys, empty, first, *out)
+    single = save_pictures(tmp_path / "single", count=1)
+    assert f"{single} has one picture, of which there is no" in refused(capsys, first, single, *out)
     other = tmp_path / "other.safetensors"
     other.write_bytes(b"no tensors")
     assert "is not a safetensors file" in refused(capsys, first, other, *out)

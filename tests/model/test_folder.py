@@ -134,6 +134,13 @@ def test_names_that_nearly_match_get_a_hint(folder):
     assert message.endswith("none.png")
 
 
+def test_a_link_to_nothing_is_not_there(folder):
+    (folder / "link.png").symlink_to(folder / "absent.png")
+    (folder / "captions.tsv").write_text("link.png\tx\n")
+    with pytest.raises(FileNotFoundError, match=r"names files that are not there: link\.png$"):
+        FolderPairs(folder)
+
+
 def test_bad_images_can_be_left_out_and_are_told(folder):
     (folder / "text.png").write_text("not an image")
     (folder / "captions.tsv").write_text("absent.png\tx\ngray.png\tgray\nred.png\tred\ntext.png\tx\n")
