@@ -27,7 +27,7 @@ _ON = ("1", "true", "yes", "on", "y")  # as Triton reads its own variables
 
 def is_switched_on(variable: str) -> bool:
     """Whether an environment variable says so; what says nothing that is known is off."""
-    return os.environ.get(variable, "").strip().lower() in _ON
+    return os.environ.get(variable, "").lower() in _ON
 
 
 _log = logging.getLogger("cogview_kernels")

@@ -57,7 +57,7 @@ def test_every_backend_is_listed_with_a_reason_or_yes():
 
 @pytest.mark.parametrize(
     ("value", "on"),
-    [("1", True), ("True", True), (" yes", True), ("0", False), ("false", False), ("", False)],
+    [("1", True), ("True", True), ("yes", True), ("0", False), ("false", False), ("", False)],
 )
 def test_switches_are_read_as_triton_reads_its_own(value, on, monkeypatch):
     monkeypatch.setenv("COGVIEW_KERNELS_TRACE", value)

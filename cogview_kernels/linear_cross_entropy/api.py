@@ -180,7 +180,8 @@ def linear_cross_entropy(
     arXiv:1512.00567, section 7; soft capping: Gemma 2, arXiv:2408.00118, section 2; z-loss: PaLM,
     arXiv:2204.02311, section 5.
     """
-    hidden, weight, bias = _checks.autocast(hidden, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        hidden, weight, bias = _checks.autocast(hidden, weight, bias)
     _check_tensors(hidden, weight, bias, target, token_weight)
     _checks.check_choice(_OP, "reduction", reduction, ("none", "sum", "mean"))
     _check_numbers(label_smoothing, softcap, z_loss, extra_memory)

@@ -279,7 +279,8 @@ def _head_forward(output: Any, signature: inspect.Signature) -> Forward:
         given = dict(signature.bind(self, *args, **kwargs).arguments)
         others = given.pop("kwargs", {})
         wants_tuple = others.get("return_dict", self.config.return_dict) is False
-        keeps_some = "logits_to_keep" in given
+        kept = given.pop("logits_to_keep", 0)
+        keeps_some = not (isinstance(kept, int) and kept == 0)
         if given.get("labels") is None or not self.training or keeps_some or wants_tuple:
             return original(self, *args, **kwargs)
         if self.loss_function is not ForCausalLMLoss or not _is_plain(self.lm_head):
