@@ -17,6 +17,7 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
 MOST_WORKERS = 256  # More processes or threads than any machine has a use for.
 MOST_STEPS = 99_999_999  # The name of a checkpoint has eight digits.
 STUDY_SEEDS = 3  # trainings of each variant of a study, unless told otherwise
+MOST_PIXELS = 1 << 14  # of a picture's side
 
 
 def _require_between(settings: object, least: float, most: float, *names: str) -> None:
@@ -101,7 +102,7 @@ class ImageTokenizerConfig:
         _require_between(self, 1, 16, "stages")
         _require_between(self, 0, 100, "residual_blocks")
         _require_between(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
-        _require_between(self, 1, 1 << 14, "image_size")
+        _require_between(self, 1, MOST_PIXELS, "image_size")
         _require_finite(self, "pixel_mean", "pixel_std")
         _require(min(self.pixel_std) > 0, "pixel_std", "above 0", self.pixel_std)
         fits = self.image_size >= 1 and self.image_size % 2**self.stages == 0
@@ -188,7 +189,7 @@ class ClipTrainConfig:
     def __post_init__(self) -> None:
         _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
         _require_between(self, 2, 1 << 24, "batch_size")
-        _require_between(self, 1, 1 << 14, "image_size")
+        _require_between(self, 1, MOST_PIXELS, "image_size")
         _require_finite(self, "learning_rate", "weight_decay")
         _require(self.keep >= 1, "keep", "at least 1", self.keep)
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    MOST_PIXELS,
     STUDY_SEEDS,
     ClipGenTrainConfig,
     ClipTrainConfig,
@@ -24,8 +25,6 @@ from cogview.config import (
     TrainConfig,
     TrainPrecision,
 )
-
-MOST_PIXELS = 1 << 14  # of a picture's side, as of a tokenizer's
 
 
 def _shown(metavar: str, default: str) -> Any:

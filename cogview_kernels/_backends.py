@@ -26,7 +26,7 @@ _ON = ("1", "true", "yes", "on", "y")  # as Triton reads its own variables
 
 
 def is_switched_on(variable: str) -> bool:
-    """Whether an environment variable says so; what says nothing that is known is off."""
+    """Whether an environment variable has one of the values that mean on. All others mean off."""
     return os.environ.get(variable, "").lower() in _ON
 
 

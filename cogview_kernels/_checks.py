@@ -109,7 +109,7 @@ def check_rms_options(
 
 
 def check_probability(op: str, name: str, p: float) -> None:
-    """Of dropout."""
+    """``p`` is a probability of dropout, in [0, 1)."""
     check_finite_number(op, name, p)
     if not 0 <= p < 1:
         raise ValueError(f"{op}: {name} must be in [0, 1), got {p}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 MANY_FILES = 1024  # of which contents are read; of more, that many, evenly chosen
-BLOCK, MANY_BLOCKS = 1 << 16, 64  # of one file, alike
+BLOCK, MANY_BLOCKS = 1 << 16, 4  # of one file, alike
 
 
 class Identified(Protocol):
@@ -34,7 +34,7 @@ def fingerprint(data: Identified) -> str:
 
 
 def contents(paths: Sequence[Path]) -> Iterator[bytes]:
-    """Digests of files, at most 1,024 of them and 4 MB of each, evenly chosen.
+    """Digests of files, at most 1,024 of them and 256 KB of each, evenly chosen.
 
     Sizes do not tell pictures apart that were not compressed, nor shards, which are padded. To read all would
     take hours of a large set, each time that a training goes on.

@@ -158,7 +158,7 @@ def linear_cross_entropy(
 
             The logits of C tokens or fewer are never made twice. Nor are any in float32, where more memory
             makes fewer and larger products, nor in bfloat16 on AMD's processors with AVX512-BF16 where there
-            is room for a byte for each element of ``weight`` and the logits of 96 tokens.
+            is room for a byte for each element of ``weight`` and the logits of 128 tokens.
         backend: "triton", "cpu", "chunked" or "reference"; None takes the best for the device.
 
     Returns:

@@ -28,7 +28,8 @@ from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 
 # 2.9 % of the logits of 8,704 tokens over 58,240 ids.
 CHUNK_ELEMENTS = 14 * 2**20
-FEWEST_TOKENS = 96  # of a chunk of _summed_in_24_bits
+# Of a chunk of _summed_in_24_bits. With 96 its passes over the weights took what making logits twice does.
+FEWEST_TOKENS = 128
 
 
 class Piece(NamedTuple):
@@ -84,7 +85,7 @@ class Steps(Protocol):
         """``torch.mm(a, b, out=out)``, or ``out.addmm_(a, b)`` where it is to be added."""
 
     def adder(self, out: Tensor) -> AddToSum | None:
-        """By what products are summed in ``out`` and a byte beside each element; None where by nothing."""
+        """The function that adds products up in ``out`` and a byte beside each of its elements, if any."""
 
     def scale(self, gradient: Tensor, factor: Tensor) -> None:
         """``gradient *= factor``, a scalar, multiplied in float32 and rounded once, with no float32 copy."""
@@ -448,7 +449,8 @@ def _accumulated(problem: _Problem) -> None:
 def _chunk_beside_bytes(problem: _Problem, dweight: Tensor) -> int:
     """Tokens of a chunk that fits in the room with a byte for each element of ``dweight``; 0 if none does.
 
-    The room is for the parts of the chunk's ``dhidden``, too, that its product sums: eight floats an element.
+    The room is for the parts of the chunk's ``dhidden``, too, that the extension's product sums: eight floats
+    an element (``kParts`` in csrc/linear_cross_entropy).
     Each chunk passes over ``weight`` twice and over ``dweight``, so that few tokens are not worth it.
     """
     if len(problem.hidden) <= dweight.shape[1] or problem.steps.adder(dweight) is None:

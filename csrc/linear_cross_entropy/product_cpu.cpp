@@ -68,7 +68,7 @@ inline void put_sum(const float* sums, int64_t columns, bool add, bool last, BFl
             sum += bitcast<VecF>(upper << 16 | below << 8);
         }
         if (last) return store(out + n, sum, tag);
-        // What bfloat16 brings has no NaN of which this would make a number.
+        // It would make a number of a NaN whose lowest bits are all set. Those of bfloat16 end in zeros.
         const VecU rounded = bitcast<VecU>(sum) + 0x80;
         store_lanes(out + n, upper_halves(rounded), tag);
         store_lanes(low + n, __builtin_convertvector(rounded >> 8, VecU8), tag);

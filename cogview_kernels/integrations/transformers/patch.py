@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 import transformers
@@ -294,7 +294,7 @@ def _head_forward(output: Any, signature: inspect.Signature) -> Forward:
         return output(loss=loss, **rest)
 
     # Trainer and generate ask it which arguments the model takes.
-    forward.__signature__ = signature  # type: ignore[attr-defined]
+    cast(Any, forward).__signature__ = signature
     return forward
 
 
