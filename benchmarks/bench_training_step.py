@@ -22,7 +22,6 @@ from cogview.config import ThreeRegionConfig, TrainConfig
 from cogview.model.transformer import CogView
 from cogview.tokens.sequence import Batch
 from cogview.training.flops import step_flops
-from cogview.training.memory import MicroBatch, step_memory
 from cogview.training.optim import make_optimizer
 from cogview.training.precision import DTYPES, Precision
 from cogview.training.transformer import losses_of, sample_layouts
@@ -102,33 +101,18 @@ def _ours(x: Inputs, draw: Callable[[], list[ThreeRegionLayout] | None]) -> Forw
     return step
 
 
-def _keeping_all(x: Inputs, case: Case) -> Forward:
-    step = _dense(x, case)
-    as_it_was = x.model.config
-
-    def without_checkpoints() -> tuple[Tensor, Tensor]:
-        x.model.config = dataclasses.replace(as_it_was, activation_checkpointing=False)
-        try:
-            return step()
-        finally:
-            x.model.config = as_it_was
-
-    return without_checkpoints
-
-
-def _no_room(case: Case, device: torch.device) -> str:
-    """Why the step cannot keep what checkpoints would compute again."""
-    if not case.shape.model.activation_checkpointing:
-        return "its layers are not checkpointed"
-    config = dataclasses.replace(case.shape.model, activation_checkpointing=False)
-    needed = step_memory(config, MicroBatch(case.shape.B, case.shape.T, case.dtype.itemsize)).total / 2**30
-    there = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return "" if 1.05 * needed < there else f"needs {needed:.0f} GiB, the device has {there:.0f}"
-
-
 def limits(case: Case, device: torch.device) -> Limits:
     return Limits(5.0, 5, 20) if device.type == "cuda" else Limits(6.0, 3, 15)
 
+
+_THREE_REGION = Variant(
+    "cogview, three-region",
+    _three_region,
+    kind="backend",
+    truth="three-region",
+    work=lambda case, x: flops(case, case.shape.regions.config),
+)
+_DENSE = Variant("cogview, dense", _dense, kind="backend", note="attention by PyTorch's SDPA")
 
 BENCHMARK = Benchmark(
     op="training_step",
@@ -138,15 +122,10 @@ BENCHMARK = Benchmark(
     backends=(),
     call=lambda function, x: function(x),
     rivals=(
-        Variant(
-            "cogview, three-region",
-            _three_region,
-            kind="backend",
-            truth="three-region",
-            work=lambda case, x: flops(case, case.shape.regions.config),
-        ),
-        Variant("cogview, dense", _dense, kind="backend", note="attention by PyTorch's SDPA"),
-        Variant("cogview, dense, no checkpoints", _keeping_all, kind="option", why_not=_no_room),
+        _THREE_REGION,
+        _DENSE,
+        plain.keeping_all(_THREE_REGION),
+        plain.keeping_all(_DENSE),
         *plain.VARIANTS,
     ),
     work=lambda case, x: flops(case, None),

@@ -6,6 +6,7 @@ It moves the same weights by the same optimizer as our step; only what is comput
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -17,6 +18,7 @@ from benchmarks.definitions import Case, Forward, Inputs, Variant
 from cogview.model.transformer import CogView, Layer
 from cogview.tokens.sequence import Batch
 from cogview.training.loop import backward, descend
+from cogview.training.memory import MicroBatch, step_memory
 from cogview.training.precision import Precision
 from cogview_kernels import ThreeRegionLayout
 
@@ -86,8 +88,42 @@ def _compiled_why_not(case: Case, device: torch.device) -> str:
     return "on a CPU, compiled for the shorter rows alone: it takes half a minute" if long else ""
 
 
+def keeping_all(variant: Variant) -> Variant:
+    """``variant`` without activation checkpointing, for a GPU that has room."""
+
+    def prepare(x: Inputs, case: Case) -> Forward:
+        step = variant.prepare(x, case)
+        as_it_was = x.model.config
+
+        def without_checkpoints() -> tuple[Tensor, Tensor]:
+            x.model.config = dataclasses.replace(as_it_was, activation_checkpointing=False)
+            try:
+                return step()
+            finally:
+                x.model.config = as_it_was
+
+        return without_checkpoints
+
+    kind = "option" if variant.kind == "backend" else variant.kind
+    name = f"{variant.name}, no checkpoints"
+    return dataclasses.replace(variant, name=name, prepare=prepare, kind=kind, why_not=_no_room)
+
+
+def _no_room(case: Case, device: torch.device) -> str:
+    """Why the step cannot keep what checkpoints would compute again."""
+    if not case.shape.model.activation_checkpointing:
+        return "its layers are not checkpointed"
+    config = dataclasses.replace(case.shape.model, activation_checkpointing=False)
+    needed = step_memory(config, MicroBatch(case.shape.B, case.shape.T, case.dtype.itemsize)).total / 2**30
+    there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return "" if 1.05 * needed < there else f"needs {needed:.0f} GiB, the device has {there:.0f}"
+
+
+_PLAIN = Variant("plain PyTorch", lambda x, case: _plain(x, loss_of))
+
 VARIANTS = (
-    Variant("plain PyTorch", lambda x, case: _plain(x, loss_of)),
+    _PLAIN,
+    keeping_all(_PLAIN),
     Variant(
         "torch.compile",
         lambda x, case: _plain(x, torch.compile(loss_of, dynamic=False)),

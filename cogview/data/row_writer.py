@@ -37,7 +37,7 @@ from cogview.data.rows import (
     skipped_lines,
 )
 from cogview.data.samples import Sample, Samples, read_ahead
-from cogview.files import StrPath, read_json, write_json
+from cogview.files import StrPath, digest, read_json, write_json
 from cogview.progress import Progress
 from cogview.settings import build, plain
 from cogview.tokens.sequence import fit_text
@@ -267,7 +267,8 @@ def _write(
         files.close()
     if not state.images:
         raise ValueError(f"no picture could be read; {folder / SKIPPED} says why")
-    head = RowsHead(**{part.name: getattr(state, part.name) for part in dataclasses.fields(RowsHead)})
+    counted = (state.format, state.images, state.rows, state.skipped, state.content, state.captions)
+    head = RowsHead(*counted, {name: digest(folder / name) for name in (ROWS, IMAGES)})
     write_json(folder / HEAD, plain(head))
     (folder / STATE).unlink()
 

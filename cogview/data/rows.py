@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from cogview.files import StrPath, read_json
+from cogview.files import StrPath, digest, read_json
 from cogview.settings import build
 from cogview.tokens.text_tokenizer import UNKNOWN
 from cogview.tokens.vocab import Vocab
@@ -32,6 +32,9 @@ from cogview.tokens.vocab import Vocab
 ROWS, IMAGES, HEAD, SKIPPED = "rows.bin", "images.bin", "rows.json", "skipped.tsv"
 PADDING = -1
 KEY_BITS = 63
+# Bytes of a file that are compared with its digest each time it is opened: a fraction of a second. What is
+# larger is read as it is trained on.
+CHECKED_BYTES = 256 << 20
 
 
 def image_key(identity: bytes) -> int:
@@ -102,6 +105,7 @@ class RowsHead:
     skipped: int
     content: str  # digest of all rows
     captions: CaptionLengths
+    digests: dict[str, str] = field(default_factory=dict)  # of the files; none in rows of before there were
 
 
 class Rows:
@@ -237,7 +241,16 @@ def open_rows(folder: StrPath) -> Rows:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / HEAD} is damaged: {error}") from None
     tokens = _map(folder / ROWS, np.int32, (head.rows, head.format.width), advice=mmap.MADV_RANDOM)
-    return Rows(head, tokens, _map(folder / IMAGES, np.int64, (head.images, 2)), folder)
+    images = _map(folder / IMAGES, np.int64, (head.images, 2))
+    for name, expected in head.digests.items():
+        path = folder / name
+        if path.stat().st_size <= CHECKED_BYTES and digest(path) != expected:
+            raise ValueError(f"{path} is not as it was written; {_anew(path)}")
+    return Rows(head, tokens, images, folder)
+
+
+def _anew(path: Path) -> str:
+    return f"remove the folder {path.parent}, and the same command as before writes the rows anew"
 
 
 def _map(path: Path, kind: type, shape: tuple[int, int], advice: int = mmap.MADV_NORMAL) -> np.ndarray:
@@ -245,10 +258,7 @@ def _map(path: Path, kind: type, shape: tuple[int, int], advice: int = mmap.MADV
     expected = shape[0] * shape[1] * np.dtype(kind).itemsize
     size = path.stat().st_size if path.is_file() else 0
     if size != expected or not expected:
-        raise ValueError(
-            f"{path} must have {expected} bytes, has {size}; remove the folder {path.parent}, and the same "
-            "command as before writes the rows anew"
-        )
+        raise ValueError(f"{path} must have {expected} bytes, has {size}; {_anew(path)}")
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     mapped.madvise(advice)

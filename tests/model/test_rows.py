@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import cogview.data.row_writer
+import cogview.data.rows
 from cogview.config import ImageTokenizerConfig
 from cogview.data.digits import DigitPairs
 from cogview.data.fingerprint import fingerprint
@@ -168,16 +169,38 @@ def test_damaged_or_unfinished_rows_are_one_clear_error(photos, tokenizers, tmp_
 
 
 @pytest.mark.parametrize(("place", "number"), [(0, 0), (0, -2), (0, 10**6), (-1, -1), (-1, 10**6)])
-def test_what_is_no_token_is_refused_by_file(photos, tokenizers, tmp_path, place, number):
+def test_what_is_no_token_is_refused_by_file(photos, tokenizers, tmp_path, monkeypatch, place, number):
     folder = tmp_path / "rows"
     rows = write(PairSamples(FolderPairs(photos)), tokenizers, folder)
     tokens = np.fromfile(folder / "rows.bin", np.int32).reshape(len(rows._tokens), -1)
     tokens[1, place] = number
     tokens.tofile(folder / "rows.bin")
+    monkeypatch.setattr(cogview.data.rows, "CHECKED_BYTES", 0)
     with pytest.raises(ValueError, match=r"rows\.bin are damaged: a row of image \d holds what is no token"):
         for image in range(len(rows)):
             for choice in (0.0, 0.99):
                 open_rows(folder).read(image, choice)
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "images.bin"])
+def test_rows_that_changed_since_they_were_written_are_refused(photos, tokenizers, tmp_path, name):
+    """Zeros are tokens too: without a digest they would be trained on."""
+    folder = tmp_path / "rows"
+    write(PairSamples(FolderPairs(photos)), tokenizers, folder)
+    damaged = bytearray((folder / name).read_bytes())
+    damaged[-8:] = bytes(8)
+    (folder / name).write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"{name} is not as it was written; remove the folder .*rows, and"):
+        open_rows(folder)
+
+
+def test_rows_of_before_there_were_digests_are_opened(photos, tokenizers, tmp_path):
+    folder = tmp_path / "rows"
+    write(PairSamples(FolderPairs(photos)), tokenizers, folder)
+    head = json.loads((folder / "rows.json").read_text())
+    assert len(head.pop("digests")) == 2
+    (folder / "rows.json").write_text(json.dumps(head))
+    assert len(open_rows(folder)) == 6
 
 
 def test_pictures_that_are_all_bad_are_an_error(tmp_path, tokenizers):
