@@ -77,7 +77,8 @@ class ThreeRegionAttention(nn.Module):
             raise ValueError(f"{type(self).__name__}: x must be {expected}, got {tuple(x.shape)}")
         B, T, C = x.shape
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        thirds = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).unbind(2)
+        q, k, v = (x.transpose(1, 2) for x in thirds)
         dropout_p = self.dropout if self.training else 0.0
         out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
         return self.out_proj(out.transpose(1, 2).reshape(B, T, C))

@@ -28,7 +28,7 @@ def layer_forward(layer: Layer, x: Tensor, bias: Tensor | None) -> Tensor:
     B, T, C = x.shape
     attention = layer.attention
     qkv = attention.query_key_value(layer.input_layernorm(x)).view(B, T, 3, attention.num_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
     if bias is not None:
         bias = bias.to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)

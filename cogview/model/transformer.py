@@ -86,11 +86,12 @@ class Attention(nn.Module):
                 raise ValueError("layout must be no LocalGrid where there is a cache")
             out = decode_attention(q, keys, values, cache.lengths_after, layout=layout)
         else:
-            out = self._among_themselves(qkv.permute(2, 0, 3, 1, 4), layout)
+            out = self._among_themselves(qkv, layout)
         return _linear(self.dense, out.transpose(1, 2).reshape(B, T, C), decoding)
 
     def _among_themselves(self, qkv: Tensor, layout: Layout | None) -> Tensor:
-        q, k, v = qkv  # each [B, H, T, D]
+        # Each [B, H, T, D]. The gradients of a permuted tensor's thirds would be copied twice, transposed.
+        q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
         dropout_p = self.dropout if self.training else 0.0
         if isinstance(layout, LocalGrid):
             return layout.attend(q, k, v, dropout_p)
