@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from cogview.config import (
     ImageTokenizerConfig,
     ImageTokenizerTrainConfig,
@@ -44,7 +42,7 @@ from cogview.training.checkpoint import (
     latest_checkpoint,
 )
 from cogview.weights.lazy import LazyTensor, open_safetensors, write_safetensors
-from cogview.weights.loading import require_tensors_of
+from cogview.weights.loading import require_tensors_of, without_values
 from cogview.weights.original import write_original
 from cogview.weights.released import (
     CODEBOOK,
@@ -204,7 +202,7 @@ def _model_config(weights: Weights, options: Convert) -> ModelConfig:
             f"{options.ranks}; the released models have heads of {HEAD_SIZE}"
         )
     config = ModelConfig(len(layers), width, num_heads, vocab_size, max_positions, pb_relax="tensor")
-    with torch.device("meta"):
+    with without_values():
         require_tensors_of(CogView(config), tensors, options.source)
     return config
 
@@ -214,7 +212,7 @@ def _image_config(weights: Weights, image_size: int) -> ImageTokenizerConfig:
     tensors = weights.tensors
     if is_vqgan(tensors):
         shape = vqgan_config(tensors, image_size, weights.source)
-        with torch.device("meta"):
+        with without_values():
             require_tensors_of(make_image_tokenizer(shape), tensors, weights.source)
         return shape
     first = tensors.get("enc_b.blocks.0.weight")
@@ -230,7 +228,7 @@ def _image_config(weights: Weights, image_size: int) -> ImageTokenizerConfig:
         stages=stages,
         image_size=image_size,
     )
-    with torch.device("meta"):
+    with without_values():
         require_tensors_of(ImageTokenizer(config), tensors, weights.source)
     return config
 

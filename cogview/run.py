@@ -58,7 +58,7 @@ from cogview.training.checkpoint import (
     read_state,
     verified_tensors,
 )
-from cogview.weights import load_weights
+from cogview.weights import load_weights, without_values
 
 MAX_BATCH = 256  # rows that are decoded or scored together
 MAX_PICTURES = 100_000  # of one text in one call
@@ -509,7 +509,7 @@ def load_run(folder: StrPath | None = None, device: str | None = None, precision
     if checkpoint is None:
         raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
     check_origin(checkpoint, {"tokenizers": tokenizers.fingerprint})
-    with torch.device("meta"):
+    with without_values():
         model = CogView(settings.model)
     load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
     _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)

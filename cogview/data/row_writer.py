@@ -7,7 +7,6 @@ the same batches. What has been written counts once ``writing.json`` says so; a 
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import hashlib
 from collections.abc import Callable, Sequence

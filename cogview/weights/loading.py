@@ -3,12 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cogview.files import StrPath
+
+_DRAWS = frozenset(("normal_", "uniform_", "kaiming_uniform_"))
+
+
+class _NothingDrawn(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Models that are made in the block are on the device ``meta``: they have shapes and no values.
+
+    Initial values are not drawn there: on that device PyTorch imports its compiler to draw nothing, which
+    takes longer than all else that a small run needs until it draws.
+    """
+    with torch.device("meta"), _NothingDrawn():
+        yield
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: StrPath) -> None:
