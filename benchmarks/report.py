@@ -26,14 +26,14 @@ DEMO_BEGIN, DEMO_END = "<!-- demo: written by `python -m benchmarks.report` -->"
 UNMEASURED = "unmeasured"
 CHART = "summary.png"
 
-# README.md's few rows, of each the first shape that a device has. The last op is slower than its rivals on
-# some devices and takes a fraction of their memory.
+# README.md's few rows: of each op the first of these shapes and directions that a device has. The last op is
+# slower than its rivals on some devices and takes a fraction of their memory.
 FEW = (
-    ("three_region_attention", ("paper",), "fwd+bwd"),
-    ("sandwich_layer_norm", ("width",), "fwd"),
-    ("stable_softmax", ("causal",), "fwd"),
-    ("decode_attention", ("paper",), "fwd"),
-    ("linear_cross_entropy", ("cogview", "quarter"), "fwd+bwd"),
+    ("three_region_attention", ("paper",), ("fwd+bwd", "fwd")),
+    ("sandwich_layer_norm", ("width",), ("fwd",)),
+    ("stable_softmax", ("causal",), ("fwd",)),
+    ("decode_attention", ("paper",), ("fwd",)),
+    ("linear_cross_entropy", ("cogview", "quarter"), ("fwd+bwd",)),
 )
 
 
@@ -186,16 +186,25 @@ def summary(everything: dict[str, dict[str, Document]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _few_row(document: Document | None, shapes: tuple[str, ...], direction: str) -> list[str]:
+def _few_row(document: Document | None, shapes: tuple[str, ...], ways: tuple[str, ...]) -> list[str]:
     if document is None:
         return []
+    found = []
     for (shape, _, dtype, way), ours, rows in results.headline(document):
-        rival = results.fastest_rival(rows)
-        if shape in shapes and way == direction and rival:
-            against = f"{speed_text(ours, rows, rival['variant'])} as fast as {rival['variant']}"
-            memory = f"{_memory(extra_bytes(ours))}, {_memory(extra_bytes(rival))}"
-            return [f"`{document['op']}`", f"{shape}, {dtype}, {way}", against, memory]
-    return []
+        if shape in shapes and way in ways:
+            found.append((ways.index(way), [f"{shape}, {dtype}, {way}", *_beside_rival(ours, rows)]))
+    if not found:
+        return [f"`{document['op']}`", f"{shapes[0]}, {ways[0]}", UNMEASURED, UNMEASURED]
+    return [f"`{document['op']}`", *min(found, key=lambda one: one[0])[1]]
+
+
+def _beside_rival(ours: Row, rows: list[Row]) -> tuple[str, str]:
+    """How fast, and what memory; a race may have had no rival."""
+    rival = results.fastest_rival(rows)
+    if rival is None:
+        return UNMEASURED, f"{_memory(extra_bytes(ours))}, {UNMEASURED}"
+    against = f"{speed_text(ours, rows, rival['variant'])} as fast as {rival['variant']}"
+    return against, f"{_memory(extra_bytes(ours))}, {_memory(extra_bytes(rival))}"
 
 
 def results_page(everything: dict[str, dict[str, Document]]) -> str:

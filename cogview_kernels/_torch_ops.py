@@ -42,7 +42,7 @@ def _has_memory(x: Tensor) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether a mode, a transform, a tracer, the profiler or forward-mode AD is to see the op called."""
+    """Whether a mode, a transform, a tracer, the profiler or forward-mode AD must observe the call."""
     return (
         forward_ad._current_level >= 0
         or torch._C._len_torch_dispatch_stack() > 0
@@ -112,7 +112,7 @@ class Op:
 
     def ready(self, signature: bytes | None) -> Callable[..., Any] | None:
         """What gives the results of a call of this signature that was prepared: a function of its tensors, as
-        the op's ``prepare`` says. None where there is none, or where somebody is to see the op called.
+        the op's ``prepare`` says. None where there is none, or where the call is watched.
 
         A layer's weights have gone through the caches between two calls of an op: each function on the way
         from Python to the kernel costs microseconds then, and all of them more than a few rows do.

@@ -278,3 +278,10 @@ def test_every_source_names_its_licence():
         path = ROOT / name
         if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh") and path.exists() and path.stat().st_size:
             assert "SPDX-License-Identifier: Apache-2.0" in path.read_text()[:200], name
+
+
+def test_the_map_of_the_code_has_every_shared_file_and_every_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    shared = [path.stem for path in KERNELS.glob("_*.py") if path.stem != "__init__"]
+    rooms = [path.parent.name for path in MODEL.glob("*/__init__.py")]
+    assert [name for name in [*shared, *rooms] if not re.search(rf"(?<![a-z_]){name}(?![a-z_])", text)] == []

@@ -267,7 +267,7 @@ def split_count(programs: int, keys: int, t: Tiles) -> int:
         return 1
     # From one program a multiprocessor on, twice as many should share the work more evenly; not timed.
     at_most = (1 if programs <= _PROGRAMS // 2 else 2) * _PROGRAMS // programs
-    # What a program has on its way at once is worth one.
+    # A split shorter than the two tiles that a program has on their way at once gains nothing.
     return min(triton.cdiv(keys, 2 * t.block_n), at_most, _MOST_SPLITS)
 
 

@@ -88,6 +88,7 @@ def test_changed_results_are_noticed(checkout):
     changed["rows"][1]["ms"] = 0.25
     results.write_json(checkout / "benchmarks/results/some-cpu/three_region_attention.json", changed)
     assert set(report.generate(root=checkout, check=True)) == {
+        "README.md",
         "benchmarks/results/README.md",
         "benchmarks/results/some-cpu/README.md",
         "benchmarks/results/some-cpu/summary.png",
@@ -121,6 +122,19 @@ def test_readme_keeps_a_few_rows_with_the_memory_of_both():
     row = "| `three_region_attention` | paper, bfloat16, fwd+bwd | 2.00x as fast as loop | 8 MiB, 32 MiB |"
     assert row in text
     assert "GPU: unmeasured" not in report.summary({"some-gpu": {"three_region_attention": GPU}})
+
+
+def test_readme_takes_the_first_direction_that_there_is_and_says_what_is_not():
+    forward = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
+    assert "| `three_region_attention` | paper, bfloat16, fwd | 2.00x as fast as loop | 32 MiB, 32 MiB |" in forward
+    elsewhere = copy.deepcopy(DOCUMENT)
+    for row in elsewhere["rows"]:
+        row["shape"] = "another"
+    text = report.summary({"some-cpu": {"three_region_attention": elsewhere}})
+    assert "| `three_region_attention` | paper, fwd+bwd | unmeasured | unmeasured |" in text
+    alone = DOCUMENT | {"rows": DOCUMENT["rows"][1:2]}
+    text = report.summary({"some-cpu": {"three_region_attention": alone}})
+    assert "| `three_region_attention` | paper, bfloat16, fwd | unmeasured | " in text
 
 
 def test_a_run_that_was_cut_short_says_so():
