@@ -125,8 +125,8 @@ def test_readme_keeps_a_few_rows_with_the_memory_of_both():
 
 
 def test_readme_takes_the_first_direction_that_there_is_and_says_what_is_not():
-    forward = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
-    assert "| `three_region_attention` | paper, bfloat16, fwd | 2.00x as fast as loop | 32 MiB, 32 MiB |" in forward
+    text = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
+    assert "| `three_region_attention` | paper, bfloat16, fwd | 2.00x as fast as loop | " in text
     elsewhere = copy.deepcopy(DOCUMENT)
     for row in elsewhere["rows"]:
         row["shape"] = "another"
