@@ -86,10 +86,10 @@ def layer_norm_bwd_cpu(
     threads: int,
 ) -> None: ...
 def sandwich_layer_norm_fwd_cpu(
-    branch: _Address,
+    branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
-    normed: _Address,
+    normed: Tensor | None,
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
@@ -100,8 +100,8 @@ def sandwich_layer_norm_fwd_cpu(
 ) -> None: ...
 def sandwich_layer_norm_bwd_cpu(
     dresidual_out: _Address,
-    dnormed: _Address,
-    branch: _Address,
+    dnormed: Tensor | None,
+    branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,
     dresidual: _Address,
@@ -139,7 +139,7 @@ def sandwich_rms_norm_fwd_cpu(
     branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
-    normed: _Address,
+    normed: Tensor | None,
     weights: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
@@ -150,7 +150,7 @@ def sandwich_rms_norm_fwd_cpu(
 ) -> None: ...
 def sandwich_rms_norm_bwd_cpu(
     dresidual_out: _Address,
-    dnormed: _Address,
+    dnormed: Tensor | None,
     branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,
@@ -367,10 +367,10 @@ def layer_norm_bwd_cuda(
     stream: _Address,
 ) -> None: ...
 def sandwich_layer_norm_fwd_cuda(
-    branch: _Address,
+    branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
-    normed: _Address,
+    normed: Tensor | None,
     parameters: tuple[_Parameter, _Parameter, _Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
@@ -381,8 +381,8 @@ def sandwich_layer_norm_fwd_cuda(
 ) -> None: ...
 def sandwich_layer_norm_bwd_cuda(
     dresidual_out: _Address,
-    dnormed: _Address,
-    branch: _Address,
+    dnormed: Tensor | None,
+    branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,
     dresidual: _Address,
@@ -420,7 +420,7 @@ def sandwich_rms_norm_fwd_cuda(
     branch: Tensor | None,
     residual: _Address,
     residual_out: _Address,
-    normed: _Address,
+    normed: Tensor | None,
     weights: tuple[_Parameter, _Parameter],
     stats: _Address,
     shape: _RowShape,
@@ -431,7 +431,7 @@ def sandwich_rms_norm_fwd_cuda(
 ) -> None: ...
 def sandwich_rms_norm_bwd_cuda(
     dresidual_out: _Address,
-    dnormed: _Address,
+    dnormed: Tensor | None,
     branch: Tensor | None,
     residual_out: _Address,
     dbranch: _Address,

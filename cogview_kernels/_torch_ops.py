@@ -33,7 +33,7 @@ _library = torch.library.Library("cogview_kernels", "FRAGMENT")
 # Kernels read strides themselves; without the tag, Inductor may hand them other strides than eager did.
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 # What the arguments of an op are, tensors apart: to ask for the type is faster than isinstance(x, Tensor).
-_SCALARS = frozenset((int, float, bool, str, type(None)))
+_SCALARS = frozenset((int, float, bool, str, torch.dtype, type(None)))
 
 
 def _has_memory(x: Tensor) -> bool:

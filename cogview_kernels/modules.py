@@ -101,7 +101,7 @@ class SandwichLayerNorm(nn.Module):
         dropout: in [0, 1), of the branch, in training mode.
         device, dtype: of the parameters.
 
-    ``forward(branch, residual)`` gives ``(residual_out, normed)``.
+    ``forward(branch, residual, normed_dtype=None)`` gives ``(residual_out, normed)``, see there.
     """
 
     def __init__(
@@ -123,7 +123,9 @@ class SandwichLayerNorm(nn.Module):
         self.post = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
         self.pre = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
 
-    def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         parameters = (self.post.weight, self.post.bias, self.pre.weight, self.pre.bias)
         return sandwich_layer_norm(
             branch,
@@ -132,6 +134,7 @@ class SandwichLayerNorm(nn.Module):
             eps=self.post.eps,
             pb_relax=self.pb_relax,
             dropout_p=self.dropout if self.training else 0.0,
+            normed_dtype=normed_dtype,
         )
 
     def extra_repr(self) -> str:
@@ -175,7 +178,7 @@ class SandwichRMSNorm(nn.Module):
         dropout: in [0, 1), of the branch, in training mode.
         device, dtype: of the parameters.
 
-    ``forward(branch, residual)`` gives ``(residual_out, normed)``.
+    ``forward(branch, residual, normed_dtype=None)`` gives ``(residual_out, normed)``, see there.
     """
 
     def __init__(
@@ -203,7 +206,9 @@ class SandwichRMSNorm(nn.Module):
         for norm in (self.post, self.pre):
             norm.reset_parameters()
 
-    def forward(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         residual_out, normed = sandwich_rms_norm(
             branch,
             residual,
@@ -213,6 +218,7 @@ class SandwichRMSNorm(nn.Module):
             weight_offset=self.weight_offset,
             round_before_weight=self.round_before_weight,
             dropout_p=self.dropout if self.training else 0.0,
+            normed_dtype=normed_dtype,
         )
         return residual_out, cast(Tensor, normed)
 

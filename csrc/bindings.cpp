@@ -118,32 +118,35 @@ NormBackward rms_norm_backward(Address dy, Address x, Address dx, PythonTensor w
             pointer<float>(stats), row_shape(shape), block_workspace(workspace)};
 }
 
-// The parameters are those of the post norm, then of the pre norm: weight, bias, weight, bias.
-SandwichForward sandwich_forward(Address branch, Address residual, Address residual_out, Address normed,
-                                 std::array<PythonTensor, 4> parameters, Address stats, PythonTensor shape,
-                                 NormArguments options, DropoutArguments drop, WorkspaceArguments workspace) {
-    return {pointer<void>(branch),
+// `shape` is that of a tensor of the trunk. The parameters are those of the post norm, then of the pre norm:
+// weight, bias, weight, bias.
+SandwichForward sandwich_forward(PythonTensor branch, Address residual, Address residual_out,
+                                 PythonTensor normed, std::array<PythonTensor, 4> parameters, Address stats,
+                                 PythonTensor shape, NormArguments options, DropoutArguments drop,
+                                 WorkspaceArguments workspace) {
+    return {branch.data,
             pointer<void>(residual),
             pointer<void>(residual_out),
-            pointer<void>(normed),
+            normed.data,
             {parameter(parameters[0]), parameter(parameters[1])},
             {parameter(parameters[2]), parameter(parameters[3])},
             pointer<float>(stats),
             row_shape(shape),
-            row_shape(shape).dtype,
+            branch.dtype,
+            normed.dtype,
             norm_options(options),
             dropout(drop),
             block_workspace(workspace)};
 }
 
-SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Address branch,
+SandwichBackward sandwich_backward(Address dresidual_out, PythonTensor dnormed, PythonTensor branch,
                                    Address residual_out, Address dbranch, Address dresidual,
                                    std::array<PythonTensor, 2> weights, std::array<PythonTensor, 4> gradients,
                                    Address stats, PythonTensor shape, DropoutArguments drop,
                                    WorkspaceArguments workspace) {
     return {pointer<void>(dresidual_out),
-            pointer<void>(dnormed),
-            pointer<void>(branch),
+            dnormed.data,
+            branch.data,
             pointer<void>(residual_out),
             pointer<void>(dbranch),
             pointer<void>(dresidual),
@@ -154,38 +157,40 @@ SandwichBackward sandwich_backward(Address dresidual_out, Address dnormed, Addre
             {parameter(gradients[2]), parameter(gradients[3])},
             pointer<float>(stats),
             row_shape(shape),
-            row_shape(shape).dtype,
+            branch.dtype,
+            dnormed.dtype,
             dropout(drop),
             block_workspace(workspace)};
 }
 
 // weights: of the post norm, then of the pre norm.
 SandwichForward sandwich_rms_forward(PythonTensor branch, Address residual, Address residual_out,
-                                     Address normed, std::array<PythonTensor, 2> weights, Address stats,
+                                     PythonTensor normed, std::array<PythonTensor, 2> weights, Address stats,
                                      PythonTensor shape, RmsArguments options, DropoutArguments drop,
                                      WorkspaceArguments workspace) {
     return {branch.data,
             pointer<void>(residual),
             pointer<void>(residual_out),
-            pointer<void>(normed),
+            normed.data,
             {parameter(weights[0]), {}},
             {parameter(weights[1]), {}},
             pointer<float>(stats),
             row_shape(shape),
             branch.dtype,
+            normed.dtype,
             rms_options(options),
             dropout(drop),
             block_workspace(workspace)};
 }
 
-SandwichBackward sandwich_rms_backward(Address dresidual_out, Address dnormed, PythonTensor branch,
+SandwichBackward sandwich_rms_backward(Address dresidual_out, PythonTensor dnormed, PythonTensor branch,
                                        Address residual_out, Address dbranch, Address dresidual,
                                        std::array<PythonTensor, 2> weights, float weight_offset,
                                        std::array<PythonTensor, 2> gradients, Address stats,
                                        PythonTensor shape, DropoutArguments drop,
                                        WorkspaceArguments workspace) {
     return {pointer<void>(dresidual_out),
-            pointer<void>(dnormed),
+            dnormed.data,
             branch.data,
             pointer<void>(residual_out),
             pointer<void>(dbranch),
@@ -198,6 +203,7 @@ SandwichBackward sandwich_rms_backward(Address dresidual_out, Address dnormed, P
             pointer<float>(stats),
             row_shape(shape),
             branch.dtype,
+            dnormed.dtype,
             dropout(drop),
             block_workspace(workspace)};
 }

@@ -120,14 +120,16 @@ inline PythonTensor read_tensor(pybind11::handle x) {
 // a gradient, so a kernel can take them as they are. Recorded: one is to get a gradient.
 constexpr char kDirect = 'd', kRecorded = 'r', kNeither = '-';
 
-// Bytes that are equal for two calls whose arguments have the same types, numbers and strings and, where they
-// are tensors, the same devices, dtypes, shapes and strides, and which begin with one of the above. None for
-// an argument that is none of these, for a tensor of a subclass or without memory, and for every tensor where
-// there is no exchange API. `recording`: whether operations on tensors that require a gradient are recorded.
+// Bytes that are equal for two calls whose arguments have the same types, numbers, strings and dtypes and,
+// where they are tensors, the same devices, dtypes, shapes and strides, and which begin with one of the
+// above. None for an argument that is none of these, for a tensor of a subclass or without memory, and for
+// every tensor where there is no exchange API. `recording`: whether operations on tensors that require a
+// gradient are recorded.
 inline pybind11::object signature(bool recording, const pybind11::args& arguments) {
     namespace py = pybind11;
     static const py::object tensor = py::module_::import("torch").attr("Tensor");
     static const py::object parameter = py::module_::import("torch").attr("nn").attr("Parameter");
+    static const py::object dtype = py::module_::import("torch").attr("dtype");
     static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
     static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
     std::string key(1, kDirect);
@@ -178,6 +180,8 @@ inline pybind11::object signature(bool recording, const pybind11::args& argument
             }
             put('s', &bytes, sizeof(bytes));
             key.append(value, bytes);
+        } else if (type == dtype.ptr()) {
+            put('D', &x, sizeof(x));  // PyTorch has one object for each, which it keeps
         } else if (argument.is_none() || PyBool_Check(x)) {
             key.push_back(argument.is_none() ? 'n' : x == Py_True ? '1' : '0');
         } else {

@@ -84,6 +84,7 @@ _TRITON_RMS = "rms_norm (test_forward_and_backward or test_where) and triton and
 _TRITON_SANDWICH_RMS = "sandwich_rms_norm test_forward_and_backward and triton and not two_tiles"
 _CUDA_RMS = "rms_norm (test_forward_and_backward or test_where) and cuda"
 _CUDA_SANDWICH_RMS = "sandwich_rms_norm (test_forward_and_backward or test_a_narrow) and cuda"
+_NARROW_NORMED = "sandwich_rms_norm test_a_narrow_normed"
 _CPU_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cpu"
 _TRITON_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and triton"
 _CUDA_SOFTMAX = "stable_softmax (test_forward_and_backward or test_long_rows) and cuda"
@@ -510,6 +511,18 @@ MUTATIONS = [
              "kScaled ? v * scale : v, s, affine", "v, s, affine", _CPU_NORM),
     Mutation("sandwich-cpu-direct-gradient", "csrc/norms/sandwich_cpu.h",
              "if (dresidual_out != nullptr) d += load(dresidual_out + at + j, tag);", "", _CPU_SANDWICH),
+    Mutation("sandwich-cpu-rounds-to-normed", "csrc/norms/sandwich_cpu.h",
+             "normalise_values<kW, kKind, kScaled, T>", "normalise_values<kW, kKind, kScaled, N>",
+             f"{_NARROW_NORMED} and cpu"),
+    Mutation("sandwich-triton-rounds-to-normed", "cogview_kernels/_norms/sandwich_triton.py",
+             "pre_bias, C, columns, ROUND, dtype)",
+             "pre_bias, C, columns, ROUND, normed_ptr.dtype.element_ty)",
+             f"{_NARROW_NORMED} and triton"),
+    Mutation("sandwich-cuda-rounds-to-normed", "csrc/norms/sandwich.cuh",
+             "affine<kKind, T>(out, pre_weight", "affine<kKind, N>(out, pre_weight",
+             f"{_NARROW_NORMED} and cuda"),
+    Mutation("dtype-in-no-signature", "csrc/python_tensor.h",
+             "put('D', &x, sizeof(x));", "put('D', &type, sizeof(type));", "signature test_a_dtype"),
     # ---- layer_norm and sandwich_layer_norm, Triton and CUDA
     Mutation("norm-triton-mean-correction", "cogview_kernels/**/*.py",
              "    rest = rest / C\n", "    rest = rest * 0.0\n", _TRITON_NORM),

@@ -132,7 +132,12 @@ class Layer(nn.Module):
         self.fourth_layernorm = _post_norm(config)
 
     def _sandwich(
-        self, branch: Tensor, x: Tensor, post: nn.LayerNorm | None, pre: nn.LayerNorm
+        self,
+        branch: Tensor,
+        x: Tensor,
+        post: nn.LayerNorm | None,
+        pre: nn.LayerNorm,
+        normed_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         dropout_p = self.dropout if self.training else 0.0
         if post is None:
@@ -140,7 +145,13 @@ class Layer(nn.Module):
             return x, layer_norm(x, pre.weight, pre.bias, eps=pre.eps, pb_relax=self.pb_relax)
         parameters = (post.weight, post.bias, pre.weight, pre.bias)
         return sandwich_layer_norm(
-            branch, x, *parameters, eps=post.eps, pb_relax=self.pb_relax, dropout_p=dropout_p
+            branch,
+            x,
+            *parameters,
+            eps=post.eps,
+            pb_relax=self.pb_relax,
+            dropout_p=dropout_p,
+            normed_dtype=normed_dtype,
         )
 
     def forward(
@@ -151,12 +162,20 @@ class Layer(nn.Module):
         layout: Layout | None,
         cache: KVCache | None = None,
         index: int = 0,
+        is_last: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Trunk and its input-normalised form in; the same two for the next layer out."""
+        """Trunk and its input-normalised form in; the same two for the next layer out.
+
+        Under autocast a norm gives what the next product reads, in 16 bits. What the last layer gives is read
+        by others, and has the dtype of the trunk.
+        """
         branch = self.attention(normed, layout, cache, index)
-        x, normed = self._sandwich(branch, x, self.third_layernorm, self.post_attention_layernorm)
-        decoding = cache is not None and not cache.is_empty
-        return self._sandwich(self.mlp(normed, decoding), x, self.fourth_layernorm, next_layernorm)
+        x, normed = self._sandwich(
+            branch, x, self.third_layernorm, self.post_attention_layernorm, branch.dtype
+        )
+        branch = self.mlp(normed, cache is not None and not cache.is_empty)
+        normed_dtype = None if is_last else branch.dtype
+        return self._sandwich(branch, x, self.fourth_layernorm, next_layernorm, normed_dtype)
 
 
 class Trunk(nn.Module):
@@ -254,10 +273,11 @@ class CogView(HubModel):
         normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
         for index, layer in enumerate(layers):
             arguments = (x, normed, pre_norms[index + 1], layouts[index])
+            is_last = index + 1 == len(layers)
             if self.config.activation_checkpointing and self.training:
-                x, normed = checkpoint(layer, *arguments, use_reentrant=False)
+                x, normed = checkpoint(layer, *arguments, is_last=is_last, use_reentrant=False)
             else:
-                x, normed = layer(*arguments, cache, index)
+                x, normed = layer(*arguments, cache, index, is_last)
         if cache is not None:
             cache.advance(T)
         return normed

@@ -6,7 +6,8 @@ step holds most at one of a few moments. What is no tensor is not counted: the C
 libraries, and what PyTorch's allocator holds beyond the tensors in it. Attention is taken to keep no scores;
 PyTorch's dense attention on the CPU keeps them where there is dropout.
 
-Letters: N tokens of a micro batch, C width. The trunk and the LayerNorms are float32 in every precision.
+Letters: N tokens of a micro batch, C width. The trunk is float32 in every precision. What LayerNorms read of
+branches and give to products is an activation, but for the first norm and the last, which give float32.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class _Step:
                 PRODUCTS: 2 * self.activation,  # normed, for qkv and for the mlp
                 ATTENTION: 4 * self.activation + self.lse,  # q, k, v, out
                 MLP: 8 * self.activation,  # before and after GELU
-                TRUNK: 4 * self.trunk + 2 * self.stats,  # both branches in float32, both sums
+                TRUNK: 2 * self.activation + 2 * self.trunk + 2 * self.stats,  # both branches, both sums
                 COPIES: self.copies,
             }
         )
@@ -131,14 +132,17 @@ class _Step:
     def kept_by_layer(self) -> Bytes:
         """The same, or what a checkpoint keeps instead: the trunk and its norm."""
         if self.config.activation_checkpointing:
-            return Bytes({CHECKPOINTS: 2 * self.trunk})
+            return Bytes({CHECKPOINTS: self.trunk + self.activation})
         return self.saved_by_layer()
 
     def kept_by_embeddings(self) -> Bytes:
-        """The first state of the trunk, unless that is a checkpoint already, and its dropout mask."""
-        first = 0 if self.config.activation_checkpointing else self.trunk
-        mask = self.trunk // 4 if self.config.dropout else 0
-        return Bytes({TRUNK: first + mask})
+        """The first state of the trunk, unless that is a checkpoint already, and its dropout mask.
+
+        A checkpoint has the first norm in float32."""
+        mask = Bytes({TRUNK: self.trunk // 4 if self.config.dropout else 0})
+        if self.config.activation_checkpointing:
+            return mask + Bytes({CHECKPOINTS: self.trunk - self.activation})
+        return mask + Bytes({TRUNK: self.trunk})
 
     def gathered(self, backward: bool) -> Bytes:
         """What FSDP gathers: embeddings and norms, which stay, and the weights of two layers, as those of the
@@ -166,7 +170,7 @@ def _moments(step: _Step) -> Iterator[Moment]:
         kept = _times(L - done, step.kept_by_layer()) + step.kept_by_embeddings() + pending
         if not step.batch.accumulates:
             kept[GRADIENTS] += done * step.layer_gradients // gpus
-        in_layer = _in_backward_of_layer(step, last=done == 0)
+        in_layer = _in_backward_of_layer(step, last=done == 0, first=done == L - 1)
         yield Moment(name, always + kept + in_layer + step.gathered(True))
     gradients = 0 if step.batch.accumulates else L * step.layer_gradients // gpus
     last = Bytes({GRADIENTS: gradients + 2 * step.words, WORK: 2 * step.trunk})
@@ -196,25 +200,21 @@ def _after_loss(step: _Step) -> Bytes:
     return parts
 
 
-def _in_backward_of_layer(step: _Step, last: bool) -> Bytes:
+def _in_backward_of_layer(step: _Step, last: bool, first: bool) -> Bytes:
     """What the backward pass of a layer holds beyond what was kept, when that is most."""
     change, most = 0, 0
-    for allocated, freed in _backward_of_layer(step, last):
+    for allocated, freed in _backward_of_layer(step, last, first):
         most = max(most, change + allocated)
         change += allocated - freed
     if not step.config.activation_checkpointing:
         return Bytes({WORK: most})
     again = step.saved_by_layer()
-    if step.is_16_bit:
-        # At the end of the second forward pass: the gradients, both norms and both branches before casting.
-        gradients = 1 if last else 2
-        most = max(most, (gradients + 2) * step.trunk + 2 * step.activation)
-    else:
-        again[PRODUCTS] -= step.activation  # the checkpoint itself
+    if not (first and step.is_16_bit):
+        again[PRODUCTS] -= step.activation  # the checkpoint itself, but for the first norm, which is cast
     return again + Bytes({WORK: most})
 
 
-def _backward_of_layer(step: _Step, last: bool) -> Iterator[tuple[int, int]]:
+def _backward_of_layer(step: _Step, last: bool, first: bool) -> Iterator[tuple[int, int]]:
     """Bytes that each operation allocates, then frees, from the layer's end to its beginning."""
     t, a, C = step.trunk, step.activation, step.config.hidden_size
     cast = step.is_16_bit
@@ -226,26 +226,20 @@ def _backward_of_layer(step: _Step, last: bool) -> Iterator[tuple[int, int]]:
         copy = weight // 2 if cast else 0
         yield weight + copy, outputs * a + inputs * a + 2 * copy
 
-    def widened() -> Iterator[tuple[int, int]]:
-        if cast:
-            yield t, a
-
-    def sandwich(gradients: int = 2) -> Iterator[tuple[int, int]]:
+    def sandwich(gradients: int) -> Iterator[tuple[int, int]]:
         """From the gradients of trunk and norm, beside the branch and the sum that were kept."""
-        yield 2 * t, (gradients + 2) * t
-        if cast:
-            yield a, t
+        yield a + t, gradients + a + t
 
-    gradients = 1 if last else 2  # the loss brings one of the norm alone
-    yield gradients * t, 0
+    gradients = t if last else t + a  # the loss brings one of the norm alone, in float32
+    yield gradients, 0
     yield from sandwich(gradients)
     yield from product(4, 1)
     yield 4 * a, 8 * a  # GELU
     yield from product(1, 4)
-    yield from widened()
-    yield from sandwich()
+    yield from sandwich(t + a)
     yield from product(1, 1)
     yield 3 * a, 4 * a  # attention
     yield 3 * a, 3 * a  # its three gradients as one
     yield from product(1, 3)
-    yield from widened()
+    if first and cast:
+        yield t, a

@@ -67,7 +67,10 @@ class Norms(NamedTuple):
 
 
 class ForwardRows(NamedTuple):
-    """Of a sandwich. RMSNorm's may end with the addition: then there is no ``normed``."""
+    """Of a sandwich. RMSNorm's may end with the addition: then there is no ``normed``.
+
+    The trunk is ``residual`` and ``residual_out``, of one dtype. Where that is float32, ``branch`` may have
+    16 bits, and ``normed`` the dtype of either."""
 
     branch: Tensor
     residual: Tensor
@@ -88,7 +91,7 @@ class BackwardRows(NamedTuple):
     dresidual: Tensor | None
 
     def trunk(self) -> Tensor:
-        """Rows of the residual's dtype, which is not always that of the branch."""
+        """Rows of the trunk's dtype, which is not always that of the branch."""
         rows = self.dresidual_out if self.dresidual is None else self.dresidual
         assert rows is not None
         return rows
@@ -114,6 +117,19 @@ def options(given: NormOptions) -> tuple[float, int]:
 def rms_options(given: NormOptions) -> tuple[float, int, float, bool]:
     eps, pb_relax, weight_offset, round_before_weight = given
     return eps, PB_RELAX_CODES[pb_relax], weight_offset, round_before_weight
+
+
+def forward_addresses(rows: ForwardRows) -> tuple[Tensor | int | None, ...]:
+    """Addresses of the trunk's rows. The others are read as tensors, since their dtypes matter too."""
+    branch, residual, residual_out, normed = rows
+    return branch, residual.data_ptr(), residual_out.data_ptr(), normed
+
+
+def backward_addresses(rows: BackwardRows) -> tuple[Tensor | int | None, ...]:
+    """The same for the backward pass."""
+    dresidual_out, dnormed, branch, *rest = rows
+    address = 0 if dresidual_out is None else dresidual_out.data_ptr()
+    return address, dnormed, branch, *(0 if x is None else x.data_ptr() for x in rest)
 
 
 NO_WORKSPACE = (0, 0)  # of the CPU

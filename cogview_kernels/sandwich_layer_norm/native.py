@@ -31,10 +31,10 @@ def forward(
     _extension.call(
         "sandwich_layer_norm_fwd",
         backend,
-        *(0 if x is None else x.data_ptr() for x in rows),
+        *shared.forward_addresses(rows),
         [p for norm in norms for p in norm],
         0 if stats is None else stats.data_ptr(),
-        rows.branch,
+        rows.residual_out,
         shared.options(options),
         native_arguments(dropout),
         workspace,
@@ -55,11 +55,11 @@ def backward(
     _extension.call(
         "sandwich_layer_norm_bwd",
         backend,
-        *(0 if x is None else x.data_ptr() for x in rows),
+        *shared.backward_addresses(rows),
         (norms.post.weight, norms.pre.weight),
         [p for norm in gradients for p in norm],
         stats.data_ptr(),
-        rows.branch,
+        rows.trunk(),
         native_arguments(dropout),
         workspace,
     )

@@ -27,27 +27,36 @@ def backend_module(backend: str) -> ModuleType:
     return native
 
 
-def _results(branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    residual_out = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    rows = branch.numel() // branch.shape[-1]
-    stats = torch.empty(4, rows, dtype=torch.float32, device=branch.device)
-    return residual_out, torch.empty_like(residual_out), stats
+def _rows_out(residual: Tensor, normed_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    residual_out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return residual_out, torch.empty_like(residual_out, dtype=normed_dtype)
 
 
-def _forward(branch: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    results = _results(branch)
-    _fill(results, branch, *rest)
+def _results(residual: Tensor, normed_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    rows = residual.numel() // residual.shape[-1]
+    stats = torch.empty(4, rows, dtype=torch.float32, device=residual.device)
+    return *_rows_out(residual, normed_dtype), stats
+
+
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    _, residual, _, _, _, _, normed_dtype, *_ = arguments
+    results = _results(residual, normed_dtype)
+    _fill(results, *arguments)
     return results
 
 
-def _without_stats(branch, *rest):
+def _without_stats(*arguments):
     """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
-    if rest[-1] != "cpu":
-        return _forward(branch, *rest)
-    residual_out = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    results = residual_out, torch.empty_like(residual_out), None
-    _fill(results, branch, *rest)
+    _, residual, _, _, _, _, normed_dtype, *_, backend = arguments
+    if backend != "cpu":
+        return _forward(*arguments)
+    results = *_rows_out(residual, normed_dtype), None
+    _fill(results, *arguments)
     return results
+
+
+def _forward_fake(branch, residual, post_weight, post_bias, pre_weight, pre_bias, normed_dtype, *_):
+    return _results(residual, normed_dtype)
 
 
 def _fill(
@@ -58,6 +67,7 @@ def _fill(
     post_bias: Tensor | None,
     pre_weight: Tensor | None,
     pre_bias: Tensor | None,
+    _: torch.dtype,
     eps: float,
     pb_relax: str | None,
     dropout_p: float,
@@ -89,7 +99,7 @@ def _backward(
     needs_dpre_weight: bool,
 ) -> tuple[Tensor, ...]:
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
-    dresidual = torch.empty_like(dbranch)
+    dresidual = torch.empty_like(residual_out, memory_format=torch.contiguous_format)
     post, pre = Affine(post_weight, post_bias), Affine(pre_weight, pre_bias)
     gradients = Norms(
         Affine(post_weight if needs_dpost_weight else None, post_bias).gradients(),
@@ -117,13 +127,14 @@ def _backward_fake(
 ):
     *_, needs_dpost_weight, needs_dpre_weight = rest
     dbranch = torch.empty_like(branch, memory_format=torch.contiguous_format)
+    dresidual = torch.empty_like(residual_out, memory_format=torch.contiguous_format)
     dpost = Affine(post_weight if needs_dpost_weight else None, post_bias).gradients().outputs(stats)
     dpre = Affine(pre_weight if needs_dpre_weight else None, pre_bias).gradients().outputs(stats)
-    return dbranch, torch.empty_like(dbranch), *dpost, *dpre
+    return dbranch, dresidual, *dpost, *dpre
 
 
 def _save(ctx, arguments, outputs):
-    branch, _, *parameters, _, _, ctx.dropout_p, seed, ctx.backend = arguments
+    branch, _, *parameters, _, _, _, ctx.dropout_p, seed, ctx.backend = arguments
     residual_out, _, stats = outputs
     return branch, residual_out, stats, *parameters, seed
 
@@ -137,15 +148,15 @@ def _differentiate(ctx, saved, dresidual_out, dnormed, _):
         dresidual_out, dnormed, *tensors, *parameters, ctx.dropout_p, seed, ctx.backend, needed[0], needed[2]
     )
     gradients = (d if wanted else None for d, wanted in zip(gradients, needed, strict=True))
-    return dbranch, dresidual, *gradients, *(None,) * 5
+    return dbranch, dresidual, *gradients, *(None,) * 6
 
 
 sandwich_layer_norm_op = Op(
     "sandwich_layer_norm(Tensor branch, Tensor residual, Tensor? post_weight, Tensor? post_bias,"
-    " Tensor? pre_weight, Tensor? pre_bias, float eps, str? pb_relax, float dropout_p, Tensor? seed,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor? pre_weight, Tensor? pre_bias, ScalarType normed_dtype, float eps, str? pb_relax,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
-    fake=lambda branch, *_: _results(branch),
+    fake=_forward_fake,
     save=_save,
     backward=_differentiate,
     unsaved=_without_stats,

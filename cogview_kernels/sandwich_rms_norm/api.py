@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _dropout, _sharding
+from cogview_kernels._norms.sandwich import checked_rows, promoted
 from cogview_kernels.sandwich_rms_norm.op import backend_module, sandwich_rms_norm_op
 from cogview_kernels.sandwich_rms_norm.reference import sandwich_rms_norm_reference
 
@@ -30,6 +31,7 @@ def sandwich_rms_norm(
     pb_relax: str | None = None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    normed_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The end of one branch of a sandwich norm and the start of the next, in one pass over memory.
@@ -57,12 +59,17 @@ def sandwich_rms_norm(
         dropout_p: probability of dropping an element of ``branch``, in [0, 1).
         seed: of the dropout mask: an integer, a 0-d int64 tensor, or None for one drawn from PyTorch's
             default generator. Every backend draws the same mask from one seed.
+        normed_dtype: of ``normed``; None for that of ``residual_out``. Where that is float32, it may be the
+            16-bit dtype of ``branch``: then ``normed``, and its gradient, are rounded as the next product
+            would round them under autocast, to the same bits, without passes over memory for these casts.
+            What ``round_before_weight`` rounds to does not change.
         backend: "triton", "cuda", "cpu" or "reference"; None takes the best for the device.
 
     Returns:
-        ``(residual_out, normed)`` of the shape of ``branch`` and of the promoted dtype; ``normed`` is None
-        without ``pre_weight``. Statistics are in float32. ``residual_out`` is rounded once, where the models
-        round the norm and then the sum (so does the reference); ``normed`` is taken from it as rounded.
+        ``(residual_out, normed)`` of the shape of ``branch``: ``residual_out`` of the promoted dtype, and
+        ``normed`` of ``normed_dtype``, or None without ``pre_weight``. Statistics are in float32.
+        ``residual_out`` is rounded once, where the models round the norm and then the sum (so does the
+        reference); ``normed`` is taken from it as rounded.
 
     Raises:
         TypeError: a dtype above is not met.
@@ -76,15 +83,14 @@ def sandwich_rms_norm(
     """
     weights = (post_weight, pre_weight)
     options = (eps, weight_offset, round_before_weight, pb_relax)
-    signature = _backends.signature(_OP, branch, residual, *weights, *options, dropout_p, seed, backend)
+    others = (dropout_p, seed, normed_dtype)
+    signature = _backends.signature(_OP, branch, residual, *weights, *options, *others, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
             weights = _checks.autocast_parameters((branch, residual), weights)
-            signature = _backends.signature(
-                _OP, branch, residual, *weights, *options, dropout_p, seed, backend
-            )
-        given = (branch, residual, weights, options, (dropout_p, seed), backend)
+            signature = _backends.signature(_OP, branch, residual, *weights, *options, *others, backend)
+        given = (branch, residual, weights, options, others, backend)
         chosen = _backends.remember(signature, _checked(*given))
         if _sharding.is_sharded(branch, backend):
             parts = _sharding.Parts.of_rows(_OP, "branch", branch, pb_relax, dropout_p)
@@ -98,12 +104,15 @@ def sandwich_rms_norm(
                 weight_offset=weight_offset,
                 round_before_weight=round_before_weight,
                 pb_relax=pb_relax,
+                normed_dtype=normed_dtype,
                 backend=backend,
             )
             return parts.join(outputs, rows)
-    branch, residual = _promoted(branch, residual)
+    branch, residual = promoted(branch, residual)
+    if normed_dtype is None:
+        normed_dtype = residual.dtype
     if chosen == "reference":
-        return sandwich_rms_norm_reference(
+        residual_out, normed = sandwich_rms_norm_reference(
             branch,
             residual,
             *weights,
@@ -114,20 +123,13 @@ def sandwich_rms_norm(
             dropout_p=dropout_p,
             seed=seed,
         )
+        return residual_out, None if normed is None else normed.to(normed_dtype)
     seed = _dropout.as_seed(dropout_p, seed)
     numbers = float(eps), float(weight_offset), bool(round_before_weight)
     residual_out, normed, _ = sandwich_rms_norm_op.for_signature(signature)(
-        branch, residual, *weights, *numbers, pb_relax, float(dropout_p), seed, chosen
+        branch, residual, *weights, normed_dtype, *numbers, pb_relax, float(dropout_p), seed, chosen
     )
     return residual_out, None if pre_weight is None else normed
-
-
-def _promoted(branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Both of one dtype, or a branch of 16 bits beside a residual in float32."""
-    if branch.dtype == residual.dtype:
-        return branch, residual
-    residual = residual.to(torch.promote_types(branch.dtype, residual.dtype))
-    return branch if residual.dtype == torch.float32 else branch.to(residual.dtype), residual
 
 
 def _checked(
@@ -135,22 +137,14 @@ def _checked(
     residual: Tensor,
     weights: tuple[Tensor | None, Tensor | None],
     options: tuple[float, float, bool, str | None],
-    dropout: tuple[float, int | Tensor | None],
+    others: tuple[float, int | Tensor | None, torch.dtype | None],
     backend: str | None,
 ) -> str:
     """The backend that takes the call, which passes every check."""
-    _checks.check_float(_OP, "branch", branch)
-    _checks.check_float(_OP, "residual", residual)
-    _checks.check_rows(_OP, "branch", branch)
-    if branch.shape != residual.shape:
-        raise ValueError(
-            f"{_OP}: residual must have the shape of branch, {tuple(branch.shape)}, "
-            f"got {tuple(residual.shape)}"
-        )
-    _checks.check_same_device(_OP, "residual", residual, "branch", branch)
-    branch, residual = _promoted(branch, residual)
+    dropout_p, seed, normed_dtype = others
+    branch, residual = checked_rows(_OP, branch, residual, normed_dtype)
     _checks.check_norm_parameter(_OP, "post_weight", weights[0], "branch", branch)
     _checks.check_norm_parameter(_OP, "pre_weight", weights[1], "branch", branch)
     _checks.check_rms_options(_OP, *options)
-    _checks.check_dropout(_OP, *dropout, "branch", branch)
+    _checks.check_dropout(_OP, dropout_p, seed, "branch", branch)
     return _backends.choose(_OP, _BACKENDS, backend, branch.device, _limit, branch)

@@ -31,8 +31,7 @@ def forward(
     _extension.call(
         "sandwich_rms_norm_fwd",
         backend,
-        rows.branch,
-        *(0 if x is None else x.data_ptr() for x in rows[1:]),
+        *shared.forward_addresses(rows),
         [norm.weight for norm in norms],
         0 if stats is None else stats.data_ptr(),
         rows.residual_out,
@@ -57,9 +56,7 @@ def backward(
     _extension.call(
         "sandwich_rms_norm_bwd",
         backend,
-        *(0 if x is None else x.data_ptr() for x in rows[:2]),
-        rows.branch,
-        *(0 if x is None else x.data_ptr() for x in rows[3:]),
+        *shared.backward_addresses(rows),
         [norm.weight for norm in norms],
         weight_offset,
         [norm.weight for norm in gradients],

@@ -31,33 +31,43 @@ def _norms(post_weight: Tensor | None, pre_weight: Tensor | None) -> Norms:
     return Norms(Affine(post_weight, None), Affine(pre_weight, None))
 
 
-def _rows_out(residual: Tensor, pre_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rows_out(
+    residual: Tensor, pre_weight: Tensor | None, normed_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``normed`` is empty where there is no norm for it."""
     residual_out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return residual_out, residual.new_empty(0) if pre_weight is None else torch.empty_like(residual_out)
+    if pre_weight is None:
+        return residual_out, residual.new_empty(0, dtype=normed_dtype)
+    return residual_out, torch.empty_like(residual_out, dtype=normed_dtype)
 
 
-def _results(residual: Tensor, pre_weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _results(
+    residual: Tensor, pre_weight: Tensor | None, normed_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     norms, rows = 1 if pre_weight is None else 2, residual.numel() // residual.shape[-1]
     stats = torch.empty(norms, rows, dtype=torch.float32, device=residual.device)
-    return *_rows_out(residual, pre_weight), stats
+    return *_rows_out(residual, pre_weight, normed_dtype), stats
 
 
-def _forward(
-    branch: Tensor, residual: Tensor, post_weight: Tensor | None, pre_weight: Tensor | None, *rest
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = _results(residual, pre_weight)
-    _fill(results, branch, residual, post_weight, pre_weight, *rest)
+def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    _, residual, _, pre_weight, normed_dtype, *_ = arguments
+    results = _results(residual, pre_weight, normed_dtype)
+    _fill(results, *arguments)
     return results
 
 
-def _without_stats(branch, residual, post_weight, pre_weight, *rest):
+def _without_stats(*arguments):
     """As :func:`_forward`, an allocation less. Interpreted kernels save their statistics always."""
-    if rest[-1] != "cpu":
-        return _forward(branch, residual, post_weight, pre_weight, *rest)
-    results = *_rows_out(residual, pre_weight), None
-    _fill(results, branch, residual, post_weight, pre_weight, *rest)
+    _, residual, _, pre_weight, normed_dtype, *_, backend = arguments
+    if backend != "cpu":
+        return _forward(*arguments)
+    results = *_rows_out(residual, pre_weight, normed_dtype), None
+    _fill(results, *arguments)
     return results
+
+
+def _forward_fake(branch, residual, post_weight, pre_weight, normed_dtype, *_):
+    return _results(residual, pre_weight, normed_dtype)
 
 
 def _fill(
@@ -66,6 +76,7 @@ def _fill(
     residual: Tensor,
     post_weight: Tensor | None,
     pre_weight: Tensor | None,
+    _: torch.dtype,
     eps: float,
     weight_offset: float,
     round_before_weight: bool,
@@ -147,9 +158,8 @@ def _backward_fake(dresidual_out, dnormed, branch, residual_out, stats, post_wei
 
 
 def _save(ctx, arguments, outputs):
-    branch, _, post_weight, pre_weight, _, ctx.weight_offset, _, _, ctx.dropout_p, seed, ctx.backend = (
-        arguments
-    )
+    branch, _, post_weight, pre_weight, _, _, ctx.weight_offset, *rest = arguments
+    _, _, ctx.dropout_p, seed, ctx.backend = rest
     residual_out, _, stats = outputs
     return branch, None if pre_weight is None else residual_out, stats, post_weight, pre_weight, seed
 
@@ -165,15 +175,15 @@ def _differentiate(ctx, saved, dresidual_out, dnormed, _):
     if residual_out is None:
         dresidual = dresidual_out
     dweights = dpost if needed[0] else None, dpre if needed[1] else None
-    return dbranch, dresidual, *dweights, *(None,) * 7
+    return dbranch, dresidual, *dweights, *(None,) * 8
 
 
 sandwich_rms_norm_op = Op(
-    "sandwich_rms_norm(Tensor branch, Tensor residual, Tensor? post_weight, Tensor? pre_weight, float eps,"
-    " float weight_offset, bool round_before_weight, str? pb_relax, float dropout_p, Tensor? seed,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
+    "sandwich_rms_norm(Tensor branch, Tensor residual, Tensor? post_weight, Tensor? pre_weight,"
+    " ScalarType normed_dtype, float eps, float weight_offset, bool round_before_weight, str? pb_relax,"
+    " float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor)",
     kernel=_forward,
-    fake=lambda branch, residual, post_weight, pre_weight, *_: _results(residual, pre_weight),
+    fake=_forward_fake,
     save=_save,
     backward=_differentiate,
     unsaved=_without_stats,

@@ -97,7 +97,7 @@ class Step {
         args.post = post;
         args.pre = pre;
         args.shape = {a_.B * a_.T, a_.C, a_.dtype};
-        args.branch_dtype = a_.dtype;
+        args.branch_dtype = args.normed_dtype = a_.dtype;
         args.options = a_.norms;
         args.dropout.keep_scale = 1.0f;
         COGVIEW_PICK_ISA(sandwich_layer_norm_fwd_cpu)(args, threads_);

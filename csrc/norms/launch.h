@@ -69,30 +69,32 @@ void launch_norm_backward(const NormBackward& a, cudaStream_t stream) {
                            {{a.gradients.weight, a.gradients.bias}}, stream);
 }
 
-// ---- the sandwich; B: the dtype of branch, T: that of the other rows
+// ---- the sandwich; B: the dtype of branch, T: that of the trunk, N: that of normed
 
-template <NormKind kKind, typename B, typename T>
+template <NormKind kKind, typename B, typename T, typename N>
 void launch_sandwich_forward(const SandwichForward& a, cudaStream_t stream) {
     const bool vector = norm_vector(a.shape.C, {a.branch, a.residual, a.residual_out, a.normed});
     const unsigned blocks = unsigned(a.workspace.blocks);
     const int threads = norm_threads(a.shape.C);
     const bool by_tensor = a.options.pb_relax == PbRelax::kTensor, has_pre = a.normed != nullptr;
     if (by_tensor) launch_abs_max<B>(a.branch, a.workspace.data, a.shape, blocks, a.dropout, vector, stream);
+    // Of two kernels the first writes no normed, and the second reads no branch.
     if (by_tensor || !has_pre) {
-        sandwich_fwd_kernel<kKind, B, T, true, false><<<blocks, threads, 0, stream>>>(a, vector);
+        sandwich_fwd_kernel<kKind, B, T, T, true, false><<<blocks, threads, 0, stream>>>(a, vector);
         check_launch("sandwich_fwd_kernel");
-        if (has_pre) sandwich_fwd_kernel<kKind, B, T, false, true><<<blocks, threads, 0, stream>>>(a, vector);
+        if (has_pre)
+            sandwich_fwd_kernel<kKind, T, T, N, false, true><<<blocks, threads, 0, stream>>>(a, vector);
     } else {
-        sandwich_fwd_kernel<kKind, B, T, true, true><<<blocks, threads, 0, stream>>>(a, vector);
+        sandwich_fwd_kernel<kKind, B, T, N, true, true><<<blocks, threads, 0, stream>>>(a, vector);
     }
     check_launch("sandwich_fwd_kernel");
 }
 
-template <NormKind kKind, typename B, typename T>
+template <NormKind kKind, typename B, typename T, typename N>
 void launch_sandwich_backward(const SandwichBackward& a, cudaStream_t stream) {
     const bool vector = norm_vector(
         a.shape.C, {a.dresidual_out, a.dnormed, a.branch, a.residual_out, a.dbranch, a.dresidual});
-    sandwich_bwd_kernel<kKind, B, T>
+    sandwich_bwd_kernel<kKind, B, T, N>
         <<<unsigned(a.workspace.blocks), norm_threads(a.shape.C), 0, stream>>>(a, vector);
     check_launch("sandwich_bwd_kernel");
     const ParameterGradients to =
@@ -100,6 +102,25 @@ void launch_sandwich_backward(const SandwichBackward& a, cudaStream_t stream) {
             ? ParameterGradients{{a.dpost.weight, a.dpost.bias, a.dpre.weight, a.dpre.bias}}
             : ParameterGradients{{a.dpost.weight, a.dpre.weight}};
     launch_reduce_partials(a.workspace, 2 * parameters_of(kKind), a.shape.C, to, stream);
+}
+
+template <typename Scalar>
+using CudaTypeOf = typename CudaType<Scalar>::type;
+
+template <NormKind kKind>
+void launch_sandwich_forward(const SandwichForward& a, cudaStream_t stream) {
+    with_row_types(a, [&](auto b, auto t, auto n) {
+        launch_sandwich_forward<kKind, CudaTypeOf<decltype(b)>, CudaTypeOf<decltype(t)>,
+                                CudaTypeOf<decltype(n)>>(a, stream);
+    });
+}
+
+template <NormKind kKind>
+void launch_sandwich_backward(const SandwichBackward& a, cudaStream_t stream) {
+    with_row_types(a, [&](auto b, auto t, auto n) {
+        launch_sandwich_backward<kKind, CudaTypeOf<decltype(b)>, CudaTypeOf<decltype(t)>,
+                                 CudaTypeOf<decltype(n)>>(a, stream);
+    });
 }
 
 }  // namespace

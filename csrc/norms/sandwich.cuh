@@ -13,14 +13,15 @@ namespace {
 
 // kPost: residual_out = residual + norm_post(dropout(branch)). kPre: normed = norm_pre(residual_out). Both at
 // once, or one after the other under pb_relax="tensor", with the maxima of residual_out going from the first
-// to the second through the latter half of the workspace. B: the dtype of branch, T: that of the other rows.
-template <NormKind kKind, typename B, typename T, bool kPost, bool kPre>
+// to the second through the latter half of the workspace. B: the dtype of branch, T: that of the trunk,
+// N: that of normed.
+template <NormKind kKind, typename B, typename T, typename N, bool kPost, bool kPre>
 __global__ void __launch_bounds__(kMaxThreads) sandwich_fwd_kernel(SandwichForward a, bool vector) {
     const int C = int(a.shape.C);
     const B* branch = static_cast<const B*>(a.branch);
     const T* residual = static_cast<const T*>(a.residual);
     T* residual_out = static_cast<T*>(a.residual_out);
-    T* normed = static_cast<T*>(a.normed);
+    N* normed = static_cast<N*>(a.normed);
     const bool round = a.options.round_before_weight;
     BlockReduction reduction;
     Row post_weight = {}, post_bias = {}, pre_weight = {}, pre_bias = {};
@@ -68,11 +69,11 @@ __global__ void __launch_bounds__(kMaxThreads) sandwich_fwd_kernel(SandwichForwa
     }
 }
 
-template <NormKind kKind, typename B, typename T>
+template <NormKind kKind, typename B, typename T, typename N>
 __global__ void __launch_bounds__(kMaxThreads) sandwich_bwd_kernel(SandwichBackward a, bool vector) {
     const int C = int(a.shape.C);
     const T* dresidual_out = static_cast<const T*>(a.dresidual_out);
-    const T* dnormed = static_cast<const T*>(a.dnormed);
+    const N* dnormed = static_cast<const N*>(a.dnormed);
     const B* branch = static_cast<const B*>(a.branch);
     const T* residual_out = static_cast<const T*>(a.residual_out);
     BlockReduction reduction;

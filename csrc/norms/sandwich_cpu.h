@@ -11,15 +11,15 @@
 namespace cogview {
 namespace {
 
-// B: the dtype of branch, T: that of the other rows.
-template <NormKind kKind, bool kDropout, typename B, typename T>
+// B: the dtype of branch, T: that of the trunk, N: that of normed.
+template <NormKind kKind, bool kDropout, typename B, typename T, typename N>
 void sandwich_forward(const SandwichForward& a, int threads) {
     constexpr bool kW = kIsBf16<B> && kIsBf16<T> && !kDropout;
     const int64_t rows = a.shape.rows, C = a.shape.C;
     const B* branch = static_cast<const B*>(a.branch);
     const T* residual = static_cast<const T*>(a.residual);
     T* residual_out = static_cast<T*>(a.residual_out);
-    T* normed = static_cast<T*>(a.normed);
+    N* normed = static_cast<N*>(a.normed);
     const bool by_row = a.options.pb_relax == PbRelax::kRow,
                by_tensor = a.options.pb_relax == PbRelax::kTensor, amd = is_amd();
     const Scratch parameters(4 * C);
@@ -69,8 +69,8 @@ void sandwich_forward(const SandwichForward& a, int threads) {
             constexpr bool kScaled = decltype(scaled)::value;
             const Statistics s = statistics_of<kW, kKind, kScaled>(x, C, m.sum, abs_max, scale, a.options.eps,
                                                                    next + (r + 1) * C, &saved);
-            normalise_values<kW, kKind, kScaled>(x, s, scale, pre, C, normed + r * C, streaming,
-                                                 residual + (r + 1) * C);
+            normalise_values<kW, kKind, kScaled, T>(x, s, scale, pre, C, normed + r * C, streaming,
+                                                    residual + (r + 1) * C);
         });
         if (a.stats != nullptr) save_statistics<kKind>(a.stats, 1, rows, r, saved);
     };
@@ -107,11 +107,11 @@ void sandwich_forward(const SandwichForward& a, int threads) {
     });
 }
 
-template <NormKind kKind, bool kDropout, typename B, typename T>
+template <NormKind kKind, bool kDropout, typename B, typename T, typename N>
 void sandwich_backward(const SandwichBackward& a, int threads) {
     const int64_t rows = a.shape.rows, C = a.shape.C;
     const T* dresidual_out = static_cast<const T*>(a.dresidual_out);
-    const T* dnormed = static_cast<const T*>(a.dnormed);
+    const N* dnormed = static_cast<const N*>(a.dnormed);
     const B* branch = static_cast<const B*>(a.branch);
     const T* residual_out = static_cast<const T*>(a.residual_out);
     B* dbranch = static_cast<B*>(a.dbranch);
@@ -177,6 +177,28 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
     const Parameter to[] = {a.dpost.weight, a.dpost.bias, a.dpre.weight, a.dpre.bias};
     for (int slot = 0; slot < kSlots; ++slot)
         reduce_partials(partials.data, chunks, kSlots, slot, C, to[kNorm == 2 ? slot : 2 * slot]);
+}
+
+template <NormKind kKind>
+void sandwich_forward(const SandwichForward& a, int threads) {
+    with_row_types(a, [&](auto b, auto t, auto n) {
+        using B = decltype(b);
+        using T = decltype(t);
+        using N = decltype(n);
+        a.dropout.drops() ? sandwich_forward<kKind, true, B, T, N>(a, threads)
+                          : sandwich_forward<kKind, false, B, T, N>(a, threads);
+    });
+}
+
+template <NormKind kKind>
+void sandwich_backward(const SandwichBackward& a, int threads) {
+    with_row_types(a, [&](auto b, auto t, auto n) {
+        using B = decltype(b);
+        using T = decltype(t);
+        using N = decltype(n);
+        a.dropout.drops() ? sandwich_backward<kKind, true, B, T, N>(a, threads)
+                          : sandwich_backward<kKind, false, B, T, N>(a, threads);
+    });
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ void norm_forward(const NormForward& a, int threads) {
                 constexpr bool kScaled = decltype(scaled)::value;
                 const Statistics s = statistics_of<kW, kKind, kScaled>(row, C, m.sum, abs_max, scale,
                                                                        a.options.eps, next, &saved);
-                normalise_values<kW, kKind, kScaled>(row, s, scale, affine, C, y + r * C, streaming, next);
+                normalise_values<kW, kKind, kScaled, T>(row, s, scale, affine, C, y + r * C, streaming, next);
             });
             if (a.stats != nullptr) save_statistics<kKind>(a.stats, 0, rows, r, saved);
         }

@@ -195,11 +195,11 @@ inline Statistics statistics_of(const X* x, int64_t C, float sum, float abs_max,
     return {mean, rstd};
 }
 
-// out[0, C) = the row, normalised; `kScaled` and `scale` as before. Meanwhile RMSNorm, which has no pass for
-// statistics, fetches the row at `next`.
-template <bool kW, NormKind kKind, bool kScaled, typename X, typename T, typename Next>
+// out[0, C) = the row of T, normalised; `kScaled` and `scale` as before. Meanwhile RMSNorm, which has no pass
+// for statistics, fetches the row at `next`.
+template <bool kW, NormKind kKind, bool kScaled, typename T, typename X, typename Out, typename Next>
 inline void normalise_values(const X* x, Statistics s, float scale, const WideAffine& affine, int64_t C,
-                             T* out, bool streaming, const Next* next) {
+                             Out* out, bool streaming, const Next* next) {
     const bool amd = is_amd();
     map_values<kW>(x, C, out, streaming, [&](int64_t j, VecF v, auto tag) {
         // Two vectors of bfloat16 are one line.

@@ -5,17 +5,11 @@
 namespace cogview {
 
 void sandwich_layer_norm_fwd_cuda(const SandwichForward& args, void* stream) {
-    COGVIEW_DISPATCH_DTYPE(args.shape.dtype, {
-        using T = CudaType<scalar_t>::type;
-        launch_sandwich_forward<NormKind::kLayer, T, T>(args, static_cast<cudaStream_t>(stream));
-    });
+    launch_sandwich_forward<NormKind::kLayer>(args, static_cast<cudaStream_t>(stream));
 }
 
 void sandwich_layer_norm_bwd_cuda(const SandwichBackward& args, void* stream) {
-    COGVIEW_DISPATCH_DTYPE(args.shape.dtype, {
-        using T = CudaType<scalar_t>::type;
-        launch_sandwich_backward<NormKind::kLayer, T, T>(args, static_cast<cudaStream_t>(stream));
-    });
+    launch_sandwich_backward<NormKind::kLayer>(args, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace cogview

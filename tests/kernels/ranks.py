@@ -140,6 +140,15 @@ def compiled(call: Call) -> Call:
     return replace(call, function=torch.compile(call.function, backend="aot_eager", fullgraph=True))
 
 
+def narrow(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A 16-bit branch on a float32 residual, as autocast gives it."""
+
+    def function(branch, *others):
+        return op(branch.bfloat16(), *others, normed_dtype=torch.bfloat16)
+
+    return function
+
+
 def sequence_parallel_rms(x, weight):
     return ck.rms_norm(x, weight, weight_offset=1.0, pb_relax="row")
 
@@ -167,6 +176,8 @@ def calls() -> dict[str, Call]:
         "rms_norm": norm(sequence_parallel_rms, 1, 1, Shard(1)),
         "sandwich_layer_norm": norm(ck.sandwich_layer_norm, 2, 4, SAMPLES),
         "sandwich_rms_norm": norm(ck.sandwich_rms_norm, 2, 2, Shard(1)),
+        "sandwich_layer_norm-narrow": norm(narrow(ck.sandwich_layer_norm), 2, 4, SAMPLES),
+        "sandwich_rms_norm-narrow": norm(narrow(ck.sandwich_rms_norm), 2, 2, SAMPLES),
         "softmax-samples": softmax(SAMPLES, SAMPLES),
         "softmax-heads": softmax(HEADS, None, causal=True),
         "softmax-rows": softmax(Shard(2), Shard(2), scale=0.5),

@@ -164,6 +164,7 @@ def norm_options(draw, names):
         "pb_relax": st.sampled_from(["row", "tensor", None, "column"]),
         "dropout_p": numbers,
         "seed": st.sampled_from([3, 2**63, -1, 2**64, 1.5, None]),
+        "normed_dtype": st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16, "float32"]),
     }
     options = {name: draw(drawn[name]) for name in names if draw(st.integers(0, 2)) == 0}
     if "dropout_p" in options:
@@ -195,7 +196,7 @@ def test_layer_norm(data):
 @given(st.data())
 def test_sandwich_layer_norm(data):
     draw = data.draw
-    options = norm_options(draw, ("eps", "pb_relax", "dropout_p", "seed"))
+    options = norm_options(draw, ("eps", "pb_relax", "dropout_p", "seed", "normed_dtype"))
     check("sandwich_layer_norm", norm_tensors(draw, 2, 4), options)
 
 
@@ -219,7 +220,7 @@ def test_rms_norm(data):
 @given(st.data())
 def test_sandwich_rms_norm(data):
     draw = data.draw
-    options = rms_options(draw, ("eps", "pb_relax", "dropout_p", "seed"))
+    options = rms_options(draw, ("eps", "pb_relax", "dropout_p", "seed", "normed_dtype"))
     check("sandwich_rms_norm", norm_tensors(draw, 2, 2), options)
 
 

@@ -73,6 +73,25 @@ def test_float64_is_left_alone(op):
         assert ATTENTION[op](q, k, v).dtype == torch.float64
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("sandwich", [sandwich_layer_norm, sandwich_rms_norm])
+def test_a_product_takes_a_narrow_normed_as_it_is(sandwich, backend):
+    """To the same bits as where autocast casts it; so are all gradients."""
+    x, first, second = torch.randn(6, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 8)
+    parameters = torch.randn(4 if sandwich is sandwich_layer_norm else 2, 16).unbind()
+    leaves, results, casts = [*first.parameters(), *second.parameters()], [], []
+    for dtype in (None, torch.bfloat16):
+        with torch.profiler.profile() as record, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            residual_out, normed = sandwich(first(x), x, *parameters, normed_dtype=dtype, backend=backend)
+            y = second(normed)
+            gradients = torch.autograd.grad(residual_out.sum() + y.float().pow(2).sum(), leaves)
+        results.append([residual_out, y, *gradients])
+        casts.append(sum(event.name == "aten::_to_copy" for event in record.events()))
+    assert all(map(torch.equal, *results))
+    # Forward and backward. The reference casts in its own ways.
+    assert backend is not None or casts[1] == casts[0] - 2
+
+
 def test_the_loss_leaves_float64_alone():
     """As F.linear does; and what is no float is an error, not cast to one."""
     hidden, weight = torch.randn(6, 32).double(), torch.randn(50, 32).double()

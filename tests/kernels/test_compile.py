@@ -84,6 +84,10 @@ CALLS = {
             x, y, w, w, w, w, dropout_p=0.1, seed=3, backend=backend
         ),
     ),
+    "sandwich_layer_norm, narrow": (
+        lambda T: (torch.randn(T, 8).bfloat16(), torch.randn(T, 8), torch.randn(8)),
+        lambda x, y, w, backend: sandwich_layer_norm(x, y, w, w, w, w, normed_dtype=x.dtype, backend=backend),
+    ),
     "rms_norm": (
         lambda T: (torch.randn(T, 8), torch.randn(8)),
         lambda x, weight, backend: rms_norm(x, weight, weight_offset=1.0, backend=backend),
@@ -91,6 +95,10 @@ CALLS = {
     "sandwich_rms_norm": (
         lambda T: (torch.randn(T, 8), torch.randn(T, 8), torch.randn(8)),
         lambda x, y, w, backend: sandwich_rms_norm(x, y, w, w, dropout_p=0.1, seed=3, backend=backend),
+    ),
+    "sandwich_rms_norm, narrow": (
+        lambda T: (torch.randn(T, 8).bfloat16(), torch.randn(T, 8), torch.randn(8)),
+        lambda x, y, w, backend: sandwich_rms_norm(x, y, w, w, normed_dtype=x.dtype, backend=backend),
     ),
     "decode_linear": (
         lambda T: (torch.randn(2, T), torch.randn(11, T), torch.randn(11)),

@@ -98,6 +98,14 @@ def test_sandwich_norms_are_two_norms_and_a_sum(ours, norm):
     assert_alike(of(module, *inputs, outputs=list), of(apart, *inputs, outputs=list))
 
 
+@pytest.mark.parametrize("module", [SandwichLayerNorm(8), SandwichRMSNorm(8)], ids=["layer_norm", "rms_norm"])
+def test_sandwich_norms_give_a_narrow_normed(module):
+    branch, residual = torch.randn(2, 4, 8).bfloat16(), torch.randn(2, 4, 8)
+    (residual_out, normed), expected = module(branch, residual, torch.bfloat16), module(branch, residual)
+    assert normed.dtype == torch.bfloat16 and torch.equal(residual_out, expected[0])
+    assert torch.equal(normed, expected[1].bfloat16())
+
+
 def test_a_weight_with_an_offset_begins_as_one():
     branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
     plain, gemma = SandwichRMSNorm(8), SandwichRMSNorm(8, weight_offset=1.0)

@@ -16,6 +16,7 @@ from tests.helpers.triton_compile import Call, assert_norms_fit, benchmark_calls
 
 BACKENDS = ["cpu", "triton", "cuda"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NARROW = [torch.float16, torch.bfloat16]  # of a branch on a float32 residual, as autocast gives it
 MODES = ["row", "tensor", None]
 PARAMETERS = ("post_weight", "post_bias", "pre_weight", "pre_bias")
 
@@ -33,17 +34,26 @@ CASES = {
 }
 
 
-def make_case(name: str, dtype: torch.dtype, device: torch.device):
-    """``(branch, residual, *parameters)``, the two outputs' gradients, and further arguments."""
+def make_case(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    narrow: torch.dtype | None = None,
+    normed_dtype: torch.dtype | None = None,
+):
+    """``(branch, residual, *parameters)``, the two outputs' gradients, and further arguments.
+
+    ``dtype`` is that of all activations but a ``narrow`` branch."""
     shape, which, parameter_dtype, dropout_p = CASES[name]
     branch = torch.randn(shape) * torch.rand(*shape[:-1], 1).add(0.2) + torch.randn(*shape[:-1], 1)
     residual = 2 * torch.randn(shape) + torch.randn(*shape[:-1], 1)
-    inputs = [branch.to(dtype).to(device), residual.to(dtype).to(device)]
+    inputs = [branch.to(narrow or dtype).to(device), residual.to(dtype).to(device)]
     for part in PARAMETERS:
-        p = torch.randn(shape[-1]).to(parameter_dtype or dtype).to(device)
+        p = torch.randn(shape[-1]).to(parameter_dtype or narrow or dtype).to(device)
         inputs.append(p if part in which else None)
-    douts = [torch.randn(shape).to(dtype).to(device) for _ in range(2)]
-    return inputs, douts, {"dropout_p": dropout_p, "seed": 2**40 + 3}
+    douts = [torch.randn(shape).to(of).to(device) for of in (dtype, normed_dtype or dtype)]
+    arguments = {"dropout_p": dropout_p, "seed": 2**40 + 3}
+    return inputs, douts, arguments | ({"normed_dtype": normed_dtype} if normed_dtype else {})
 
 
 def with_gradients(function, inputs, douts, **arguments):
@@ -65,12 +75,15 @@ def with_gradients(function, inputs, douts, **arguments):
 def check(backend, inputs, douts, **arguments):
     """Outputs and gradients of a backend are within the budget."""
     ours = with_gradients(sandwich_layer_norm, inputs, douts, backend=backend, **arguments)
+    normed_dtype = arguments.pop("normed_dtype", inputs[1].dtype)
 
     def reference(*tensors):
         return with_gradients(sandwich_layer_norm_reference, tensors[:-2], tensors[-2:], **arguments)
 
-    truth, eager = judge(reference, [*inputs, *douts])
-    dtypes = [x if x is None else x.dtype for x in (*inputs[:2], *inputs)]
+    dtypes = [inputs[1].dtype, normed_dtype, *(x if x is None else x.dtype for x in inputs)]
+    # A narrow branch on a wide residual is computed in float32.
+    compute = None if inputs[0].dtype == inputs[1].dtype else torch.float32
+    truth, eager = judge(reference, [*inputs, *douts], compute=compute, dtypes=dtypes)
     names = ("residual_out", "normed", "dbranch", "dresidual", *("d" + p for p in PARAMETERS))
     for name, dtype, a, e, t in zip(names, dtypes, ours, eager, truth, strict=True):
         if e is None:  # autograd asked for nothing
@@ -225,6 +238,39 @@ def test_forward_and_backward(backend, dtype, case, mode, backend_device):
     check(backend, inputs, douts, pb_relax=mode, **arguments)
 
 
+@pytest.mark.budget
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", ["past_a_vector", "four_vectors_and_a_bit", "two_tiles_of_rows_and_a_bit"])
+@pytest.mark.parametrize("is_normed_narrow", [False, True])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_narrow_branch_on_a_wide_residual(backend, dtype, is_normed_narrow, case, mode, backend_device):
+    normed_dtype = dtype if is_normed_narrow else None
+    device = backend_device(backend)
+    inputs, douts, arguments = make_case(case, torch.float32, device, dtype, normed_dtype)
+    check(backend, inputs, douts, pb_relax=mode, **arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_narrow_branch_and_normed_have_the_bits_of_casts(backend, dtype, dropout_p, mode, backend_device):
+    """Of a cast of the branch before the op, and one of ``normed`` after it, forward and backward."""
+    inputs, douts, _ = make_case("past_a_vector", torch.float32, backend_device(backend), dtype, dtype)
+    arguments = {"backend": backend, "pb_relax": mode, "dropout_p": dropout_p, "seed": 7}
+
+    def with_casts(branch, *others):
+        residual_out, normed = sandwich_layer_norm(branch.float(), *others, **arguments)
+        return residual_out, normed.to(dtype)
+
+    ours = with_gradients(sandwich_layer_norm, inputs, douts, normed_dtype=dtype, **arguments)
+    assert [x.dtype for x in ours[:4]] == [torch.float32, dtype, dtype, torch.float32]
+    for a, b in zip(ours, with_gradients(with_casts, inputs, douts), strict=True):
+        assert torch.equal(a, b)
+    assert ours[1].isfinite().all() and ours[2].any()
+
+
 @pytest.mark.parametrize("C", [511, 513, 2560, 3000])
 def test_triton_widths_at_the_edges_of_pieces(C, backend_device):
     device = backend_device("triton")
@@ -319,6 +365,10 @@ def test_every_instruction_set(isa, instruction_set):
         for case in ("past_a_vector", "four_vectors_and_a_bit"):
             inputs, douts, arguments = make_case(case, dtype, torch.device("cpu"))
             check("cpu", inputs, douts, **arguments)
+    for dtype in NARROW:
+        for case in ("past_a_vector", "four_vectors_and_a_bit"):
+            inputs, douts, arguments = make_case(case, torch.float32, torch.device("cpu"), dtype, dtype)
+            check("cpu", inputs, douts, **arguments)
 
 
 # ---- PyTorch integration
@@ -330,7 +380,8 @@ def test_opcheck(backend, backend_device):
     inputs[3] = None
     leaves = [None if x is None else x.requires_grad_() for x in inputs]
     ops, seed = torch.ops.cogview_kernels, torch.tensor(5)
-    torch.library.opcheck(ops.sandwich_layer_norm.default, (*leaves, 1e-5, "row", 0.1, seed, backend))
+    options = (1e-5, "row", 0.1, seed, backend)
+    torch.library.opcheck(ops.sandwich_layer_norm.default, (*leaves, torch.float32, *options))
     tensors = [None if x is None else x.detach() for x in leaves]
     stats = torch.rand(4, 12, device=douts[0].device)
     for dresidual_out, dnormed in (douts, (None, douts[1]), (douts[0], None)):
@@ -338,11 +389,20 @@ def test_opcheck(backend, backend_device):
             ops.sandwich_layer_norm_backward.default,
             (dresidual_out, dnormed, *tensors[:2], stats, *tensors[2:], 0.1, seed, backend, True, False),
         )
+    narrow = tensors[0].bfloat16()  # opcheck compares gradients as if they were float32's
+    torch.library.opcheck(ops.sandwich_layer_norm.default, (narrow, *tensors[1:], torch.bfloat16, *options))
+    for dnormed in (douts[1].bfloat16(), None):
+        torch.library.opcheck(
+            ops.sandwich_layer_norm_backward.default,
+            (douts[0], dnormed, narrow, tensors[1], stats, *tensors[2:], 0.1, seed, backend, True, True),
+        )
 
 
+@pytest.mark.parametrize("narrow", [None, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_without_graph_break(backend, backend_device):
-    inputs, douts, arguments = make_case("four_vectors_and_a_bit", torch.float32, backend_device(backend))
+def test_compile_without_graph_break(backend, narrow, backend_device):
+    case, device = "four_vectors_and_a_bit", backend_device(backend)
+    inputs, douts, arguments = make_case(case, torch.float32, device, narrow, narrow)
     function = lambda *a: sandwich_layer_norm(2 * a[0], *a[1:], backend=backend, **arguments)  # noqa: E731
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -373,15 +433,40 @@ def test_autocast_gives_a_narrow_branch_and_a_wide_residual():
     assert x.grad is not None and linear.weight.grad is not None
 
 
+def test_the_branch_is_saved_as_it_came():
+    branch, residual = torch.randn(6, 16).bfloat16().requires_grad_(), torch.randn(6, 16)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        residual_out, _ = sandwich_layer_norm(branch, residual, None, None, None, None)
+    assert sorted(x.data_ptr() for x in saved if x.shape == branch.shape) == sorted(
+        (branch.data_ptr(), residual_out.data_ptr())
+    )
+
+
 # ---- dtypes and errors
 
 
-def test_mixed_dtypes_are_promoted():
-    branch, residual = torch.randn(3, 8).bfloat16(), torch.randn(3, 8)
-    weight = torch.randn(8)
-    outputs = sandwich_layer_norm(branch, residual, weight, None, None, weight)
-    expected = sandwich_layer_norm(branch.float(), residual, weight, None, None, weight)
-    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(outputs, expected, strict=True))
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+    ],
+    ids=str,
+)
+def test_mixed_dtypes_are_promoted(dtypes, backend):
+    if torch.float64 in dtypes and backend == "cpu":
+        pytest.skip("kernels take no float64")
+    branch, residual = (torch.randn(3, 8).to(dtype) for dtype in dtypes)
+    wide = torch.promote_types(*dtypes)
+    weight = torch.randn(8).to(wide)
+    outputs = sandwich_layer_norm(branch, residual, weight, None, None, weight, backend=backend)
+    both = branch.to(wide), residual.to(wide)
+    expected = sandwich_layer_norm(*both, weight, None, None, weight, backend=backend)
+    assert all(torch.equal(a, b) and a.dtype == wide for a, b in zip(outputs, expected, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -405,6 +490,22 @@ def test_mixed_dtypes_are_promoted():
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
         ({"dropout_p": 0.1, "seed": torch.ones(2).long()}, TypeError, r"got torch.int64 \(2,\)"),
         ({"backend": "sdpa"}, NotImplementedError, "no sdpa backend; this op has"),
+        (
+            {"normed_dtype": torch.float16},
+            TypeError,
+            "normed_dtype must be None or torch.float32, that of residual_out, got torch.float16; leave it",
+        ),
+        (
+            {"branch": torch.ones(2, 3).bfloat16(), "normed_dtype": torch.float16},
+            TypeError,
+            "torch.float32, that of residual_out, or torch.bfloat16, that of branch, got torch.float16",
+        ),
+        (
+            {"residual": torch.ones(2, 3).bfloat16(), "normed_dtype": torch.bfloat16},
+            TypeError,
+            "normed_dtype must be None or torch.float32, that of residual_out, got torch.bfloat16",
+        ),
+        ({"normed_dtype": "float32"}, TypeError, "normed_dtype must be None or .* got 'float32'"),
     ],
     ids=lambda value: None,
 )
@@ -418,22 +519,27 @@ def test_errors(arguments, error, message):
 # ---- large tensors, and chips that are not here
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_results_past_the_caches_are_streamed(dtype):
+@pytest.mark.parametrize(
+    "dtypes",  # of branch and normed, and of the trunk
+    [*((dtype, dtype) for dtype in DTYPES), *((dtype, torch.float32) for dtype in NARROW)],
+    ids=str,
+)
+def test_results_past_the_caches_are_streamed(dtypes):
     """From 4 MiB on the CPU backend stores around the caches; 2,056 columns do not divide into vectors.
 
     Halves of the rows are stored as usual and give the same bits; sums over rows are sums of both halves'.
     """
     for C in (2048, 2056):
-        rows, douts = torch.randn(2, 1100, C).to(dtype), torch.randn(2, 1100, C).to(dtype)
+        rows = [torch.randn(1100, C).to(dtype) for dtype in dtypes]
+        douts = [torch.randn(1100, C).to(dtype) for dtype in dtypes[::-1]]
         parameters = torch.randn(4, C).unbind()
-        whole = with_gradients(sandwich_layer_norm, [*rows, *parameters], [*douts], backend="cpu")
-        halves = [
-            with_gradients(
-                sandwich_layer_norm, [*rows[:, half], *parameters], [*douts[:, half]], backend="cpu"
-            )
-            for half in (slice(550), slice(550, 1100))
-        ]
+
+        def of(part, rows=rows, douts=douts, parameters=parameters):
+            inputs = [*(x[part] for x in rows), *parameters]
+            options = {"normed_dtype": dtypes[0], "backend": "cpu"}
+            return with_gradients(sandwich_layer_norm, inputs, [d[part] for d in douts], **options)
+
+        whole, halves = of(slice(None)), [of(slice(550)), of(slice(550, 1100))]
         for all_rows, parts in zip(whole[:4], zip(*(half[:4] for half in halves), strict=True), strict=True):
             assert torch.equal(all_rows, torch.cat(parts))
         sums = [sum(parts) for parts in zip(*(half[4:] for half in halves), strict=True)]
@@ -442,10 +548,11 @@ def test_results_past_the_caches_are_streamed(dtype):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_triton_compiles_for_sm80_and_sm90(arch):
-    """The benchmark's shapes; dropout with parameters in float32; pb_relax="tensor"; a width of no vector."""
+    """The benchmark's shapes; dropout with parameters in float32; pb_relax="tensor"; a width of no vector; a
+    narrow branch."""
 
-    def call(C, dtype, parameter_dtype, **options):
-        rows = [meta(64, C, dtype=dtype, grad=True) for _ in range(2)]
+    def call(C, dtype, parameter_dtype, trunk=None, **options):
+        rows = [meta(64, C, dtype=of, grad=True) for of in (dtype, trunk or dtype)]
         parameters = [meta(C, dtype=parameter_dtype, grad=True) for _ in range(4)]
         return Call("sandwich_layer_norm", (*rows, *parameters), options, arch)
 
@@ -458,6 +565,7 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
             call(2560, torch.float16, torch.float32, **dropout),
             call(4096, torch.float32, torch.float32, **dropout),
             call(1001, torch.float16, torch.float16),
+            call(2560, torch.bfloat16, torch.float32, torch.float32, normed_dtype=torch.bfloat16, **dropout),
         ]
     assert_norms_fit(compile_calls(calls))
 
@@ -465,8 +573,9 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
-    types = ("float", "__half", "__nv_bfloat16")
-    kinds = [f"cogview::NormKind::kLayer, {t}, {t}" for t in types]
+    types = [(t, t, t) for t in ("float", "__half", "__nv_bfloat16")]
+    types += [("__half", "float", "float"), ("__half", "float", "__half")]
+    kinds = [f"cogview::NormKind::kLayer, {b}, {t}, {n}" for b, t, n in types]
     kernels = [f"cogview::sandwich_bwd_kernel<{kind}>" for kind in kinds]
     for passes in ("true, true", "true, false", "false, true"):
         kernels += [f"cogview::sandwich_fwd_kernel<{kind}, {passes}>" for kind in kinds]

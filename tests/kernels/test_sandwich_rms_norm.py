@@ -39,7 +39,12 @@ CASES = {
 }
 
 
-def make_case(name: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device):
+def make_case(
+    name: str,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    device: torch.device,
+    normed_dtype: torch.dtype | None = None,
+):
     """``(branch, residual, *weights)``, the two outputs' gradients, and options."""
     shape, which, weight_dtype, options = CASES[name]
     branch = torch.randn(shape) * torch.rand(*shape[:-1], 1).add(0.2) + torch.randn(*shape[:-1], 1)
@@ -48,10 +53,11 @@ def make_case(name: str, dtypes: tuple[torch.dtype, torch.dtype], device: torch.
     for part in BOTH:
         w = torch.randn(shape[-1]).to(weight_dtype or dtypes[0]).to(device)
         inputs.append(w if part in which else None)
-    douts = [torch.randn(shape).to(dtypes[1]).to(device) for _ in range(2)]
+    douts = [torch.randn(shape).to(of).to(device) for of in (dtypes[1], normed_dtype or dtypes[1])]
     if inputs[3] is None:
         douts[1] = None
-    return inputs, douts, {"seed": 2**40 + 3, **options}
+    options = {"seed": 2**40 + 3, **options}
+    return inputs, douts, options | ({"normed_dtype": normed_dtype} if normed_dtype else {})
 
 
 def with_gradients(function, inputs, douts, **options):
@@ -77,11 +83,12 @@ def check(backend, inputs, douts, **options):
     A narrow branch on a wide residual is computed in float32. Where all rows are narrow, so is residual_out,
     and what follows from it is judged by eager PyTorch in that dtype."""
     ours = with_gradients(sandwich_rms_norm, inputs, douts, backend=backend, **options)
+    normed_dtype = options.pop("normed_dtype", inputs[1].dtype)
 
     def reference(*tensors):
         return with_gradients(sandwich_rms_norm_reference, tensors[:4], tensors[4:], **options)
 
-    dtypes = [inputs[1].dtype] * 2 + [x if x is None else x.dtype for x in inputs]
+    dtypes = [inputs[1].dtype, normed_dtype, *(x if x is None else x.dtype for x in inputs)]
     compute = None if inputs[0].dtype == inputs[1].dtype else F32
     truth, eager = judge(reference, [*inputs, *douts], compute=compute, dtypes=dtypes)
     names = ("residual_out", "normed", "dbranch", "dresidual", "dpost_weight", "dpre_weight")
@@ -149,11 +156,42 @@ def test_forward_and_backward(backend, dtypes, case, backend_device):
 
 @pytest.mark.budget
 @pytest.mark.parametrize("case", ["vector", "four_vectors_and_a_bit", "two_tiles_of_rows_and_a_bit"])
+@pytest.mark.parametrize("is_normed_narrow", [False, True])
 @pytest.mark.parametrize("dtypes", MIXED)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_narrow_branch_on_a_wide_residual(backend, dtypes, case, backend_device):
-    inputs, douts, options = make_case(case, MIXED[dtypes], backend_device(backend))
+def test_a_narrow_branch_on_a_wide_residual(backend, dtypes, is_normed_narrow, case, backend_device):
+    normed_dtype = MIXED[dtypes][0] if is_normed_narrow else None
+    inputs, douts, options = make_case(case, MIXED[dtypes], backend_device(backend), normed_dtype)
     check(backend, inputs, douts, **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3}, ROUND, OFFSET], ids=str)
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_narrow_normed_has_the_bits_of_a_cast(backend, dtype, options, mode, backend_device):
+    """Forward and backward. With ``round_before_weight`` too rows are rounded to what residual_out has."""
+    inputs, douts, _ = make_case("past_a_vector", (dtype, F32), backend_device(backend), dtype)
+    options = {"backend": backend, "pb_relax": mode, "seed": 7, **options}
+
+    def with_a_cast(*given):
+        residual_out, normed = sandwich_rms_norm(*given, **options)
+        return residual_out, normed.to(dtype)
+
+    ours = with_gradients(sandwich_rms_norm, inputs, douts, normed_dtype=dtype, **options)
+    assert [x.dtype for x in ours[:4]] == [F32, dtype, dtype, F32]
+    for a, b in zip(ours, with_gradients(with_a_cast, inputs, douts), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_the_dtype_of_a_norm_that_is_left_out(backend, backend_device):
+    inputs, douts, options = make_case("four_vectors_and_a_bit", (BF16, F32), backend_device(backend))
+    results = [
+        with_gradients(sandwich_rms_norm, inputs, douts, backend=backend, normed_dtype=of, **options)
+        for of in (None, BF16)
+    ]
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -280,8 +318,9 @@ def test_every_instruction_set(isa, instruction_set):
     ]
     cases += [("vector", d) for d in MIXED.values()]
     for case, dtypes in cases:
-        inputs, douts, options = make_case(case, dtypes, torch.device("cpu"))
-        check("cpu", inputs, douts, **options)
+        for normed_dtype in {None, dtypes[0]}:
+            inputs, douts, options = make_case(case, dtypes, torch.device("cpu"), normed_dtype)
+            check("cpu", inputs, douts, **options)
 
 
 # ---- PyTorch integration
@@ -295,11 +334,18 @@ def test_opcheck(backend, dtypes, backend_device):
     for pre_weight in (inputs[3], None):
         inputs[3] = pre_weight
         leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
-        if dtypes[0] == F32:  # opcheck compares gradients as if they were float32's
-            torch.library.opcheck(ops.sandwich_rms_norm.default, (*leaves, *options, seed, backend))
+        if dtypes[0] != F32:  # opcheck compares gradients as if they were float32's
+            leaves = [None if x is None else x.detach() for x in leaves]
+        for normed_dtype in {F32, dtypes[0]}:
+            torch.library.opcheck(
+                ops.sandwich_rms_norm.default, (*leaves, normed_dtype, *options, seed, backend)
+            )
         branch, residual_out, post, pre = (None if x is None else x.detach() for x in leaves)
         stats = torch.rand(1 if pre is None else 2, 12, device=branch.device)
-        given = [douts, (None, douts[1]), (douts[0], None)] if pre is not None else [(douts[0], None)]
+        narrow = douts[1].to(dtypes[0])
+        given = [(douts[0], narrow), (None, douts[1]), (douts[0], None)]
+        if pre is None:
+            given = given[2:]
         for dresidual_out, dnormed in given:
             rows = (dresidual_out, dnormed, branch, residual_out if pre is not None else None)
             arguments = (*rows, stats, post, pre, 1.0, 0.1, seed, backend, True, False)
@@ -379,6 +425,12 @@ def test_other_mixed_dtypes_are_promoted(dtypes, backend):
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
         ({"backend": "sdpa"}, NotImplementedError, "no sdpa backend; this op has"),
+        (
+            {"branch": torch.ones(2, 3).bfloat16(), "normed_dtype": F16},
+            TypeError,
+            "torch.float32, that of residual_out, or torch.bfloat16, that of branch, got torch.float16",
+        ),
+        ({"normed_dtype": 16}, TypeError, "normed_dtype must be None or torch.float32, .* got 16; leave it"),
     ],
     ids=lambda value: None,
 )
@@ -392,20 +444,24 @@ def test_errors(arguments, error, message):
 
 
 @pytest.mark.parametrize("weights", [1, 2])
+@pytest.mark.parametrize("is_normed_narrow", [False, True])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16", "bfloat16 on float32"])
-def test_results_past_the_caches_are_streamed(dtypes, weights):
+def test_results_past_the_caches_are_streamed(dtypes, is_normed_narrow, weights):
     """From 4 MiB on the CPU backend stores around the caches.
 
     Halves of the rows are stored as usual and give the same bits; sums over rows are sums of both halves'.
     """
     kinds = (DTYPES | MIXED)[dtypes]
     rows = [torch.randn(1100, 2048).to(dtype) for dtype in kinds]
-    douts = [torch.randn(1100, 2048).to(kinds[1]) for _ in range(weights)] + [None] * (2 - weights)
+    normed_dtype = kinds[0] if is_normed_narrow else kinds[1]
+    douts = [torch.randn(1100, 2048).to(kinds[1]), torch.randn(1100, 2048).to(normed_dtype)]
+    douts[weights:] = [None] * (2 - weights)
     parameters = torch.randn(weights, 2048).unbind()
 
     def part(of):
         given = [x[of] for x in rows], [None if d is None else d[of] for d in douts]
-        return with_gradients(sandwich_rms_norm, [*given[0], *parameters], given[1], backend="cpu")
+        options = {"normed_dtype": normed_dtype, "backend": "cpu"}
+        return with_gradients(sandwich_rms_norm, [*given[0], *parameters], given[1], **options)
 
     whole, halves = part(slice(None)), [part(half) for half in (slice(550), slice(550, 1100))]
     for all_rows, parts in zip(whole[:4], zip(*(half[:4] for half in halves), strict=True), strict=True):
@@ -433,6 +489,7 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
         calls += [
             call(2560, (BF16, F32), 2, pb_relax="tensor", **dropout, **OFFSET, **ROUND),
             call(2560, (BF16, BF16), 1, **ROUND),
+            call(2560, (BF16, F32), 2, normed_dtype=BF16),
             call(4096, (F32, F32), 2, pb_relax="row", **dropout),
         ]
     assert_norms_fit(compile_calls(calls))
@@ -441,8 +498,9 @@ def test_triton_compiles_for_sm80_and_sm90(arch):
 @pytest.mark.skipif(bool(cuda_compile.why_not()), reason=cuda_compile.why_not())
 @pytest.mark.parametrize("arch", [70, 90])
 def test_cuda_compiles_without_spills(arch):
-    types = [("float", "float"), ("__half", "__half"), ("__half", "float")]
-    kinds = [f"cogview::NormKind::kRms, {b}, {t}" for b, t in types]
+    types = [(b, t, t) for b, t in (("float", "float"), ("__half", "__half"), ("__half", "float"))]
+    types += [("__half", "float", "__half")]
+    kinds = [f"cogview::NormKind::kRms, {b}, {t}, {n}" for b, t, n in types]
     kernels = [f"cogview::sandwich_bwd_kernel<{kind}>" for kind in kinds]
     for passes in ("true, true", "true, false", "false, true"):
         kernels += [f"cogview::sandwich_fwd_kernel<{kind}, {passes}>" for kind in kinds]

@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogview_kernels import _backends, _extension, layer_norm, rms_norm
+from cogview_kernels import (
+    _backends,
+    _extension,
+    layer_norm,
+    rms_norm,
+    sandwich_layer_norm,
+    sandwich_rms_norm,
+)
 from cogview_kernels.layer_norm.op import layer_norm_op
 from cogview_kernels.rms_norm.op import rms_norm_op
 
@@ -44,6 +51,7 @@ def test_what_a_signature_tells_apart():
         (x, x),
         (None, x),
         *((x, value) for value in (1, 1.0, True, 0, 0.0, False, "1", "", -0.0, 1e-5)),
+        *((x, dtype) for dtype in (torch.float32, torch.bfloat16)),
         (x, "1", ""),
         (x, "", "1"),
     ]
@@ -78,7 +86,7 @@ def test_which_signatures_lead_to_the_kernel_at_once():
         [1],
         (1.0,),
         2**70,
-        torch.float32,
+        torch.strided,
         torch.empty(2, device="meta"),
         torch.ones(2).as_subclass(Kind),
         "\ud800",
@@ -103,6 +111,19 @@ def test_checks_run_once_for_each_signature(passed):
     assert passed == before  # what failed is not remembered
     assert layer_norm(x, weight, eps=1, backend="reference").allclose(layer_norm(x, weight, eps=1))
     assert sorted(passed.values()) == ["cpu", "reference"]
+
+
+@pytest.mark.parametrize("sandwich", [sandwich_layer_norm, sandwich_rms_norm])
+def test_a_dtype_is_told_apart(sandwich, passed):
+    branch, residual, weight = torch.randn(2, 4).bfloat16(), torch.randn(2, 4), torch.randn(4)
+    parameters = [weight] * (4 if sandwich is sandwich_layer_norm else 2)
+    for _ in range(2):
+        for dtype in (None, torch.float32, torch.bfloat16):
+            _, normed = sandwich(branch, residual, *parameters, normed_dtype=dtype)
+            assert normed.dtype == (dtype or torch.float32)
+        with pytest.raises(TypeError, match=r"normed_dtype must be .* got torch\.float16"):
+            sandwich(branch, residual, *parameters, normed_dtype=torch.float16)
+    assert len(passed) == 3
 
 
 def test_few_are_remembered(passed, monkeypatch):

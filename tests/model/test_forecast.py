@@ -18,7 +18,7 @@ def base(gpus=8, memory=80.0, precision="bf16", checkpointing=True, **train):
 
 
 def test_the_parts_that_it_names_fit_and_fewer_do_not():
-    forecast = base(batch_size=512)
+    forecast = base(batch_size=640)
     assert not forecast.fits()
     parts = forecast.parts_that_fit()
 

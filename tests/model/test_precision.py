@@ -3,11 +3,13 @@
 
 import dataclasses
 import json
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
+import cogview.model.transformer
 from cogview.files import load_tensors
 from cogview.training.checkpoint import latest_checkpoint
 from cogview.training.precision import NonFiniteWatch, Precision, fast_precision
@@ -47,7 +49,9 @@ def test_products_are_narrow_and_weights_trunk_and_losses_are_not(precision):
     losses = trainer._gradient(0, next(trainer.batches(0)), trainer.precision.scaler)
     for name in ("attention.query_key_value", "attention", "mlp.dense_h_to_4h", "mlp"):
         assert seen[f"transformer.layers.1.{name}"].dtype == NARROW[precision]
-    assert [value.dtype for value in seen["transformer.layers.0"]] == [torch.float32] * 2
+    # What the next layer's product reads is narrow; what the model returns is not.
+    assert [value.dtype for value in seen["transformer.layers.0"]] == [torch.float32, NARROW[precision]]
+    assert [value.dtype for value in seen["transformer.layers.1"]] == [torch.float32] * 2
     assert {loss.dtype for loss in losses} == {torch.float32}
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
@@ -64,6 +68,41 @@ def test_training_in_16_bits_follows_the_losses_of_32(tmp_path, modest_scale, pr
     saved = latest_checkpoint(tmp_path / "narrow" / "checkpoints")
     tensors = load_tensors(saved / "optimizer.safetensors")
     assert {tensor.dtype for tensor in (*tensors.values(), *model.state_dict().values())} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes"),
+    [
+        ("bf16", {}),
+        ("fp16", {}),
+        ("bf16", {"activation_checkpointing": True}),
+        ("fp16", {"pb_relax": "tensor", "accumulate": 2}),
+        ("fp16", {"resblock_scaling": True}),
+    ],
+    ids=str,
+)
+def test_norms_train_as_with_casts_around_them(tmp_path, modest_scale, monkeypatch, precision, changes):
+    """They read branches, and give what products read, in 16 bits: losses and weights keep their bits."""
+    real, found = cogview.model.transformer.sandwich_layer_norm, []
+
+    def with_casts(branch, x, *parameters, normed_dtype, **options):
+        seen[branch.dtype, normed_dtype] += 1
+        return real(branch.float(), x, *parameters, **options)
+
+    of_train = {name: value for name, value in changes.items() if hasattr(CONFIG, name)}
+    of_model = {name: value for name, value in changes.items() if name not in of_train}
+    for sandwich in (real, with_casts):
+        monkeypatch.setattr(cogview.model.transformer, "sandwich_layer_norm", sandwich)
+        seen, model = Counter(), small_model(dropout=0.1, **of_model)
+        folder = tmp_path / sandwich.__name__
+        losses = train(model, dataset(), config(precision, steps=6, **of_train), folder, progress=False)
+        found.append((losses, [*model.parameters()]))
+    dtype = torch.float32 if "resblock_scaling" in changes else NARROW[precision]
+    # Of four norms the last one gives what the model returns.
+    assert seen.keys() == {(dtype, dtype), (dtype, None)}
+    assert seen[dtype, dtype] == 3 * seen[dtype, None]
+    assert same(found[0][0], found[1][0])
+    assert all(map(torch.equal, found[0][1], found[1][1]))
 
 
 class Overflows:
