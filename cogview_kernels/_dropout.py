@@ -99,6 +99,14 @@ def native_arguments(dropout: Dropout | None) -> tuple[int, float, int, int]:
     return dropout.keep_threshold, dropout.keep_scale, int(dropout.seed) % 2**64, 0
 
 
+def for_signature(seed: int | Tensor | None) -> int | Tensor | None:
+    """What the signature of a call has of its seed, see ``_backends.signature``.
+
+    Every int that is a seed passes the checks as 0 does: a program that counts its seeds up is checked once.
+    """
+    return 0 if type(seed) is int and -(2**63) <= seed < 2**64 else seed
+
+
 def as_seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
     """The seed as a 0-d int64 tensor, or None where nothing is dropped. Without a given one, a seed is drawn.
 

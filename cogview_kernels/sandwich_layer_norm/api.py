@@ -78,12 +78,13 @@ def sandwich_layer_norm(
     """
     parameters = (post_weight, post_bias, pre_weight, pre_bias)
     options = (eps, pb_relax, dropout_p, seed, normed_dtype)
-    signature = _backends.signature(_OP, branch, residual, *parameters, *options, backend)
+    kinds = (eps, pb_relax, dropout_p, _dropout.for_signature(seed), normed_dtype)
+    signature = _backends.signature(_OP, branch, residual, *parameters, *kinds, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
             parameters = _checks.autocast_parameters((branch, residual), parameters)
-            signature = _backends.signature(_OP, branch, residual, *parameters, *options, backend)
+            signature = _backends.signature(_OP, branch, residual, *parameters, *kinds, backend)
         chosen = _backends.remember(signature, _checked(branch, residual, parameters, options, backend))
         if _sharding.is_sharded(branch, backend):
             parts = _sharding.Parts.of_rows(_OP, "branch", branch, pb_relax, dropout_p)

@@ -84,12 +84,13 @@ def sandwich_rms_norm(
     weights = (post_weight, pre_weight)
     options = (eps, weight_offset, round_before_weight, pb_relax)
     others = (dropout_p, seed, normed_dtype)
-    signature = _backends.signature(_OP, branch, residual, *weights, *options, *others, backend)
+    kinds = (*options, dropout_p, _dropout.for_signature(seed), normed_dtype)
+    signature = _backends.signature(_OP, branch, residual, *weights, *kinds, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
         if torch._C._is_any_autocast_enabled():  # what is cast has never passed as it came
             weights = _checks.autocast_parameters((branch, residual), weights)
-            signature = _backends.signature(_OP, branch, residual, *weights, *options, *others, backend)
+            signature = _backends.signature(_OP, branch, residual, *weights, *kinds, backend)
         given = (branch, residual, weights, options, others, backend)
         chosen = _backends.remember(signature, _checked(*given))
         if _sharding.is_sharded(branch, backend):

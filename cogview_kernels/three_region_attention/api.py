@@ -93,7 +93,7 @@ def three_region_attention(
     if torch._C._is_any_autocast_enabled():
         q, k, v = _checks.autocast(q, k, v)
     regions = getattr(layout, "pivots", layout), type(layout) is ThreeRegionLayout
-    numbers = (scale, dropout_p, seed, return_lse)
+    numbers = (scale, dropout_p, _dropout.for_signature(seed), return_lse)
     signature = _backends.signature(_OP, q, k, v, *regions, starts, *numbers, backend)
     chosen = _backends.passed(signature)
     if chosen is None:

@@ -17,6 +17,7 @@ from cogview_kernels import (
     rms_norm,
     sandwich_layer_norm,
     sandwich_rms_norm,
+    three_region_attention,
 )
 from cogview_kernels.layer_norm.op import layer_norm_op
 from cogview_kernels.rms_norm.op import rms_norm_op
@@ -124,6 +125,38 @@ def test_a_dtype_is_told_apart(sandwich, passed):
         with pytest.raises(TypeError, match=r"normed_dtype must be .* got torch\.float16"):
             sandwich(branch, residual, *parameters, normed_dtype=torch.float16)
     assert len(passed) == 3
+
+
+ROW, HEAD = torch.randn(2, 4), torch.randn(1, 1, 3, 4)
+DROPPING = {
+    "sandwich_layer_norm": (sandwich_layer_norm, (ROW, ROW, None, None, None, None)),
+    "sandwich_rms_norm": (sandwich_rms_norm, (ROW, ROW, None)),
+    "three_region_attention": (three_region_attention, (HEAD, HEAD, HEAD, None)),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_a_new_seed_is_not_checked_anew(name, passed):
+    function, arguments = DROPPING[name]
+    call = lambda seed: function(*arguments, dropout_p=0.5, seed=seed, backend="cpu")  # noqa: E731
+    found = [call(seed) for seed in (*range(30), -(2**63), 2**63 - 1, 2**64 - 1)]
+    assert len(passed) == 1
+    first = [out[0] if isinstance(out, tuple) else out for out in found]
+    assert len({tuple(out.flatten().tolist()) for out in first}) > 20
+    for seed, kind in (
+        (2**64, ValueError),
+        (-(2**63) - 1, ValueError),
+        (2**70, ValueError),
+        (True, TypeError),
+        (3.7, TypeError),
+        ("0", TypeError),
+    ):
+        with pytest.raises(kind, match=f"^{name}: seed must"):
+            call(seed)
+    call(torch.tensor(5))
+    with pytest.raises(TypeError, match="seed must be an int or a 0-d int64 tensor"):
+        call(torch.tensor(5.0))
+    assert len(passed) == 2  # a tensor is known by its dtype and shape
 
 
 def test_few_are_remembered(passed, monkeypatch):
