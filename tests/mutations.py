@@ -347,7 +347,7 @@ MUTATIONS = [
     Mutation("draw-step-watched", "cogview_kernels/_draw.py",
              "type(head) not in PLAIN or is_watched()", "type(head) not in PLAIN", _DRAW_STEP),
     Mutation("plan-hooks", "cogview/model/decoder.py",
-             "type(module), is_unmodified(module)", "type(module), 0", _PLAN),
+             "type(module), _hooks.is_unmodified(module)", "type(module), 0", _PLAN),
     Mutation("plan-weights", "cogview/model/decoder.py", "weight.data_ptr(), weight.dtype", "weight.dtype",
              _PLAN),
     Mutation("plan-eps", "cogview/model/decoder.py", 'of.get("eps")', "0", _PLAN),

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from cogview.model.cache import KVCache
-from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk, is_unmodified
-from cogview_kernels import LayerStack, LayerWeights, _draw, decode_linear, decode_step
+from cogview.model.transformer import MLP, Attention, CogView, Layer, Trunk
+from cogview_kernels import LayerStack, LayerWeights, _draw, _hooks, decode_linear, decode_step
 
 # What a step knows how to compute; a module of another type was put in its place and may do anything.
 _KNOWN = frozenset((CogView, Trunk, Layer, Attention, MLP, nn.Linear, nn.LayerNorm, nn.Embedding))
@@ -114,7 +114,7 @@ def _seen_of(model: CogView) -> list[Any]:
             seen.append(None)
             continue
         of = module.__dict__
-        seen += type(module), is_unmodified(module), of.get("eps")
+        seen += type(module), _hooks.is_unmodified(module), of.get("eps")
         for weight in of["_parameters"].values():
             if type(weight) is nn.Parameter:
                 seen += weight.data_ptr(), weight.dtype, weight.shape, weight.stride()
@@ -150,7 +150,7 @@ def layer_stack(model: CogView) -> LayerStack | None:
 
 def _are_own(*modules: nn.Module) -> bool:
     """Whether modules compute what they are known for, and nobody listens."""
-    return all(type(module) in _KNOWN and is_unmodified(module) for module in modules)
+    return all(type(module) in _KNOWN and _hooks.is_unmodified(module) for module in modules)
 
 
 def _weights(layer: Layer) -> LayerWeights | None:

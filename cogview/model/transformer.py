@@ -26,7 +26,6 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as every_module
 from torch.utils.checkpoint import checkpoint
 
 from cogview.config import ModelConfig
@@ -36,6 +35,7 @@ from cogview.model.hub import HubModel
 from cogview.model.local_grid import LocalGrid
 from cogview_kernels import (
     ThreeRegionLayout,
+    _hooks,
     decode_attention,
     decode_linear,
     layer_norm,
@@ -47,16 +47,9 @@ Layout = ThreeRegionLayout | LocalGrid  # which keys each query sees
 DTYPE = torch.float32  # of new weights, whatever PyTorch's default is; ``model.to(dtype)`` for another
 
 
-def is_unmodified(module: nn.Module) -> bool:
-    """Whether a call of a module is its class's ``forward`` alone: no hook, and no other function."""
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        return False
-    return not (every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
-
-
 def _linear(layer: nn.Linear, x: Tensor, decoding: bool, activation: str | None = None) -> Tensor:
     """``layer(x)`` and the activation. A step of decoding has few rows, for which there is a kernel."""
-    if decoding and type(layer) is nn.Linear and is_unmodified(layer):
+    if decoding and type(layer) is nn.Linear and _hooks.is_unmodified(layer):
         return decode_linear(x, layer.weight, layer.bias, activation=activation)
     y = layer(x)
     return y if activation is None else F.gelu(y, approximate="tanh")

@@ -74,6 +74,14 @@ def _hook(model):
     model.transformer.layers[1].mlp.register_forward_hook(lambda *_: None)
 
 
+def _hook_of_gradients(model):
+    model.transformer.layers[1].mlp.dense_4h_to_h.register_full_backward_hook(lambda *_: None)
+
+
+def _hook_before_gradients(model):
+    model.transformer.layers[0].attention.dense.register_full_backward_pre_hook(lambda *_: None)
+
+
 def _replace(model):
     model.transformer.layers[1].attention.dense = OtherLinear(64, 64)
 
@@ -105,7 +113,7 @@ def _one_other_eps(model):
 
 
 CHANGES = [
-    *(_train, _hook, _replace, _no_bias, _other_mlp),
+    *(_train, _hook, _hook_of_gradients, _hook_before_gradients, _replace, _no_bias, _other_mlp),
     *(_own_forward, _narrower, _fewer, _one_other_eps),
 ]
 

@@ -160,6 +160,19 @@ def test_activation_checkpointing_changes_no_bit(attention, dtype):
         assert torch.equal(plain, checkpointed)
 
 
+def test_a_hook_of_gradients_hears_every_linear_layer():
+    """A model with a cache has no gradient, but a branch alone, called as for a step of decoding, has."""
+    model, heard = small_model(), []
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.register_full_backward_hook(lambda *_: heard.append(1))
+    model.train()(torch.randint(0, 60, (1, 6))).square().sum().backward()
+    assert len(heard) == 2 * 4
+    x = torch.randn(1, 2, 64)
+    model.transformer.layers[0].mlp(x, decoding=True).sum().backward()
+    assert len(heard) == 2 * 4 + 2
+
+
 def test_initial_weights():
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, num_layers=8, hidden_size=128, init_std=0.02)

@@ -25,11 +25,11 @@ from typing import Any, cast
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from cogview_kernels import _checks, rms_norm, sandwich_rms_norm
 from cogview_kernels import linear_cross_entropy as fused_cross_entropy
+from cogview_kernels._hooks import is_unmodified
 
 Forward = Callable[..., Any]
 _RETURN = re.compile(r"return (\w+)\(\s*loss=loss,")  # of a head: the class of its output
@@ -161,23 +161,14 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(forward, MethodType) and forward.__func__.__module__ == __name__
 
 
-def _has_hold(module: nn.Module) -> bool:
-    """Whether anybody has a say in a call of the module beside its class, and ``patch``."""
-    if "forward" in vars(module) and not _is_ours(module):
-        return True
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
-    of_gradients = (module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or any(of_gradients) or _has_any_global_hook()
-
-
 def _is_known(module: nn.Module, family: _Family) -> bool:
     """Whether the weight of a norm may be read in place of a call."""
-    return type(module).__name__ == family.norm and not _has_hold(module)
+    return type(module).__name__ == family.norm and is_unmodified(module, _is_ours)
 
 
 def _is_plain(head: nn.Module) -> bool:
     """Whether the weights of a head may be read in place of a call."""
-    return type(head) is nn.Linear and type(head.weight) in _checks.PLAIN and not _has_hold(head)
+    return type(head) is nn.Linear and type(head.weight) in _checks.PLAIN and is_unmodified(head, _is_ours)
 
 
 def _family_of(model: nn.Module) -> _Family:
