@@ -98,13 +98,21 @@ def check_choice(op: str, name: str, value: object, choices: tuple[object, ...])
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_bool(op: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        kind = type(value)
+        # numpy's calls itself bool as well.
+        got = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{op}: {name} must be a bool, True or False, got {got}")
+
+
 def check_rms_options(
     op: str, eps: float, weight_offset: float, round_before_weight: bool, pb_relax: str | None
 ) -> None:
     """What :func:`cogview_kernels.rms_norm` says of these."""
     check_finite_number(op, "eps", eps, positive=True)
     check_finite_number(op, "weight_offset", weight_offset)
-    check_choice(op, "round_before_weight", round_before_weight, (False, True))
+    check_bool(op, "round_before_weight", round_before_weight)
     check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
 
 

@@ -133,8 +133,7 @@ class ThreeRegionLayout:
         _checks.check_count(op, "window_blocks", self.window_blocks, 1)
         _checks.check_finite_number(op, "pivot_bias", self.pivot_bias)
         _checks.check_count(op, "density", self.density, 1)
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"{op}: causal must be a bool, got {type(self.causal).__name__}")
+        _checks.check_bool(op, "causal", self.causal)
 
     @classmethod
     def sample(
@@ -184,6 +183,7 @@ class ThreeRegionLayout:
                 raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(mask.shape)}")
             _checks.check_same_device(op, name, mask, "text_mask", text_mask)
         _checks.check_count(op, "num_pivots", num_pivots, 0)
+        _checks.check_bool(op, "density_correction", density_correction)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"{op}: generator must be a torch.Generator, got {type(generator).__name__}")
         if generator is not None and generator.device.type != text_mask.device.type:

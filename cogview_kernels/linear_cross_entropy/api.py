@@ -186,6 +186,8 @@ def linear_cross_entropy(
     _checks.check_choice(_OP, "reduction", reduction, ("none", "sum", "mean"))
     _check_numbers(label_smoothing, softcap, z_loss, extra_memory)
     _checks.check_int(_OP, "ignore_index", ignore_index)
+    _checks.check_bool(_OP, "return_losses", return_losses)
+    _checks.check_bool(_OP, "return_predicted_tokens", return_predicted_tokens)
     start, stop = _checked_range(vocab_range, target, len(weight), ignore_index)
     if _sharding.is_sharded(hidden, backend):
         options = {

@@ -107,6 +107,7 @@ def local_attention_2d(
         return _in_parts(heads, extra_mask, window, dropout_p, options)
     keys = _keys(k, v, extra_k, extra_v, extra_mask)
     _checks.check_dropout(_OP, dropout_p, seed, "q", q)
+    _checks.check_bool(_OP, "return_lse", return_lse)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     else:
@@ -177,8 +178,7 @@ def _window(grid: tuple[int, int], kernel_size: tuple[int, int], query_scale: in
     if not (kernel_size[0] % 2 and kernel_size[1] % 2):
         raise ValueError(f"{_OP}: kernel_size must be odd, so that it has a centre, got {kernel_size}")
     _checks.check_count(_OP, "query_scale", query_scale, 1)
-    if not isinstance(causal, bool):
-        raise TypeError(f"{_OP}: causal must be True or False, got {causal!r}")
+    _checks.check_bool(_OP, "causal", causal)
     return Window(*grid, *kernel_size, query_scale, causal)
 
 

@@ -62,6 +62,7 @@ def merge_attention(
     Source: Online softmax, Milakov and Gimelshein, arXiv:1805.02867, section 3.
     """
     outputs, lses = _checked(outputs, lses)
+    _checks.check_bool(_OP, "return_lse", return_lse)
     if _sharding.is_sharded(outputs[0], backend):
         parts = _sharding.Parts(_OP, "outputs[0]", outputs[0], (0, 1))
         outputs = [parts.of(f"outputs[{i}]", x, (0, 1)) for i, x in enumerate(outputs)]

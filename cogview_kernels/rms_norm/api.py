@@ -101,7 +101,7 @@ def rms_norm(
             round_before_weight=round_before_weight,
             pb_relax=pb_relax,
         )
-    numbers = float(eps), float(weight_offset), bool(round_before_weight)
+    numbers = float(eps), float(weight_offset), round_before_weight
     if chosen == "cpu":
         rms_norm_op.prepare(signature, x, weight, *numbers, pb_relax)
     return rms_norm_op.for_signature(signature)(x, weight, *numbers, pb_relax, chosen)[0]

@@ -97,6 +97,7 @@ def _checked(
     _checks.check_float(_OP, "scores", scores)
     if scores.dim() == 0:
         raise ValueError(f"{_OP}: scores must have at least one dimension, got a scalar")
+    _checks.check_bool(_OP, "causal", causal)
     if causal and scores.dim() < 2:
         raise ValueError(f"{_OP}: causal needs scores of [..., T, N], got shape {tuple(scores.shape)}")
     _checks.check_finite_number(_OP, "alpha", alpha, positive=True)

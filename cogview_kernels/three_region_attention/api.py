@@ -100,6 +100,7 @@ def three_region_attention(
         _check(q, k, v, layout)
         _checks.check_starts(_OP, starts, q)
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
+        _checks.check_bool(_OP, "return_lse", return_lse)
         if scale is not None:
             _checks.check_finite_number(_OP, "scale", scale)
         if _sharding.is_sharded(q, backend):

@@ -476,7 +476,7 @@ def test_errors_name_the_argument():
     fails(ValueError, r"k must have shape \[1, Hkv, 30, 32\]", k=keys.k[:, :, :29])
     fails(ValueError, "v must have the shape of k", v=keys.v[:, :1])
     fails(TypeError, "v must have the dtype of q", v=keys.v.half())
-    fails(TypeError, "causal must be True or False", causal=1)
+    fails(TypeError, "causal must be a bool, True or False, got int", causal=1)
     fails(ValueError, "extra_v must be given with extra_k", extra_k=keys.k)
     fails(ValueError, r"extra_k must have shape \[1, 2, E, 32\]", extra_k=keys.k[:, :1], extra_v=keys.v)
     fails(ValueError, "extra_mask must go with", extra_mask=torch.ones(1, 3, dtype=torch.bool))

@@ -321,7 +321,7 @@ def test_compile_without_graph_break(backend, backend_device):
         ({"eps": 0.0}, ValueError, "eps must be a positive finite number, got 0.0"),
         ({"weight_offset": float("inf")}, ValueError, "weight_offset must be a finite number, got inf"),
         ({"weight_offset": "1"}, TypeError, "weight_offset must be a number, got str"),
-        ({"round_before_weight": None}, ValueError, "round_before_weight must be one of False, True"),
+        ({"round_before_weight": None}, TypeError, "round_before_weight must be a bool, True or False"),
         ({"pb_relax": "batch"}, ValueError, "pb_relax must be one of None, 'row', 'tensor', got 'batch'"),
         ({"backend": "sdpa"}, NotImplementedError, "no sdpa backend; this op has"),
     ],

@@ -420,7 +420,7 @@ def test_other_mixed_dtypes_are_promoted(dtypes, backend):
         ({"pre_weight": torch.ones(3).half()}, TypeError, "pre_weight must be torch.float32, as branch is"),
         ({"eps": -1.0}, ValueError, "eps must be a positive finite number"),
         ({"weight_offset": None}, TypeError, "weight_offset must be a number, got NoneType"),
-        ({"round_before_weight": "yes"}, ValueError, "round_before_weight must be one of False, True"),
+        ({"round_before_weight": "yes"}, TypeError, "round_before_weight must be a bool, True or False"),
         ({"pb_relax": True}, ValueError, "pb_relax must be one of"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),

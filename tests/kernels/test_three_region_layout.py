@@ -186,7 +186,7 @@ def test_text_is_never_lost():
         ({"block_size": 2.0}, TypeError, "block_size must be an int, got float"),
         ({"window_blocks": -1}, ValueError, "window_blocks must be at least 1, got -1"),
         ({"pivot_bias": float("nan")}, ValueError, "pivot_bias must be a finite number, got nan"),
-        ({"causal": 0}, TypeError, "causal must be a bool, got int"),
+        ({"causal": 0}, TypeError, "causal must be a bool, True or False, got int"),
     ],
     ids=lambda value: None,
 )
