@@ -50,13 +50,66 @@ def causal_layout(num_keys: int, starts: Tensor | None) -> NativeLayout:
     return None, num_keys, 1, 0.0, True, starts
 
 
-def check_layout_of_cache(op: str, layout: ThreeRegionLayout | None, other_name: str, other: Tensor) -> None:
-    """``layout`` is None, or causal and for the batch and device of ``other``, ``[B, ...]``."""
+def check_head(op: str, name: str, x: Tensor, q: Tensor, shape: str = "[B, H, T, D]") -> None:
+    """``x`` has four dimensions, which ``shape`` names, and dtype and device of ``q``, which may be ``x``."""
+    _checks.check_float(op, name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.dtype != q.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
+    _checks.check_same_device(op, name, x, "q", q)
+
+
+def check_heads(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    length: int | None,
+    names: tuple[str, str] = ("k", "v"),
+    beside: str = "q",
+) -> None:
+    """Keys and values, called ``names``, go with ``q``, which has passed :func:`check_head`.
+
+    They are ``[B, Hkv, length, D]``, of any length where ``length`` is None. D is at least 1, H a multiple
+    of Hkv.
+    """
+    k_name, v_name = names
+    check_head(op, k_name, k, q, "[B, Hkv, S, D]")
+    check_head(op, v_name, v, q, "[B, Hkv, S, D]")
+    B, H, _, D = q.shape
+    if D == 0:
+        raise ValueError(f"{op}: q must have a head size of at least 1, got shape {tuple(q.shape)}")
+    keys = k.shape
+    if keys[0] != B or keys[3] != D or not (length is None or keys[2] == length):
+        S = "S" if length is None else length
+        raise ValueError(
+            f"{op}: {k_name} must have shape [{B}, Hkv, {S}, {D}] to go with {beside}, got {tuple(keys)}"
+        )
+    if v.shape != keys:
+        raise ValueError(
+            f"{op}: {v_name} must have the shape of {k_name}, {tuple(keys)}, got {tuple(v.shape)}"
+        )
+    if keys[1] == 0 or H % keys[1]:
+        raise ValueError(f"{op}: q's heads must be a multiple of {k_name}'s, got {H} and {keys[1]}")
+
+
+def check_lengths(op: str, lengths: Tensor, most: int, meaning: str) -> None:
+    """Where they can be read: ``lengths`` of a cache lie in [0, ``most``], which is ``meaning``."""
+    if _torch_ops.values_are_readable(lengths) and any(not 0 <= n <= most for n in lengths.tolist()):
+        raise ValueError(f"{op}: lengths must lie in [0, {most}] ({meaning}), got {lengths.tolist()}")
+
+
+def check_layout(
+    op: str, layout: ThreeRegionLayout | None, other_name: str, other: Tensor, *, causal: bool = False
+) -> None:
+    """``layout`` is None, or for the batch and device of ``other``, ``[B, ...]``; ``causal``: it must be."""
     if layout is None:
         return
     if not isinstance(layout, ThreeRegionLayout):
         raise TypeError(f"{op}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
-    layout.check_causal(op)
+    if causal:
+        layout.check_causal(op)
     pivots, B = layout.pivots, other.shape[0]
     if pivots.shape[0] != B:
         raise ValueError(

@@ -6,14 +6,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cogview_kernels._triton import dropout_keeps
+from cogview_kernels._triton import LOG2E, dropout_keeps
 
 # Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+SMALLEST_NORMAL = 1.1754943508222875e-38  # of float32
+
 # ptxas runs matrix products one after the other (warning C7515) where the loop over G heads is known to turn
 # once, as Triton would make it known for G = 1.
 NO_SPECIALIZATION = ["seed", "keep_threshold", "G"]
+
+
+def log2_factor(scale: float) -> float:
+    """scale * log2(e); 0 becomes the least normal number, since a masked score of -inf times 0 is NaN."""
+    return max(scale * LOG2E.value, SMALLEST_NORMAL)
 
 
 @triton.jit

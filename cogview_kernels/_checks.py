@@ -163,19 +163,23 @@ def check_int(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
 
 
-def checked_pair(op: str, name: str, value: Any) -> tuple[int, int]:
-    """``value``, which is a pair of ints."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{op}: {name} must be a pair of ints or None, got {value!r}")
-    for one in value:
-        check_int(op, name, one)
-    return value[0], value[1]
-
-
 def check_count(op: str, name: str, value: int, least: int) -> None:
     check_int(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+
+
+def checked_pair(
+    op: str, name: str, value: Any, sides: tuple[str, str], least: int, *, or_none: bool = False
+) -> tuple[int, int]:
+    """``value``, which is a pair of ints, called ``sides``, of at least ``least``. That the caller also takes
+    None is only said."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        kind = f"a pair of ints ({', '.join(sides)})" + (" or None" if or_none else "")
+        raise TypeError(f"{op}: {name} must be {kind}, got {value!r}")
+    for side, one in zip(sides, value, strict=True):
+        check_count(op, f"the {side} of {name}", one, least)
+    return value[0], value[1]
 
 
 def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,6 +99,12 @@ def dropout_arguments(dropout: Dropout | None) -> tuple[Any, int, float]:
         return 0, 0, 1.0
     seed = dropout.seed if dropout.seed.is_cuda else int(dropout.seed)
     return seed, dropout.keep_threshold, dropout.keep_scale
+
+
+def precision(x: Tensor) -> str:
+    """PRECISION of a kernel's products: PyTorch's own switch decides whether those of float32 use tf32."""
+    may = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if may else "ieee"
 
 
 # ---- launching

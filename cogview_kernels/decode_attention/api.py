@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _sharding, _torch_ops
-from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
+from cogview_kernels import _backends, _checks, _sharding
+from cogview_kernels._attention import (
+    check_head,
+    check_heads,
+    check_layout,
+    check_lengths,
+    check_pivots_of_cache,
+)
 from cogview_kernels.decode_attention import sdpa
 from cogview_kernels.decode_attention.op import backend_module, decode_attention_op
 from cogview_kernels.decode_attention.reference import decode_attention_reference
@@ -101,7 +107,7 @@ def decode_attention(
     S = k_cache.shape[2]
     is_empty = S == 0 or q.shape[2] == 0
     if chosen != "cpu" or is_empty:  # else the kernel looks at them by itself
-        _check_lengths(lengths, S)
+        check_lengths(_OP, lengths, S, "the cache's size")
         check_pivots_of_cache(_OP, layout, S)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if is_empty:
@@ -158,33 +164,7 @@ def _in_parts(
 def _check(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, layout: ThreeRegionLayout | None
 ) -> None:
-    for name, x in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
-        _checks.check_float(_OP, name, x)
-        if x.dim() != 4:
-            shape = "[B, H, Tq, D]" if name == "q" else "[B, Hkv, S, D]"
-            raise ValueError(f"{_OP}: {name} must have shape {shape}, got {tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        _checks.check_same_device(_OP, name, x, "q", q)
-    B, H, _, D = q.shape
-    if k_cache.shape[0] != B or k_cache.shape[3] != D or D == 0:
-        raise ValueError(
-            f"{_OP}: k_cache must have shape [{B}, Hkv, S, {max(D, 1)}] to go with q, "
-            f"got {tuple(k_cache.shape)}"
-        )
-    if v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"{_OP}: v_cache must have the shape of k_cache, {tuple(k_cache.shape)}, "
-            f"got {tuple(v_cache.shape)}"
-        )
-    if k_cache.shape[1] == 0 or H % k_cache.shape[1]:
-        raise ValueError(
-            f"{_OP}: q's heads must be a multiple of the cache's, got {H} and {k_cache.shape[1]}"
-        )
+    check_head(_OP, "q", q, q, "[B, H, Tq, D]")
+    check_heads(_OP, q, k_cache, v_cache, None, ("k_cache", "v_cache"))
     _checks.check_positions(_OP, "lengths", lengths, "q", q)
-    check_layout_of_cache(_OP, layout, "q", q)
-
-
-def _check_lengths(lengths: Tensor, S: int) -> None:
-    if _torch_ops.values_are_readable(lengths) and any(not 0 <= length <= S for length in lengths.tolist()):
-        raise ValueError(f"{_OP}: lengths must lie in [0, {S}] (the cache's size), got {lengths.tolist()}")
+    check_layout(_OP, layout, "q", q, causal=True)

@@ -29,15 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview_kernels import _counters
+from cogview_kernels._attention_triton import LOWEST, SMALLEST_NORMAL
 from cogview_kernels._regions_triton import load_origin, window_start
-from cogview_kernels._triton import LOG2E, Launch, Plans, load_rows, offset, store_rounded
+from cogview_kernels._triton import LOG2E, Launch, Plans, load_rows, offset, precision, store_rounded
 from cogview_kernels.decode_attention import native
 from cogview_kernels.layout import ThreeRegionLayout
-
-# Below every finite float32 score; -inf would make NaN of a row that has seen no key yet.
-_LOWEST = tl.constexpr(-3.4028234663852886e38)
-
-_SMALLEST_NORMAL = 1.1754943508222875e-38
 
 # Items of a split are a multiple of it.
 _STEP = tl.constexpr(16)
@@ -60,7 +56,7 @@ def _merge_splits(
     BLOCK_SPLITS: tl.constexpr = 2048 // TILE if TILE < 2048 else 1
     d = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    row_max = tl.full([BLOCK_M], _LOWEST, tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # Asynchronous copies of a pipelined loop might go through the L1 cache, which is no place for what other
     # multiprocessors wrote: loads are plain and from the L2 cache.
@@ -74,7 +70,7 @@ def _merge_splits(
         pointers = partial_ptr + offset(cell, D)[:, :, None] + d[None, None, :]
         part = tl.load(pointers, mask=there_d, other=0.0, cache_modifier=".cg")
         maxima_ptr = partial_ptr + offset(cells, D) + cell
-        maxima = tl.load(maxima_ptr, mask=there, other=_LOWEST, cache_modifier=".cg")
+        maxima = tl.load(maxima_ptr, mask=there, other=LOWEST, cache_modifier=".cg")
         totals = tl.load(maxima_ptr + cells, mask=there, other=0.0, cache_modifier=".cg")
         new_max = tl.maximum(row_max, tl.max(maxima, axis=1))
         weight = tl.exp2((maxima - new_max[:, None]) * factor)
@@ -141,7 +137,7 @@ def _decode_kernel(
     if BLOCK_M == 1:
         q = q.to(tl.float32)
     acc = tl.zeros([PLACES, BLOCK_D], tl.float32)
-    row_max = tl.full([PLACES], _LOWEST, tl.float32)
+    row_max = tl.full([PLACES], LOWEST, tl.float32)
     total = tl.zeros([PLACES], tl.float32)
     for begin in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
         item = begin + tl.arange(0, BLOCK_N)
@@ -230,7 +226,7 @@ class Terms:
     def of(cls, scale: float, pivot_bias: float) -> Terms:
         factor = abs(scale) * LOG2E.value
         # A float32 holds neither: all scores but the bias are then 0.
-        if factor < _SMALLEST_NORMAL or abs(pivot_bias / scale) > -_LOWEST.value:
+        if factor < SMALLEST_NORMAL or abs(pivot_bias / scale) > -LOWEST.value:
             return cls(0.0, 1.0, pivot_bias * LOG2E.value)
         return cls(1.0 if scale > 0 else -1.0, factor, pivot_bias / abs(scale))
 
@@ -292,7 +288,6 @@ def _plan(
     layout: ThreeRegionLayout | None,
     has_starts: bool,
     scale: float,
-    tf32: bool,
 ) -> _Plan:
     B, H, Tq, D = q.shape
     Hkv, S = k_cache.shape[1:3]
@@ -321,7 +316,7 @@ def _plan(
     launch = Launch(
         _decode_kernel, (programs * splits,), numbers,
         HAS_REGIONS=has_regions, HAS_STARTS=has_starts, HAS_SPLITS=splits > 1,
-        PRECISION="tf32" if tf32 else "ieee",
+        PRECISION=precision(q),
         D=D, BLOCK_D=t.block_d, BLOCK_M=t.block_m, BLOCK_N=t.block_n, STAGES=t.stages, num_warps=t.num_warps,
         maxnreg=t.maxnreg,
     )  # fmt: skip
@@ -346,16 +341,14 @@ def forward(
 ) -> None:
     """Fills ``out``, by one launch. Rows of q and the caches are contiguous; ``lengths``, ``starts``, pivots
     and ``out`` are throughout."""
-    # PyTorch's own switch decides whether products of float32 may use tf32.
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     regions = None
     if layout is not None:
         regions = layout.pivots.shape[1], layout.block_size, layout.window_blocks, layout.pivot_bias
     key = (
         q.shape, k_cache.shape, q.stride(), k_cache.stride(), v_cache.stride(), q.dtype, q.get_device(),
-        regions, starts is not None, scale, tf32,
+        regions, starts is not None, scale, precision(q),
     )  # fmt: skip
-    plan = _plans.get(key, q, k_cache, v_cache, layout, starts is not None, scale, tf32)
+    plan = _plans.get(key, q, k_cache, v_cache, layout, starts is not None, scale)
     pivots = layout.pivots if layout is not None and plan.has_regions else lengths
     origins = lengths if starts is None else starts
     # Without splits neither is read.

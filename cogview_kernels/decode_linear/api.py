@@ -55,19 +55,14 @@ def decode_linear(
     signature = _backends.signature(_OP, x, weight, bias, activation, autocast, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
-        _check_tensors(x, weight, bias)
+        _checks.check_tensors(_OP, x=x, weight=weight)
+        _checks.check_tensors(_OP, or_none=True, bias=bias)
         _check(x, weight, bias, activation)
         chosen = _backends.choose(_OP, _BACKENDS, backend, x.device, _limit, x, weight, bias)
         _backends.remember(signature, chosen)
     if chosen == "reference":
         return decode_linear_reference(x, weight, bias, activation)
     return decode_linear_op.for_signature(signature)(x, weight, bias, activation, chosen)
-
-
-def _check_tensors(*tensors: Tensor | None) -> None:
-    for name, tensor in zip(("x", "weight", "bias"), tensors, strict=True):
-        if not isinstance(tensor, Tensor) and (tensor is not None or name != "bias"):
-            raise TypeError(f"{_OP}: {name} must be a tensor, got {type(tensor).__name__}")
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cogview_kernels import _backends, _checks, _torch_ops
-from cogview_kernels._attention import check_layout_of_cache, check_pivots_of_cache
+from cogview_kernels import _backends, _checks
+from cogview_kernels._attention import check_layout, check_lengths, check_pivots_of_cache
 from cogview_kernels.decode_step.op import backend_module, decode_step_op
 from cogview_kernels.decode_step.reference import decode_step_reference
 from cogview_kernels.decode_step.stack import LayerStack, LayerWeights, WeightAndBias
@@ -95,7 +95,8 @@ def decode_step(
         _backends.remember(signature, chosen)
     if chosen == "reference" or x.numel() == 0:  # else the kernel looks at them by itself
         check_pivots_of_cache(_OP, layout, cache.shape[4])
-        _check_lengths(lengths, cache.shape[4] - x.shape[1])
+        most = cache.shape[4] - x.shape[1]
+        check_lengths(_OP, lengths, most, "the cache's size less the new tokens")
     if chosen == "reference":
         with _checks.no_autocast(x.device):
             return decode_step_reference(x, stack.tensors, head, cache, lengths, layout, *options)
@@ -149,7 +150,7 @@ def _check(
         raise ValueError(f"{_OP}: cache must be contiguous, since it is written in place")
     _checks.check_positions(_OP, "lengths", lengths, "x", x)
     _check_stack(stack, x)
-    check_layout_of_cache(_OP, layout, "x", x)
+    check_layout(_OP, layout, "x", x, causal=True)
 
 
 def _check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -186,11 +187,3 @@ def _check_stack(stack: LayerStack, x: Tensor) -> None:
             _check_beside(called, tensor, x)
             if tensor.shape != expected:
                 raise ValueError(f"{_OP}: {called} must have shape {expected}, got {tuple(tensor.shape)}")
-
-
-def _check_lengths(lengths: Tensor, most: int) -> None:
-    if _torch_ops.values_are_readable(lengths) and any(not 0 <= n <= most for n in lengths.tolist()):
-        raise ValueError(
-            f"{_OP}: lengths must lie in [0, {most}] (the cache's size less the new tokens), "
-            f"got {lengths.tolist()}"
-        )

@@ -357,7 +357,10 @@ def _check_numbers(label_smoothing: float, softcap: float | None, z_loss: float,
 def _checked_range(
     vocab_range: tuple[int, int] | None, target: Tensor, V: int, ignore_index: int
 ) -> tuple[int, int]:
-    start, stop = (0, V) if vocab_range is None else _checks.checked_pair(_OP, "vocab_range", vocab_range)
+    start, stop = 0, V
+    if vocab_range is not None:
+        sides = ("start", "stop")
+        start, stop = _checks.checked_pair(_OP, "vocab_range", vocab_range, sides, 0, or_none=True)
     if not 0 <= start < stop <= V:
         raise ValueError(f"{_OP}: vocab_range must be 0 <= start < stop <= {V}, got {vocab_range}")
     if values_are_readable(target):

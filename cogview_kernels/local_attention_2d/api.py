@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _dropout, _sharding
+from cogview_kernels._attention import check_head, check_heads
 from cogview_kernels.local_attention_2d import sdpa
 from cogview_kernels.local_attention_2d.op import backend_module, local_attention_2d_op
 from cogview_kernels.local_attention_2d.reference import local_attention_2d_reference
@@ -165,16 +166,10 @@ def _in_parts(
     return parts.join(out, (0, 1))
 
 
-def _pair(name: str, value: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{_OP}: {name} must be (rows, columns), got {value!r}")
-    for side, size in zip(("rows", "columns"), value, strict=True):
-        _checks.check_count(_OP, f"the {side} of {name}", size, 1)
-    return value[0], value[1]
-
-
 def _window(grid: tuple[int, int], kernel_size: tuple[int, int], query_scale: int, causal: bool) -> Window:
-    grid, kernel_size = _pair("grid", grid), _pair("kernel_size", kernel_size)
+    sides = ("rows", "columns")
+    grid = _checks.checked_pair(_OP, "grid", grid, sides, 1)
+    kernel_size = _checks.checked_pair(_OP, "kernel_size", kernel_size, sides, 1)
     if not (kernel_size[0] % 2 and kernel_size[1] % 2):
         raise ValueError(f"{_OP}: kernel_size must be odd, so that it has a centre, got {kernel_size}")
     _checks.check_count(_OP, "query_scale", query_scale, 1)
@@ -183,35 +178,14 @@ def _window(grid: tuple[int, int], kernel_size: tuple[int, int], query_scale: in
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, window: Window) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_like_q(name, x, q)
-    B, H, T, D = q.shape
-    if window.queries != T:
+    check_head(_OP, "q", q, q)
+    if window.queries != q.shape[2]:
         s = window.query_scale
         raise ValueError(
             f"{_OP}: q must have shape [B, H, {window.queries}, D], a raster of {window.height * s} by "
             f"{window.width * s} (query_scale times grid), got {tuple(q.shape)}"
         )
-    if k.shape[0] != B or k.shape[2:] != (window.keys, D):
-        raise ValueError(
-            f"{_OP}: k must have shape [{B}, Hkv, {window.keys}, {D}] to go with q and grid, "
-            f"got {tuple(k.shape)}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(f"{_OP}: v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"{_OP}: q's heads must be a multiple of k's, got {H} and {k.shape[1]}")
-    if D == 0:
-        raise ValueError(f"{_OP}: q must have a head size of at least 1, got shape {tuple(q.shape)}")
-
-
-def _check_like_q(name: str, x: Tensor, q: Tensor) -> None:
-    _checks.check_float(_OP, name, x)
-    if x.dim() != 4:
-        raise ValueError(f"{_OP}: {name} must have 4 dimensions, [B, heads, .., D], got {tuple(x.shape)}")
-    if x.dtype != q.dtype:
-        raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-    _checks.check_same_device(_OP, name, x, "q", q)
+    check_heads(_OP, q, k, v, window.keys, beside="q and grid")
 
 
 def _keys(
@@ -227,7 +201,7 @@ def _keys(
         missing, given = ("extra_k", "extra_v") if extra_k is None else ("extra_v", "extra_k")
         raise ValueError(f"{_OP}: {missing} must be given with {given}, got {given} alone")
     for name, x in (("extra_k", extra_k), ("extra_v", extra_v)):
-        _check_like_q(name, x, k)
+        check_head(_OP, name, x, k, "[B, Hkv, E, D]")
     if extra_k.shape[:2] != k.shape[:2] or extra_k.shape[3] != D:
         raise ValueError(
             f"{_OP}: extra_k must have shape [{B}, {heads}, E, {D}] to go with k, got {tuple(extra_k.shape)}"

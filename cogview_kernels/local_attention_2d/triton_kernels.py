@@ -29,8 +29,9 @@ import triton
 from torch import Tensor
 
 from cogview_kernels import _device
+from cogview_kernels._attention_triton import log2_factor
 from cogview_kernels._dropout import Dropout
-from cogview_kernels._triton import LOG2E, Launch, Plans, dropout_arguments
+from cogview_kernels._triton import Launch, Plans, dropout_arguments, precision
 from cogview_kernels.local_attention_2d import native
 from cogview_kernels.local_attention_2d.backward_triton import dkv_extra_kernel, dkv_kernel, dq_kernel
 from cogview_kernels.local_attention_2d.forward_triton import fwd_kernel
@@ -95,7 +96,7 @@ class _Call(NamedTuple):
         """All that a plan looks at."""
         q, keys, window, scale, dropout = self
         return (
-            q.dtype, q.get_device(), q.shape, q.stride(), window, scale, config, _is_tf32(q),
+            q.dtype, q.get_device(), q.shape, q.stride(), window, scale, config, precision(q),
             *((x.shape, x.stride()) for x in keys[:4]), keys.extra_mask is None,
             dropout and dropout.keep_threshold,
         )  # fmt: skip
@@ -109,7 +110,7 @@ class _Call(NamedTuple):
         D = self.q.shape[3]
         return {
             "HAS_DROPOUT": self.dropout is not None,
-            "PRECISION": "tf32" if _is_tf32(self.q) else "ieee",
+            "PRECISION": precision(self.q),
             "D": D,
             "BLOCK_D": _padded(D),
         }
@@ -117,11 +118,6 @@ class _Call(NamedTuple):
     def of_window(self) -> tuple[int, ...]:
         w = self.window
         return w.height, w.width, w.row_radius, w.column_radius, w.query_scale
-
-
-def _is_tf32(q: Tensor) -> bool:
-    """PyTorch's own switch decides whether products of float32 may use tf32."""
-    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def limit(backend: str, q: Tensor, keys: Keys, window: Window) -> str:
@@ -187,7 +183,7 @@ def _plan_forward(call: _Call, out: Tensor) -> Launch:
     _, keep_threshold, keep_scale = dropout_arguments(call.dropout)
     tiles = _tiles_of_queries(call.window, config("fwd", call.q))
     numbers = (
-        *call.numbers(), *out.stride()[:3], H, H // heads, E, *call.of_window(), _factor(call.scale),
+        *call.numbers(), *out.stride()[:3], H, H // heads, E, *call.of_window(), log2_factor(call.scale),
         keep_threshold, keep_scale,
     )  # fmt: skip
     grid = _grid_of_queries(call, tiles)
@@ -240,7 +236,7 @@ def _plan_backward(
     tiles = _tiles_of_queries(window, config("dq", q))
     numbers = (
         *call.numbers(), *strides_of(dout, out, gradients[0]), H, H // heads, E, *call.of_window(), dq_scale,
-        _factor(scale), *kept,
+        log2_factor(scale), *kept,
     )  # fmt: skip
     grid = _grid_of_queries(call, tiles)
     dq = Launch(dq_kernel, grid, numbers, HAS_DLSE=dlse is not None, **extra, **call.flags(), **tiles)
@@ -249,7 +245,7 @@ def _plan_backward(
     tiles = _tiles_of_keys(window, chosen)
     numbers = (
         *strides_of(q, keys.k, keys.v, dout, *gradients[1:3]), H, H // heads, *call.of_window(), scale,
-        _factor(scale), *kept,
+        log2_factor(scale), *kept,
     )  # fmt: skip
     grid = (_patches(window.height, window.width, tiles["BLOCK_N"], tiles["WIDE_N"]) * B * heads,)
     dkv = Launch(dkv_kernel, grid, numbers, CAUSAL=window.causal, **call.flags(), **tiles)
@@ -258,7 +254,7 @@ def _plan_backward(
 
     numbers = (
         *strides_of(q, keys.extra_k, keys.extra_v, dout, *gradients[3:5]), H, H // heads, E, window.keys, T,
-        scale, _factor(scale), *kept,
+        scale, log2_factor(scale), *kept,
     )  # fmt: skip
     dkv_extra = Launch(
         dkv_extra_kernel, (triton.cdiv(E, chosen.block_n) * B * heads,), numbers,
@@ -303,8 +299,3 @@ def backward(
     plan.dkv(q, k, v, dout, peaks, delta, dk, dv, seed=seed)
     if plan.dkv_extra is not None:
         plan.dkv_extra(q, extra_k, extra_v, mask, dout, peaks, delta, dextra_k, dextra_v, seed=seed)
-
-
-def _factor(scale: float) -> float:
-    """scale * log2(e); 0 becomes the least normal number, since a masked score of -inf times 0 is NaN."""
-    return max(scale * LOG2E.value, torch.finfo(torch.float32).tiny)

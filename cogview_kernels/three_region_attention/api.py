@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks, _dropout, _sharding
+from cogview_kernels._attention import check_head, check_heads, check_layout
 from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import sdpa
 from cogview_kernels.three_region_attention.op import backend_module, three_region_attention_op
@@ -97,7 +98,9 @@ def three_region_attention(
     signature = _backends.signature(_OP, q, k, v, *regions, starts, *numbers, backend)
     chosen = _backends.passed(signature)
     if chosen is None:
-        _check(q, k, v, layout)
+        check_head(_OP, "q", q, q)
+        check_heads(_OP, q, k, v, q.shape[2])
+        check_layout(_OP, layout, "q", q)
         _checks.check_starts(_OP, starts, q)
         _checks.check_dropout(_OP, dropout_p, seed, "q", q)
         _checks.check_bool(_OP, "return_lse", return_lse)
@@ -159,31 +162,3 @@ def _in_parts(
         layout = replace(layout, pivots=parts.of("layout.pivots", layout.pivots, (0,)))
     starts = parts.of("starts", starts, (0,))
     return parts.join(three_region_attention(q, k, v, layout, starts=starts, **options), (0, 1))
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        _checks.check_float(_OP, name, x)
-        if x.dim() != 4:
-            raise ValueError(f"{_OP}: {name} must have shape [B, H, T, D], got {tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{_OP}: {name} must have the dtype of q, {q.dtype}, got {x.dtype}")
-        _checks.check_same_device(_OP, name, x, "q", q)
-    B, H, T, D = q.shape
-    if k.shape[0] != B or k.shape[2:] != q.shape[2:]:
-        raise ValueError(f"{_OP}: k must have shape [{B}, Hkv, {T}, {D}] to go with q, got {tuple(k.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"{_OP}: v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[1] == 0 or H % k.shape[1]:
-        raise ValueError(f"{_OP}: q's heads must be a multiple of k's, got {H} and {k.shape[1]}")
-    if D == 0:
-        raise ValueError(f"{_OP}: q must have a head size of at least 1, got shape {tuple(q.shape)}")
-    if layout is None:
-        return
-    if not isinstance(layout, ThreeRegionLayout):
-        raise TypeError(f"{_OP}: layout must be a ThreeRegionLayout or None, got {type(layout).__name__}")
-    if layout.pivots.shape[0] != B:
-        raise ValueError(
-            f"{_OP}: layout.pivots must have shape [{B}, P] to go with q, got {tuple(layout.pivots.shape)}"
-        )
-    _checks.check_same_device(_OP, "layout.pivots", layout.pivots, "q", q)

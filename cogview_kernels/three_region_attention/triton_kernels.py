@@ -41,8 +41,9 @@ import torch
 import triton
 from torch import Tensor
 
+from cogview_kernels._attention_triton import log2_factor
 from cogview_kernels._dropout import Dropout
-from cogview_kernels._triton import LOG2E, Launch, Plans, dropout_arguments
+from cogview_kernels._triton import LOG2E, Launch, Plans, dropout_arguments, precision
 from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.three_region_attention import forward_hopper, launch_config, native
 from cogview_kernels.three_region_attention.backward_triton import (
@@ -82,7 +83,7 @@ class _Call(NamedTuple):
             q.dtype, q.get_device(), q.shape, k.shape, q.stride(), k.stride(), v.stride(), scale,
             pivots.shape, pivots.dtype, layout.block_size, layout.window_blocks, layout.pivot_bias,
             layout.causal, None if starts is None else starts.dtype,
-            dropout and dropout.keep_threshold, _is_tf32(q), launch_config.choose,
+            dropout and dropout.keep_threshold, precision(q), launch_config.choose,
         )  # fmt: skip
 
 
@@ -129,18 +130,13 @@ def _tiles(config: Config) -> dict[str, int | None]:
     }
 
 
-def _is_tf32(q: Tensor) -> bool:
-    """PyTorch's own switch decides whether products of float32 may use tf32."""
-    return q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def _flags(call: _Call) -> dict[str, Any]:
     q, dropout = call.q, call.dropout
     return {
         "HAS_STARTS": call.starts is not None,
         "CAUSAL": call.layout.causal,
         "HAS_DROPOUT": dropout is not None,
-        "PRECISION": "tf32" if _is_tf32(q) else "ieee",
+        "PRECISION": precision(q),
         "D": q.shape[3],
         "BLOCK_D": launch_config.padded(q.shape[3]),
     }
@@ -187,14 +183,16 @@ def _plan_forward(call: _Call, out: Tensor, lse: Tensor, residuals: Tensor) -> _
         sort(layout.pivots.contiguous(), origins, residuals)
     if forward_hopper.takes((q, k, v, out), layout, starts, dropout):
         index = (sizes.PP, sizes.stride_i, sizes.block_size, sizes.window_blocks)
-        return _Forward(sort, forward_hopper.launch(index, _factor(scale), layout.pivot_bias * LOG2E.value))
+        return _Forward(
+            sort, forward_hopper.launch(index, log2_factor(scale), layout.pivot_bias * LOG2E.value)
+        )
 
     def fwd(config: Config) -> Launch:
         numbers = (
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             sizes.H, sizes.G, sizes.T, sizes.PP, sizes.stride_i, sizes.peaks_at,
             sizes.block_size, sizes.window_blocks,
-            _factor(scale), layout.pivot_bias * LOG2E.value, keep_threshold, keep_scale,
+            log2_factor(scale), layout.pivot_bias * LOG2E.value, keep_threshold, keep_scale,
         )  # fmt: skip
         grid = (triton.cdiv(sizes.T, config.block_m) * sizes.B * sizes.H,)
         return Launch(fwd_kernel, grid, numbers, HAS_FAR=sizes.has_far, **_flags(call), **_tiles(config))
@@ -256,7 +254,7 @@ def _plan_backward(
     sizes = _Sizes(q, k, layout)
     B, H, T, D = q.shape
     seed, keep_threshold, keep_scale = dropout_arguments(dropout)
-    factor, bias = _factor(scale), layout.pivot_bias * LOG2E.value
+    factor, bias = log2_factor(scale), layout.pivot_bias * LOG2E.value
     flags = _flags(call) | {"TWO_PEAKS": q.dtype != torch.bfloat16}
     inputs = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3])
     common = (sizes.H, sizes.G, T, sizes.TP, sizes.PP, sizes.stride_i, sizes.block_size, sizes.window_blocks)
@@ -365,8 +363,3 @@ def backward(
         plan.dkv_far(*before, dk_far, dv_far)
     if plan.dkv is not None:
         plan.dkv(*before, dk_far, dv_far, dk, dv)
-
-
-def _factor(scale: float) -> float:
-    """scale * log2(e); 0 becomes the least normal number, since a masked score of -inf times 0 is NaN."""
-    return max(scale * LOG2E.value, torch.finfo(torch.float32).tiny)

@@ -346,7 +346,7 @@ def test_an_empty_cache_gives_zeros():
             ValueError,
             r"shape of k_cache, \(2, 2, 9, 4\), got \(2, 2, 8, 4\)",
         ),
-        ({"q": torch.ones(2, 3, 1, 4)}, ValueError, "multiple of the cache's, got 3 and 2"),
+        ({"q": torch.ones(2, 3, 1, 4)}, ValueError, "q's heads must be a multiple of k_cache's, got 3 and 2"),
         ({"lengths": [1, 2]}, TypeError, "lengths must be an int32 or int64 tensor, got list"),
         ({"lengths": torch.ones(2)}, TypeError, "got torch.float32"),
         ({"lengths": torch.tensor([1])}, ValueError, r"lengths must have shape \[2\], got \(1,\)"),

@@ -196,7 +196,7 @@ ONES, ONE_ROW = torch.ones(3, 2), torch.ones(2)
     [
         (([1.0], ONES), {}, TypeError, "x must be a tensor, got list"),
         ((ONE_ROW, [1.0]), {}, TypeError, "weight must be a tensor, got list"),
-        ((ONE_ROW, ONES, 0), {}, TypeError, "bias must be a tensor, got int"),
+        ((ONE_ROW, ONES, 0), {}, TypeError, "bias must be a tensor or None, got int"),
         ((ONE_ROW.long(), ONES), {}, TypeError, "x must be float32, float16, bfloat16 or float64"),
         ((torch.ones(()), ONES), {}, ValueError, r"x must be \[..., C\]"),
         ((ONE_ROW, torch.ones(3, 4)), {}, ValueError, r"weight must have shape \[O, 2\].*got \(3, 4\)"),

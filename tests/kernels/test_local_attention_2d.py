@@ -469,7 +469,7 @@ def test_errors_name_the_argument():
             local_attention_2d(q, k, v, **{**good, **options})
 
     fails(ValueError, r"kernel_size must be odd.*\(4, 3\)", kernel_size=(4, 3))
-    fails(TypeError, r"grid must be \(rows, columns\), got 30", grid=30)
+    fails(TypeError, r"grid must be a pair of ints \(rows, columns\), got 30", grid=30)
     fails(ValueError, "the columns of grid must be at least 1, got 0", grid=(5, 0))
     fails(ValueError, r"q must have shape \[B, H, 20, D\].*5 by 4", grid=(5, 4))
     fails(ValueError, r"q must have shape \[B, H, 120, D\].*query_scale", query_scale=2)
