@@ -37,7 +37,9 @@ class ThreeRegionAttention(nn.Module):
         bias: whether both projections have one.
         device, dtype: of the parameters.
 
-    ``forward(x, layout)`` takes and gives ``[B, T, embed_dim]``; the packed projection is read in place.
+    ``forward(x, layout, starts=None)`` takes and gives ``[B, T, embed_dim]``; the packed projection is read
+    in place. ``starts`` is for padding on the left, see there: a position before its sample's start sees
+    nothing, so ``out_proj`` gives its bias there.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class ThreeRegionAttention(nn.Module):
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, layout: ThreeRegionLayout | None) -> Tensor:
+    def forward(self, x: Tensor, layout: ThreeRegionLayout | None, starts: Tensor | None = None) -> Tensor:
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
             expected = f"[B, T, {self.embed_dim}]"
             raise ValueError(f"{type(self).__name__}: x must be {expected}, got {tuple(x.shape)}")
@@ -80,7 +82,7 @@ class ThreeRegionAttention(nn.Module):
         thirds = qkv.view(B, T, 3, self.num_heads, C // self.num_heads).unbind(2)
         q, k, v = (x.transpose(1, 2) for x in thirds)
         dropout_p = self.dropout if self.training else 0.0
-        out = cast(Tensor, three_region_attention(q, k, v, layout, dropout_p=dropout_p))
+        out = cast(Tensor, three_region_attention(q, k, v, layout, starts=starts, dropout_p=dropout_p))
         return self.out_proj(out.transpose(1, 2).reshape(B, T, C))
 
     def extra_repr(self) -> str:
@@ -122,6 +124,11 @@ class SandwichLayerNorm(nn.Module):
         self.pb_relax, self.dropout = pb_relax, dropout
         self.post = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
         self.pre = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """What its two norms do by themselves: weights begin at 1, biases at 0."""
+        for norm in (self.post, self.pre):
+            norm.reset_parameters()
 
     def forward(
         self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
@@ -165,7 +172,7 @@ class _RMSNorm(nn.RMSNorm):
 class SandwichRMSNorm(nn.Module):
     """The same with RMSNorm, :func:`sandwich_rms_norm`, as in Gemma 2 and 3, GLM-4 and OLMo 2.
 
-    Equals, with ``post`` and ``pre`` of type ``nn.RMSNorm(normalized_size, eps)``::
+    Equals, with ``post`` and ``pre`` of type ``nn.RMSNorm(normalized_size, eps)``, but for ``pb_relax``::
 
         residual_out = residual + post(F.dropout(branch, dropout))
         normed = pre(residual_out)
@@ -174,7 +181,7 @@ class SandwichRMSNorm(nn.Module):
         normalized_size: C of ``[..., C]``.
         eps: positive.
         weight_offset: is added to both weights; the weights begin at ``1 - weight_offset`` (Gemma: 1, and 0).
-        round_before_weight: see :func:`cogview_kernels.rms_norm` (GLM: True).
+        round_before_weight, pb_relax: see :func:`cogview_kernels.rms_norm` (GLM: True, and None).
         dropout: in [0, 1), of the branch, in training mode.
         device, dtype: of the parameters.
 
@@ -187,6 +194,7 @@ class SandwichRMSNorm(nn.Module):
         eps: float = 1e-6,
         weight_offset: float = 0.0,
         round_before_weight: bool = False,
+        pb_relax: str | None = None,
         dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -194,10 +202,10 @@ class SandwichRMSNorm(nn.Module):
         super().__init__()
         op = type(self).__name__
         _checks.check_count(op, "normalized_size", normalized_size, 1)
-        _checks.check_rms_options(op, eps, weight_offset, round_before_weight, None)
+        _checks.check_rms_options(op, eps, weight_offset, round_before_weight, pb_relax)
         _checks.check_probability(op, "dropout", dropout)
         self.weight_offset, self.round_before_weight = weight_offset, round_before_weight
-        self.dropout = dropout
+        self.pb_relax, self.dropout = pb_relax, dropout
         self.post = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
         self.pre = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
 
@@ -217,6 +225,7 @@ class SandwichRMSNorm(nn.Module):
             eps=cast(float, self.post.eps),
             weight_offset=self.weight_offset,
             round_before_weight=self.round_before_weight,
+            pb_relax=self.pb_relax,
             dropout_p=self.dropout if self.training else 0.0,
             normed_dtype=normed_dtype,
         )
@@ -225,7 +234,7 @@ class SandwichRMSNorm(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"weight_offset={self.weight_offset}, round_before_weight={self.round_before_weight}, "
-            f"dropout={self.dropout}"
+            f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
         )
 
 

@@ -37,6 +37,8 @@ def sandwich_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """The end of one Sandwich-LayerNorm branch and the start of the next, in one pass over memory.
 
+    ``pre_weight=None`` is a second norm without a weight; in :func:`sandwich_rms_norm` it is no second norm.
+
     Equals, with :func:`cogview_kernels.layer_norm`::
 
         residual_out = residual + layer_norm(F.dropout(branch, dropout_p), post_weight, post_bias)
@@ -48,8 +50,8 @@ def sandwich_layer_norm(
         branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
             reference). A 16-bit branch on a float32 residual, as under autocast, is read, and saved for the
             backward pass, as it is; other dtypes that differ are promoted.
-        post_weight, post_bias: ``[C]`` or None, for the LayerNorm on the branch; the dtype of ``branch`` or
-            float32 (under autocast any).
+        post_weight, post_bias: ``[C]``, or None for ones and zeros, for the LayerNorm on the branch; the
+            dtype of ``branch`` or float32 (under autocast any).
         pre_weight, pre_bias: the same for the LayerNorm that the next branch starts with.
         eps: positive.
         pb_relax: "row", "tensor" or None.

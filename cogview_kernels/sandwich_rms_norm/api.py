@@ -36,6 +36,9 @@ def sandwich_rms_norm(
 ) -> tuple[Tensor, Tensor | None]:
     """The end of one branch of a sandwich norm and the start of the next, in one pass over memory.
 
+    ``pre_weight=None`` is no second norm; in :func:`sandwich_layer_norm` it is one without a weight, which
+    here takes a ``pre_weight`` of ones (of ``1 - weight_offset``).
+
     Equals, with :func:`cogview_kernels.rms_norm` (see there for the options that both norms share)::
 
         residual_out = residual + rms_norm(F.dropout(branch, dropout_p), post_weight)
@@ -48,8 +51,8 @@ def sandwich_rms_norm(
         branch, residual: ``[..., C]``, of one shape; float32, float16 or bfloat16 (float64 by the
             reference). A 16-bit branch on a float32 residual, as under autocast, is read as it is; other
             dtypes that differ are promoted.
-        post_weight: ``[C]`` or None, for the norm on the branch; the dtype of ``branch`` or float32
-            (under autocast any).
+        post_weight: ``[C]``, or None for a factor of 1, for the norm on the branch; the dtype of ``branch``
+            or float32 (under autocast any).
         pre_weight: the same for the norm that the next branch starts with; None leaves that norm out.
         eps: positive.
         weight_offset: what is added to both weights.

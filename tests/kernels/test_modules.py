@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cogview_kernels import ThreeRegionLayout
+from cogview_kernels import ThreeRegionLayout, layer_norm, rms_norm
 from cogview_kernels.modules import (
     LinearCrossEntropy,
     SandwichLayerNorm,
@@ -48,6 +48,21 @@ def test_attention_is_multihead_attention_under_the_layout(bias):
     theirs_call = Calls(theirs, lambda m, x: m(x, x, x, attn_mask=hidden, need_weights=False))
     ours_call = Calls(ours, lambda m, x: m(x, layout))
     assert_alike(of(ours_call, x, outputs=lambda made: [made]), of(theirs_call, x, outputs=dense))
+
+
+def test_attention_takes_starts():
+    """A sample behind padding gives what it gives alone, and a position of padding the bias alone."""
+    x, start = torch.randn(2, 11, 16), 3
+    layout = ThreeRegionLayout(torch.tensor([[0, 5], [4, 7]]), block_size=2, window_blocks=2)
+    alone = ThreeRegionLayout(torch.tensor([[1, 4]]), block_size=2, window_blocks=2)
+    attention = ThreeRegionAttention(16, 2).eval()
+    nn.init.normal_(attention.out_proj.bias)
+    y = attention(x, layout, torch.tensor([0, start]))
+    torch.testing.assert_close(y[1:, start:], attention(x[1:, start:], alone))
+    torch.testing.assert_close(y[1, :start], attention.out_proj.bias.expand(start, 16))
+    torch.testing.assert_close(y[:1], attention(x[:1], ThreeRegionLayout(layout.pivots[:1], 2, 2)))
+    with pytest.raises(ValueError, match=r"starts must have shape \[2\], got \(1,\)"):
+        attention(x, layout, torch.tensor([3]))
 
 
 class Calls(nn.Module):
@@ -106,6 +121,18 @@ def test_sandwich_norms_give_a_narrow_normed(module):
     assert torch.equal(normed, expected[1].bfloat16())
 
 
+@pytest.mark.parametrize("pb_relax", [None, "row", "tensor"])
+@pytest.mark.parametrize("make", [SandwichLayerNorm, SandwichRMSNorm], ids=["layer_norm", "rms_norm"])
+def test_sandwich_norms_take_pb_relax(make, pb_relax):
+    branch, residual = 1e-3 * torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    module = make(8, eps=0.1, pb_relax=pb_relax)
+    assert f"pb_relax={pb_relax!r}, dropout=0.0" in repr(module)
+    post = {name: parameter for name, parameter in module.post.named_parameters()}
+    norm = layer_norm if make is SandwichLayerNorm else rms_norm
+    expected = residual + norm(branch, **post, eps=0.1, pb_relax=pb_relax)
+    torch.testing.assert_close(module(branch, residual)[0], expected)
+
+
 def test_a_weight_with_an_offset_begins_as_one():
     branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
     plain, gemma = SandwichRMSNorm(8), SandwichRMSNorm(8, weight_offset=1.0)
@@ -114,16 +141,24 @@ def test_a_weight_with_an_offset_begins_as_one():
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_weights_begin_anew_in_any_order(offset):
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [(SandwichRMSNorm(4), 1), (SandwichRMSNorm(4, weight_offset=1.0), 0), (SandwichLayerNorm(4), 1)],
+    ids=["rms_norm", "rms_norm, offset", "layer_norm"],
+)
+def test_weights_begin_anew_in_any_order(module, first):
     """Of parents before their parts, as some initialisations after ``to_empty`` walk, and after them."""
-    module = SandwichRMSNorm(4, weight_offset=offset)
     for order in (list(module.modules()), list(module.modules())[::-1]):
         for parameter in module.parameters():
             nn.init.constant_(parameter, 7.0)
         for part in order:
             part.reset_parameters()
-        assert all(bool((parameter == 1 - offset).all()) for parameter in module.parameters())
+        for name, parameter in module.named_parameters():
+            assert bool((parameter == (first if name.endswith("weight") else 0)).all())
+    for parameter in module.parameters():
+        nn.init.constant_(parameter, 7.0)
+    module.reset_parameters()
+    assert all(bool((parameter != 7).all()) for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -154,9 +189,9 @@ def test_sizes_that_cannot_be_are_errors():
         for p in (1.0, 7.0, -0.5):
             with pytest.raises(ValueError, match=rf"dropout must be in \[0, 1\), got {p}"):
                 make(p)
-    with pytest.raises(ValueError, match="pb_relax must be one of None, 'row', 'tensor', got 'rows'"):
-        SandwichLayerNorm(4, pb_relax="rows")
     for norm in (SandwichLayerNorm, SandwichRMSNorm):
+        with pytest.raises(ValueError, match="pb_relax must be one of None, 'row', 'tensor', got 'rows'"):
+            norm(4, pb_relax="rows")
         with pytest.raises(ValueError, match="eps must be a positive finite number, got 0"):
             norm(4, eps=0.0)
     with pytest.raises(ValueError, match="reduction must be one of 'none', 'sum', 'mean', got 'foo'"):
