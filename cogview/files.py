@@ -80,7 +80,12 @@ def folder_written_aside(path: StrPath) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for folder, _, names in os.walk(aside):
+            for name in names:
+                flush(Path(folder, name))
+            flush(Path(folder))
         os.rename(aside, path)
+        flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
