@@ -83,7 +83,7 @@ class Caption(NamedTuple):
     loss: float  # CapLoss of the text, NaN where there is none
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A trained model with all it needs to draw and to read pictures.
 
