@@ -39,7 +39,10 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
     device = usable_device(given.device)
     history = train_tokenizers(
         TrainTokenizers(
-            *(given.data, given.out, preset, device),
+            given.data,
+            given.out,
+            preset,
+            device=device,
             workers=given.workers,
             skip_bad=given.skip_bad,
             images_only=given.images_only,
@@ -63,9 +66,9 @@ def tokenize(given: options.Tokenize) -> None:
             given.data,
             given.out,
             given.run,
-            given.max_text_tokens,
-            given.workers,
-            usable_device(given.device),
+            max_text_tokens=given.max_text_tokens,
+            workers=given.workers,
+            device=usable_device(given.device),
         )
     )
     head = rows.head
@@ -97,7 +100,7 @@ def train(given: options.Train) -> None:
         given.data,
         given.out,
         preset,
-        device,
+        device=device,
         draw=sample_sheet,
         workers=given.workers,
         skip_bad=given.skip_bad,
@@ -123,10 +126,10 @@ def finetune(given: options.Finetune) -> None:
         given.run,
         given.data,
         given.out,
-        {name: getattr(given, name) for name in names if getattr(given, name) is not None},
-        given.attention,
-        given.caption or STYLE_CAPTION,
-        device,
+        train={name: getattr(given, name) for name in names if getattr(given, name) is not None},
+        attention=given.attention,
+        caption=given.caption or STYLE_CAPTION,
+        device=device,
         # A model that learns to enlarge draws no pictures of texts.
         draw=None if given.task.endswith("super-resolution") else sample_sheet,
         workers=given.workers,
@@ -166,7 +169,15 @@ def train_clip_gen(given: options.TrainClipGen) -> None:
 
     device = usable_device(given.device)
     history = train_clip_gen(
-        TrainClipGen(given.data, given.out, given.clip, given.model, given.train, given.sampling, device)
+        TrainClipGen(
+            given.data,
+            given.out,
+            given.clip,
+            given.model,
+            train=given.train,
+            sampling=given.sampling,
+            device=device,
+        )
     )
     print(f"CLIP-GEN trained: code loss {_late_mean(history['code_loss']):.3f} nats")
     _say_next("clip-generate", "--run", given.out, "a text", "--out", "out.png")
@@ -278,18 +289,18 @@ def evaluate(given: options.Evaluate) -> None:
         first,
         second,
         given.out,
-        given.inception,
-        given.blur,
-        given.size,
-        given.run,
-        given.num,
-        given.captions,
-        given.rebuild,
-        given.seed,
-        given.splits,
-        given.batch_size,
-        given.skip_bad,
-        usable_device(given.device),
+        inception=given.inception,
+        radii=given.blur,
+        side=given.size,
+        scorer=given.run,
+        candidates=given.num,
+        captions=given.captions,
+        rebuild=given.rebuild,
+        seed=given.seed,
+        splits=given.splits,
+        batch_size=given.batch_size,
+        skip_bad=given.skip_bad,
+        device=usable_device(given.device),
     )
     print(evaluation_table(evaluate(wanted), wanted))
     print(f"written: {given.out}")
@@ -445,12 +456,12 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
     wanted = ClipGenJudging(
         given.runs,
         given.out,
-        given.captioner,
-        given.clip,
-        given.candidates,
-        given.prompts,
-        given.seed,
-        usable_device(given.device),
+        captioner=given.captioner,
+        clip=given.clip,
+        candidates=given.candidates,
+        prompts_of_a_group=given.prompts,
+        seed=given.seed,
+        device=usable_device(given.device),
     )
     print(clip_gen_table(judge(wanted)))
     print(f"written: {given.out}/report.json, picks.png and runs/*/contact_sheet.png")

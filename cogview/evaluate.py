@@ -13,7 +13,7 @@ import io
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 
 from tabulate import tabulate
@@ -51,6 +51,7 @@ class Evaluate:
     first: StrPath
     second: StrPath
     out: StrPath
+    _: KW_ONLY
     inception: Path | None = None  # the file of weights of the FID's network; None: EfficientNet-Lite0
     radii: Sequence[float] = BLUR_RADII
     side: int | None = None  # pictures are scaled and cropped to such squares; None: they must be of one size
@@ -149,11 +150,11 @@ def _of_run(run: Run, options: Evaluate) -> tuple[Path, list[Figure]]:
     task = RunTask(
         options.second,
         options.out,
-        options.candidates,
-        options.captions,
-        options.seed,
-        options.skip_bad,
-        options.progress,
+        candidates=options.candidates,
+        captions=options.captions,
+        seed=options.seed,
+        skip_bad=options.skip_bad,
+        progress=options.progress,
     )
     if options.rebuild:
         return rebuild_pictures(run, task), []

@@ -7,17 +7,20 @@ A kill or a loss of power at any moment therefore leaves the previous file, neve
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pwd
 import shutil
 import stat
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # The settings of a run are read before PyTorch is loaded.
     from torch import Tensor
@@ -29,6 +32,7 @@ FORMAT_VERSION = 1
 _VERSION_KEY = "format_version"  # absent in the files of before there were versions
 _CHUNK_BYTES = 1 << 24
 ASIDE = ".cogview.tmp"  # what the name of a file ends with while it is written
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
 @contextmanager
@@ -80,9 +84,34 @@ def folder_written_aside(path: StrPath) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        for folder, _, names in os.walk(aside):
+            for name in names:
+                flush(Path(folder, name))
+            flush(Path(folder))
         os.rename(aside, path)
+        flush(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def lock(file: IO[Any], folder: StrPath) -> None:
+    """Hold an open file, which stands for ``folder``, until it is closed or the process ends in any way.
+
+    A file system without locks gives a warning.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        warnings.warn(
+            f"the file system of {folder} has no locks: see to it yourself that no second process writes "
+            "there",
+            stacklevel=3,
+        )
 
 
 def write_bytes(path: StrPath, content: bytes) -> None:

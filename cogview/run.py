@@ -40,7 +40,7 @@ from cogview.generation.captions import generate_captions
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.generation.infill import keep_outside, keep_top, require_same_proportions
 from cogview.generation.local_super_resolution import enlarge_locally
-from cogview.generation.super_resolution import Small, enlarge
+from cogview.generation.super_resolution import Small, codes_to_draw, enlarge
 from cogview.generation.text_to_image import Candidates, Request, draw_candidates
 from cogview.images import picture_grid, to_picture, undrawn_is_white
 from cogview.model.memory import rows_that_fit
@@ -83,7 +83,7 @@ class Caption(NamedTuple):
     loss: float  # CapLoss of the text, NaN where there is none
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """A trained model with all it needs to draw and to read pictures.
 
@@ -102,17 +102,31 @@ class Run:
     text_dropout: float = 0.0  # share of rows that it was trained on without their text, for guidance
     finetuned_for: str | None = None  # a task of ``cogview finetune``
 
+    @overload
     def generate(
         self,
-        texts: str | Sequence[str],
+        texts: str,
         *,
-        num: int = 16,
-        seed: int | Sequence[int] = 0,
-        sampling: SamplingConfig | None = None,
-        guidance: float | None = None,
-        ranked: bool = True,
-        progress: bool = False,
-    ) -> tuple[list, list]:
+        num: int = ...,
+        seed: int | Sequence[int] = ...,
+        sampling: SamplingConfig | None = ...,
+        guidance: float | None = ...,
+        ranked: bool = ...,
+        progress: bool = ...,
+    ) -> tuple[list[Image.Image], list[float]]: ...
+    @overload
+    def generate(
+        self,
+        texts: list[str] | tuple[str, ...],
+        *,
+        num: int = ...,
+        seed: int | Sequence[int] = ...,
+        sampling: SamplingConfig | None = ...,
+        guidance: float | None = ...,
+        ranked: bool = ...,
+        progress: bool = ...,
+    ) -> tuple[list[list[Image.Image]], list[list[float]]]: ...
+    def generate(self, texts, *, num=16, seed=0, sampling=None, guidance=None, ranked=True, progress=False):
         """Draw ``num`` pictures for each text: ``(images, losses)``, best first.
 
         Args:
@@ -137,22 +151,34 @@ class Run:
             TypeError: texts that are neither ``str`` nor a list of them.
         """
         several = _listed(texts)
-        sampling = sampling or self.sampling
-        if guidance is not None:
-            sampling = dataclasses.replace(sampling, guidance=guidance)
-        options = DrawOptions(sampling, max_batch=MAX_BATCH)
-        rows: list[list[Drawing]] = [[] for _ in several]
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(several)
-        with Progress(len(several) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:
-            options = dataclasses.replace(options, on_step=bar.update)
-            for batch in self.draw(self.requests(several, seeds), num, options):
+        requests = self.requests(several, seeds)
+        images, losses = self._draw_all(requests, num, self._sampling(sampling, guidance), ranked, progress)
+        return (images[0], losses[0]) if isinstance(texts, str) else (images, losses)
+
+    def _sampling(self, sampling: SamplingConfig | None, guidance: float | None) -> SamplingConfig:
+        sampling = sampling or self.sampling
+        return sampling if guidance is None else dataclasses.replace(sampling, guidance=guidance)
+
+    def _draw_all(
+        self,
+        requests: Sequence[tuple[str, Request]],
+        num: int,
+        sampling: SamplingConfig,
+        ranked: bool,
+        progress: bool,
+    ) -> tuple[list[list[Image.Image]], list[list[float]]]:
+        """The pictures of each request, and the CapLoss of each."""
+        rows: list[list[Drawing]] = [[] for _ in requests]
+        with Progress(len(requests) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:
+            options = DrawOptions(sampling, max_batch=MAX_BATCH, on_step=bar.update)
+            for batch in self.draw(requests, num, options):
                 for place, drawing in batch:
                     rows[place].append(drawing)
         if ranked:
             rows = [sorted(row, key=lambda drawing: drawing.loss) for row in rows]
         images = [[drawing.image for drawing in row] for row in rows]
-        losses = [[drawing.loss for drawing in row] for row in rows]
-        return (images[0], losses[0]) if isinstance(texts, str) else (images, losses)
+        return images, [[drawing.loss for drawing in row] for row in rows]
 
     def infill(
         self,
@@ -163,7 +189,10 @@ class Run:
         num: int = 16,
         seed: int = 0,
         keep_top: float | None = None,
-        options: DrawOptions | None = None,
+        sampling: SamplingConfig | None = None,
+        guidance: float | None = None,
+        ranked: bool = True,
+        progress: bool = False,
     ) -> tuple[list[Image.Image], list[float]]:
         """Draw a part of a picture anew, ``num`` times: ``(images, losses)``, best first.
 
@@ -173,17 +202,15 @@ class Run:
             mask: white where the picture is drawn anew, black where its codes are kept; as large as
                 ``image`` or of its proportions. A code with any white pixel is drawn anew.
             keep_top: instead of a mask, the share of the picture's height that is kept, from its top.
-            options: as :meth:`draw` takes them; by default the run's own.
+            num, seed, sampling, guidance, ranked, progress: as :meth:`generate` takes them.
 
         Kept codes pass through the image tokenizer, so even what is kept is not the same pixel by pixel.
         Codes are drawn in raster order: one sees the kept codes above and to its left, not those below.
         Raises what :meth:`generate` and :meth:`encode` raise, and ValueError for a mask of other proportions.
         """
-        options = options or DrawOptions(self.sampling, max_batch=MAX_BATCH)
         requests = self.requests([text], [seed], self.kept_codes(image, mask, keep_top))
-        drawings = [drawing for batch in self.draw(requests, num, options) for _, drawing in batch]
-        drawings.sort(key=lambda drawing: drawing.loss)
-        return [drawing.image for drawing in drawings], [drawing.loss for drawing in drawings]
+        images, losses = self._draw_all(requests, num, self._sampling(sampling, guidance), ranked, progress)
+        return images[0], losses[0]
 
     def kept_codes(self, image: Picture, mask: Picture | None, share: float | None = None) -> Tensor:
         """The codes of a picture ``[num_codes]``, -1 where they are drawn anew; see :meth:`infill`."""
@@ -255,13 +282,17 @@ class Run:
                 on_partial(list(zip(batch.requests, _pictures(pixels), strict=True)))
 
         batches = draw_candidates(
-            *(self.model, self.tokenizers.vocab, [request for _, request in requests]),
-            *(self.num_codes, num, options),
+            self.model,
+            self.tokenizers.vocab,
+            [request for _, request in requests],
+            num_codes=self.num_codes,
+            num_candidates=num,
+            options=options,
             on_codes=None if on_partial is None and on_codes is None else tell,
         )
         for batch in batches:
             pieces = [requests[place][1].pieces for place in batch.requests]
-            losses = caption_loss(self.model, self.tokenizers.vocab, batch.codes, pieces).tolist()
+            losses = self._losses(batch.codes, pieces)
             images, codes = self.decode(batch.codes), batch.codes.cpu()
             rows = zip(images, batch.requests, batch.numbers, losses, codes, strict=True)
             yield [
@@ -274,6 +305,8 @@ class Run:
         """Codes of a picture."""
         return self.tokenizers.image.config.codes_per_image
 
+    @overload
+    def caption(self, images: Tensor, *, beams: int = ..., progress: bool = ...) -> Any: ...
     @overload
     def caption(self, images: Picture, *, beams: int = ..., progress: bool = ...) -> str: ...
     @overload
@@ -305,7 +338,9 @@ class Run:
         for start in range(0, len(images), READ_TOGETHER):
             codes = self.encode(list(images[start : start + READ_TOGETHER]))
             texts = generate_captions(
-                *(self.model, vocab, codes),
+                self.model,
+                vocab,
+                codes,
                 max_text_tokens=self.caption_tokens or self.max_text_tokens,
                 beams=beams,
                 options=DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step),
@@ -316,7 +351,15 @@ class Run:
             for index, text in enumerate(texts):
                 yield Caption(self.tokenizers.text.decode(text), losses.get(index, float("nan")))
 
-    def rerank(self, texts: str | Sequence[str], images: Sequence) -> list:
+    @overload
+    def rerank(self, texts: str, images: Tensor | Sequence[Picture]) -> list[int]: ...
+    @overload
+    def rerank(
+        self,
+        texts: list[str] | tuple[str, ...],
+        images: Tensor | Sequence[Picture] | Sequence[Sequence[Picture]],
+    ) -> list[list[int]]: ...
+    def rerank(self, texts, images):
         """The order of images by CapLoss: places in ``images``, the best one first.
 
         Several texts give several orders. Each text then orders its own images, if ``images`` is a list
@@ -324,16 +367,17 @@ class Run:
         raises.
         """
         if isinstance(texts, str):
-            losses = self.cap_loss(texts, images)
-            return sorted(range(len(losses)), key=losses.__getitem__)
+            return _best_first(self.cap_loss(texts, images))
         several = _listed(texts)
-        has_own = len(images) == len(several) and all(isinstance(own, (list, tuple)) for own in images)
-        return [
-            self.rerank(text, own)
-            for text, own in zip(several, images if has_own else [images] * len(several), strict=True)
-        ]
+        if len(images) == len(several) and all(isinstance(own, (list, tuple)) for own in images):
+            return [self.rerank(text, own) for text, own in zip(several, images, strict=True)]
+        pieces, codes = self._known_pieces(several), self.encode(_listed_images(images))
+        return [_best_first(self._losses(codes, [of_text] * len(codes))) for of_text in pieces]
 
-    def cap_loss(self, texts: str | Sequence[str], images: Sequence[Picture]) -> list[float]:
+    def _losses(self, codes: Tensor, pieces: Sequence[Sequence[int]]) -> list[float]:
+        return caption_loss(self.model, self.tokenizers.vocab, codes, pieces).tolist()
+
+    def cap_loss(self, texts: str | Sequence[str], images: Tensor | Sequence[Picture]) -> list[float]:
         """CapLoss of each image: the mean negative log-likelihood of its text, in nats per token.
 
         Args:
@@ -348,8 +392,7 @@ class Run:
         if len(several) != len(pictures):
             raise ValueError(f"texts must be one or as many as images ({len(pictures)}), got {len(several)}")
         pieces = self._known_pieces(several)
-        codes = self.encode(pictures)
-        return caption_loss(self.model, self.tokenizers.vocab, codes, pieces).tolist()
+        return self._losses(self.encode(pictures), pieces)
 
     def encode(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Codes of images, int64 ``[num_codes]`` for one and ``[N, num_codes]`` for several.
@@ -381,15 +424,45 @@ class Run:
         """Pixels of a side of the pictures that the run draws."""
         return self.tokenizers.image.config.image_size
 
+    @overload
     def super_resolve(
         self,
-        images: Picture | Sequence[Picture],
-        texts: str | Sequence[str] | None = None,
+        images: Tensor,
+        texts: str | Sequence[str] | None = ...,
         *,
-        from_half: bool = False,
-        seed: int = 0,
-        options: DrawOptions | None = None,
-    ) -> Any:
+        from_half: bool = ...,
+        seed: int = ...,
+        sampling: SamplingConfig | None = ...,
+        guidance: float | None = ...,
+        progress: bool = ...,
+    ) -> Any: ...
+    @overload
+    def super_resolve(
+        self,
+        images: Picture,
+        texts: str | Sequence[str] | None = ...,
+        *,
+        from_half: bool = ...,
+        seed: int = ...,
+        sampling: SamplingConfig | None = ...,
+        guidance: float | None = ...,
+        progress: bool = ...,
+    ) -> Image.Image: ...
+    @overload
+    def super_resolve(
+        self,
+        images: list[Any] | tuple[Any, ...],
+        texts: str | Sequence[str] | None = ...,
+        *,
+        from_half: bool = ...,
+        seed: int = ...,
+        sampling: SamplingConfig | None = ...,
+        guidance: float | None = ...,
+        progress: bool = ...,
+    ) -> list[Image.Image]: ...
+    def super_resolve(
+        self, images, texts=None, *, from_half=False, seed=0, sampling=None, guidance=None, progress=False
+    ):
         """Pictures at twice the side; PIL, or a list.
 
         For a run of ``cogview finetune super-resolution`` or ``local-super-resolution``.
@@ -399,34 +472,58 @@ class Run:
             from_half: read the pictures at half the run's size and give them at the run's, rather than read
                 them at the run's size and give them at twice that.
             seed: another one draws other details.
-            options: as :meth:`draw` takes them; by default the run's own.
+            sampling, guidance, progress: as :meth:`generate` takes them.
 
         Only what the run's image tokenizer can tell of a picture is enlarged: best are pictures that a run
         with the same tokenizers drew. Another run gives a warning, as it never learned to enlarge.
+        :meth:`enlarge` takes more options.
 
         Raises:
             ValueError: as many texts as images are needed; a text as :meth:`generate` refuses it; a grid of
-                codes whose side 4 does not divide; and what :meth:`encode` raises.
+                codes whose side 4 does not divide; ``from_half`` or guidance for a run of
+                local-super-resolution; and what :meth:`encode` raises.
         """
+        if guidance is not None and self.finetuned_for == "local-super-resolution":
+            raise ValueError(
+                f"guidance must be None for a run of local-super-resolution, which has none, got {guidance}"
+            )
         pictures = _listed_images(images)
+        total = len(pictures) * self.codes_to_enlarge(from_half)
+        with Progress(total, "enlarge", unit="code", enabled=progress) as bar:
+            options = DrawOptions(self._sampling(sampling, guidance), max_batch=MAX_BATCH, on_step=bar.update)
+            enlarged = self.enlarge(pictures, texts, options, from_half=from_half, seed=seed)
+        return enlarged[0] if _is_one_image(images) else enlarged
+
+    def enlarge(
+        self,
+        images: Sequence[Picture],
+        texts: str | Sequence[str] | None,
+        options: DrawOptions,
+        *,
+        from_half: bool = False,
+        seed: int = 0,
+    ) -> list[Image.Image]:
+        """What :meth:`super_resolve` makes of several images.
+
+        ``options.on_step`` hears of :meth:`codes_to_enlarge` codes a picture.
+        """
         is_local = self.finetuned_for == "local-super-resolution"
         if is_local and from_half:
             raise ValueError("from_half must be False for a run of local-super-resolution, got True")
         if not is_local and self.finetuned_for != "super-resolution":
-            warnings.warn("the run was not finetuned for super-resolution", stacklevel=2)
+            warnings.warn("the run was not finetuned for super-resolution", stacklevel=3)
         config = self.tokenizers.image.config
-        low = self._codes(pictures, config.image_size // 2 if from_half else config.image_size)
-        pieces: list[Sequence[int]] = [()] * len(pictures)
+        low = self._codes(images, config.image_size // 2 if from_half else config.image_size)
+        pieces: list[Sequence[int]] = [()] * len(images)
         if texts is not None:
-            several = [texts] * len(pictures) if isinstance(texts, str) else _listed(texts)
-            if len(several) != len(pictures):
+            several = [texts] * len(images) if isinstance(texts, str) else _listed(texts)
+            if len(several) != len(images):
                 raise ValueError(
-                    f"texts must be one or as many as images ({len(pictures)}), got {len(several)}"
+                    f"texts must be one or as many as images ({len(images)}), got {len(several)}"
                 )
             pieces = list(self._known_pieces(several))
         small = [Small(text, codes, seed) for text, codes in zip(pieces, low, strict=True)]
-        options = options or DrawOptions(self.sampling, max_batch=MAX_BATCH)
-        enlarged = []
+        enlarged: list[Image.Image] = []
         for start in range(0, len(small), MAX_BATCH):
             part = small[start : start + MAX_BATCH]
             if is_local:
@@ -436,7 +533,14 @@ class Run:
             else:
                 codes = enlarge(self.model, self.tokenizers.vocab, part, config.grid, options)
             enlarged += _pictures(self.tokenizers.image.decode(codes))
-        return enlarged[0] if _is_one_image(images) else enlarged
+        return enlarged
+
+    def codes_to_enlarge(self, from_half: bool = False) -> int:
+        """Codes that are drawn to enlarge a picture, for the display of progress."""
+        side = self.tokenizers.image.config.grid
+        if self.finetuned_for == "local-super-resolution":
+            return 4 * side**2
+        return codes_to_draw(side // 2 if from_half else side, side)
 
     def decode(self, codes: Tensor) -> Any:
         """Codes as PIL pictures: one for ``[num_codes]``, lists of lists for each dimension before it.
@@ -515,7 +619,10 @@ def load_run(folder: StrPath | None = None, device: str | None = None, precision
     _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)
     model = in_precision(model.to(device).eval(), precision)
     return Run(
-        *(model, tokenizers, settings.sampling, settings.max_text_tokens),
+        model=model,
+        tokenizers=tokenizers,
+        sampling=settings.sampling,
+        max_text_tokens=settings.max_text_tokens,
         caption_tokens=settings.caption_tokens,
         text_dropout=settings.train.text_dropout,
         finetuned_for=None if settings.finetuned is None else settings.finetuned.task,
@@ -536,7 +643,12 @@ def sample_sheet(
     model: CogView, tokenizers: Tokenizers, settings: ModelSettings, texts: Sequence[str]
 ) -> Any:
     """A PIL picture with a row of drawings for each text, best first; the same noise every time."""
-    run = Run(model, tokenizers, settings.sampling, settings.max_text_tokens)
+    run = Run(
+        model=model,
+        tokenizers=tokenizers,
+        sampling=settings.sampling,
+        max_text_tokens=settings.max_text_tokens,
+    )
     images, _ = run.generate(list(texts), num=SAMPLES)
     return picture_grid(images)
 
@@ -550,6 +662,10 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
         raise TypeError(f"texts must be a str or a list of str, got {texts!r}")
     return list(several)
+
+
+def _best_first(losses: Sequence[float]) -> list[int]:
+    return sorted(range(len(losses)), key=losses.__getitem__)
 
 
 def _is_one_image(images: Picture | Sequence[Picture]) -> bool:

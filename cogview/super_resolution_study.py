@@ -109,7 +109,7 @@ def _load_all(folders: Sequence[StrPath], device: str) -> dict[str, Run]:
 
 
 def _drawn(run: Run, small: Sequence[Tensor], texts: Sequence[str]) -> Tensor:
-    pictures = run.super_resolve(small, texts)
+    pictures = run.super_resolve(list(small), texts)
     return torch.stack([pixels_of(picture, 2 * run.image_size) for picture in pictures])
 
 

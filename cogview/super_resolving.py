@@ -14,7 +14,7 @@ from cogview import options
 from cogview.data.image_files import pixels_of
 from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise, seam_contrast
 from cogview.generation.engine import DrawOptions
-from cogview.generation.super_resolution import codes_to_draw, drawn_by
+from cogview.generation.super_resolution import drawn_by
 from cogview.outlet import Outlet
 from cogview.progress import Progress
 from cogview.run import Run, load_run
@@ -44,14 +44,11 @@ def super_resolve(given: options.SuperResolve) -> None:
     side = run.tokenizers.image.config.grid
     low = side // 2 if given.from_half else side
     is_local = run.finetuned_for == "local-super-resolution"
-    each = 4 * low**2 if is_local else codes_to_draw(low, side)
-    with Progress(len(small) * each, "enlarge", unit="code") as bar:
+    with Progress(len(small) * run.codes_to_enlarge(given.from_half), "enlarge", unit="code") as bar:
         drawing = DrawOptions(
             sampling, max_batch=given.max_batch, parallel=given.parallel, on_step=bar.update
         )
-        pictures = run.super_resolve(
-            small, given.text or None, from_half=given.from_half, seed=given.seed, options=drawing
-        )
+        pictures = run.enlarge(small, given.text or None, drawing, from_half=given.from_half, seed=given.seed)
     about = {"prompt": given.text, "seed": given.seed}
     for path, picture in zip(given.images, pictures, strict=True):
         outlet.write_picture(path.stem, picture, about)

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes rows of tokens, chunk by chunk: a kill at any moment costs one chunk, and the result is the same.
+"""Writes rows of tokens, chunk by chunk: a kill or a loss of power costs a second's work or one chunk.
 
 A chunk is always made of the same samples, whatever was interrupted where, so that the image tokenizer sees
-the same batches. What has been written counts once ``writing.json`` says so; a later call cuts off the rest.
+the same batches and the result is the same. What has been written counts once ``writing.json`` says so, and
+that is told only of what is on the disk; a later call cuts off the rest.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import os
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,7 +39,7 @@ from cogview.data.rows import (
     skipped_lines,
 )
 from cogview.data.samples import Sample, Samples, read_ahead
-from cogview.files import StrPath, digest, read_json, write_json
+from cogview.files import StrPath, digest, lock, read_json, write_json
 from cogview.progress import Progress
 from cogview.settings import build, plain
 from cogview.tokens.sequence import fit_text
@@ -46,6 +49,9 @@ from cogview.tokens.vqvae import ImageTokenizer
 
 CHUNK = 64  # images that are encoded together
 STATE = "writing.json"
+# Seconds from one state to the next at least: to wait for the disk takes some 20 ms, as long as a chunk of
+# small pictures takes.
+SAVE_EVERY = 1.0
 
 
 @dataclass
@@ -99,40 +105,59 @@ class _Encoder:
 
 
 class _Files:
-    """The files being written, cut to what the state counts."""
+    """The files being written, which no other process may write to meanwhile."""
 
-    def __init__(self, folder: Path, state: _State) -> None:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, IO[bytes]] = {}
+        with ExitStack() as opened:
+            for name in (ROWS, IMAGES, SKIPPED):
+                self._files[name] = opened.enter_context((folder / name).open("ab"))
+            try:
+                lock(self._files[ROWS], folder)
+            except BlockingIOError:
+                raise BlockingIOError(
+                    f"another process is writing rows to {folder}; wait until it ends, or choose another "
+                    "folder"
+                ) from None
+            self._open = opened.pop_all()
+
+    def go_on_from(self, state: _State) -> _State:
+        """The state to go on from, with the files cut to what it counts.
+
+        That is ``state``, or the beginning where a file is shorter than ``state`` counts.
+        """
         sizes = {
             ROWS: 4 * state.rows * state.format.width,
             IMAGES: 16 * state.images,
             SKIPPED: state.skipped_bytes,
         }
-        self._open = ExitStack()
-        self._files: dict[str, IO[bytes]] = {}
         for name, size in sizes.items():
-            file = self._files[name] = self._open.enter_context((folder / name).open("ab"))
-            if name == ROWS:
-                _lock(file, folder)
-            file.truncate(size)
+            found = os.fstat(self._files[name].fileno()).st_size
+            if found < size:
+                warnings.warn(
+                    f"{self._folder / name} is damaged: it has {found} bytes where {STATE} counts {size}, as "
+                    "a loss of power may leave it; all rows are written anew",
+                    stacklevel=4,
+                )
+                return self.go_on_from(_State(state.format))
+        for name, size in sizes.items():
+            self._files[name].truncate(size)
+        return state
 
     def append(self, rows: bytes, images: bytes, skipped: bytes) -> None:
         for name, content in ((ROWS, rows), (IMAGES, images), (SKIPPED, skipped)):
             self._files[name].write(content)
-            self._files[name].flush()
+
+    def save(self, state: _State) -> None:
+        """Put on the disk what was appended, and then that it counts."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(self._folder / STATE, plain(state))
 
     def close(self) -> None:
         self._open.close()
-
-
-def _lock(file: IO[bytes], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(
-            f"another process is writing rows to {folder}; wait until it ends, or choose another folder"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _add(encoder: _Encoder, chunk: list[tuple[Sample, Tensor | str]], files: _Files, state: _State) -> None:
@@ -242,8 +267,9 @@ def _difference(found: RowFormat, wanted: RowFormat) -> str:
 def _write(
     samples: Samples, encoder: _Encoder, folder: Path, wanted: RowFormat, workers: int, progress: bool
 ) -> None:
-    state = _begun(folder) or _State(wanted)
-    files = _Files(folder, state)
+    files = _Files(folder)
+    state = files.go_on_from(_begun(folder) or _State(wanted))
+    saved = time.monotonic()
     known = samples.num_images
     total, unit = (len(samples.parts), "shard") if known is None else (known, "image")
     done = state.part if known is None else state.taken
@@ -257,10 +283,12 @@ def _write(
             for number in range(state.part, len(samples.parts)):
                 for chunk in read_ahead(samples.part(number, state.taken), size, CHUNK, workers):
                     _add(encoder, chunk, files, state)
-                    write_json(folder / STATE, plain(state))
+                    if time.monotonic() - saved >= SAVE_EVERY:
+                        files.save(state)
+                        saved = time.monotonic()
                     bar.update(0 if known is None else len(chunk), _so_far(state))
                 state.part, state.taken = number + 1, 0
-                write_json(folder / STATE, plain(state))
+                files.save(state)
                 bar.update(1 if known is None else 0, _so_far(state))
     finally:
         files.close()

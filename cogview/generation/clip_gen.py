@@ -23,8 +23,11 @@ def read_embeddings(model: ClipGen, embeddings: Tensor, rows: list[int], spare: 
     config = model.config
     weight = model.condition.weight
     cache = KVCache(
-        *(config.num_layers, len(embeddings), config.num_heads),
-        *(1, config.hidden_size // config.num_heads),
+        num_layers=config.num_layers,
+        batch=len(embeddings),
+        num_heads=config.num_heads,
+        capacity=1,
+        head_size=config.hidden_size // config.num_heads,
         device=weight.device,
         dtype=weight.dtype,
     )

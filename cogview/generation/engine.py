@@ -98,8 +98,11 @@ def prefill(
     each_once = len(place) == len(prompts)
     capacity = longest + new_tokens + spare
     cache = KVCache(
-        *(config.num_layers, len(place), config.num_heads),
-        *(capacity if each_once else longest, config.hidden_size // config.num_heads),
+        num_layers=config.num_layers,
+        batch=len(place),
+        num_heads=config.num_heads,
+        capacity=capacity if each_once else longest,
+        head_size=config.hidden_size // config.num_heads,
         device=device,
         dtype=model.word_embeddings.weight.dtype,
     )

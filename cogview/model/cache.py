@@ -24,12 +24,12 @@ class KVCache:
 
     def __init__(
         self,
+        *,
         num_layers: int,
         batch: int,
         num_heads: int,
         capacity: int,
         head_size: int,
-        *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -114,7 +114,11 @@ class KVCache:
             raise ValueError(f"capacity must be at least {self.capacity}, got {capacity}")
         layers, _, _, heads, _, head_size = self.buffer.shape
         copy = KVCache(
-            *(layers, len(rows), heads, capacity, head_size),
+            num_layers=layers,
+            batch=len(rows),
+            num_heads=heads,
+            capacity=capacity,
+            head_size=head_size,
             device=self.buffer.device,
             dtype=self.buffer.dtype,
         )

@@ -45,12 +45,20 @@ class LocalGrid:
         before = causal_attention(q[:, :, prefix], k[:, :, prefix], v[:, :, prefix], dropout_p)
         side = 2 * self.low
         own = local_attention_2d(
-            *(q[:, :, fine], k[:, :, fine], v[:, :, fine], (side, side), OWN_WINDOW),
+            q[:, :, fine],
+            k[:, :, fine],
+            v[:, :, fine],
+            grid=(side, side),
+            kernel_size=OWN_WINDOW,
             dropout_p=dropout_p,
             return_lse=True,
         )
         far = local_attention_2d(
-            *(q[:, :, fine], k[:, :, coarse], v[:, :, coarse], (self.low, self.low), COARSE_WINDOW),
+            q[:, :, fine],
+            k[:, :, coarse],
+            v[:, :, coarse],
+            grid=(self.low, self.low),
+            kernel_size=COARSE_WINDOW,
             query_scale=2,
             extra_k=k[:, :, self.text],
             extra_v=v[:, :, self.text],

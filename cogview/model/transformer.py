@@ -160,14 +160,15 @@ class Layer(nn.Module):
         """Trunk and its input-normalised form in; the same two for the next layer out.
 
         Under autocast a norm gives what the next product reads, in 16 bits. What the last layer gives is read
-        by others, and has the dtype of the trunk.
+        by others, and has the dtype of the trunk. ``is_last`` is looked at only where it makes a difference:
+        a compiler makes code anew for each value of what it has seen looked at.
         """
         branch = self.attention(normed, layout, cache, index)
         x, normed = self._sandwich(
             branch, x, self.third_layernorm, self.post_attention_layernorm, branch.dtype
         )
         branch = self.mlp(normed, cache is not None and not cache.is_empty)
-        normed_dtype = None if is_last else branch.dtype
+        normed_dtype = None if branch.dtype == x.dtype or is_last else branch.dtype
         return self._sandwich(branch, x, self.fourth_layernorm, next_layernorm, normed_dtype)
 
 

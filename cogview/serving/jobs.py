@@ -191,6 +191,6 @@ class EnlargeJob(Job):
         enlarger = models.enlarger
         assert enlarger is not None
         options = DrawOptions(enlarger.sampling, max_batch=MAX_BATCH, on_step=self.check)
-        self.enlarged = enlarger.super_resolve(
-            self.drawing.image, self.drawing.text, seed=self.drawing.seed, options=options
+        (self.enlarged,) = enlarger.enlarge(
+            [self.drawing.image], self.drawing.text, options, seed=self.drawing.seed
         )

@@ -3,20 +3,16 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import socket
 import time
-import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from cogview.files import StrPath, exists
+from cogview.files import StrPath, exists, lock
 
 LOCK = "training.lock"
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 _held: list[IO[str]] = []
 
 
@@ -41,7 +37,7 @@ class RunLock:
             return
         self._file = file = self._open()
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, self.folder)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -49,14 +45,6 @@ class RunLock:
             raise BlockingIOError(
                 f"{self.folder} is being trained by {holder}; wait until it ends, or choose another folder"
             ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warnings.warn(
-                f"the file system of {self.folder} has no locks: see to it yourself that no second training "
-                "writes there",
-                stacklevel=2,
-            )
         _held.append(file)
         file.truncate(0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")

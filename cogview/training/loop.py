@@ -306,9 +306,7 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
-        for step, batch in zip(
-            range(resumed.step, config.steps), trainer.batches(resumed.step), strict=False
-        ):
+        for step, batch in zip(range(resumed.step, config.steps), trainer.batches(resumed.step), strict=True):
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
             stops = distributed.any_rank(interrupt.requested)

@@ -260,7 +260,11 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
     lengths = data.head.captions if isinstance(data, Rows) else caption_lengths(data, tokenizers.text)
     plan = plan_model(preset, tokenizers.vocab, tokenizers.image.config.codes_per_image, lengths)
     settings = ModelSettings(
-        *(os.fspath(options.data), plan.config, preset.sampling, plan.max_text_tokens, preset.train),
+        data=os.fspath(options.data),
+        model=plan.config,
+        sampling=preset.sampling,
+        max_text_tokens=plan.max_text_tokens,
+        train=preset.train,
         finetuned=options.finetuned,
     )
     origin = {"tokenizers": tokenizers.fingerprint, "data": fingerprint(data)}
@@ -357,7 +361,10 @@ def _rows_of(pairs: Pairs, options: TrainModel, tokenizers: Tokenizers, text_wid
     if not options.skip_bad and not has_rows(folder, wanted):
         pairs.check(tokenizers.image.config.image_size, progress=options.progress)
     rows = write_rows(
-        *(samples, tokenizers, folder, wanted),
+        samples,
+        tokenizers,
+        folder,
+        wanted,
         encode=kind.encode,
         replace=True,
         progress=options.progress,

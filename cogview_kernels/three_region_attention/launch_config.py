@@ -2,16 +2,22 @@
 """Tile sizes of the Triton kernels: a table for each chip, and results of tuning kept on disk.
 
 A first call does not tune: it takes the shipped table. With ``COGVIEW_KERNELS_AUTOTUNE=1`` the first call of
-a kernel for a (GPU, head size, dtype, block size) times a few candidates on the tensors at hand and keeps the
-winner in ``$COGVIEW_KERNELS_CACHE/three_region_attention.json`` (default ``~/.cache/cogview_kernels``), which
-later processes read under the same switch. Other tiles sum in another order, so results differ in their last
-bits between configurations; under one configuration two runs give the same bits.
+a kernel for a (GPU, version of Triton, head size, dtype, block size) times a few candidates on the tensors at
+hand and keeps the winner in ``$COGVIEW_KERNELS_CACHE/three_region_attention.json`` (default
+``~/.cache/cogview_kernels``), which later processes read under the same switch. Other tiles sum in another
+order, so results differ in their last bits between configurations; under one configuration two runs give the
+same bits.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.metadata
 import json
 import os
+import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -174,10 +180,20 @@ def candidates(kernel: str, arch: int, D: int, bits: int, block_size: int, dropo
 _memory: dict[str, Config] = {}
 
 
+@functools.cache
+def _compiler() -> str:
+    """Triton's version: another one compiles the same tiles to other machine code."""
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(package)
+    return "unknown"
+
+
 def _key(kernel: str, device: torch.device, D: int, bits: int, block_size: int, dropout: bool) -> str:
     # Tiles depend on the window block by its factors alone.
     block = next(b for b in (128, 64, 1) if block_size % b == 0)
-    return f"{torch.cuda.get_device_name(device)}/{kernel}/D{padded(D)}/{bits}/w{block}/dropout{int(dropout)}"
+    made_by = f"{torch.cuda.get_device_name(device)}, triton {_compiler()}"
+    return f"{made_by}/{kernel}/D{padded(D)}/{bits}/w{block}/dropout{int(dropout)}"
 
 
 def _tuned(
@@ -235,15 +251,28 @@ def milliseconds(launch: Callable[[Config], None], config: Config) -> float:
 def _read() -> dict[str, Config]:
     try:
         return {key: Config(**value) for key, value in json.loads(cache_file().read_text()).items()}
-    except (OSError, ValueError, TypeError):
-        return {}  # none yet, or of another version
+    except (OSError, RuntimeError, ValueError, TypeError):
+        return {}  # none yet, no home to look in, or of another version
 
 
 def _write(key: str, config: Config) -> None:
-    """Adds one result; a whole new file replaces the old one, so that no reader sees half of it."""
-    path = cache_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    everything = {**_read(), key: config}
-    part = path.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({k: asdict(c) for k, c in sorted(everything.items())}, indent=1))
-    part.replace(path)
+    """Adds one result; a whole new file replaces the old one, so that no reader sees half of it.
+
+    A result that cannot be kept is a warning, as the call that tuned can go on with it.
+    """
+    try:
+        path = cache_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        everything = {**_read(), key: config}
+        part = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+        try:
+            part.write_text(json.dumps({k: asdict(c) for k, c in sorted(everything.items())}, indent=1))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home
+        warnings.warn(
+            f"what tuning found is not kept for later processes: {error}; set COGVIEW_KERNELS_CACHE to a "
+            "folder that can be written to",
+            stacklevel=2,
+        )

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,12 +114,13 @@ def test_every_chip_and_head_size_has_defaults():
                             )
 
 
-def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
-    """The kernel is launched to be timed once; a later process reads the file."""
-    device = torch.device("cuda")
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """Tuning as on an H100, its results in a folder of the test; what is timed is appended to the list."""
     monkeypatch.setenv("COGVIEW_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(launch_config, "AUTOTUNE", True)
     monkeypatch.setattr(launch_config, "_memory", {})
+    monkeypatch.setattr(launch_config, "_compiler", lambda: "3.7")
     monkeypatch.setattr(launch_config, "architecture", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
@@ -127,15 +132,19 @@ def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
         return abs(config.block_n - 32) + config.stages
 
     monkeypatch.setattr(launch_config, "milliseconds", time)
-    launched = []
+    return timed
+
+
+def test_tuning_is_kept_on_disk(tuning, monkeypatch):
+    """The kernel is launched to be timed once; a later process reads the file."""
+    device, timed, launched = torch.device("cuda"), tuning, []
     arguments = ("fwd", device, 64, torch.float16, 128, False, launched.append)
     best = launch_config.choose(*arguments)
     assert (best.block_n, best.stages) == (32, 2) and launched == timed and len(timed) > 3
     assert launch_config.choose(*arguments) == best and launched == timed
     assert launch_config.choose("fwd", device, 64, torch.float16, 64, False, launched.append).block_m == 64
-    assert (
-        json.loads(launch_config.cache_file().read_text())["a GPU/fwd/D64/16/w128/dropout0"]["block_n"] == 32
-    )
+    kept = json.loads(launch_config.cache_file().read_text())
+    assert kept["a GPU, triton 3.7/fwd/D64/16/w128/dropout0"]["block_n"] == 32
 
     count = len(timed)
     monkeypatch.setattr(launch_config, "_memory", {})
@@ -145,6 +154,50 @@ def test_tuning_is_kept_on_disk(tmp_path, monkeypatch):
     assert launch_config.choose(*arguments) == best and len(timed) > count
 
 
+def test_another_triton_is_tuned_anew(tuning, monkeypatch):
+    arguments = ("fwd", torch.device("cuda"), 64, torch.float16, 128, False, lambda config: None)
+    launch_config.choose(*arguments)
+    count = len(tuning)
+    monkeypatch.setattr(launch_config, "_memory", {})
+    monkeypatch.setattr(launch_config, "_compiler", lambda: "3.8")
+    launch_config.choose(*arguments)
+    assert len(tuning) == 2 * count
+
+
+@pytest.mark.parametrize("home", ["a file", "nobody knows where"])
+def test_a_result_that_cannot_be_kept_is_a_warning(tuning, tmp_path, monkeypatch, home):
+    """As where the home can only be read, which a test that may run as root cannot arrange."""
+
+    def cache_file():
+        if home == "a file":
+            return tmp_path / "file" / "folder" / "tuned.json"
+        raise RuntimeError("Could not determine home directory.")
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(launch_config, "cache_file", cache_file)
+    arguments = ("fwd", torch.device("cuda"), 64, torch.float16, 128, False, lambda config: None)
+    with pytest.warns(UserWarning, match="what tuning found is not kept for later processes"):
+        best = launch_config.choose(*arguments)
+    count = len(tuning)
+    assert launch_config.choose(*arguments) == best and len(tuning) == count
+
+
+def test_threads_that_tune_do_not_write_to_one_file(tuning, monkeypatch):
+    """Each has written its part before any of them renames one."""
+    together, real = threading.Barrier(4), Path.replace
+
+    def replace(path, target):
+        together.wait(10)
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with warnings.catch_warnings(), ThreadPoolExecutor(4) as threads:
+        warnings.simplefilter("error")
+        list(threads.map(lambda key: launch_config._write(str(key), Config(64, 64, 4, 2)), range(4)))
+    (kept,) = launch_config.cache_file().parent.iterdir()
+    assert len(json.loads(kept.read_text())) >= 1
+
+
 @pytest.fixture
 def tiny_problem(backend_device, monkeypatch, tmp_path):
     backend_device("triton")
@@ -152,6 +205,7 @@ def tiny_problem(backend_device, monkeypatch, tmp_path):
         monkeypatch.setattr(tune, name, value)
     monkeypatch.setenv("COGVIEW_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(launch_config, "_memory", {})
+    monkeypatch.setattr(launch_config, "_compiler", lambda: "3.7")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(
         tune, "configurations", lambda kernel, *_: [Config(32, 32, 4, 1), Config(16, 16, 4, 1)]
@@ -169,7 +223,8 @@ def test_tune_goes_through_every_kernel(device, tiny_problem, monkeypatch):
     times = tune.tune(tiny_problem, device)
     assert times == {k: [(16.0, Config(16, 16, 4, 1)), (32.0, Config(32, 32, 4, 1))] for k in KERNELS}
     assert launch_config.choose is choose
-    assert launch_config._read().keys() == {f"a GPU/{kernel}/D32/32/w1/dropout1" for kernel in KERNELS}
+    expected = {f"a GPU, triton 3.7/{kernel}/D32/32/w1/dropout1" for kernel in KERNELS}
+    assert launch_config._read().keys() == expected
 
 
 def test_tune_saves_the_row_to_ship(monkeypatch, tmp_path):

@@ -66,7 +66,9 @@ def test_opcheck(backend_device):
 def test_a_cache_that_the_kernel_fills(backend_device, monkeypatch):
     """Rows of different lengths, step after step."""
     device = backend_device("triton")
-    caches = [KVCache(2, 2, 3, 8, 16, device=device) for _ in range(2)]
+    caches = [
+        KVCache(num_layers=2, batch=2, num_heads=3, capacity=8, head_size=16, device=device) for _ in range(2)
+    ]
     prompt = torch.randn(2, 4, 2, 3, 16, device=device)
     steps = torch.randn(3, 2, 1, 2, 3, 16, device=device)
     for cache, with_kernel in zip(caches, (True, False), strict=True):

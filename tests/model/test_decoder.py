@@ -38,7 +38,13 @@ def taken(monkeypatch):
 def test_a_step_is_that_of_the_model_to_the_bit(dtype, restart, taken):
     model = small_model(scale=5.0).to(dtype)
     tokens, lengths = torch.randint(0, 60, (3, 12)), torch.tensor([7, 3, 5])
-    hidden, caches = [], [KVCache(2, 3, 2, 30, 32, dtype=dtype) for _ in range(2)]
+    hidden, caches = (
+        [],
+        [
+            KVCache(num_layers=2, batch=3, num_heads=2, capacity=30, head_size=32, dtype=dtype)
+            for _ in range(2)
+        ],
+    )
     for cache, call in zip(caches, (Decoder(model), lambda t, cache: model(t, cache=cache)), strict=True):
         model(tokens[:, :7], cache=cache)
         cache.set_lengths(lengths)
@@ -176,10 +182,12 @@ def _loaded(model):
 @torch.no_grad()
 def test_a_new_decoder_has_the_models_weights_of_today(change, taken):
     model, tokens = small_model(scale=5.0), torch.tensor([[1, 2, 3]])
-    Decoder(model)(tokens, KVCache(2, 1, 2, 9, 32))
+    Decoder(model)(tokens, KVCache(num_layers=2, batch=1, num_heads=2, capacity=9, head_size=32))
     change(model)
     dtype = model.word_embeddings.weight.dtype
-    caches = [KVCache(2, 1, 2, 9, 32, dtype=dtype) for _ in range(2)]
+    caches = [
+        KVCache(num_layers=2, batch=1, num_heads=2, capacity=9, head_size=32, dtype=dtype) for _ in range(2)
+    ]
     found, expected = Decoder(model)(tokens, caches[0]), Decoder(copy.deepcopy(model))(tokens, caches[1])
     assert torch.equal(found, expected)
 
@@ -212,7 +220,7 @@ def test_a_step_calls_modules_that_are_not_plain():
     new.load_state_dict(old.state_dict())
     model.transformer.layers[1].mlp.dense_4h_to_h = new
     tokens = torch.tensor([[1, 2, 3, 4]])
-    cache = KVCache(2, 1, 2, 9, 32)
+    cache = KVCache(num_layers=2, batch=1, num_heads=2, capacity=9, head_size=32)
     step = Decoder(model)
     step(tokens[:, :2], cache)
     found = torch.cat([step(tokens[:, at : at + 1], cache) for at in (2, 3)], dim=1)
@@ -241,7 +249,10 @@ def test_a_look_does_not_keep_the_model():
 def test_a_plain_model_and_autocast_take_the_modules(taken):
     config = ModelConfig(1, 64, 2, 40, 10, sandwich_norm=False)
     for model, autocast in ((CogView(config).eval(), False), (small_model(), True)):
-        caches = [KVCache(model.config.num_layers, 1, 2, 9, 32) for _ in range(2)]
+        caches = [
+            KVCache(num_layers=model.config.num_layers, batch=1, num_heads=2, capacity=9, head_size=32)
+            for _ in range(2)
+        ]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             hidden = Decoder(model)(torch.tensor([[1, 2]]), caches[0])
             expected = model(torch.tensor([[1, 2]]), cache=caches[1])
@@ -255,5 +266,5 @@ def test_a_decoder_follows_autocast_from_call_to_call(taken):
     decoder, tokens = Decoder(small_model()), torch.tensor([[1, 2]])
     for calls, autocast in ((1, False), (1, True), (2, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            decoder(tokens, KVCache(2, 1, 2, 9, 32))
+            decoder(tokens, KVCache(num_layers=2, batch=1, num_heads=2, capacity=9, head_size=32))
         assert len(taken) == calls

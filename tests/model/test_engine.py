@@ -33,7 +33,10 @@ def test_cached_steps_equal_one_full_pass_to_the_error_budget(dtype):
 
     @torch.no_grad()
     def cached(model, dtype):
-        cache, step = KVCache(2, 3, 2, 30, 32, dtype=dtype), Decoder(model)
+        cache, step = (
+            KVCache(num_layers=2, batch=3, num_heads=2, capacity=30, head_size=32, dtype=dtype),
+            Decoder(model),
+        )
         parts = [step(tokens[:, :7], cache)]
         parts += [step(tokens[:, at : at + 1], cache) for at in range(7, 20)]
         parts.append(step(tokens[:, 20:], cache))  # several new tokens at once
@@ -99,9 +102,12 @@ def test_no_tensor_of_the_cache_is_replaced(parallel):
 
 def test_a_full_cache_is_an_error():
     with pytest.raises(ValueError, match="holds 4 tokens"):
-        small_model()(torch.zeros(1, 5, dtype=torch.int64), cache=KVCache(2, 1, 2, 4, 32))
+        small_model()(
+            torch.zeros(1, 5, dtype=torch.int64),
+            cache=KVCache(num_layers=2, batch=1, num_heads=2, capacity=4, head_size=32),
+        )
     with pytest.raises(ValueError, match="capacity must be at least 4, got 3"):
-        KVCache(2, 1, 2, 4, 32).take([0], 3)
+        KVCache(num_layers=2, batch=1, num_heads=2, capacity=4, head_size=32).take([0], 3)
 
 
 @pytest.mark.parametrize("parallel", [1, 3])

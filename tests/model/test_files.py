@@ -5,7 +5,15 @@ import os
 import pytest
 import torch
 
-from cogview.files import digest, load_tensors, read_json, save_tensors, write_json, written_aside
+from cogview.files import (
+    digest,
+    folder_written_aside,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+    written_aside,
+)
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
@@ -41,6 +49,29 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     ):
         full.write(b"x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A rename may outlive a loss of power that the files do not."""
+    done, real_fsync, real_rename = [], os.fsync, os.rename
+
+    def fsync(descriptor):
+        real_fsync(descriptor)
+        done.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+
+    def rename(old, new):
+        real_rename(old, new)
+        done.append("renamed")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with folder_written_aside(tmp_path / "x") as aside:
+        (aside / "part").mkdir()
+        for path in (aside / "a", aside / "part" / "b"):
+            path.write_text("content")
+    name = aside.name
+    assert sorted(done[:-2]) == [name, f"{name}/a", f"{name}/part", f"{name}/part/b"]
+    assert done[-2:] == ["renamed", "."]
 
 
 def test_what_a_user_may_not_read_is_called_so_and_not_damaged(tmp_path):

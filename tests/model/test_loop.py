@@ -90,6 +90,11 @@ def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path)
     ]
 
 
+def test_batches_that_run_out_do_not_end_a_training_in_silence(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        run_loop(Duel(7), Config(), tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("every", [1, 3, 100])
 def test_steps_are_read_every_few_steps_and_before_each_checkpoint(tmp_path, monkeypatch, every):
     expected = run_loop(Duel(10), Config(), tmp_path / "1", progress=False)

@@ -2,9 +2,12 @@
 """Rows on disk: their bytes, their split, and that no kill, thread or source changes them."""
 
 import dataclasses
+import errno
+import fcntl
 import io
 import itertools
 import json
+import os
 import pickle
 import tarfile
 
@@ -43,6 +46,7 @@ def tokenizers():
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     monkeypatch.setattr(cogview.data.row_writer, "CHUNK", 2)
+    monkeypatch.setattr(cogview.data.row_writer, "SAVE_EVERY", 0)
 
 
 def write(samples, tokenizers, folder, *, width=9, **options):
@@ -79,7 +83,9 @@ class Killed(Exception):
     pass
 
 
-def test_a_kill_at_any_moment_changes_nothing(photos, tokenizers, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("save_every", "moments"), [(0, 15), (1000, 9)])
+def test_a_kill_at_any_moment_changes_nothing(photos, tokenizers, tmp_path, monkeypatch, save_every, moments):
+    monkeypatch.setattr(cogview.data.row_writer, "SAVE_EVERY", save_every)
     (photos / "1.png").write_text("not an image")
     samples = PairSamples(FolderPairs(photos))
     write(samples, tokenizers, tmp_path / "whole")
@@ -116,12 +122,65 @@ def test_a_kill_at_any_moment_changes_nothing(photos, tokenizers, tmp_path, monk
                 file.write(b"half a row")  # which a kill within a write leaves
             monkeypatch.undo()
             monkeypatch.setattr(cogview.data.row_writer, "CHUNK", 2)
+            monkeypatch.setattr(cogview.data.row_writer, "SAVE_EVERY", save_every)
             finished = (folder / "rows.json").exists()
             if finished:
                 break
             write(samples, tokenizers, folder, workers=3)
         assert content(folder) == expected
-    assert moment > 10
+    assert moment == moments
+
+
+def test_what_counts_is_on_the_disk(photos, tokenizers, tmp_path, monkeypatch):
+    """A loss of power keeps of a file what was flushed; the state may never count more than that."""
+    folder, kept, states = tmp_path / "rows", {}, []
+    real_fsync, real_write = os.fsync, cogview.data.row_writer.write_json
+
+    def fsync(descriptor):
+        real_fsync(descriptor)
+        kept[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def write_json(path, content):
+        on_disk = {name: kept.get((folder / name).stat().st_ino, 0) for name in FILES if name != "rows.json"}
+        if path.name == "writing.json":
+            states.append(content)
+            assert on_disk == {
+                "rows.bin": 4 * 13 * content["rows"],
+                "images.bin": 16 * content["images"],
+                "skipped.tsv": content["skipped_bytes"],
+            }
+        real_write(path, content)
+
+    (photos / "1.png").write_text("not an image")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(cogview.data.row_writer, "write_json", write_json)
+    write(PairSamples(FolderPairs(photos)), tokenizers, folder)
+    assert [state["images"] for state in states] == [1, 3, 5, 5]
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "images.bin", "skipped.tsv"])
+def test_a_file_shorter_than_what_counts_is_told_and_written_anew(
+    photos, tokenizers, tmp_path, monkeypatch, name
+):
+    """To lengthen it with zeros would give rows that were never made, with a digest that fits them."""
+    (photos / "1.png").write_text("not an image")
+    samples, folder = PairSamples(FolderPairs(photos)), tmp_path / "rows"
+    write(samples, tokenizers, tmp_path / "whole")
+    real, calls = cogview.data.row_writer._add, itertools.count()
+
+    def dies(*arguments):
+        if next(calls) == 2:
+            raise Killed
+        real(*arguments)
+
+    monkeypatch.setattr(cogview.data.row_writer, "_add", dies)
+    with pytest.raises(Killed):
+        write(samples, tokenizers, folder)
+    monkeypatch.setattr(cogview.data.row_writer, "_add", real)
+    os.truncate(folder / name, (folder / name).stat().st_size - 1)
+    with pytest.warns(UserWarning, match=rf"{name} is damaged: it has \d+ bytes where writing\.json counts"):
+        write(samples, tokenizers, folder)
+    assert content(folder) == content(tmp_path / "whole")
 
 
 def test_other_data_or_tokenizers_are_refused_or_replace_what_is_there(photos, tokenizers, tmp_path):
@@ -141,13 +200,28 @@ def test_other_data_or_tokenizers_are_refused_or_replace_what_is_there(photos, t
 
 def test_two_writers_do_not_mix(photos, tokenizers, tmp_path):
     samples = PairSamples(FolderPairs(photos))
-    files = cogview.data.row_writer._Files
     tmp_path.joinpath("rows").mkdir()
-    first = files(tmp_path / "rows", cogview.data.row_writer._State(row_format(samples, tokenizers, 9)))
+    first = cogview.data.row_writer._Files(tmp_path / "rows")
     with pytest.raises(BlockingIOError, match="another process is writing rows"):
         write(samples, tokenizers, tmp_path / "rows")
     first.close()
     assert len(write(samples, tokenizers, tmp_path / "rows")) == 6
+
+
+def test_a_lock_that_fails_is_told_and_one_that_is_not_there_is_a_warning(
+    photos, tokenizers, tmp_path, monkeypatch
+):
+    number = errno.EIO
+
+    def fails(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(PairSamples(FolderPairs(photos)), tokenizers, tmp_path / "rows")
+    number = errno.ENOLCK
+    with pytest.warns(UserWarning, match="rows has no locks: see to it yourself"):
+        write(PairSamples(FolderPairs(photos)), tokenizers, tmp_path / "rows")
 
 
 def test_damaged_or_unfinished_rows_are_one_clear_error(photos, tokenizers, tmp_path):

@@ -121,12 +121,31 @@ def test_infilling_keeps_codes_where_the_mask_is_black(run, drawn):
     (batch,) = run.draw(run.requests([SEVEN], [2], kept), 6, options)
     assert {drawing.image.tobytes() for _, drawing in batch} == {image.tobytes() for image in images}
     assert all(torch.equal(drawing.codes[~white], codes[~white]) for _, drawing in batch)
-    options = DrawOptions(dataclasses.replace(run.sampling, guidance=2.0))
-    top, _ = run.infill(SEVEN, picture, keep_top=0.5, num=1, options=options)
+    top, _ = run.infill(SEVEN, picture, keep_top=0.5, num=1)
     assert len(top) == 1
     for arguments in ({}, {"mask": mask, "keep_top": 0.5}):
         with pytest.raises(ValueError, match="either mask or keep_top"):
             run.infill(SEVEN, picture, **arguments)
+
+
+def test_infilling_takes_what_generating_takes(run, drawn, capsys):
+    picture, sampling = drawn[0][0], dataclasses.replace(run.sampling, temperature=0.5)
+    kept = run.kept_codes(picture, None, 0.5)
+
+    def expected(sampling):
+        batches = run.draw(run.requests([SEVEN], [4], kept), 5, DrawOptions(sampling))
+        return [drawing.loss for batch in batches for _, drawing in batch]
+
+    def losses(**options):
+        return run.infill(SEVEN, picture, keep_top=0.5, num=5, seed=4, ranked=False, **options)[1]
+
+    assert losses() == expected(run.sampling)
+    assert losses(sampling=sampling) == expected(sampling) != losses()
+    guided = dataclasses.replace(sampling, guidance=50.0)
+    assert losses(sampling=sampling, guidance=50.0) == expected(guided) != expected(sampling)
+    assert not capsys.readouterr().err
+    assert run.infill(SEVEN, picture, keep_top=0.5, num=5, seed=4, progress=True)[1] == sorted(losses())
+    assert "code 80 of 80," in capsys.readouterr().err
 
 
 def test_captions_by_beam_search(run, drawn):
@@ -243,9 +262,11 @@ def test_rerank_gives_places_best_first(run, drawn):
     assert run.rerank(SEVEN, []) == []
 
 
-def test_several_texts_rerank_all_images_or_each_its_own(run, drawn):
-    images = drawn[0]
+def test_several_texts_rerank_all_images_or_each_its_own(run, drawn, monkeypatch):
+    images, encoded, real = drawn[0], [], run.tokenizers.image.encode
+    monkeypatch.setattr(run.tokenizers.image, "encode", lambda x: encoded.append(len(x)) or real(x))
     both = run.rerank([SEVEN, CHINESE], images)
+    assert encoded == [5]  # once for all texts
     assert both == [run.rerank(SEVEN, images), run.rerank(CHINESE, images)]
     own = run.rerank([SEVEN, CHINESE], [images[:2], images[2:]])
     assert own == [run.rerank(SEVEN, images[:2]), run.rerank(CHINESE, images[2:])]

@@ -225,6 +225,29 @@ def test_a_run_enlarges_pictures_of_either_size(enlarger):
         run.super_resolve(photos, ["a", "b"])
 
 
+def test_enlarging_takes_what_generating_takes(enlarger, capsys):
+    run, photo = load_run(enlarger / "run", "cpu"), enlarger / "photos" / "0.png"
+    sampling = replace(run.sampling, temperature=0.5)
+
+    def pixels(**options):
+        return run.super_resolve(photo, "a seven", seed=3, **options).tobytes()
+
+    def expected(sampling):
+        return run.enlarge([photo], "a seven", DrawOptions(sampling), seed=3)[0].tobytes()
+
+    assert pixels() == expected(run.sampling)
+    assert pixels(sampling=sampling) == expected(sampling) != pixels()
+    guided = replace(sampling, guidance=50.0)
+    assert pixels(sampling=sampling, guidance=50.0) == expected(guided) != expected(sampling)
+    assert not capsys.readouterr().err
+    pixels(progress=True)
+    codes = run.codes_to_enlarge()
+    assert f"code {codes} of {codes}," in capsys.readouterr().err
+    local = replace(run, finetuned_for="local-super-resolution")
+    with pytest.raises(ValueError, match="guidance must be None for a run of local-super-resolution"):
+        local.super_resolve(photo, guidance=2.0)
+
+
 def test_a_run_that_never_learned_to_enlarge_says_so(run_folder, enlarger):
     run = load_run(run_folder, "cpu")
     with pytest.warns(UserWarning, match="not finetuned for super-resolution"):

@@ -79,4 +79,7 @@ def test_errors():
     with pytest.raises(ValueError, match="max_batch must be at least 1, got 0"):
         DrawOptions(max_batch=0)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        model.train()(torch.zeros(1, 3, dtype=torch.int64), cache=KVCache(2, 1, 2, 5, 32))
+        model.train()(
+            torch.zeros(1, 3, dtype=torch.int64),
+            cache=KVCache(num_layers=2, batch=1, num_heads=2, capacity=5, head_size=32),
+        )
