@@ -30,7 +30,7 @@ from cogview.device import default_device
 from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise
 from cogview.evaluation.likeness import Likeness
 from cogview.files import StrPath, write_json
-from cogview.images import picture_grid, save_figure, save_png, to_picture
+from cogview.images import picture_grid, save_figure, save_overview, to_picture
 from cogview.run import Run, load_run
 from cogview.super_resolving import TASKS, kept_of
 from cogview.tokens.tokenizers import require_same_tokenizers
@@ -146,7 +146,7 @@ def _write(out: Path, records: Sequence[Mapping[str, Any]], rows: Sequence[Tenso
     write_json(out / "super-resolution.json", {"pictures": count, "ways": records})
     stride = -(-count // SHOWN)
     sheet = picture_grid([[to_picture(image) for image in images[::stride]] for images in rows])
-    save_png(out / "super-resolution-sheet.png", sheet)
+    save_overview(out / "super-resolution-sheet.png", sheet)
     _save_plot(out / "super-resolution.png", records)
 
 

@@ -183,8 +183,6 @@ def _by_prompt(folder: Path) -> dict[str, list[Path]]:
     captions = read_captions(folder) if has_list else {}
     found: dict[str, list[Path]] = {}
     for path in paths:
-        if path.name == "sheet.png" and path.parent == folder:
-            continue  # What cogview generate writes beside the pictures.
         own = captions.get(path.relative_to(folder).as_posix())
         found.setdefault(own[0] if own else _prompt_within(path), []).append(path)
     return found

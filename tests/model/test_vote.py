@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from cogview.cli import main
 from cogview.evaluation.vote import Ballot, wilson_interval
 from cogview.evaluation.vote_server import VoteServer
+from cogview.outlet import Outlet
 from tests.helpers.browser import chromium
 
 TEXTS = [f"a picture of thing {number}" for number in range(12)]
@@ -23,12 +23,10 @@ TEXTS = [f"a picture of thing {number}" for number in range(12)]
 
 def save_drawn(folder, colour, texts=TEXTS):
     """As ``cogview generate --out folder`` writes pictures: each with its text within, beside a sheet."""
-    folder.mkdir()
+    outlet, picture = Outlet(f"{folder}/"), Image.new("RGB", (16, 16), colour)
     for number, text in enumerate(texts):
-        about = PngInfo()
-        about.add_itxt("prompt", text)
-        Image.new("RGB", (16, 16), colour).save(folder / f"{number:04d}.png", pnginfo=about)
-    Image.new("RGB", (64, 16), colour).save(folder / "sheet.png")
+        outlet.write_picture(f"{number:04d}", picture, {"prompt": text, "seed": 0, "candidate": 0})
+    outlet.write_sheet([[picture] for _ in texts], {"prompt": "\n".join(texts), "seed": 0})
     return folder
 
 
