@@ -320,14 +320,16 @@ def _take_votes(given: options.Evaluate) -> None:
     from cogview.evaluation.vote import VOTES, Ballot
     from cogview.evaluation.vote_server import VoteServer
 
-    ballot = Ballot(given.sets, given.out, seed=given.seed)
-    with VoteServer(ballot, given.port) as server:
+    with Ballot(given.sets, given.out, seed=given.seed) as ballot, VoteServer(ballot, given.port) as server:
         print(
             f"{len(ballot.questions)} questions: open {server.url} (Ctrl-C ends)",
             flush=True,
         )
         with contextlib.suppress(KeyboardInterrupt):
             server.finished.wait()
+    if not ballot.votes:
+        print(f"no votes yet: 0 of {len(ballot.questions)} questions answered")
+        return
     rows = [
         (share.folder, share.votes, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}")
         for share in ballot.shares()

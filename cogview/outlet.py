@@ -95,7 +95,7 @@ class Outlet:
 
 
 def require_writable(folder: Path, out: str) -> None:
-    """OSError unless a file can be made in ``folder``, or the folder itself; ``out`` is what the user named."""
+    """OSError unless a file can be made in ``folder``, or the folder itself; the user named it as ``out``."""
     longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
     if len(os.fsencode(Path(out).name)) > longest:
         raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
