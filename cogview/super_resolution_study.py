@@ -33,7 +33,7 @@ from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_figure, save_overview, to_picture
 from cogview.run import Run, load_run
 from cogview.super_resolving import TASKS, kept_of
-from cogview.tokens.tokenizers import require_same_tokenizers
+from cogview.tokens.tokenizers import require_each_once, require_same_tokenizers
 
 HELD_OUT: dict[str, Callable[[], Pairs]] = {
     "small": partial(DigitPairs, "test"),
@@ -68,8 +68,8 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
     ``super-resolution.json``, a plot, and a sheet: the truth, then what each way makes of it.
 
     Raises:
-        ValueError: a run was not finetuned to enlarge, or has other tokenizers than the first; and what
-            :func:`cogview.load_run` raises.
+        ValueError: a run is named twice, was not finetuned to enlarge, or has other tokenizers than the
+            first; and what :func:`cogview.load_run` raises.
     """
     runs = _load_all(options.runs, options.device)
     first = next(iter(runs.values()))
@@ -98,6 +98,7 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
 
 
 def _load_all(folders: Sequence[StrPath], device: str) -> dict[str, Run]:
+    require_each_once("--runs", folders)
     runs = {str(folder): load_run(folder, device) for folder in folders}
     for folder, run in runs.items():
         if run.finetuned_for not in TASKS:

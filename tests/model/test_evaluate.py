@@ -20,6 +20,7 @@ from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.inception_score import InceptionScore
 from cogview.evaluation.pictures import PictureFolder, blurred
 from cogview.evaluation.set_statistics import load_statistics, picture_statistics
+from cogview.files import read_json, write_json
 from cogview.generation.engine import DrawOptions
 from cogview.outlet import Outlet
 from cogview.run import load_run
@@ -127,6 +128,12 @@ def test_a_run_draws_the_captions_of_a_folder_and_describes_its_pictures(run_fol
         assert compare(run_folder, real, out, radii=(0,), candidates=2, captions=4) == figures
     with pytest.raises(ValueError, match="was started with seed = 0, now 1"):
         compare(run_folder, real, out, radii=(0,), candidates=2, captions=4, seed=1)
+    with pytest.raises(ValueError, match="was started with --num = 2, now 1"):
+        compare(run_folder, real, out, radii=(0,), captions=4)
+    settings = read_json(out / "drawn.json")
+    write_json(out / "drawn.json", {**settings, "weights": "0123"})
+    with pytest.raises(ValueError, match="was started with another run A: weights = '0123', now '"):
+        compare(run_folder, real, out, radii=(0,), candidates=2, captions=4)
 
 
 def test_the_best_candidate_by_cap_loss_is_taken(run_folder):

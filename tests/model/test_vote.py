@@ -102,7 +102,9 @@ def test_a_place_that_takes_no_votes_is_told_before_anybody_is_asked(folders, tm
     with pytest.raises(OSError, match=r"--out .*votes cannot be written: .*file is not a folder"):
         Ballot(folders, tmp_path / "file" / "votes")
     if os.path.isdir("/proc/self"):
-        with pytest.raises(OSError, match=r"--out /proc/votes cannot be written: no file can be made in /proc"):
+        with pytest.raises(
+            OSError, match=r"--out /proc/votes cannot be written: no file can be made in /proc"
+        ):
             Ballot(folders, "/proc/votes")
 
 
