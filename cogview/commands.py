@@ -217,8 +217,7 @@ def super_resolve(given: options.SuperResolve) -> None:
     """``cogview super-resolve``."""
     from cogview.super_resolving import super_resolve
 
-    _require_files(given.images)
-    super_resolve(given)
+    super_resolve(dataclasses.replace(given, images=_pictures_of(given.images)))
 
 
 def caption(given: options.Caption) -> None:
@@ -226,11 +225,11 @@ def caption(given: options.Caption) -> None:
     from cogview.progress import Progress
     from cogview.run import load_run
 
-    _require_files(given.images)
+    images = _pictures_of(given.images)
     run = load_run(given.run, given.device, given.precision)
-    with Progress(len(given.images), "describe", unit="image") as bar:
-        captions = run.describe(given.images, beams=given.beams)
-        for path, found in zip(given.images, captions, strict=True):
+    with Progress(len(images), "describe", unit="image") as bar:
+        captions = run.describe(images, beams=given.beams)
+        for path, found in zip(images, captions, strict=True):
             if given.json:
                 line = _json_line(file=str(path), text=found.text, cap_loss=found.loss)
             else:
@@ -243,9 +242,9 @@ def rerank(given: options.Rerank) -> None:
     """``cogview rerank``."""
     from cogview.run import load_run
 
-    _require_files(given.images)
-    losses = load_run(given.run, given.device, given.precision).cap_loss(given.text, given.images)
-    ranked = sorted(zip(losses, given.images, strict=True), key=lambda pair: pair[0])
+    images = _pictures_of(given.images)
+    losses = load_run(given.run, given.device, given.precision).cap_loss(given.text, images)
+    ranked = sorted(zip(losses, images, strict=True), key=lambda pair: pair[0])
     for place, (loss, path) in enumerate(ranked, start=1):
         if given.json:
             print(_json_line(place=place, file=str(path), cap_loss=loss))
@@ -253,12 +252,20 @@ def rerank(given: options.Rerank) -> None:
             print(f"{place}\t{in_one_line(path)}\tCapLoss {loss:.3f}")
 
 
-def _require_files(paths: Sequence[Path]) -> None:
-    """A wrong name is told before a model is loaded and other pictures are read."""
-    from cogview.data.image_files import require_image_file
+def _pictures_of(paths: Sequence[Path]) -> tuple[Path, ...]:
+    """The files without the sheets that ``drawn/*.png`` brings along.
+
+    A wrong name is told before a model is loaded and other pictures are read.
+    """
+    from cogview.data.image_files import require_image_file, without_overviews
 
     for path in paths:
         require_image_file(path)
+    pictures, overviews = without_overviews(paths)
+    for path in overviews:
+        why = "a sheet or plot of cogview beside the pictures; name it alone to have it read"
+        print(f"left out: {in_one_line(path)}, {why}", file=sys.stderr)
+    return tuple(pictures)
 
 
 def _json_line(**values: Any) -> str:
@@ -313,14 +320,16 @@ def _take_votes(given: options.Evaluate) -> None:
     from cogview.evaluation.vote import VOTES, Ballot
     from cogview.evaluation.vote_server import VoteServer
 
-    ballot = Ballot(given.sets, given.out, seed=given.seed)
-    with VoteServer(ballot, given.port) as server:
+    with Ballot(given.sets, given.out, seed=given.seed) as ballot, VoteServer(ballot, given.port) as server:
         print(
             f"{len(ballot.questions)} questions: open {server.url} (Ctrl-C ends)",
             flush=True,
         )
         with contextlib.suppress(KeyboardInterrupt):
             server.finished.wait()
+    if not ballot.votes:
+        print(f"no votes yet: 0 of {len(ballot.questions)} questions answered")
+        return
     rows = [
         (share.folder, share.votes, f"{share.share:.1%}", f"{share.low:.1%} to {share.high:.1%}")
         for share in ballot.shares()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,7 +21,15 @@ from tabulate import tabulate
 
 from cogview.data.folder import listing
 from cogview.device import default_device
-from cogview.evaluate_run import RunTask, describe_pictures, draw_captions, mean_cap_loss, rebuild_pictures
+from cogview.evaluate_run import (
+    DRAWN,
+    REBUILT,
+    RunTask,
+    describe_pictures,
+    draw_captions,
+    mean_cap_loss,
+    rebuild_pictures,
+)
 from cogview.evaluation.evaluation_plot import save_distance_plot
 from cogview.evaluation.features import Features
 from cogview.evaluation.inception import InceptionFeatures
@@ -83,12 +92,14 @@ def evaluate(options: Evaluate) -> list[Figure]:
     Raises:
         FileNotFoundError: no such set, run or file of weights.
         ValueError: a folder without pictures, or with some that cannot be read (all of them listed); sets of
-            different sizes or seen by different networks; a run, and no captions to draw.
+            different sizes or seen by different networks; a run, and no captions to draw; ``out`` within a
+            set.
     """
     first, second = Path(options.first), Path(options.second)
     for path in (first, second):
         if not exists(path):  # before the pictures of the other are read
             raise FileNotFoundError(f"folder of pictures not found: {path}")
+    _require_out_apart(options)
     network = _network(options)
     reference = _open(second, options, network)
     of_run: list[Figure] = []
@@ -113,6 +124,24 @@ def evaluate(options: Evaluate) -> list[Figure]:
     return figures
 
 
+def _require_out_apart(options: Evaluate) -> None:
+    """ValueError where what is written would count among the compared pictures, the next time at least."""
+    first, second, out = Path(options.first), Path(options.second), Path(options.out)
+    is_run = exists(first / MODEL_SETTINGS)
+    for folder in (second,) if is_run else (first, second):
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"--out {out} lies in {folder}, whose pictures are compared, and what is written there would "
+                "count among them; name a folder elsewhere with --out"
+            )
+    drawn = out / (REBUILT if options.rebuild else DRAWN)
+    if is_run and second.resolve().is_relative_to(drawn.resolve()):
+        raise ValueError(
+            f"the run would draw into {drawn}, with whose pictures it is to be compared; name a folder "
+            "elsewhere with --out"
+        )
+
+
 def _network(options: Evaluate) -> Features:
     if options.inception is not None:
         return InceptionFeatures(options.inception).to(options.device)
@@ -126,6 +155,10 @@ def _open(path: Path, options: Evaluate, network: Features) -> PictureFolder | S
         require_comparable((saved.network, 0), (network.name, 0))
         return saved
     pictures = PictureFolder(path, side=options.side, skip_bad=options.skip_bad, progress=options.progress)
+    if pictures.overviews:
+        names = listing([os.fspath(each.relative_to(path)) for each in pictures.overviews])
+        told = f"left out of {path}, as sheets or plots of cogview beside the pictures"
+        print(f"{told}: {names}", file=sys.stderr)
     if pictures.left_out:
         left_out = f"{len(pictures.left_out)} pictures left out of {path}"
         print(f"{left_out}: {listing(pictures.left_out)}", file=sys.stderr)

@@ -63,7 +63,8 @@ def draw_captions(run: Run, weights: str, task: RunTask) -> Path:
     texts = [pairs.captions(index)[0] for index in range(count)]
     folder = Path(task.out) / DRAWN
     settings = DrawnSettings(weights, texts, task.candidates, task.seed)
-    claim_settings(Path(task.out) / DRAWN_SETTINGS, settings)
+    name = "another run A: weights"
+    claim_settings(Path(task.out) / DRAWN_SETTINGS, settings, {"weights": name, "candidates": "--num"})
     paths = [folder / f"{place:06d}.png" for place in range(count)]
     missing = [place for place, path in enumerate(paths) if not path.exists()]
     together = max(1, MAX_BATCH // task.candidates)

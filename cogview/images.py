@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,9 @@ from cogview.files import StrPath, write_bytes
 GAP = 4  # pixels between the pictures of a grid
 MIN_SIDE = 64  # smaller pictures are enlarged in a grid, by repeating pixels
 COLUMNS = 16  # of a grid, at least, where there are so many pictures of a text
+_NOTE = "cogview"  # in a PNG file: what it is
+_OVERVIEW = "overview"  # shows other pictures, or figures, and is no picture of a set itself
+_PICTURE = "picture"
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
@@ -90,9 +94,39 @@ def png_bytes(picture: Image.Image, about: Mapping[str, object] | None = None) -
     return content.getvalue()
 
 
-def save_png(path: StrPath, picture: Image.Image) -> None:
-    """Write a picture as PNG, aside and then renamed."""
-    write_bytes(path, png_bytes(picture))
+def sheet_bytes(
+    groups: Sequence[Sequence[Image.Image]], about: Mapping[str, object], *, is_beside: bool = False
+) -> bytes:
+    """A :func:`picture_grid` as a PNG file, which :func:`is_overview` knows.
+
+    A single picture is none, unless it has a file of its own beside the sheet.
+    """
+    is_overview = is_beside or sum(map(len, groups)) > 1
+    return png_bytes(picture_grid(groups), {_NOTE: _OVERVIEW if is_overview else _PICTURE, **about})
+
+
+def is_overview(path: StrPath) -> bool:
+    """Whether a file is a sheet or a plot that this package wrote, by what is noted in it.
+
+    A file that cannot be read is none: whoever reads it as a picture says what is wrong with it.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as picture:
+            notes = dict(picture.info)
+    except Exception:  # Pillow raises many kinds for a damaged file.
+        return False
+    if _NOTE in notes:
+        return bool(notes[_NOTE] == _OVERVIEW)
+    # Sheets of before there was the note have the text and the seed of their pictures, but no number.
+    return path.name == "sheet.png" and {"prompt", "seed"} <= notes.keys() and "candidate" not in notes
+
+
+def save_overview(path: StrPath, picture: Image.Image) -> None:
+    """Write a sheet or a plot as PNG, aside and then renamed."""
+    write_bytes(path, png_bytes(picture, {_NOTE: _OVERVIEW}))
 
 
 def save_figure(path: StrPath, figure: Any) -> None:
@@ -101,4 +135,4 @@ def save_figure(path: StrPath, figure: Any) -> None:
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    save_png(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    save_overview(path, Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))

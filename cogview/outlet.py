@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from cogview.files import ASIDE, write_bytes
-from cogview.images import grid_size, picture_grid, png_bytes
+from cogview.images import grid_size, png_bytes, sheet_bytes
 
 LARGEST_SHEET = 1 << 28  # pixels
 SHEET = "sheet.png"
@@ -54,7 +54,7 @@ class Outlet:
             raise FileExistsError(f"{out} has pictures already; --force replaces them, or name another --out")
         if self.folder is None and path.exists() and not force:
             raise FileExistsError(f"{out} exists; --force replaces it, or name another --out")
-        _require_writable(path if self.folder is not None else path.parent, out)
+        require_writable(path if self.folder is not None else path.parent, out)
 
     def check_size(self, counts: Sequence[int], side: int) -> None:
         """ValueError if a sheet of so many pictures of each text is too large to be the only outcome."""
@@ -79,7 +79,7 @@ class Outlet:
         width, height = grid_size(counts, max(group[0].width for group in groups if group))
         if width * height > LARGEST_SHEET:
             return
-        content = png_bytes(picture_grid(groups), about)
+        content = sheet_bytes(groups, about, is_beside=self.folder is not None)
         if self.is_standard_output:
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()
@@ -94,8 +94,8 @@ class Outlet:
             write_bytes(self.path if self.folder is None else self.folder / SHEET, content)
 
 
-def _require_writable(folder: Path, out: str) -> None:
-    """Whether a file can be made in ``folder``, which may have to be made itself."""
+def require_writable(folder: Path, out: str) -> None:
+    """OSError unless a file can be made in ``folder``, or the folder itself; the user named it as ``out``."""
     longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
     if len(os.fsencode(Path(out).name)) > longest:
         raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
@@ -106,7 +106,8 @@ def _require_writable(folder: Path, out: str) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {out} cannot be written: no permission to write in {folder}")
     try:  # there are folders that take no file whatever their permissions say
-        tempfile.TemporaryFile(dir=folder).close()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(1024))  # A full disk may still take a name.
     except OSError as error:
         reason = f"no file can be made in {folder} ({error.strerror})"
         raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None

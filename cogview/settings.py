@@ -151,10 +151,11 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def check_settings(path: StrPath, settings: Any) -> None:
+def check_settings(path: StrPath, settings: Any, said_as: Mapping[str, str] | None = None) -> None:
     """ValueError that names the first difference if the file ``path`` holds other settings.
 
-    Writes nothing; no file, no difference. What ``MAY_CHANGE`` lists is no difference either.
+    Writes nothing; no file, no difference. What ``MAY_CHANGE`` lists is no difference either. ``said_as`` are
+    the names under which the user knows settings that bear another, such as those of options.
     """
     path = Path(path)
     if not exists(path):
@@ -170,10 +171,22 @@ def check_settings(path: StrPath, settings: Any) -> None:
     then, now = _flat(content), _flat(plain(settings))
     for key in [*now, *(key for key in then if key not in now)]:
         if then.get(key) != now.get(key) and key.removeprefix("preset.") not in MAY_CHANGE:
+            name = (said_as or {}).get(key, key)
+            name, before, after = _difference(name, then.get(key), now.get(key))
             raise ValueError(
-                f"{path.parent} was started with {key} = {then.get(key)!r}, now {now.get(key)!r}; "
+                f"{path.parent} was started with {name} = {before!r}, now {after!r}; "
                 "repeat the same settings to go on with it, or choose another folder"
             )
+
+
+def _difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """What of two settings differs: of long lists, such as those of prompts, their length or one entry."""
+    if not (isinstance(then, list) and isinstance(now, list)) or max(len(then), len(now)) < 2:
+        return name, then, now
+    if len(then) != len(now):
+        return f"number of {name}", len(then), len(now)
+    place = next(place for place, pair in enumerate(zip(then, now, strict=True)) if pair[0] != pair[1])
+    return f"{name}[{place}]", then[place], now[place]
 
 
 def write_settings(path: StrPath, settings: Any) -> None:
@@ -232,9 +245,9 @@ def _without_none(value: Any) -> Any:
     return "None" if value is None else value
 
 
-def claim_settings(path: StrPath, settings: Any) -> None:
-    """Write a run's settings, or check that a run to be resumed has the same ones."""
-    check_settings(path, settings)
+def claim_settings(path: StrPath, settings: Any, said_as: Mapping[str, str] | None = None) -> None:
+    """Write a run's settings, or check, as :func:`check_settings`, that one to be resumed has the same."""
+    check_settings(path, settings, said_as)
     if not Path(path).exists():
         write_settings(path, settings)
 

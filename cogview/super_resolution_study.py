@@ -30,10 +30,10 @@ from cogview.device import default_device
 from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise
 from cogview.evaluation.likeness import Likeness
 from cogview.files import StrPath, write_json
-from cogview.images import picture_grid, save_figure, save_png, to_picture
+from cogview.images import picture_grid, save_figure, save_overview, to_picture
 from cogview.run import Run, load_run
 from cogview.super_resolving import TASKS, kept_of
-from cogview.tokens.tokenizers import require_same_tokenizers
+from cogview.tokens.tokenizers import require_each_once, require_same_tokenizers
 
 HELD_OUT: dict[str, Callable[[], Pairs]] = {
     "small": partial(DigitPairs, "test"),
@@ -68,8 +68,8 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
     ``super-resolution.json``, a plot, and a sheet: the truth, then what each way makes of it.
 
     Raises:
-        ValueError: a run was not finetuned to enlarge, or has other tokenizers than the first; and what
-            :func:`cogview.load_run` raises.
+        ValueError: a run is named twice, was not finetuned to enlarge, or has other tokenizers than the
+            first; and what :func:`cogview.load_run` raises.
     """
     runs = _load_all(options.runs, options.device)
     first = next(iter(runs.values()))
@@ -98,6 +98,7 @@ def study_super_resolution(options: SuperResolutionStudy) -> list[dict[str, Any]
 
 
 def _load_all(folders: Sequence[StrPath], device: str) -> dict[str, Run]:
+    require_each_once("--runs", folders)
     runs = {str(folder): load_run(folder, device) for folder in folders}
     for folder, run in runs.items():
         if run.finetuned_for not in TASKS:
@@ -146,7 +147,7 @@ def _write(out: Path, records: Sequence[Mapping[str, Any]], rows: Sequence[Tenso
     write_json(out / "super-resolution.json", {"pictures": count, "ways": records})
     stride = -(-count // SHOWN)
     sheet = picture_grid([[to_picture(image) for image in images[::stride]] for images in rows])
-    save_png(out / "super-resolution-sheet.png", sheet)
+    save_overview(out / "super-resolution-sheet.png", sheet)
     _save_plot(out / "super-resolution.png", records)
 
 

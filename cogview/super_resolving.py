@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from cogview.data.image_files import pixels_of
 from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise, seam_contrast
 from cogview.generation.engine import DrawOptions
 from cogview.generation.super_resolution import drawn_by
-from cogview.outlet import Outlet
+from cogview.outlet import SHEET, Outlet
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 
@@ -25,6 +26,8 @@ TASKS = ("super-resolution", "local-super-resolution")
 def super_resolve(given: options.SuperResolve) -> None:
     """Enlarge the pictures of the command line and write them."""
     outlet = Outlet(given.out, given.force)
+    if outlet.folder is not None:
+        _require_names([path.stem for path in given.images])
     run = load_run(given.run, given.device, given.precision)
     if run.finetuned_for not in TASKS:
         raise ValueError(
@@ -59,6 +62,16 @@ def super_resolve(given: options.SuperResolve) -> None:
         _print_comparison(run, truth, enlarged, windows)
     if not outlet.is_standard_output:
         print(f"written: {outlet.name}")
+
+
+def _require_names(stems: Sequence[str]) -> None:
+    """ValueError where one of the files that are written to a folder would replace another."""
+    for place, stem in enumerate(stems):
+        if f"{stem}.png" == SHEET or stem in stems[:place]:
+            taken = "the sheet has" if f"{stem}.png" == SHEET else "another picture has"
+            raise ValueError(
+                f"--out: a picture would be written as {stem}.png, a name that {taken}; rename it"
+            )
 
 
 def _print_comparison(run: Run, truth: Tensor, enlarged: Tensor, windows: Tensor) -> None:

@@ -106,6 +106,7 @@ def test_inside_an_op(path):
 FLOORS = [
     {
         "files",
+        "folder_lock",
         "config",
         "seeding",
         "launch",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from cogview.files import StrPath
+from cogview.images import is_overview
 
 Picture = StrPath | Image.Image | Tensor  # what the model package takes as one picture
 WIDEST_FLOATS = (
@@ -89,11 +91,29 @@ def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:
         raise ValueError(f"{name} cannot be read as an image: {_reason(error)}") from None
 
 
+def without_overviews(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The pictures among some files, and the sheets and plots that ``cogview`` wrote beside them.
+
+    A sheet that lies in no folder of other pictures stands for itself: then it is all that there is to see.
+    """
+    overviews = [path for path in paths if is_overview(path)]
+    if len(overviews) == len(paths):
+        return list(paths), []
+    left_out = set(overviews)
+    return [path for path in paths if path not in left_out], overviews
+
+
 def picture_files(folder: StrPath) -> list[Path]:
     """The files in a folder and in the folders in it whose names end as those of pictures do, sorted.
 
-    Hidden files are left out. FileNotFoundError if there is no such folder, ValueError if it has no pictures.
+    Hidden files are left out, and so is what :func:`without_overviews` leaves out. FileNotFoundError if there
+    is no such folder, ValueError if it has no pictures.
     """
+    return pictures_and_overviews(folder)[0]
+
+
+def pictures_and_overviews(folder: StrPath) -> tuple[list[Path], list[Path]]:
+    """:func:`picture_files`, and the sheets and plots among them that do not count."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"folder of pictures not found: {folder}")
@@ -102,7 +122,7 @@ def picture_files(folder: StrPath) -> list[Path]:
     paths = sorted(path for path in found if not path.name.startswith(".") and path.is_file())
     if not paths:
         raise ValueError(f"{folder} has no pictures: no file in it ends with .png, .jpg or the like")
-    return paths
+    return without_overviews(paths)
 
 
 def _reason(error: Exception) -> str:

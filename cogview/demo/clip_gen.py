@@ -31,7 +31,7 @@ from cogview.demo.emoji import (
 )
 from cogview.demo.plots import save_picks_plot
 from cogview.demo.report import REPORT, SHEET
-from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run, said_as
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge
 from cogview.evaluation.retrieval import embedding_gap, gap_in_words
@@ -192,7 +192,8 @@ def _claim(drawer: Drawer, prompts: list[EmojiPrompt], options: ClipGenJudging) 
     """ValueError if the codes in the run's folder were drawn otherwise: told before the judge is made."""
     texts = [prompt.text for prompt in prompts]
     drawn_with = DrawnWith(drawer.weights, options.candidates, texts, options.seed)
-    claim_settings(_folder(Path(options.out), drawer) / "settings.json", drawn_with)
+    name = said_as("run of this name", drawer.name)
+    claim_settings(_folder(Path(options.out), drawer) / "settings.json", drawn_with, name)
 
 
 def _ranked(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cogview.demo.plots import save_rank_curve
 from cogview.demo.quiz import Quiz, quiz_of
-from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run, said_as
 from cogview.device import default_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.features import Features
@@ -64,15 +64,17 @@ def study_ranking(options: Ranking, network: Features | None = None) -> list[Cur
     if options.captioner is not None:
         require_same_tokenizers("captioner", [options.run, options.captioner])
     weights, texts = fingerprint_run(options.run), [prompt.text for prompt in quiz.prompts]
-    claim_settings(out / SETTINGS, DrawnWith(weights, options.candidates, texts, options.seed))
+    drawn_with = DrawnWith(weights, options.candidates, texts, options.seed)
+    claim_settings(out / SETTINGS, drawn_with, said_as("--run", options.run))
     plan = DrawPlan(out, options.seed, options.candidates, options.progress)
     codes, own_losses = draw_prompts(plan, run, quiz.prompts)
     losses = {"CapLoss": own_losses}
     if options.captioner is not None:
         captioner = load_run(options.captioner, options.device)
-        losses["CapLoss of the captioner"] = _losses(captioner, quiz, codes)
-    is_right = torch.stack([quiz.is_right(place, run.pixels(own).cpu()) for place, own in enumerate(codes)])
-    distance = _Distance(run, codes, quiz, network or EfficientNetLite0Features().to(options.device))
+        losses["CapLoss of the captioner"] = _losses(captioner, quiz, codes, options.progress)
+    is_right = _right(run, quiz, codes, options.progress)
+    network = network or EfficientNetLite0Features().to(options.device)
+    distance = _Distance(run, codes, quiz, network, options.progress)
     costs = costs_of_pickers(losses, is_right, options.seed)
     points = len(costs) * sum(count <= options.candidates for count in COUNTS)
     with Progress(points, "rank curve", unit="point", enabled=options.progress) as bar:
@@ -81,31 +83,49 @@ def study_ranking(options: Ranking, network: Features | None = None) -> list[Cur
     return curve
 
 
-def _losses(run: Run, quiz: Quiz, codes: Tensor) -> Tensor:
+def _losses(run: Run, quiz: Quiz, codes: Tensor, progress: bool) -> Tensor:
     """CapLoss ``[P, M]``."""
-    losses = [
-        caption_loss(run.model, run.tokenizers.vocab, own, [run.pieces(prompt.text)] * len(own)).cpu()
-        for prompt, own in zip(quiz.prompts, codes, strict=True)
-    ]
+    losses = []
+    with Progress(codes.shape[:2].numel(), "rank by the captioner", unit="image", enabled=progress) as bar:
+        for prompt, own in zip(quiz.prompts, codes, strict=True):
+            pieces = [run.pieces(prompt.text)] * len(own)
+            losses.append(caption_loss(run.model, run.tokenizers.vocab, own, pieces).cpu())
+            bar.update(len(own))
     return torch.stack(losses)
+
+
+def _right(run: Run, quiz: Quiz, codes: Tensor, progress: bool) -> Tensor:
+    """What the judge says, bool ``[P, M]``."""
+    is_right = []
+    with Progress(codes.shape[:2].numel(), "judge", unit="image", enabled=progress) as bar:
+        for place, own in enumerate(codes):
+            is_right.append(quiz.is_right(place, run.pixels(own).cpu()))
+            bar.update(len(own))
+    return torch.stack(is_right)
 
 
 class _Distance:
     """The Frechet distance between picks and the real pictures of the quiz."""
 
-    def __init__(self, run: Run, codes: Tensor, quiz: Quiz, network: Features) -> None:
+    def __init__(self, run: Run, codes: Tensor, quiz: Quiz, network: Features, progress: bool) -> None:
         self.run, self.codes, self.network = run, codes, network
         # Pickers often agree, so the features of a candidate are kept once they are known.
         self._known = torch.zeros(codes.shape[:2], dtype=torch.bool)
         self._kept = torch.empty(*codes.shape[:2], network.width, dtype=torch.float32)
         self.real = FeatureStatistics(network.width)
-        for images in quiz.real():
-            self.real.update(self._features(images))
+        total = len(quiz.pictures)
+        with Progress(total, "features of real pictures", unit="image", enabled=progress) as bar:
+            for images in quiz.real():
+                self.real.update(self._features(images, bar.update))
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor, tell: Callable[[int], object] = lambda count: None) -> Tensor:
         device = self.run.model.word_embeddings.weight.device
+        features = []
         with torch.inference_mode():
-            return torch.cat([self.network(part.to(device)) for part in images.split(TOGETHER)])
+            for part in images.split(TOGETHER):
+                features.append(self.network(part.to(device)))
+                tell(len(part))
+        return torch.cat(features)
 
     def __call__(self, places: Tensor) -> float:
         rows = torch.arange(len(places))

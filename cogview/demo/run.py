@@ -171,6 +171,11 @@ class DrawnWith:
     seed: int
 
 
+def said_as(option: str, folder: StrPath) -> dict[str, str]:
+    """How a message names what :class:`DrawnWith` holds; the run in ``folder`` was given by ``option``."""
+    return {"weights": f"another {option} (now {folder}): weights"}
+
+
 def fingerprint_run(folder: StrPath) -> str:
     """What tells the weights of a CogView from those of another, wherever the run lies."""
     return Start(folder, fingerprint_tokenizers(folder)).fingerprint

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from cogview.data.emoji import ATTRIBUTION, EmojiPairs, EmojiPicture, article, held_out_lines, pictures
 from cogview.demo.plots import Row, save_contact_sheet
-from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run
+from cogview.demo.run import DrawnWith, DrawPlan, draw_prompts, fingerprint_run, said_as
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import NearestPicture
 from cogview.files import StrPath, write_json
 from cogview.run import Run, load_run
 from cogview.settings import claim_settings
-from cogview.tokens.tokenizers import require_same_tokenizers
+from cogview.tokens.tokenizers import require_each_once, require_same_tokenizers
 from cogview.training.finetune import STYLE_CAPTION
 
 STYLE = STYLE_CAPTION.removeprefix("a picture ")
@@ -107,10 +107,11 @@ def study_style(options: StyleStudy) -> dict[str, Any]:
     ``style.png``: for some drawings what is real in both styles, and what each run makes of them.
 
     Raises:
-        ValueError: runs with different tokenizers; codes in ``out`` that were drawn with other settings; and
-            what :func:`cogview.load_run` raises.
+        ValueError: a run named twice; runs with different tokenizers; codes in ``out`` that were drawn with
+            other settings; and what :func:`cogview.load_run` raises.
     """
     out = Path(options.out)
+    require_each_once("--runs", options.runs)
     runs = {str(folder): load_run(folder, options.device) for folder in options.runs}
     require_same_tokenizers("--runs", options.runs)
     first = next(iter(runs.values()))
@@ -153,7 +154,7 @@ def _drawn(folder: str, run: Run, prompts: Sequence[StylePrompt], options: Style
     """Codes ``[P, M, N]``, those of a prompt best first by CapLoss."""
     texts = [prompt.text for prompt in prompts]
     drawn_with = DrawnWith(fingerprint_run(folder), options.candidates, texts, options.seed)
-    claim_settings(out / "settings.json", drawn_with)
+    claim_settings(out / "settings.json", drawn_with, said_as("run of --runs", folder))
     plan = DrawPlan(out, options.seed, options.candidates, options.progress)
     codes, losses = draw_prompts(plan, run, prompts)
     return codes.gather(1, losses.argsort(dim=1, stable=True)[..., None].expand_as(codes))

@@ -16,14 +16,14 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from cogview.data.folder import listing
-from cogview.data.image_files import picture_files, read_pixels, upright_size
+from cogview.data.image_files import pictures_and_overviews, read_pixels, upright_size
 from cogview.data.samples import Sample, read_ahead
 from cogview.files import StrPath
 from cogview.progress import Progress
 
 
 class PictureFolder:
-    """All pictures of a folder, as squares of one size.
+    """All pictures of a folder, as squares of one size; ``overviews`` of them do not count as pictures.
 
     Args:
         side: of the squares in pixels, to which pictures are scaled and cropped; None: that of the pictures,
@@ -40,7 +40,7 @@ class PictureFolder:
         self, folder: StrPath, *, side: int | None = None, skip_bad: bool = False, progress: bool = True
     ) -> None:
         self.folder = Path(folder)
-        paths = picture_files(folder)
+        paths, self.overviews = pictures_and_overviews(folder)
         found: list[tuple[int, int] | str] = []
         with (
             Progress(len(paths), f"check {self.folder.name}", unit="image", enabled=progress) as bar,

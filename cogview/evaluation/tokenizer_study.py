@@ -30,7 +30,7 @@ from cogview.evaluation.emoji_judge import EmojiJudge
 from cogview.evaluation.studied_tokenizer import finish_tokenizer
 from cogview.evaluation.study_plots import save_tokenizer_plot
 from cogview.files import StrPath, write_json, write_text
-from cogview.images import picture_grid, save_png, to_picture
+from cogview.images import picture_grid, save_overview, to_picture
 from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
@@ -136,7 +136,7 @@ def study_tokenizers(options: TokenizerStudy) -> list[dict[str, Any]]:
     write_text(out / "tokenizers.csv", _csv(tokenizer_rows(records)))
     save_tokenizer_plot(out / "tokenizers.png", records)
     shown = [real, *(rebuilt[method, 0][0] for method in METHODS)]
-    save_png(
+    save_overview(
         out / "reconstructions.png",
         picture_grid([[to_picture(image) for image in images[:: _stride(images)]] for images in shown]),
     )

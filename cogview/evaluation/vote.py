@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -21,6 +22,8 @@ from PIL import Image
 from cogview.data.caption_files import read_captions
 from cogview.data.image_files import picture_files
 from cogview.files import StrPath, exists, read_json, write_json
+from cogview.folder_lock import FolderLock
+from cogview.outlet import require_writable
 from cogview.seeding import derive_seed
 from cogview.settings import build
 
@@ -67,8 +70,17 @@ class Share(NamedTuple):
     high: float
 
 
+class VoteLock(FolderLock):
+    """The lock of a ballot on the folder of its votes."""
+
+    name, busy = "votes.lock", "is used for a vote"
+    elsewhere = "name a folder of your own with --out"
+
+
 class Ballot:
     """All questions on some folders, in an order and with an order of candidates that ``seed`` shuffles.
+
+    A context manager: until it is closed, no other ballot can keep votes in the same folder.
 
     A picture's text is what the folder's list of captions says, else what ``cogview generate`` has written
     into the file, else the file's name. Where a text has several pictures in every folder, it gives several
@@ -80,15 +92,36 @@ class Ballot:
     Raises:
         FileNotFoundError, ValueError: no such folder, or no picture in it; fewer than two folders; no text
             that all of them have; votes on other folders in ``out``.
+        BlockingIOError: another ballot keeps votes in ``out``.
+        OSError: ``out`` cannot be written to.
     """
 
     def __init__(self, folders: Sequence[StrPath], out: StrPath, *, seed: int = 0) -> None:
         self.folders = [str(folder) for folder in folders]
-        if len(self.folders) < 2 or len(set(self.folders)) < len(self.folders):
+        if len(self.folders) < 2 or len({Path(folder).resolve() for folder in folders}) < len(self.folders):
             raise ValueError(f"folders must be two or more, each named once, got {', '.join(self.folders)}")
         self.seed, self.path = seed, Path(out) / VOTES
+        require_writable(Path(out), str(out))
         self.questions = self._questions()
-        self.votes = self._saved_votes()
+        self._lock = VoteLock(out)
+        self._lock.take()
+        try:
+            self.votes = self._saved_votes()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let another ballot take the folder."""
+        self._lock.release()
+
+    def __enter__(self) -> Ballot:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _questions(self) -> list[Question]:
         by_folder = [_by_prompt(Path(folder)) for folder in self.folders]
@@ -133,7 +166,7 @@ class Ballot:
     def vote(self, question: int, place: int) -> None:
         """Keep the choice of the picture at ``place``. A question that has a vote already keeps that one.
 
-        ValueError for a question or a place that there is not.
+        ValueError for a question or a place that there is not, OSError where the vote cannot be kept.
         """
         asked = self._asked(question, place)
         if any(vote.question == question for vote in self.votes):
@@ -141,7 +174,10 @@ class Ballot:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         vote = Vote(question, asked.prompt, asked.folders[place], list(asked.folders), now)
         votes = [asdict(each) for each in (*self.votes, vote)]
-        write_json(self.path, asdict(VoteFile(self.folders, self.seed, votes)))
+        try:
+            write_json(self.path, asdict(VoteFile(self.folders, self.seed, votes)))
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written: {error.strerror or error}") from None
         self.votes.append(vote)
 
     def picture(self, question: int, place: int) -> Path:
@@ -183,8 +219,6 @@ def _by_prompt(folder: Path) -> dict[str, list[Path]]:
     captions = read_captions(folder) if has_list else {}
     found: dict[str, list[Path]] = {}
     for path in paths:
-        if path.name == "sheet.png" and path.parent == folder:
-            continue  # What cogview generate writes beside the pictures.
         own = captions.get(path.relative_to(folder).as_posix())
         found.setdefault(own[0] if own else _prompt_within(path), []).append(path)
     return found

@@ -6,7 +6,8 @@
     GET  /                      the page, vote.html
     GET  /question              the next question, or the shares once there is none left
     GET  /picture/NUMBER/PLACE  a picture of it; nothing tells from which folder it comes
-    POST /vote                  {"question": NUMBER, "place": PLACE}; answers as /question does
+    POST /vote                  {"question": NUMBER, "place": PLACE}; answers as /question does, or with
+                                {"detail": REASON} where the vote is not taken or cannot be kept
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import mimetypes
 import re
+import sys
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,7 +47,7 @@ class VoteServer(ThreadingHTTPServer):
             raise OSError(f"port {port} cannot be used: {error.strerror}; choose another --port") from None
         self.ballot = ballot
         self.lock = threading.Lock()
-        self.finished = threading.Event()  # set once the last vote has been answered
+        self.finished = threading.Event()  # set once there is nobody left to answer after the last vote
         if ballot.next_question is None:
             self.finished.set()
 
@@ -57,6 +59,11 @@ class VoteServer(ThreadingHTTPServer):
     def __enter__(self) -> VoteServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
         return self
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that reloads or goes away drops its requests, which is no mistake of anybody's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
@@ -91,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(vote_page(), "text/html; charset=utf-8")
         elif self.path == "/question":
             with self.server.lock:
-                self._answer_json(ballot_state(self.server.ballot))
+                state = ballot_state(self.server.ballot)
+            self._answer_json(state)
         elif picture is not None:
             self._answer_picture(int(picture[1]), int(picture[2]))
         else:
@@ -117,11 +125,16 @@ class _Handler(BaseHTTPRequestHandler):
                 state = ballot_state(self.server.ballot)
         except (ValueError, KeyError, TypeError) as error:
             self.close_connection = True
-            self.send_error(HTTPStatus.BAD_REQUEST, str(error).encode("ascii", "replace").decode())
+            self._answer_json({"detail": str(error)}, HTTPStatus.BAD_REQUEST)
             return
-        self._answer_json(state)
-        if "shares" in state:
-            self.server.finished.set()
+        except OSError as error:
+            self._answer_json({"detail": str(error)}, HTTPStatus.INTERNAL_SERVER_ERROR)
+            return
+        try:
+            self._answer_json(state)
+        finally:  # A browser that is gone already has nothing more to say.
+            if "shares" in state:
+                self.server.finished.set()
 
     def _is_for_this_machine(self) -> bool:
         """A name of another site that was made to lead here is refused, so that no other site reads along."""
@@ -134,15 +147,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer_picture(self, number: int, place: int) -> None:
         try:
             path = self.server.ballot.picture(number, place)
-            self._answer(path.read_bytes(), mimetypes.guess_type(path)[0] or "application/octet-stream")
+            content = path.read_bytes()
         except (ValueError, OSError):
             self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        self._answer(content, mimetypes.guess_type(path)[0] or "application/octet-stream")
 
-    def _answer_json(self, content: dict[str, Any]) -> None:
-        self._answer(json.dumps(content, ensure_ascii=False).encode(), "application/json")
+    def _answer_json(self, content: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
+        body = json.dumps(content, ensure_ascii=False).encode(errors="replace")
+        self._answer(body, "application/json", status)
 
-    def _answer(self, content: bytes, kind: str) -> None:
-        self.send_response(HTTPStatus.OK)
+    def _answer(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
+        self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Cache-Control", "no-store")

@@ -27,7 +27,7 @@ from cogview.device import default_device
 from cogview.evaluation.likeness import Likeness
 from cogview.evaluation.studied_tokenizer import finish_tokenizer
 from cogview.files import StrPath, write_json
-from cogview.images import picture_grid, save_png, to_picture
+from cogview.images import picture_grid, save_overview, to_picture
 from cogview.presets import PRESETS, with_vqgan
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings
@@ -96,7 +96,7 @@ def study_vqgan(options: VQGANStudy) -> list[dict[str, Any]]:
     write_json(out / "vqgan.json", {"tokenizers": records})
     stride = -(-len(real) // SHOWN)
     rows = [[to_picture(image) for image in images[::stride]] for images in (real, *rebuilt)]
-    save_png(out / "vqgan.png", picture_grid(rows))
+    save_overview(out / "vqgan.png", picture_grid(rows))
     return records
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from cogview.images import picture_grid, png_bytes
+from cogview.images import png_bytes, sheet_bytes
 from cogview.run import Drawing
 from cogview.serving.jobs import DrawJob
 
@@ -31,8 +31,8 @@ def picture_file(job: DrawJob, drawing: Drawing) -> File:
 
 def sheet_file(job: DrawJob) -> File:
     """All finished pictures of a job as one, best first."""
-    sheet = picture_grid([[drawing.image for drawing in job.ranked]])
-    return File(f"cogview-{job.settings.seed}-sheet.png", png_bytes(sheet, _about(job)))
+    content = sheet_bytes([[drawing.image for drawing in job.ranked]], _about(job))
+    return File(f"cogview-{job.settings.seed}-sheet.png", content)
 
 
 def enlarged_file(drawing: Drawing, enlarged: Image.Image) -> File:

@@ -37,10 +37,9 @@ def serve(given: options.Serve) -> None:
     warnings.filterwarnings("ignore", message=".*reduce_op. is deprecated", category=FutureWarning)
     # What the model never learned is told on the page, to the visitor who typed it.
     warnings.filterwarnings("ignore", message=".* has parts the model never learned", category=UserWarning)
-    ballot = Ballot(given.vote, given.out) if given.vote else None
-    listener = _listen(given.host, given.port)
     with (
-        contextlib.closing(listener),
+        Ballot(given.vote, given.out) if given.vote else contextlib.nullcontext() as ballot,
+        contextlib.closing(_listen(given.host, given.port)) as listener,
         Service(load_models(given.run, given.enlarger, given.device, given.precision)) as service,
     ):
         token = None if is_loopback(given.host) else secrets.token_urlsafe(24)

@@ -53,6 +53,8 @@ def vote_routes(ballot: Ballot) -> APIRouter:
                 ballot.vote(choice.question, choice.place)
             except ValueError as error:
                 raise HTTPException(400, str(error)) from None
+            except OSError as error:
+                raise HTTPException(500, str(error)) from None
             return ballot_state(ballot)
 
     return routes

@@ -54,6 +54,16 @@ def fingerprint_tokenizers(folder: StrPath) -> str:
     return " ".join(digest(Path(folder) / name) for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER))
 
 
+def require_each_once(name: str, folders: Sequence[StrPath]) -> None:
+    """ValueError if ``folders``, the argument ``name``, name one folder twice, be it in another spelling."""
+    seen: dict[Path, StrPath] = {}
+    for folder in folders:
+        place = Path(folder).resolve()
+        if place in seen:
+            raise ValueError(f"{name} must name each run once, got {seen[place]} and {folder}")
+        seen[place] = folder
+
+
 def require_same_tokenizers(name: str, folders: Sequence[StrPath]) -> None:
     """ValueError if not all runs in ``folders``, the argument ``name``, have the tokenizers of the first."""
     first, *others = folders

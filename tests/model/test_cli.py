@@ -283,6 +283,23 @@ def test_captions_are_told_as_they_come_and_as_json(run_folder, tmp_path, capsys
     assert [entry["place"] for entry in ranked] == [1, 2]
 
 
+def test_the_sheet_among_drawn_pictures_is_left_out_and_told(run_folder, tmp_path, capsys):
+    out = tmp_path / "drawn"
+    words = ["generate", "--run", str(run_folder), SEVEN, "--num", "2", "--out", str(out)]
+    assert main(words) == 0
+    paths = sorted(map(str, out.glob("*.png")))
+    assert [os.path.basename(path) for path in paths] == ["0000.png", "0001.png", "sheet.png"]
+    for command in (["rerank", "--run", str(run_folder), SEVEN], ["caption", "--run", str(run_folder)]):
+        capsys.readouterr()
+        assert main([*command, *paths, "--json"]) == 0
+        said = capsys.readouterr()
+        told = [json.loads(line)["file"] for line in said.out.splitlines()]
+        assert sorted(told) == paths[:2]
+        assert f"left out: {paths[2]}, a sheet" in said.err
+    assert main(["caption", "--run", str(run_folder), paths[2], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == paths[2]
+
+
 def test_a_reader_that_has_gone_ends_the_command_quietly(run_folder, tmp_path, capsys, monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)

@@ -156,6 +156,11 @@ def test_a_style_is_judged_on_drawings_never_shown_in_it(demo, tmp_path, monkeyp
     capsys.readouterr()
     assert main(words) == 2
     assert "--runs must be given for super-resolution and style" in capsys.readouterr().err
+    runs = [str(options.out), f"{options.out}/../{options.out.name}"]
+    for study in ("style", "super-resolution"):
+        for twice in (runs[:1] * 2, runs):
+            assert main(["study", study, "--device", "cpu", "--out", str(tmp_path), "--runs", *twice]) == 2
+            assert f"--runs must name each run once, got {runs[0]} and " in capsys.readouterr().err
 
 
 def test_the_precision_is_the_fast_one_unless_the_demo_began_with_another(tmp_path, monkeypatch):

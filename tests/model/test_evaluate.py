@@ -20,7 +20,9 @@ from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.inception_score import InceptionScore
 from cogview.evaluation.pictures import PictureFolder, blurred
 from cogview.evaluation.set_statistics import load_statistics, picture_statistics
+from cogview.files import read_json, write_json
 from cogview.generation.engine import DrawOptions
+from cogview.outlet import Outlet
 from cogview.run import load_run
 from cogview.seeding import derive_seed
 
@@ -126,6 +128,12 @@ def test_a_run_draws_the_captions_of_a_folder_and_describes_its_pictures(run_fol
         assert compare(run_folder, real, out, radii=(0,), candidates=2, captions=4) == figures
     with pytest.raises(ValueError, match="was started with seed = 0, now 1"):
         compare(run_folder, real, out, radii=(0,), candidates=2, captions=4, seed=1)
+    with pytest.raises(ValueError, match="was started with --num = 2, now 1"):
+        compare(run_folder, real, out, radii=(0,), captions=4)
+    settings = read_json(out / "drawn.json")
+    write_json(out / "drawn.json", {**settings, "weights": "0123"})
+    with pytest.raises(ValueError, match="was started with another run A: weights = '0123', now '"):
+        compare(run_folder, real, out, radii=(0,), candidates=2, captions=4)
 
 
 def test_the_best_candidate_by_cap_loss_is_taken(run_folder):
@@ -253,6 +261,42 @@ def test_a_blur_that_saved_statistics_lack_is_told(tmp_path):
     with pytest.warns(UserWarning, match="have no blur of 3 pixels: it is left out"):
         figures = compare(first, saved, tmp_path / "again", radii=(0, 3))
     assert not any(name.endswith("blur 3") for name in figures)
+
+
+def test_the_sheet_of_drawn_pictures_is_none_of_a_set_and_is_told(tmp_path, capsys):
+    real, picture = save_pictures(tmp_path / "real"), Image.new("RGB", (16, 16))
+    outlet = Outlet(f"{tmp_path}/drawn")
+    for number in range(4):
+        outlet.write_picture(f"{number:04d}", picture, {"prompt": "a tiger", "seed": 0, "candidate": number})
+    outlet.write_sheet([[picture] * 4], {"prompt": "a tiger", "seed": 0})
+    with pytest.warns(UserWarning, match="drawn has 4 pictures, not more than"):
+        figures = compare(tmp_path / "drawn", real, tmp_path / "out", radii=(0,))
+    assert figures["pictures"].first == 4
+    assert "drawn, as sheets or plots of cogview beside the pictures: sheet.png" in capsys.readouterr().err
+
+
+def test_results_among_the_pictures_are_refused_before_any_work(run_folder, tmp_path, monkeypatch, capsys):
+    first, second = save_pictures(tmp_path / "a"), save_pictures(tmp_path / "b", seed=1)
+    (tmp_path / "link").symlink_to(second)
+    with monkeypatch.context() as patch:
+        patch.setattr(cogview.evaluate, "_network", None)
+        patch.setattr(cogview.evaluate, "load_run", None)
+        for out in (first, second, first / "deep" / "out", tmp_path / "link" / "out"):
+            with pytest.raises(ValueError, match=r"--out .* lies in .*; name a folder elsewhere with --out"):
+                compare(first, second, out)
+        patch.chdir(first)
+        said = refused(capsys, ".", "../b")
+        assert "--out evaluation lies in ., whose pictures are compared" in said
+        with pytest.raises(ValueError, match=r"--out .* lies in .*b, whose pictures"):
+            compare(run_folder, second, second / "out")
+        for name, rebuild in (("drawn", False), ("rebuilt", True)):
+            inside = tmp_path / "out" / name
+            inside.mkdir(parents=True)
+            with pytest.raises(ValueError, match=f"the run would draw into .*{name}, with whose pictures"):
+                compare(run_folder, inside, tmp_path / "out", rebuild=rebuild)
+    assert not (first / "deep").exists()
+    # Beside the pictures is elsewhere, as is the folder around them.
+    compare(first, second, tmp_path, radii=(0,))
 
 
 def test_sizes_that_differ_can_be_made_the_same(tmp_path):

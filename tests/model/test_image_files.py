@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview.data.image_files import pixels_of, read_image, upright_size
+from cogview.data.image_files import picture_files, pixels_of, read_image, upright_size
+from cogview.images import is_overview, png_bytes, save_overview
+from cogview.outlet import Outlet
 
 
 def save(path, array):
@@ -135,3 +137,35 @@ def test_tensors_of_another_range_or_kind_are_refused():
         pixels_of(torch.linspace(0, 255, 3 * 64).view(3, 8, 8), 8)
     with pytest.raises(TypeError, match=r"uint8 or floats, got torch\.int32"):
         pixels_of(torch.zeros(3, 8, 8, dtype=torch.int32), 8)
+
+
+def test_what_cogview_wrote_as_a_sheet_is_no_picture_of_a_folder_and_what_is_only_called_so_is_one(tmp_path):
+    picture, about = Image.new("RGB", (16, 16), "red"), {"prompt": "a tiger", "seed": 0}
+    outlet = Outlet(f"{tmp_path}/drawn")
+    drawn = [outlet.write_picture(f"{n:04d}", picture, {**about, "candidate": n}) for n in range(2)]
+    outlet.write_sheet([[picture, picture]], about)
+    assert picture_files(tmp_path / "drawn") == drawn
+    (tmp_path / "drawn" / "sheet.png").rename(tmp_path / "drawn" / "an overview.png")
+    save_overview(tmp_path / "drawn" / "plot.png", picture)
+    (tmp_path / "drawn" / "deep").mkdir()
+    # As they were written before there was the note.
+    (tmp_path / "drawn" / "deep" / "sheet.png").write_bytes(png_bytes(picture, about))
+    assert picture_files(tmp_path / "drawn") == drawn
+
+    own = tmp_path / "drawn" / "sheet.png"
+    for notes in ({}, {"prompt": "mine"}, {**about, "candidate": 0}):
+        own.write_bytes(png_bytes(picture, notes))
+        assert picture_files(tmp_path / "drawn") == [*drawn, own]
+    own.write_text("damaged")  # Whoever reads it says so.
+    assert picture_files(tmp_path / "drawn") == [*drawn, own]
+
+
+def test_a_single_picture_is_no_sheet_and_a_folder_of_sheets_alone_keeps_them(tmp_path):
+    picture, about = Image.new("RGB", (16, 16), "red"), {"prompt": "a tiger", "seed": 0}
+    Outlet(f"{tmp_path}/sheet.png").write_sheet([[picture]], about)
+    assert not is_overview(tmp_path / "sheet.png")
+    for name in ("a.png", "b.png"):
+        Outlet(f"{tmp_path}/sheets/{name}").write_sheet([[picture, picture]], about)
+        assert is_overview(tmp_path / "sheets" / name)
+    assert len(picture_files(tmp_path / "sheets")) == 2
+    assert picture_files(tmp_path) == [tmp_path / "sheet.png"]

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from cogview import images
-from cogview.images import grid_size, picture_grid, png_bytes, save_png, to_picture, undrawn_is_white
+from cogview.images import grid_size, picture_grid, png_bytes, save_overview, to_picture, undrawn_is_white
 
 
 def plain(colour, side=8):
@@ -70,7 +70,7 @@ def test_pixels_that_are_no_numbers_are_an_error():
 
 def test_a_png_holds_what_was_saved(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-    save_png(tmp_path / "deep" / "x.png", Image.fromarray(pixels))
+    save_overview(tmp_path / "deep" / "x.png", Image.fromarray(pixels))
     with Image.open(tmp_path / "deep" / "x.png") as read:
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), pixels)

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 
 import pytest
 import torch
 from PIL import Image
 
-from cogview.demo.ranking import Ranking, ranking_table, study_ranking
+from cogview.demo.ranking import SETTINGS, Ranking, ranking_table, study_ranking
+from cogview.demo.run import DrawnWith, fingerprint_run
 from cogview.evaluation.rank_curve import costs_of_pickers, picks, rank_curve
+from cogview.settings import claim_settings
 
 
 def test_a_pick_is_the_cheapest_of_each_whole_group():
@@ -80,6 +83,32 @@ def test_a_run_on_the_digits_gets_its_curve_and_draws_once(run_folder, tmp_path,
     assert study_ranking(options, Means()) == curve
     with pytest.raises(ValueError, match="was started with seed = 0, now 1"):
         study_ranking(Ranking(run_folder, out, candidates=2, prompts=12, seed=1, progress=False), Means())
+
+
+def test_no_part_of_it_is_silent(run_folder, tmp_path, capsys):
+    study_ranking(Ranking(run_folder, tmp_path, run_folder, candidates=2, prompts=3, device="cpu"), Means())
+    said = capsys.readouterr().err
+    for part in (
+        "draw and rerank",
+        "rank by the captioner",
+        "judge",
+        "features of real pictures",
+        "rank curve",
+    ):
+        first, last = (f"\n{part}: .* {count} of " for count in (r"\d+", r"(\d+)"))
+        assert re.search(first, f"\n{said}"), part
+        assert re.search(rf"{last}\1[,\n]", f"\n{said}"), part
+
+
+def test_another_run_in_the_same_folder_is_named_by_its_option(run_folder, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    options = {"candidates": 2, "prompts": 3, "device": "cpu", "progress": False}
+    claim_settings(out / SETTINGS, DrawnWith("0123", 2, ["a", "b", "c"], 0))
+    with pytest.raises(ValueError, match=r"another --run \(now .*\): weights = '0123', now '"):
+        study_ranking(Ranking(run_folder, out, **options), Means())
+    claim_settings(other / SETTINGS, DrawnWith(fingerprint_run(run_folder), 2, ["a", "b"], 0))
+    with pytest.raises(ValueError, match="started with number of prompts = 2, now 3; repeat"):
+        study_ranking(Ranking(run_folder, other, **options), Means())
 
 
 def test_runs_that_no_judge_can_read_are_refused(run_folder, tmp_path):

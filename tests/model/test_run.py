@@ -14,7 +14,7 @@ from PIL import Image
 
 import cogview
 from cogview.generation.engine import DrawOptions
-from cogview.images import save_png
+from cogview.images import save_overview
 from cogview.model import memory
 from cogview.model.memory import cache_bytes, weight_bytes
 from cogview.model.precision import in_precision
@@ -227,7 +227,7 @@ def test_sampling_is_the_runs_unless_given(run):
 
 def test_images_are_paths_pictures_or_tensors(run, drawn, tmp_path):
     picture = drawn[0][0]
-    save_png(tmp_path / "x.png", picture)
+    save_overview(tmp_path / "x.png", picture)
     floats = run.pixels(run.encode(picture))
     eight_bits = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
     kinds = [str(tmp_path / "x.png"), tmp_path / "x.png", picture, eight_bits]

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 
 import pytest
 
 from cogview.evaluation.vote import Ballot
+from cogview.files import ASIDE
 from cogview.serving.guard import Guard, is_loopback
 from tests.model.test_vote import save_drawn
 
@@ -112,7 +114,7 @@ def test_what_is_too_large_is_refused_whether_or_not_it_says_so():
     assert behind.received == ["http.request", "http.disconnect"]
 
 
-def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path):
+def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path, request):
     pytest.importorskip("nicegui", reason="needs the extra serve")
     from fastapi import FastAPI
     from fastapi.testclient import TestClient
@@ -121,6 +123,7 @@ def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path):
 
     folders = [save_drawn(tmp_path / name, name, ["a tiger", "a seven"]) for name in ("red", "blue")]
     ballot = Ballot(folders, tmp_path / "votes")
+    request.addfinalizer(ballot.close)
     application = FastAPI()
     application.include_router(vote_routes(ballot))
     visitor = TestClient(application)
@@ -134,6 +137,11 @@ def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path):
     for choice in ({"question": 9, "place": 0}, {"question": "0", "place": 0}, {"place": 0}, [], "x" * 2000):
         assert visitor.post("/vote/vote", json=choice).status_code in (400, 422)
     assert not ballot.votes
+    hindrance = tmp_path / "votes" / f"votes.json{ASIDE}" / "deep"
+    hindrance.mkdir(parents=True)
+    answer = visitor.post("/vote/vote", json={"question": 0, "place": 1})
+    assert answer.status_code == 500 and "votes.json cannot be written: " in answer.json()["detail"]
+    shutil.rmtree(hindrance.parent)
     for question in range(2):
         state = visitor.post("/vote/vote", json={"question": question, "place": 1}).json()
     assert [vote["question"] for vote in json.loads(ballot.path.read_text())["votes"]] == [0, 1]

@@ -179,3 +179,14 @@ def test_settings_of_a_wrong_type_or_of_a_newer_version_are_one_clear_error(
         load_model_settings(tmp_path)
     assert "model.json is damaged, or of another version" in str(caught.value)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_of_two_long_lists_what_differs_is_told(tmp_path):
+    path = tmp_path / "drawn.json"
+    claim_settings(path, {"prompts": ["a", "b", "c"], "weights": "12"})
+    with pytest.raises(ValueError, match=r"prompts\[1\] = 'b', now 'x'; repeat"):
+        check_settings(path, {"prompts": ["a", "x", "c"], "weights": "12"})
+    with pytest.raises(ValueError, match="with number of prompts = 3, now 2; repeat"):
+        check_settings(path, {"prompts": ["a", "x"], "weights": "12"})
+    with pytest.raises(ValueError, match="with --run = '12', now '34'; repeat"):
+        check_settings(path, {"prompts": ["a", "b", "c"], "weights": "34"}, {"weights": "--run"})

@@ -273,6 +273,20 @@ def test_the_command_compares_and_writes(enlarger, tmp_path, capsys):
     assert "has pictures already" in capsys.readouterr().err
 
 
+def test_a_picture_that_would_replace_another_in_the_folder_is_refused(run_folder, tmp_path, capsys):
+    for name in ("a/x.png", "b/x.png", "sheet.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+    out = tmp_path / "large"
+    for names, taken in ((("a/x.png", "b/x.png"), "another picture has"), (("sheet.png",), "the sheet has")):
+        words = ["super-resolve", *(str(tmp_path / name) for name in names), "--run", str(run_folder)]
+        assert main([*words, "--out", str(out), "--device", "cpu"]) == 2
+        assert f"a name that {taken}; rename it" in capsys.readouterr().err
+        assert main([*words, "--out", str(tmp_path / "x.png"), "--device", "cpu"]) == 2
+        assert "never learned to enlarge" in capsys.readouterr().err
+    assert not out.exists()
+
+
 # ---- the local mode of CogView2
 
 
