@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.config import STUDY_SEEDS
 from cogview.device import usable_device
+from cogview.files import require_folder
+from cogview.settings import MODEL_SETTINGS
 from cogview.terminal import in_one_line
 
 if TYPE_CHECKING:
@@ -253,6 +255,14 @@ def rerank(given: options.Rerank) -> None:
             print(f"{place}\t{in_one_line(path)}\tCapLoss {loss:.3f}")
 
 
+def _require_apart(out: Path, folders: Sequence[Path], why: str, *, inside: bool = True) -> None:
+    """ValueError if ``out`` is one of ``folders``, which are read, or lies inside one."""
+    place = out.resolve()
+    for folder in folders:
+        if place == folder.resolve() or (inside and folder.resolve() in place.parents):
+            raise ValueError(f"--out {out} lies in {folder}, and {why}; name another --out")
+
+
 def _require_files(paths: Sequence[Path]) -> None:
     """A wrong name is told before a model is loaded and other pictures are read."""
     from cogview.data.image_files import require_image_file
@@ -272,6 +282,8 @@ def _json_line(**values: Any) -> str:
 
 def serve(given: options.Serve) -> None:
     """``cogview serve``."""
+    if given.vote:
+        require_folder(given.out)
     from cogview.serving.server import serve as serve_page
 
     serve_page(given)
@@ -279,12 +291,15 @@ def serve(given: options.Serve) -> None:
 
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
+    require_folder(given.out)
     if given.vote:
         _take_votes(given)
         return
     from cogview.evaluate import Evaluate, evaluate, evaluation_table
 
     first, second = given.sets
+    pictures = [path for path in given.sets if path.is_dir() and not (path / MODEL_SETTINGS).exists()]
+    _require_apart(given.out, pictures, "what is written there would be counted with its pictures")
     wanted = Evaluate(
         first,
         second,
@@ -397,6 +412,7 @@ def data(given: options.WriteData) -> None:
 
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
+    require_folder(given.folder)
     device = usable_device(given.device)
     preset = _demo_preset(given, device)
     if given.data == "emoji":
@@ -442,6 +458,8 @@ def rank_curve(given: options.RankCurve) -> None:
     """``cogview rank-curve``."""
     from cogview.demo.ranking import Ranking, ranking_table, study_ranking
 
+    require_folder(given.out)
+    _require_apart(given.out, [given.run], "it keeps its own drawings there", inside=False)
     names = ("run", "out", "captioner", "candidates", "prompts", "seed")
     asked = {name: getattr(given, name) for name in names}
     print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
@@ -453,6 +471,9 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
     from cogview.demo.clip_gen import ClipGenJudging, clip_gen_table
     from cogview.demo.clip_gen import judge_clip_gen as judge
 
+    require_folder(given.out)
+    runs = [*given.runs, *([given.captioner] if given.captioner else [])]
+    _require_apart(given.out, runs, "its own report would be replaced", inside=False)
     wanted = ClipGenJudging(
         given.runs,
         given.out,
@@ -469,6 +490,7 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
 
 def study(given: options.Study) -> None:
     """``cogview study``."""
+    require_folder(given.out)
     asked: dict[str, Any] = {
         "steps": given.steps,
         "learning_rate": given.learning_rate,

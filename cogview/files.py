@@ -15,6 +15,7 @@ import os
 import pwd
 import shutil
 import stat
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -244,6 +245,51 @@ def exists(path: StrPath) -> bool:
     except PermissionError:
         raise _not_permitted(Path(path)) from None
     return True
+
+
+def require_folder(path: StrPath, out: StrPath | None = None) -> None:
+    """OSError or ValueError unless files can be written to the folder ``path``, which may have to be made.
+
+    Makes nothing: to be called before any work whose outcome is to be written there. ``out`` is what to call
+    it, by default ``path``.
+    """
+    place, out = Path(path), path if out is None else out
+    while not os.path.exists(place):
+        _require_short_name(place, out)
+        if os.path.islink(place):
+            raise FileNotFoundError(
+                f"--out {out} cannot be written: {place} is a link that leads nowhere; remove it, or name "
+                "another --out"
+            )
+        place = place.parent
+    if not os.path.isdir(place):
+        raise NotADirectoryError(f"--out {out} cannot be written: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out} cannot be written: no permission to write in {place}")
+    try:  # there are folders that take no file whatever their permissions say
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        reason = f"no file can be made in {place} ({error.strerror})"
+        raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None
+
+
+def require_place(path: StrPath, out: StrPath | None = None) -> None:
+    """As :func:`require_folder`, for what is written aside first: a file, or a folder that is made whole."""
+    _require_short_name(Path(path), path if out is None else out)
+    require_folder(Path(path).parent, path if out is None else out)
+
+
+def require_new(path: StrPath) -> None:
+    """As :func:`require_place`. FileExistsError if there is anything, be it a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"--out {path} exists; name another, or remove it")
+    require_place(path)
+
+
+def _require_short_name(path: Path, out: StrPath) -> None:
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
+    if len(os.fsencode(path.name)) > longest:
+        raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
 
 
 def require_readable(path: StrPath, what: str) -> Path:

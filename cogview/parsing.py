@@ -91,6 +91,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
     kind = VERBS[verb]
     default: Any = {}
     words = list(words)
+    if _last_value(words, "out") == "":
+        raise ValueError("--out must name a file or a folder, got an empty name")
     if kind in SHORT:
         path = _last_value(words, "settings")
         if path is not None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from cogview.files import StrPath, exists, lock
+from cogview.files import StrPath, exists, lock, require_folder
 
 LOCK = "training.lock"
 _held: list[IO[str]] = []
@@ -24,7 +24,7 @@ class RunLock:
 
     Raises:
         BlockingIOError: another training holds the folder; it says which.
-        OSError: the folder cannot be written to.
+        OSError, ValueError: the folder cannot be written to, or not be made.
     """
 
     def __init__(self, folder: StrPath) -> None:
@@ -70,6 +70,8 @@ class RunLock:
     def __enter__(self) -> RunLock:
         if exists(self.folder):
             self.take()
+        else:
+            require_folder(self.folder)
         return self
 
     def __exit__(

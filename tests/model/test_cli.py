@@ -232,6 +232,62 @@ def test_out_is_looked_at_before_anything_is_loaded(tmp_path, capsys):
     assert (tmp_path / "x.png").read_text() == "kept"
 
 
+UNWRITABLE = "/proc/cogview"  # no file can be made there whatever its permissions say
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train-tokenizer", "--data", "digits"],
+        ["tokenize", "--data", "digits", "--run", "absent"],
+        ["train-clip", "--data", "digits"],
+        ["finetune", "captioning", "--data", "digits", "--run", "RUN"],
+        ["clip-generate", "a", "--run", "absent"],
+        ["super-resolve", "a.png", "--run", "absent"],
+        ["evaluate", "absent", "absent"],
+        ["pack", "--run", "absent"],
+        ["convert", "absent", "--to", "original"],
+        ["data", "emoji"],
+        ["demo"],
+        ["demo", "--data", "emoji"],
+        ["rank-curve", "--run", "absent"],
+        ["judge-clip-gen", "absent"],
+        ["study", "stability"],
+        ["study", "tokenizers"],
+        ["study", "vqgan"],
+        ["study", "style", "--runs", "absent"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_looks_at_out_before_it_works(words, run_folder, tmp_path, capsys, monkeypatch):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("there is no /proc here")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    words = [str(run_folder) if word == "RUN" else word for word in words]
+    line = mistake(capsys, *words, "--out", UNWRITABLE)
+    assert f"--out {UNWRITABLE} cannot be written: no file can be made in /proc" in line
+    assert "--out must" in mistake(capsys, *words, "--out", "") and os.listdir() == ["a.png"]
+
+
+def test_what_a_command_reads_is_not_spoiled_by_what_it_writes(run_folder, photos, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(photos)
+    before = sorted(os.listdir(photos))
+    words = ["tokenize", "--data", photos, "--run", run_folder, "--out"]
+    for out in (photos, tmp_path / "link"):
+        assert "holds pictures with captions, which would be taken for rows" in mistake(capsys, *words, out)
+    words = ["evaluate", photos, photos, "--out"]
+    for out in (photos, tmp_path / "link" / "figures"):
+        assert "would be counted with its pictures" in mistake(capsys, *words, out)
+    assert "it keeps its own drawings there" in mistake(
+        capsys, "rank-curve", "--run", run_folder, "--out", run_folder
+    )
+    assert "its own report would be replaced" in mistake(
+        capsys, "judge-clip-gen", run_folder, "--out", run_folder
+    )
+    assert sorted(os.listdir(photos)) == before
+
+
 def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
     assert main(["generate", "--run", str(run_folder), SEVEN, "--num", "1", "--out", "-"]) == 0
     captured = capsysbinary.readouterr()

@@ -12,6 +12,8 @@ from cogview.files import (
     folder_written_aside,
     load_tensors,
     read_json,
+    require_folder,
+    require_new,
     save_tensors,
     write_json,
     written_aside,
@@ -170,3 +172,23 @@ def test_many_writers_at_once_give_one_whole_folder(tmp_path):
     assert os.listdir(tmp_path) == ["x"]
     assert len(os.listdir(tmp_path / "x")) == 20
     assert len({path.read_text() for path in (tmp_path / "x").iterdir()}) == 1
+
+
+def test_a_place_that_takes_no_folder_is_told_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(os.listdir(tmp_path))
+    for require in (require_folder, require_new):
+        for name in ("file/x", "link/x", "loop/x", "x" * 250, "x" * 1000, "deep/" + "x" * 250 + "/x"):
+            with pytest.raises((OSError, ValueError), match=r"^--out ") as caught:
+                require(tmp_path / name)
+            assert caught.value.args[0].startswith("--out ")
+        require(tmp_path / "new" / "deep")
+    for name in ("file", "link", "loop"):
+        with pytest.raises(OSError, match=r"--out .* cannot be written: .* is "):
+            require_folder(tmp_path / name)
+        with pytest.raises(FileExistsError, match=r"exists; name another, or remove it"):
+            require_new(tmp_path / name)
+    require_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before
