@@ -6,7 +6,9 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_closed_streams()
     # A terminal that lacks a character shows its number: a finished run must not fail at the last line.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -94,9 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            given = _parse(verb, words)
-            if given is not None:
-                _run(verb, given)
+            try:
+                given = _parse(verb, words)
+                if given is not None:
+                    _run(verb, given)
+            except SystemExit:  # Help was asked for.
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         if not started_as_first():
             pass  # The first rank tells it for all.
@@ -116,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except BrokenPipeError:
-        # Whoever reads the output has enough. What Python still holds back must not be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever reads the output has enough.
+        _drop_output()
         return EXIT_BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError, Warning) as error:  # a warning under ``-W error``
         # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
         if given is not None or started_as_first():
             where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
             command = f"cogview {verb}".strip()
-            print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
+            _tell(f"{command}{where}: {' '.join(_in_words(error, given).split())}")
         return EXIT_MISTAKE
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
@@ -133,6 +141,54 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cogview {verb}: {reason}; take a smaller batch or a smaller model", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
+
+
+def _open_closed_streams() -> None:
+    """What was closed for the command, as by ``2>&-``, takes what is written to it and drops it."""
+    # The next file to be opened would get the number of a closed one, and libraries in C would write into it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+
+
+def _in_words(error: Exception, given: Any) -> str:
+    """An error with its place, which the operating system does not tell of a file that is open."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if error.filename is not None and not is_full:
+        return str(error)
+    name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
+    if name is None and _is_output_lost():
+        name = "standard output"
+    elif name is None and out is not None:
+        name = f"--out {out}"
+    place = "" if name is None else f"{name} cannot be written: "
+    way_out = "; make room there and repeat the command, or write to another place" if is_full else ""
+    return f"{place}{error.strerror}{way_out}"
+
+
+def _is_output_lost() -> bool:
+    """Whether standard output takes no more; what Python holds back of it is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """What Python still holds back must not be written at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # A full disk under a log must not hide the exit code.
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:

@@ -41,7 +41,7 @@ class Outlet:
         is_folder = os.path.isdir(path) or out.endswith("/") or not (self.is_stream or path.suffix)
         self.folder = path if is_folder else None
         self.path = path
-        if self.is_standard_output and sys.stdout is None:
+        if self.is_standard_output and sys.__stdout__ is None:
             raise OSError("--out - cannot be written: standard output is closed; name a file")
         if self.is_stream:
             return

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import io
 import json
 import math
@@ -286,6 +287,57 @@ def test_what_a_command_reads_is_not_spoiled_by_what_it_writes(run_folder, photo
         capsys, "judge-clip-gen", run_folder, "--out", run_folder
     )
     assert sorted(os.listdir(photos)) == before
+
+
+def closed(stream, *words):
+    """The command as a process of its own, started with a stream that is closed, as by ``2>&-``."""
+    return subprocess.run(
+        [sys.executable, "-m", "cogview", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: os.close(stream),
+    )
+
+
+def test_closed_streams_are_no_failure(run_folder, tmp_path):
+    words = ["generate", "--run", run_folder, SEVEN, "--num", 1, "--out"]
+    assert closed(2, *words, tmp_path / "x.png").returncode == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.format == "PNG"
+    assert closed(2, "trian").returncode == 2
+    done = closed(1, "presets", "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"standard output is closed; name a file" in closed(1, *words, "-").stderr
+
+
+@pytest.mark.parametrize("words", [["presets"], ["presets", "--help"], ["--version"]])
+def test_a_full_disk_behind_standard_output_is_one_line(words, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == 2
+        monkeypatch.undo()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "standard output cannot be written: No space left on device; make room there" in line
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"), [("tokenize", "data.row_writer._Files.append"), ("data", "data.export.png_bytes")]
+)
+def test_a_full_disk_is_told_with_its_place_and_the_way_out(
+    verb, place, photos, run_folder, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"cogview.{place}", full)
+    words = {"tokenize": ["--data", photos, "--run", run_folder], "data": ["emoji"]}[verb]
+    assert mistake(capsys, verb, *words, "--out", tmp_path / "x") == (
+        f"cogview {verb}: --out {tmp_path / 'x'} cannot be written: No space left on device; make room there "
+        "and repeat the command, or write to another place"
+    )
 
 
 def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):

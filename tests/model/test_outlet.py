@@ -115,7 +115,7 @@ def test_a_folder_that_takes_no_file_is_told_before_anything_is_drawn():
 
 
 def test_closed_standard_output_is_told(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "__stdout__", None)
     with pytest.raises(OSError, match="standard output is closed; name a file"):
         Outlet("-")
 
