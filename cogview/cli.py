@@ -7,6 +7,7 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import inspect
@@ -155,9 +156,9 @@ def _open_closed_streams() -> None:
 
 
 def _in_words(error: Exception, given: Any) -> str:
-    """An error with its place, which the operating system does not tell of a file that is open."""
+    """An error with its option as it is typed, or with its place, which the system tells of no open file."""
     if not isinstance(error, OSError) or error.errno is None:
-        return str(error)
+        return _with_option(str(error), given)
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if error.filename is not None and not is_full:
         return str(error)
@@ -169,6 +170,15 @@ def _in_words(error: Exception, given: Any) -> str:
     place = "" if name is None else f"{name} cannot be written: "
     way_out = "; make room there and repeat the command, or write to another place" if is_full else ""
     return f"{place}{error.strerror}{way_out}"
+
+
+def _with_option(said: str, given: Any) -> str:
+    """An error of Python's own names, such as ``learning_rate must``, with the option in their place."""
+    name = said.partition(" must ")[0]
+    for field in dataclasses.fields(given) if given is not None else ():
+        if field.name == name and not str(field.type).startswith(("Positional", "Images")):
+            return f"--{name.replace('_', '-')}{said.removeprefix(name)}"
+    return said
 
 
 def _is_output_lost() -> bool:
@@ -226,7 +236,7 @@ def _parse(verb: str, words: list[str]) -> Any:
             + " and ".join(WITH_RANKS)
         )
     example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
-    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
+    parts = [inspect.cleandoc(_about(VERBS[verb])), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))
@@ -237,7 +247,13 @@ def _parse(verb: str, words: list[str]) -> Any:
 
 
 def _summary(kind: type) -> str:
-    return (kind.__doc__ or "").splitlines()[0].rstrip(".")
+    return _about(kind).partition("\n")[0].rstrip(".")
+
+
+def _about(kind: type) -> str:
+    """The docstring; none under ``python -OO``, where a dataclass gets its signature instead."""
+    about = kind.__doc__ or ""
+    return "" if about.startswith(f"{kind.__name__}(") else about
 
 
 def _run(verb: str, given: Any) -> None:

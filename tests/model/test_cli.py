@@ -471,6 +471,32 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         assert f"device {device} cannot be used here" in error and "give cpu" in error and len(error) < 400
 
 
+def test_an_option_is_named_as_it_is_typed(run_folder, photos, tmp_path, capsys):
+    out = ["--out", tmp_path / "x"]
+    finetune = ["finetune", "captioning", "--run", run_folder, "--data", photos, *out]
+    for words, said in (
+        (["study", "tokenizers", "--learning-rate", "nan", *out], "--learning-rate must be above 0"),
+        (
+            ["study", "stability", "--learning-rate", "inf", *out],
+            "--learning-rate must be above 0 and finite",
+        ),
+        (["plan", "--gpus", "0"], "plan: --gpus must be at least 1, got 0"),
+        (["plan", "--memory", "inf"], "plan: --memory must be above 0 and finite, got inf"),
+        ([*finetune, "--learning-rate", "nan"], "finetune: --learning-rate must be finite"),
+        ([*finetune, "--workers", "-1"], "finetune: --workers must be"),
+        (["rerank", "a", tmp_path], "rerank: image must be a file"),
+    ):
+        assert said in mistake(capsys, *words)
+
+
+def test_help_without_docstrings_shows_no_python():
+    """As under ``python -OO``, where a dataclass gets its signature for a docstring."""
+    for words in (["study", "--help"], ["--help"]):
+        command = [sys.executable, "-OO", "-m", "cogview", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0 and "Annotated" not in done.stdout and "Literal" not in done.stdout
+
+
 def test_a_warning_that_is_to_be_an_error_is_one_line(run_folder, tmp_path, capsys):
     words = ["generate", "--run", run_folder, "狗", "--num", 1, "--out", tmp_path / "x.png"]
     with warnings.catch_warnings():

@@ -132,6 +132,8 @@ def test_a_file_of_settings_serves_both_verbs_and_the_command_line_overrides_it(
 def test_a_bad_file_of_settings_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings file not found: .*absent\.toml"):
         parse("train", (*TRAIN, "--settings", str(tmp_path / "absent.toml")), "")
+    with pytest.raises(OSError, match=r"--settings .* cannot be read: Is a directory; it takes a TOML file"):
+        parse("train", (*TRAIN, "--settings", str(tmp_path)), "")
     path = tmp_path / "switch.toml"
     for content, reason in (
         ("help = true", "sets 'help', which is no option"),
