@@ -59,7 +59,7 @@ PicturesOrShards = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
-        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
+        '"{00..49}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
     ),
 ]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]

@@ -58,6 +58,13 @@ def test_a_terminal_of_one_column_gets_help(monkeypatch, capsys):
     assert "usage: cogview presets" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_cuts_no_word_of_an_option(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        parse("tokenize", ("--help",), "")
+    assert '"{00..49}.tar"' in capsys.readouterr().out
+
+
 def test_nested_options_override_the_preset():
     words = ("--model.num-layers", "6", "--train.learning-rate", "1e-3", "--train.betas", "0.8", "0.9")
     given = parse("train", (*TRAIN, *words, "--model.three-region.num-pivots=7"), "")
