@@ -57,6 +57,13 @@ test: build  ## every test that this machine can run
 # workers run: two of two threads on two cores took three times as long as one.
 SEEDS ?= 50
 WORKERS = $(if $(THREADS),$$(( ($$(nproc) + $(THREADS) - 1) / $(THREADS) )),auto)
+ifneq ($(filter seeds,$(MAKECMDGOALS)),)
+ifneq ($(THREADS),)
+ifeq ($(shell test '$(THREADS)' -ge 1 2>/dev/null && echo right),)
+$(error THREADS must be a whole number of at least 1, got '$(THREADS)')
+endif
+endif
+endif
 seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was used at most
 	$(if $(THREADS),OMP_NUM_THREADS=$(THREADS)) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 	  tests/kernels --seeds $(SEEDS) -m budget $(if $(ONLY),-k "$(ONLY)")

@@ -6,7 +6,10 @@ PyTorch is imported only once the arguments are understood, so that help and mis
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import difflib
+import errno
 import inspect
 import io
 import os
@@ -84,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PyTorch's CPU threads spin at every barrier by default, which makes a run ten times slower as soon as
     # another program wants a core. Read when PyTorch is loaded; a value set by the user stands.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _open_closed_streams()
     # A terminal that lacks a character shows its number: a finished run must not fail at the last line.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -94,9 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            given = _parse(verb, words)
-            if given is not None:
-                _run(verb, given)
+            try:
+                given = _parse(verb, words)
+                if given is not None:
+                    _run(verb, given)
+            except SystemExit:  # Help was asked for.
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
     except KeyboardInterrupt as interrupt:
         if not started_as_first():
             pass  # The first rank tells it for all.
@@ -116,15 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cogview: {cogview.missing_extra(error)}", file=sys.stderr)
         return EXIT_MISTAKE
     except BrokenPipeError:
-        # Whoever reads the output has enough. What Python still holds back must not be written at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever reads the output has enough.
+        _drop_output()
         return EXIT_BROKEN_PIPE
     except (ValueError, OSError, FloatingPointError, Warning) as error:  # a warning under ``-W error``
         # A mistake in the options is that of all ranks; a full disk or a bad device may be that of one.
         if given is not None or started_as_first():
             where = "" if started_as_first() else f" (rank {os.environ['RANK']})"
             command = f"cogview {verb}".strip()
-            print(f"{command}{where}: {' '.join(str(error).split())}", file=sys.stderr)
+            _tell(f"{command}{where}: {' '.join(_in_words(error, given).split())}")
         return EXIT_MISTAKE
     except (MemoryError, RuntimeError) as error:
         if not _is_lack_of_memory(error):
@@ -133,6 +142,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cogview {verb}: {reason}; take a smaller batch or a smaller model", file=sys.stderr)
         return EXIT_MISTAKE
     return 0
+
+
+def _open_closed_streams() -> None:
+    """What was closed for the command, as by ``2>&-``, takes what is written to it and drops it."""
+    # The next file to be opened would get the number of a closed one, and libraries in C would write into it.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+
+
+def _in_words(error: Exception, given: Any) -> str:
+    """An error with its option as it is typed, or with its place, which the system tells of no open file."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return _with_option(str(error), given)
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if error.filename is not None and not is_full:
+        return str(error)
+    name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
+    if name is None and _is_output_lost():
+        name = "standard output"
+    elif name is None and out is not None:
+        name = f"--out {out}"
+    place = "" if name is None else f"{name} cannot be written: "
+    way_out = "; make room there and repeat the command, or write to another place" if is_full else ""
+    return f"{place}{error.strerror}{way_out}"
+
+
+def _with_option(said: str, given: Any) -> str:
+    """An error of Python's own names, such as ``learning_rate must``, with the option in their place."""
+    name = said.partition(" must ")[0]
+    for field in dataclasses.fields(given) if given is not None else ():
+        if field.name == name and not str(field.type).startswith(("Positional", "Images")):
+            return f"--{name.replace('_', '-')}{said.removeprefix(name)}"
+    return said
+
+
+def _is_output_lost() -> bool:
+    """Whether standard output takes no more; what Python holds back of it is then dropped."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """What Python still holds back must not be written at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):  # A full disk under a log must not hide the exit code.
+        print(line, file=sys.stderr, flush=True)
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
@@ -170,7 +236,7 @@ def _parse(verb: str, words: list[str]) -> Any:
             + " and ".join(WITH_RANKS)
         )
     example = f"cogview {verb} {EXAMPLES[verb]}".rstrip()
-    parts = [inspect.cleandoc(VERBS[verb].__doc__ or ""), f"example:\n  {example}"]
+    parts = [inspect.cleandoc(_about(VERBS[verb])), f"example:\n  {example}"]
     if VERBS[verb] in SHORT:
         short = SHORT[VERBS[verb]]
         width = max(map(len, short))
@@ -181,7 +247,13 @@ def _parse(verb: str, words: list[str]) -> Any:
 
 
 def _summary(kind: type) -> str:
-    return (kind.__doc__ or "").splitlines()[0].rstrip(".")
+    return _about(kind).partition("\n")[0].rstrip(".")
+
+
+def _about(kind: type) -> str:
+    """The docstring; none under ``python -OO``, where a dataclass gets its signature instead."""
+    about = kind.__doc__ or ""
+    return "" if about.startswith(f"{kind.__name__}(") else about
 
 
 def _run(verb: str, given: Any) -> None:

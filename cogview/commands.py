@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.config import STUDY_SEEDS
 from cogview.device import usable_device
+from cogview.files import require_folder
 from cogview.terminal import in_one_line
 
 if TYPE_CHECKING:
@@ -252,6 +253,13 @@ def rerank(given: options.Rerank) -> None:
             print(f"{place}\t{in_one_line(path)}\tCapLoss {loss:.3f}")
 
 
+def _require_apart(out: Path, runs: Sequence[Path], why: str) -> None:
+    """ValueError if ``out`` is one of ``runs``, which are read."""
+    for run in runs:
+        if out.resolve() == run.resolve():
+            raise ValueError(f"--out {out} is the run {run}, and {why}; name another --out")
+
+
 def _pictures_of(paths: Sequence[Path]) -> tuple[Path, ...]:
     """The files without the sheets that ``drawn/*.png`` brings along.
 
@@ -279,6 +287,8 @@ def _json_line(**values: Any) -> str:
 
 def serve(given: options.Serve) -> None:
     """``cogview serve``."""
+    if given.vote:
+        require_folder(given.out)
     from cogview.serving.server import serve as serve_page
 
     serve_page(given)
@@ -286,6 +296,7 @@ def serve(given: options.Serve) -> None:
 
 def evaluate(given: options.Evaluate) -> None:
     """``cogview evaluate``."""
+    require_folder(given.out)
     if given.vote:
         _take_votes(given)
         return
@@ -406,6 +417,7 @@ def data(given: options.WriteData) -> None:
 
 def demo(given: options.Demo) -> None:
     """``cogview demo``."""
+    require_folder(given.folder)
     device = usable_device(given.device)
     preset = _demo_preset(given, device)
     if given.data == "emoji":
@@ -451,6 +463,8 @@ def rank_curve(given: options.RankCurve) -> None:
     """``cogview rank-curve``."""
     from cogview.demo.ranking import Ranking, ranking_table, study_ranking
 
+    require_folder(given.out)
+    _require_apart(given.out, [given.run], "it keeps its own drawings there")
     names = ("run", "out", "captioner", "candidates", "prompts", "seed")
     asked = {name: getattr(given, name) for name in names}
     print(ranking_table(study_ranking(Ranking(**asked, device=usable_device(given.device)))))
@@ -462,6 +476,9 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
     from cogview.demo.clip_gen import ClipGenJudging, clip_gen_table
     from cogview.demo.clip_gen import judge_clip_gen as judge
 
+    require_folder(given.out)
+    runs = [*given.runs, *([given.captioner] if given.captioner else [])]
+    _require_apart(given.out, runs, "its own report would be replaced")
     wanted = ClipGenJudging(
         given.runs,
         given.out,
@@ -478,6 +495,7 @@ def judge_clip_gen(given: options.JudgeClipGen) -> None:
 
 def study(given: options.Study) -> None:
     """``cogview study``."""
+    require_folder(given.out)
     asked: dict[str, Any] = {
         "steps": given.steps,
         "learning_rate": given.learning_rate,

@@ -16,7 +16,7 @@ from cogview.config import (
     TrainConfig,
     VQGANTrainConfig,
 )
-from cogview.files import StrPath, folder_written_aside
+from cogview.files import StrPath, folder_written_aside, require_new
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.progress import Progress
@@ -155,8 +155,7 @@ def left_behind(source: StrPath) -> tuple[str, ...]:
 
 def _check(options: Convert, out: Path) -> None:
     """Mistakes that can be found before anything is read."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; remove it or choose another --out")
+    require_new(out)
     has_tokenizers = options.text_tokenizer is not None
     if has_tokenizers != (options.image_tokenizer is not None):
         raise ValueError("a run folder needs both --text-tokenizer and --image-tokenizer")

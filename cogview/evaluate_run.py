@@ -9,7 +9,7 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogview.data.caption_files import read_captions
+from cogview.data.caption_files import CAPTION_LISTS, read_captions
 from cogview.data.folder import FolderPairs
 from cogview.data.image_files import picture_files
 from cogview.evaluation.caption_match import CaptionMatch, match_captions
@@ -103,7 +103,7 @@ def _rebuilt_name(file: Path, task: RunTask) -> str:
 
 
 def _has_captions(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("captions.tsv", "captions.json"))
+    return any((folder / name).is_file() for name in CAPTION_LISTS)
 
 
 def _best(run: Run, texts: list[str], places: list[int], task: RunTask) -> list[Drawing]:

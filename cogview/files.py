@@ -15,8 +15,9 @@ import os
 import pwd
 import shutil
 import stat
+import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,26 +42,27 @@ def written_aside(path: StrPath) -> Iterator[Path]:
 
     Missing folders are made. The file gets the rights that the umask (or the folder's access list) gives.
     After an error ``path`` is as it was and nothing else is left behind.
+
+    Raises:
+        BlockingIOError: another process is writing ``path``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ASIDE)
     try:
-        aside.unlink(missing_ok=True)
-        aside.touch()
-        mode = stat.S_IMODE(aside.stat().st_mode)
-        yield aside
-        os.chmod(aside, mode)  # safetensors makes a file of its own, which nobody else may read
-        flush(aside)
-        os.replace(aside, path)
-        flush(path.parent)
+        with _held(path, aside, make=_make_file, remove=Path.unlink) as held:
+            mode = stat.S_IMODE(os.fstat(held).st_mode)
+            with _removed_on_error(aside, Path.unlink):
+                yield aside
+                os.chmod(aside, mode)  # safetensors makes a file of its own, which nobody else may read
+                flush(aside)
+                os.replace(aside, path)
+            flush(path.parent)
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
         # What writing to an open file raises, such as for a full disk, does not say which.
         raise OSError(error.errno, os.strerror(error.errno), os.fspath(path)) from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
@@ -76,22 +78,102 @@ def flush(path: Path) -> None:
 def folder_written_aside(path: StrPath) -> Iterator[Path]:
     """An empty folder to fill, which becomes ``path`` when the block ends without an error.
 
-    ``path`` must not exist. Missing folders above it are made. After an error nothing is left behind.
+    Missing folders above it are made. After an error nothing is left behind.
+
+    Raises:
+        FileExistsError: there is something at ``path``, be it a link that leads nowhere.
+        BlockingIOError: another process is writing ``path``.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        for folder, _, names in os.walk(aside):
-            for name in names:
-                flush(Path(folder, name))
-            flush(Path(folder))
-        os.rename(aside, path)
+    with _held(path, aside, make=Path.mkdir, remove=shutil.rmtree):
+        with _removed_on_error(aside, shutil.rmtree):
+            if os.path.lexists(path):
+                raise FileExistsError(f"{path} exists; choose another folder, or remove it")
+            yield aside
+            for folder, _, names in os.walk(aside):
+                for name in names:
+                    flush(Path(folder, name))
+                flush(Path(folder))
+            os.rename(aside, path)
         flush(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _removed_on_error(aside: Path, remove: Callable[[Path], object]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            remove(aside)
+        raise
+
+
+def _make_file(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+
+
+@contextmanager
+def _held(
+    path: Path, aside: Path, *, make: Callable[[Path], object], remove: Callable[[Path], object]
+) -> Iterator[int]:
+    """A new file or folder ``aside``, as an open descriptor, that no other process removes within the block.
+
+    What nobody holds is what a killed process has left, and is removed.
+    """
+    while True:
+        is_new = True
+        try:
+            make(aside)
+        except FileExistsError:
+            is_new = False
+        try:
+            descriptor = _open(aside)
+        except FileNotFoundError:  # another process has finished with it, or has taken it for a dead one's
+            continue
+        try:
+            if _lock(descriptor) is False:
+                raise BlockingIOError(
+                    f"another process is writing {path}; wait until it ends, or choose another name"
+                )
+            if not _is_at(descriptor, aside):
+                continue
+            if not is_new:
+                remove(aside)
+                continue
+            yield descriptor
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW)  # NFS locks no file that is open to read alone
+    except (IsADirectoryError, PermissionError):
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[Any] | int) -> bool | None:
+    """Whether an open file is held now: False if another process holds it, None where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 def lock(file: IO[Any], folder: StrPath) -> None:
@@ -102,11 +184,10 @@ def lock(file: IO[Any], folder: StrPath) -> None:
     Raises:
         BlockingIOError: another process holds it.
     """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
+    found = _lock(file)
+    if found is False:
+        raise BlockingIOError(f"another process holds {folder}")
+    if found is None:
         warnings.warn(
             f"the file system of {folder} has no locks: see to it yourself that no second process writes "
             "there",
@@ -164,6 +245,51 @@ def exists(path: StrPath) -> bool:
     except PermissionError:
         raise _not_permitted(Path(path)) from None
     return True
+
+
+def require_folder(path: StrPath, out: StrPath | None = None) -> None:
+    """OSError or ValueError unless files can be written to the folder ``path``, which may have to be made.
+
+    Makes nothing: to be called before any work whose outcome is to be written there. ``out`` is what to call
+    it, by default ``path``.
+    """
+    place, out = Path(path), path if out is None else out
+    while not os.path.exists(place):
+        _require_short_name(place, out)
+        if os.path.islink(place):
+            raise FileNotFoundError(
+                f"--out {out} cannot be written: {place} is a link that leads nowhere; remove it, or name "
+                "another --out"
+            )
+        place = place.parent
+    if not os.path.isdir(place):
+        raise NotADirectoryError(f"--out {out} cannot be written: {place} is not a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"--out {out} cannot be written: no permission to write in {place}")
+    try:  # there are folders that take no file whatever their permissions say
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        reason = f"no file can be made in {place} ({error.strerror})"
+        raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None
+
+
+def require_place(path: StrPath, out: StrPath | None = None) -> None:
+    """As :func:`require_folder`, for what is written aside first: a file, or a folder that is made whole."""
+    _require_short_name(Path(path), path if out is None else out)
+    require_folder(Path(path).parent, path if out is None else out)
+
+
+def require_new(path: StrPath) -> None:
+    """As :func:`require_place`. FileExistsError if there is anything, be it a link that leads nowhere."""
+    if os.path.lexists(path):
+        raise FileExistsError(f"--out {path} exists; name another, or remove it")
+    require_place(path)
+
+
+def _require_short_name(path: Path, out: StrPath) -> None:
+    longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
+    if len(os.fsencode(path.name)) > longest:
+        raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
 
 
 def require_readable(path: StrPath, what: str) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
-from cogview.files import StrPath, exists, lock
+from cogview.files import StrPath, exists, lock, require_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +27,7 @@ class FolderLock:
 
     Raises:
         BlockingIOError: another process holds the folder; it says which.
-        OSError: the folder cannot be written to.
+        OSError, ValueError: the folder cannot be written to, or not be made.
     """
 
     name: str  # of the file that is held in the folder
@@ -74,6 +74,8 @@ class FolderLock:
     def __enter__(self) -> Self:
         if exists(self.folder):
             self.take()
+        else:
+            require_folder(self.folder)
         return self
 
     def __exit__(

@@ -6,6 +6,7 @@ No PyTorch here, so that help and mistakes answer at once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,7 +59,7 @@ PicturesOrShards = Annotated[
     arg(
         metavar="DATA",
         help="a folder of images with captions.tsv or captions.json; or WebDataset shards, such as "
-        '"photos-{000..499}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
+        '"{00..49}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
     ),
 ]
 Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
@@ -822,8 +823,9 @@ class Study:
             value = getattr(self, option)
             if value is not None and self.name in STUDIES_OF_RUNS:
                 raise ValueError(f"--{option.replace('_', '-')} belongs to a study that trains; leave it out")
-            if value is not None and option in numbers and value <= 0:
-                raise ValueError(f"--{option.replace('_', '-')} must be above 0, got {value}")
+            if value is not None and option in numbers and not 0 < value < math.inf:
+                option = option.replace("_", "-")
+                raise ValueError(f"--{option} must be above 0 and finite, got {value}")
         if self.name == "stability" and self.precision is not None:
             raise ValueError("--precision does not belong to stability, which is about float16; leave it out")
         if self.name == "vqgan" and self.seeds not in (None, 1):

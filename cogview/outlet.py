@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from cogview.files import ASIDE, write_bytes
+from cogview.files import require_folder, require_place, write_bytes
 from cogview.images import grid_size, png_bytes, sheet_bytes
 
 LARGEST_SHEET = 1 << 28  # pixels
@@ -37,11 +36,12 @@ class Outlet:
         path = Path(os.path.realpath(out))
         self.name = out
         self.is_standard_output = out == "-"
-        self.is_stream = self.is_standard_output or (path.exists() and not (path.is_file() or path.is_dir()))
-        is_folder = path.is_dir() or out.endswith("/") or not (self.is_stream or path.suffix)
+        is_plain = os.path.isfile(path) or os.path.isdir(path)
+        self.is_stream = self.is_standard_output or (os.path.exists(path) and not is_plain)
+        is_folder = os.path.isdir(path) or out.endswith("/") or not (self.is_stream or path.suffix)
         self.folder = path if is_folder else None
         self.path = path
-        if self.is_standard_output and sys.stdout is None:
+        if self.is_standard_output and sys.__stdout__ is None:
             raise OSError("--out - cannot be written: standard output is closed; name a file")
         if self.is_stream:
             return
@@ -50,11 +50,14 @@ class Outlet:
                 f"--out must be a .png file, a folder (a name without an ending) or - for standard output, "
                 f"got {out}"
             )
-        if self.folder is not None and not force and path.is_dir() and any(path.glob("*.png")):
+        if self.folder is not None and not force and os.path.isdir(path) and any(path.glob("*.png")):
             raise FileExistsError(f"{out} has pictures already; --force replaces them, or name another --out")
-        if self.folder is None and path.exists() and not force:
+        if self.folder is None and os.path.lexists(path) and not force:
             raise FileExistsError(f"{out} exists; --force replaces it, or name another --out")
-        require_writable(path if self.folder is not None else path.parent, out)
+        if self.folder is None:
+            require_place(path, out)
+        else:
+            require_folder(path, out)
 
     def check_size(self, counts: Sequence[int], side: int) -> None:
         """ValueError if a sheet of so many pictures of each text is too large to be the only outcome."""
@@ -92,22 +95,3 @@ class Outlet:
                 raise OSError(error.errno, error.strerror, self.name) from None
         else:
             write_bytes(self.path if self.folder is None else self.folder / SHEET, content)
-
-
-def require_writable(folder: Path, out: str) -> None:
-    """OSError unless a file can be made in ``folder``, or the folder itself; the user named it as ``out``."""
-    longest = os.pathconf("/", "PC_NAME_MAX") - len(ASIDE)
-    if len(os.fsencode(Path(out).name)) > longest:
-        raise ValueError(f"--out has a name of more than {longest} bytes, got {out}; choose a shorter one")
-    while not folder.exists():
-        folder = folder.parent
-    if not folder.is_dir():
-        raise NotADirectoryError(f"--out {out} cannot be written: {folder} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"--out {out} cannot be written: no permission to write in {folder}")
-    try:  # there are folders that take no file whatever their permissions say
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            file.write(bytes(1024))  # A full disk may still take a name.
-    except OSError as error:
-        reason = f"no file can be made in {folder} ({error.strerror})"
-        raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None

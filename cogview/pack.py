@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from cogview.files import StrPath, exists, folder_written_aside, save_tensors, write_json
+from cogview.files import StrPath, folder_written_aside, require_new, save_tensors, write_json
 from cogview.settings import (
     MODEL_SETTINGS,
     TOKENIZER_SETTINGS,
@@ -44,12 +44,11 @@ def pack_run(run: StrPath, out: StrPath) -> int:
     """Write a run's tokenizers and its latest weights, in bfloat16, as a run folder; returns its bytes.
 
     Draws, describes and ranks like the run (its weights rounded to bfloat16), can be finetuned, and cannot go
-    on with its training. ValueError or FileNotFoundError naming the file and the way out; an ``out`` that
-    exists is refused.
+    on with its training. ValueError or OSError naming the file and the way out; an ``out`` that exists is
+    refused.
     """
     run, out = Path(run), Path(out)
-    if exists(out):
-        raise ValueError(f"--out must be a new folder, and {out} exists; move it away or name another")
+    require_new(out)
     tokenizers, model = load_tokenizer_settings(run), load_model_settings(run)
     checkpoint = latest_checkpoint(run / CHECKPOINTS)
     if checkpoint is None:

@@ -91,6 +91,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
     kind = VERBS[verb]
     default: Any = {}
     words = list(words)
+    if _last_value(words, "out") == "":
+        raise ValueError("--out must name a file or a folder, got an empty name")
     if kind in SHORT:
         path = _last_value(words, "settings")
         if path is not None:
@@ -192,6 +194,8 @@ def _words_of_file(path: Path, kind: type) -> list[str]:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"settings file not found: {path}") from None
+    except OSError as error:
+        raise OSError(f"--settings {path} cannot be read: {error.strerror}; it takes a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     known = {field.name for each in SHORT for field in dataclasses.fields(each)}

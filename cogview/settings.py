@@ -143,6 +143,18 @@ def _value(name: str, hint: Any, value: Any) -> Any:
     return value
 
 
+def read_built(kind: type[T], path: StrPath) -> T:
+    """The dataclass that a JSON file of a run holds, which the command writes anew where there is none.
+
+    FileNotFoundError if absent, ValueError if damaged.
+    """
+    content = read_json(path)
+    try:
+        return build(kind, content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it") from None
+
+
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix: settings}

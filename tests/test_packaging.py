@@ -9,6 +9,8 @@ import sys
 import tarfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,3 +42,11 @@ def test_without_a_compiler_the_python_part_remains(tmp_path):
     assert done.returncode == 0 and "no g++, building without the compiled extension" in done.stdout
     done = setup("--name", PATH=str(tmp_path), CXX="clang++")
     assert done.returncode != 0 and "the C++ compiler clang++ was not found" in done.stderr
+
+
+@pytest.mark.parametrize("threads", ["0", "-1", "two"])
+def test_a_number_of_threads_that_is_none_is_one_clear_line(threads):
+    command = ["make", "-n", "seeds", f"THREADS={threads}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"THREADS must be a whole number of at least 1, got '{threads}'" in done.stderr

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+CAPTION_LISTS = ("captions.tsv", "captions.json")
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
 MARKS = {
     codecs.BOM_UTF32_LE: "utf-32",
@@ -27,7 +28,7 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
 
     FileNotFoundError if there is no list, ValueError that names the file and what is wrong in it.
     """
-    tsv, jsonfile = folder / "captions.tsv", folder / "captions.json"
+    tsv, jsonfile = (folder / name for name in CAPTION_LISTS)
     if tsv.is_file():
         return _from_tsv(tsv)
     if jsonfile.is_file():

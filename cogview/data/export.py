@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from cogview.data.emoji import EmojiPairs
-from cogview.files import StrPath, folder_written_aside
+from cogview.files import StrPath, folder_written_aside, require_new
 from cogview.images import png_bytes, to_picture
 from cogview.progress import Progress
 
@@ -16,8 +14,7 @@ def write_folder(pairs: EmojiPairs, folder: StrPath, size: int, attribution: str
 
     FileExistsError if there is such a folder, ValueError if there are no pictures.
     """
-    if Path(folder).exists():
-        raise FileExistsError(f"{folder} exists; choose another folder, or remove it")
+    require_new(folder)
     if not len(pairs):
         raise ValueError("there are no such pictures, so nothing was written")
     lines = []

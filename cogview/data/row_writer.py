@@ -200,9 +200,10 @@ def row_format(
 def _begun(folder: Path) -> _State | None:
     """What an earlier call left, if that can be gone on with."""
     try:
-        return build(_State, read_json(folder / STATE))
+        state = build(_State, read_json(folder / STATE))
     except (FileNotFoundError, TypeError, ValueError):
         return None
+    return state if state.rows else None  # A first try that read nothing binds no folder to its data.
 
 
 def _started_with(folder: Path) -> RowFormat | None:
@@ -291,6 +292,9 @@ def _write(
                 files.save(state)
                 bar.update(1 if known is None else 0, _so_far(state))
     finally:
+        if not state.rows:
+            for name in (ROWS, IMAGES, STATE):
+                (folder / name).unlink(missing_ok=True)
         files.close()
     if not state.images:
         raise ValueError(f"no picture could be read; {folder / SKIPPED} says why")

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cogview.config import require_workers
+from cogview.data.caption_files import CAPTION_LISTS
 from cogview.data.pairs import is_shards, open_pairs
 from cogview.data.row_writer import row_format, write_rows
-from cogview.data.rows import Rows, is_rows
+from cogview.data.rows import HEAD, Rows, is_rows
 from cogview.data.samples import PairSamples, Samples
 from cogview.data.webdataset import ShardSamples
 from cogview.device import default_device
-from cogview.files import StrPath
+from cogview.files import StrPath, require_folder
 from cogview.tokens.tokenizers import load_tokenizers
 
 MOST_TEXT_TOKENS = 1 << 16  # Every row has room for so many.
@@ -43,10 +45,19 @@ def tokenize(options: Tokenize) -> Rows:
     """Write the rows, or finish what an interrupted call began; see :func:`write_rows`.
 
     Raises:
-        ValueError: ``out`` holds rows of other data or tokenizers, or no picture can be read.
+        ValueError: ``out`` holds rows of other data or tokenizers, or pictures with captions, which would
+            be taken for rows from then on; or no picture can be read.
         FileNotFoundError: no such data, or no tokenizers in the run folder.
         OSError: a command that writes a shard failed.
     """
+    out = Path(options.out)
+    if any((out / name).exists() for name in CAPTION_LISTS):
+        raise ValueError(
+            f"--out {out} holds pictures with captions, which would be taken for rows from then on; name "
+            "another folder"
+        )
+    if not (out / HEAD).is_file():
+        require_folder(out)
     tokenizers = load_tokenizers(options.run, options.device)
     samples = _samples(options.data)
     wanted = row_format(samples, tokenizers, options.max_text_tokens)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import tarfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,7 @@ def _samples(url: str) -> Iterator[dict[str, Any] | Exception]:
     from webdataset.gopen import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
+    stream: Any = None
     try:
         with gopen(url) as stream:
             yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
@@ -74,8 +77,20 @@ def _samples(url: str) -> Iterator[dict[str, Any] | Exception]:
             raise ValueError("the file is cut short, as it lacks the mark of its end")
     except Exception as error:  # tarfile, gzip and the operating system have many kinds of them.
         if not _is_local(url):
-            raise OSError(f"{url} failed: {error}; repeat the command to go on from there") from None
+            reason = _reason(error, stream)
+            raise OSError(f"{url} failed: {reason}; repeat the command to go on from there") from None
         yield error
+
+
+def _reason(error: Exception, stream: Any) -> str:
+    """What is wrong, in words: webdataset adds its objects to what its libraries say."""
+    status = getattr(stream, "status", None) or re.search(r": exit (-?\d+) \(", str(error))
+    number = int(status[1]) if isinstance(status, re.Match) else status
+    if number:
+        return f"signal {-number} ended it" if number < 0 else f"its exit status is {number}"
+    if isinstance(error, tarfile.TarError):
+        return f"what it writes is no whole tar file ({error.args[0] if error.args else error})"
+    return str(error)
 
 
 def _has_end(path: Path) -> bool:

@@ -28,7 +28,7 @@ from cogview.generation.text_to_image import generate_codes
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
-from cogview.settings import claim_settings, plain
+from cogview.settings import claim_settings, plain, read_built
 from cogview.tokens.tokenizers import fingerprint_tokenizers
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from cogview.training.start import Start
@@ -110,9 +110,19 @@ def run_phases(options: Options, subject: Subject) -> dict[str, Any]:
             "environment": environment(device),
         }
         save_demo_curves(out / CURVES, history, tokenizer_history)
-    report["timings"] = {**clock.timings, "total_seconds": round(sum(clock.timings["seconds"].values()), 2)}
+    total = round(sum(clock.timings.seconds.values()), 2)
+    report["timings"] = {**plain(clock.timings), "total_seconds": total}
     write_json(out / REPORT, plain(report))
     return report
+
+
+@dataclass
+class Timings:
+    """``timings.json``: how often a demo was begun, and the seconds of each phase."""
+
+    starts: int
+    seconds: dict[str, float]
+    processor_seconds: dict[str, float]
 
 
 class PhaseClock:
@@ -123,9 +133,8 @@ class PhaseClock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        empty: dict[str, Any] = {"starts": 0, "seconds": {}, "processor_seconds": {}}
-        self.timings = read_json(path) if path.exists() else empty
-        self.timings["starts"] += 1
+        self.timings = read_built(Timings, path) if path.exists() else Timings(0, {}, {})
+        self.timings.starts += 1
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -136,9 +145,9 @@ class PhaseClock:
         finally:
             stops = {"seconds": time.perf_counter(), "processor_seconds": time.process_time()}
             for unit, start in starts.items():
-                spent = self.timings[unit]
+                spent = getattr(self.timings, unit)
                 spent[name] = round(spent.get(name, 0.0) + stops[unit] - start, 2)
-            write_json(self._path, self.timings)
+            write_json(self._path, plain(self.timings))
 
 
 class Asked(Protocol):
@@ -209,6 +218,11 @@ def draw_prompts(plan: DrawPlan, run: Run, prompts: Sequence[Asked]) -> tuple[Te
                 loss = rerank(run.model, run.tokenizers.vocab, texts, drawn)[1]
                 save_tensors(path, {"codes": drawn, "losses": loss})
             saved = load_tensors(path)
+            if {name: list(tensor.shape) for name, tensor in saved.items()} != {
+                "codes": [len(texts), plan.num_candidates, num_codes],
+                "losses": [len(texts), plan.num_candidates],
+            }:
+                raise ValueError(f"{path} is damaged: it holds no such drawings; remove it")
             codes.append(saved["codes"])
             losses.append(saved["losses"])
     return torch.cat(codes), torch.cat(losses)

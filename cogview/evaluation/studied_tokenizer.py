@@ -7,10 +7,10 @@ from pathlib import Path
 
 from cogview.config import ImageTokenizerTrainConfig
 from cogview.data.pairs import Pairs
-from cogview.files import exists, load_tensors, read_json, save_tensors, write_json
+from cogview.files import exists, load_tensors, save_tensors, write_json
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER
 from cogview.tokens.vqvae import ImageTokenizer
-from cogview.training.image_tokenizer import train_image_tokenizer
+from cogview.training.image_tokenizer import read_history, train_image_tokenizer
 from cogview.training.loop import History
 
 HISTORY = "history.json"
@@ -35,4 +35,4 @@ def finish_tokenizer(
         save_tensors(folder / IMAGE_TOKENIZER, tokenizer.state_dict())
     tokenizer.load_state_dict(load_tensors(folder / IMAGE_TOKENIZER))
     tokenizer.eval()
-    return read_json(folder / HISTORY)
+    return read_history(folder / HISTORY)

@@ -28,10 +28,10 @@ from cogview.data.tokens import TokenDataset
 from cogview.device import default_device
 from cogview.evaluation.half import HalfTrainer, Techniques
 from cogview.evaluation.study_plots import save_stability_plot
-from cogview.files import StrPath, read_json, write_json, write_text
+from cogview.files import StrPath, write_json, write_text
 from cogview.progress import Progress
 from cogview.seeding import derive_seed
-from cogview.settings import claim_settings
+from cogview.settings import claim_settings, plain, read_built
 from cogview.tokens.sequence import FRAME_TOKENS
 from cogview.tokens.vocab import Vocab
 
@@ -45,6 +45,7 @@ VARIANTS: dict[str, Techniques] = {
     "neither, float32 trunk": Techniques(float32_trunk=True),
     "neither, float32 trunk, resblock scaling": Techniques(float32_trunk=True, resblock_scaling=True),
 }
+SIZES_OF_STEP = {"trunk", "scores", "branches"}  # of which a training keeps the largest number
 PIXEL_LEVELS = 17  # of the scans
 PIXELS = 64
 VOCAB = Vocab(PIXEL_LEVELS, num_text_pieces=10)  # a caption is one token, the digit
@@ -91,6 +92,30 @@ class StabilityStudy:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a value was first seen that is not finite."""
+
+    step: int
+    where: str
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What is kept of a training, a file of ``runs/``."""
+
+    variant: str
+    seed: int
+    steps: int
+    overflow: Place | None
+    bad_gradients: list[dict[str, Any]]
+    dropped_blocks: int
+    loss: list[float]
+    scale: list[float]
+    largest: dict[str, list[float]]
+    largest_by_layer: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
 class StabilitySettings:
     """What a study was started with, ``settings.json`` in its folder."""
 
@@ -122,7 +147,7 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
                     bar.update(size.steps)
                 else:
                     write_json(path, _run(options, name, seed, dataset, bar))
-                records.append(read_json(path))
+                records.append(_read_run(path, name, seed))
     finally:
         if records:
             write_text(out / "stability.json", _json(records))
@@ -133,6 +158,14 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
 
 def _file_name(variant: str) -> str:
     return variant.lower().replace(", ", "-").replace(" ", "-")
+
+
+def _read_run(path: Path, variant: str, seed: int) -> dict[str, Any]:
+    """ValueError unless the file holds such a training."""
+    record = read_built(RunRecord, path)
+    if (record.variant, record.seed) != (variant, seed) or not record.largest.keys() >= SIZES_OF_STEP:
+        raise ValueError(f"{path} is damaged: it holds no training of {variant} with seed {seed}; remove it")
+    return plain(record)
 
 
 def _run(
@@ -152,7 +185,7 @@ def _run(
         "dropped_blocks": 0,
         "loss": [],
         "scale": [],
-        "largest": {"trunk": [], "scores": [], "branches": []},
+        "largest": {name: [] for name in sorted(SIZES_OF_STEP)},
         "largest_by_layer": {},
     }
     for step in range(size.steps):

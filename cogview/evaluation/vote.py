@@ -21,9 +21,8 @@ from PIL import Image
 
 from cogview.data.caption_files import read_captions
 from cogview.data.image_files import picture_files
-from cogview.files import StrPath, exists, read_json, write_json
+from cogview.files import StrPath, exists, read_json, require_folder, write_json
 from cogview.folder_lock import FolderLock
-from cogview.outlet import require_writable
 from cogview.seeding import derive_seed
 from cogview.settings import build
 
@@ -101,7 +100,7 @@ class Ballot:
         if len(self.folders) < 2 or len({Path(folder).resolve() for folder in folders}) < len(self.folders):
             raise ValueError(f"folders must be two or more, each named once, got {', '.join(self.folders)}")
         self.seed, self.path = seed, Path(out) / VOTES
-        require_writable(Path(out), str(out))
+        require_folder(Path(out), str(out))
         self.questions = self._questions()
         self._lock = VoteLock(out)
         self._lock.take()

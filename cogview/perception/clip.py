@@ -293,12 +293,17 @@ def load_clip(folder: StrPath, device: str = "cpu") -> SmallClip | TransformersC
     name = next((name for name in files if exists(folder / name)), None)
     if name is None:
         raise FileNotFoundError(f"{folder} holds no CLIP, none of {SETTINGS}, {', '.join(files)}; {hint}")
-    kind = read_json(folder / name).get("model_type", "clip" if name == OPEN_CLIP else None)
+    config = read_json(folder / name)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / name} is damaged: it must be a table of settings")
+    kind = config.get("model_type", "clip" if name == OPEN_CLIP else None)
     if kind != "clip":
         raise ValueError(f"{folder} must hold a model of type clip, got {kind}")
     try:
         return (OpenClip(folder) if name == OPEN_CLIP else TransformersClip(folder)).to(device)
     except KeyError as error:
         raise ValueError(f"{folder} holds no whole CLIP: its settings lack {error}") from None
+    except (TypeError, AttributeError) as error:  # a text where a table should be, and the like
+        raise ValueError(f"{folder} holds no whole CLIP: its settings are damaged ({error})") from None
     except (OSError, ValueError, RuntimeError) as error:  # the last for weights of another shape
         raise ValueError(f"{folder} holds no whole CLIP: {str(error).splitlines()[0]}") from None

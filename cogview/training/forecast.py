@@ -42,8 +42,8 @@ class Cluster:
     def __post_init__(self) -> None:
         ranges = {
             "gpus": ("at least 1", self.gpus >= 1),
-            "memory": ("above 0", self.memory > 0),
-            "tflops": ("above 0", self.tflops > 0),
+            "memory": ("above 0 and finite", 0 < self.memory < math.inf),
+            "tflops": ("above 0 and finite", 0 < self.tflops < math.inf),
             "utilization": ("above 0 and at most 1", 0 < self.utilization <= 1),
             "headroom": ("at least 0 and below 1", 0 <= self.headroom < 1),
         }

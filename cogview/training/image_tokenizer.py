@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from cogview.config import ImageTokenizerConfig, ImageTokenizerTrainConfig
 from cogview.data.pairs import Pairs
-from cogview.files import StrPath
+from cogview.files import StrPath, read_json
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER
 from cogview.tokens.vqgan import VQGAN, make_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.loop import History, run_loop
@@ -52,3 +54,20 @@ def train_image_tokenizer(
         trainer = ImageTokenizerTrainer(tokenizer, pairs, config, workers)
     trainer.origin = origin
     return run_loop(trainer, config, out, progress=progress)
+
+
+def read_history(path: Path) -> History:
+    """The history that was written beside a finished tokenizer.
+
+    FileNotFoundError if absent, ValueError if damaged.
+    """
+    history = read_json(path)
+    for name in ImageTokenizerTrainer.recorded:
+        values = history.get(name) if isinstance(history, dict) else None
+        if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+            raise ValueError(
+                f"{path} is damaged: it holds no history of {name}; remove it and "
+                f"{path.parent / IMAGE_TOKENIZER}, and the same command writes both anew from the last "
+                "checkpoint"
+            )
+    return history

@@ -28,7 +28,7 @@ from cogview.data.row_writer import has_rows, row_format, write_rows
 from cogview.data.rows import SKIPPED, Rows, is_rows, open_rows, skipped_lines, split_rows
 from cogview.data.tokens import caption_lengths
 from cogview.device import default_device
-from cogview.files import StrPath, exists, read_json, save_tensors, write_bytes, write_json
+from cogview.files import StrPath, exists, save_tensors, write_bytes, write_json
 from cogview.model.transformer import CogView
 from cogview.presets import default_preset, implied_preset
 from cogview.seeding import derive_seed
@@ -53,7 +53,7 @@ from cogview.training import distributed
 from cogview.training.checkpoint import CHECKPOINTS, check_resumable, latest_checkpoint
 from cogview.training.code_embeddings import begin_like_codebook
 from cogview.training.compilation import require_compiler
-from cogview.training.image_tokenizer import new_image_tokenizer, train_image_tokenizer
+from cogview.training.image_tokenizer import new_image_tokenizer, read_history, train_image_tokenizer
 from cogview.training.lock import RunLock
 from cogview.training.loop import History
 from cogview.training.plan import ModelPlan, plan_model, plan_text, require_fitting_preset
@@ -146,21 +146,14 @@ def _train_tokenizers(options: TrainTokenizers, lock: RunLock) -> History:
         text.save(out / TEXT_TOKENIZER)
     if not is_finished:
         _train_image_tokenizer(pairs, preset, options, origin)
-    return _tokenizer_history(out)
-
-
-def _tokenizer_history(out: Path) -> History:
-    history = read_json(out / TOKENIZER_HISTORY)
-    if not isinstance(history, dict) or not isinstance(history.get("reconstruction"), list):
-        raise ValueError(f"{out / TOKENIZER_HISTORY} is damaged: it holds no history of the image tokenizer")
-    return history
+    return read_history(out / TOKENIZER_HISTORY)
 
 
 def _is_finished(out: Path, steps: int) -> bool:
     """Whether the image tokenizer in ``out`` has that many steps. ValueError if it cannot get them."""
     if not exists(out / IMAGE_TOKENIZER):
         return False
-    done = len(_tokenizer_history(out)["reconstruction"])
+    done = len(read_history(out / TOKENIZER_HISTORY)["reconstruction"])
     if done > steps:
         raise ValueError(
             f"the image tokenizer in {out} has {done} steps; ask for at least as many, not {steps}"

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import io
 import json
 import math
@@ -232,6 +233,113 @@ def test_out_is_looked_at_before_anything_is_loaded(tmp_path, capsys):
     assert (tmp_path / "x.png").read_text() == "kept"
 
 
+UNWRITABLE = "/proc/cogview"  # no file can be made there whatever its permissions say
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train-tokenizer", "--data", "digits"],
+        ["tokenize", "--data", "digits", "--run", "absent"],
+        ["train-clip", "--data", "digits"],
+        ["finetune", "captioning", "--data", "digits", "--run", "RUN"],
+        ["clip-generate", "a", "--run", "absent"],
+        ["super-resolve", "a.png", "--run", "absent"],
+        ["evaluate", "absent", "absent"],
+        ["pack", "--run", "absent"],
+        ["convert", "absent", "--to", "original"],
+        ["data", "emoji"],
+        ["demo"],
+        ["demo", "--data", "emoji"],
+        ["rank-curve", "--run", "absent"],
+        ["judge-clip-gen", "absent"],
+        ["study", "stability"],
+        ["study", "tokenizers"],
+        ["study", "vqgan"],
+        ["study", "style", "--runs", "absent"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_looks_at_out_before_it_works(words, run_folder, tmp_path, capsys, monkeypatch):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("there is no /proc here")
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    words = [str(run_folder) if word == "RUN" else word for word in words]
+    line = mistake(capsys, *words, "--out", UNWRITABLE)
+    assert f"--out {UNWRITABLE} cannot be written: no file can be made in /proc" in line
+    assert "--out must" in mistake(capsys, *words, "--out", "") and os.listdir() == ["a.png"]
+
+
+def test_what_a_command_reads_is_not_spoiled_by_what_it_writes(run_folder, photos, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(photos)
+    before = sorted(os.listdir(photos))
+    words = ["tokenize", "--data", photos, "--run", run_folder, "--out"]
+    for out in (photos, tmp_path / "link"):
+        assert "holds pictures with captions, which would be taken for rows" in mistake(capsys, *words, out)
+    words = ["evaluate", photos, photos, "--out"]
+    for out in (photos, tmp_path / "link" / "figures"):
+        assert "would be counted with its pictures" in mistake(capsys, *words, out)
+    assert "it keeps its own drawings there" in mistake(
+        capsys, "rank-curve", "--run", run_folder, "--out", run_folder
+    )
+    assert "its own report would be replaced" in mistake(
+        capsys, "judge-clip-gen", run_folder, "--out", run_folder
+    )
+    assert sorted(os.listdir(photos)) == before
+
+
+def closed(stream, *words):
+    """The command as a process of its own, started with a stream that is closed, as by ``2>&-``."""
+    return subprocess.run(
+        [sys.executable, "-m", "cogview", *map(str, words)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        timeout=120,
+        check=False,
+        preexec_fn=lambda: os.close(stream),
+    )
+
+
+def test_closed_streams_are_no_failure(run_folder, tmp_path):
+    words = ["generate", "--run", run_folder, SEVEN, "--num", 1, "--out"]
+    assert closed(2, *words, tmp_path / "x.png").returncode == 0
+    with Image.open(tmp_path / "x.png") as picture:
+        assert picture.format == "PNG"
+    assert closed(2, "trian").returncode == 2
+    done = closed(1, "presets", "--help")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"standard output is closed; name a file" in closed(1, *words, "-").stderr
+
+
+@pytest.mark.parametrize("words", [["presets"], ["presets", "--help"], ["--version"]])
+def test_a_full_disk_behind_standard_output_is_one_line(words, capsys, monkeypatch):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(words) == 2
+        monkeypatch.undo()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "standard output cannot be written: No space left on device; make room there" in line
+
+
+@pytest.mark.parametrize(
+    ("verb", "place"), [("tokenize", "data.row_writer._Files.append"), ("data", "data.export.png_bytes")]
+)
+def test_a_full_disk_is_told_with_its_place_and_the_way_out(
+    verb, place, photos, run_folder, tmp_path, capsys, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"cogview.{place}", full)
+    words = {"tokenize": ["--data", photos, "--run", run_folder], "data": ["emoji"]}[verb]
+    assert mistake(capsys, verb, *words, "--out", tmp_path / "x") == (
+        f"cogview {verb}: --out {tmp_path / 'x'} cannot be written: No space left on device; make room there "
+        "and repeat the command, or write to another place"
+    )
+
+
 def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
     assert main(["generate", "--run", str(run_folder), SEVEN, "--num", "1", "--out", "-"]) == 0
     captured = capsysbinary.readouterr()
@@ -378,6 +486,32 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
     for device in ("nonsense", "xla", "privateuseone"):
         error = mistake(capsys, "generate", "--run", run_folder, text, "--device", device)
         assert f"device {device} cannot be used here" in error and "give cpu" in error and len(error) < 400
+
+
+def test_an_option_is_named_as_it_is_typed(run_folder, photos, tmp_path, capsys):
+    out = ["--out", tmp_path / "x"]
+    finetune = ["finetune", "captioning", "--run", run_folder, "--data", photos, *out]
+    for words, said in (
+        (["study", "tokenizers", "--learning-rate", "nan", *out], "--learning-rate must be above 0"),
+        (
+            ["study", "stability", "--learning-rate", "inf", *out],
+            "--learning-rate must be above 0 and finite",
+        ),
+        (["plan", "--gpus", "0"], "plan: --gpus must be at least 1, got 0"),
+        (["plan", "--memory", "inf"], "plan: --memory must be above 0 and finite, got inf"),
+        ([*finetune, "--learning-rate", "nan"], "finetune: --learning-rate must be finite"),
+        ([*finetune, "--workers", "-1"], "finetune: --workers must be"),
+        (["rerank", "a", tmp_path], "rerank: image must be a file"),
+    ):
+        assert said in mistake(capsys, *words)
+
+
+def test_help_without_docstrings_shows_no_python():
+    """As under ``python -OO``, where a dataclass gets its signature for a docstring."""
+    for words in (["study", "--help"], ["--help"]):
+        command = [sys.executable, "-OO", "-m", "cogview", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0 and "Annotated" not in done.stdout and "Literal" not in done.stdout
 
 
 def test_a_warning_that_is_to_be_an_error_is_one_line(run_folder, tmp_path, capsys):

@@ -57,6 +57,9 @@ def test_what_is_no_clip_is_one_clear_line(tiny, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="must hold a model of type clip, got bert"):
         load_clip(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json is damaged: it must be a table"):
+        load_clip(tmp_path)
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     with pytest.raises(ValueError, match="holds no whole CLIP"):
         load_clip(tmp_path)
@@ -112,6 +115,13 @@ def test_an_open_clip_without_safetensors_or_with_a_tower_to_download_is_refused
         load_clip(bare)
     with pytest.raises(ValueError, match=r"its text tower xlm-roberta-base is none of open_clip's own"):
         load_clip(save_open_clip(tmp_path / "roberta", hf_model_name="xlm-roberta-base"))
+
+
+@pytest.mark.parametrize("content", [{"model_cfg": []}, {"model_cfg": {"text_cfg": "x"}}, {}])
+def test_settings_of_another_shape_are_one_clear_line(tmp_path, content):
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="holds no whole CLIP: its settings"):
+        load_clip(tmp_path)
 
 
 def test_a_clip_of_open_clip_computes_what_open_clip_does(tmp_path):

@@ -387,7 +387,7 @@ def test_options_that_do_not_fit(tmp_path, capsys):
     )
     out.mkdir()
     assert main(["convert", str(source), "--out", str(out), *map(str, belonging)]) == 2
-    assert "run exists already; remove it or choose another --out" in capsys.readouterr().err
+    assert "run exists; name another, or remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("to", ["original", "safetensors"])

@@ -5,13 +5,16 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 import cogview.demo.run
 from cogview.data.digits import TRAINING_PHRASINGS
 from cogview.demo.digits import Demo, DemoSettings, run_demo
 from cogview.demo.report import all_prompts, summary
-from cogview.files import read_json
+from cogview.demo.run import DrawPlan, PhaseClock, draw_prompts
+from cogview.files import read_json, save_tensors
+from cogview.run import load_run
 from cogview.settings import claim_settings, plain
 from tests.model.helpers import tiny_preset
 
@@ -100,6 +103,23 @@ def test_interrupted_in_any_phase_it_goes_on_to_the_same_result(demo, tmp_path, 
     resumed = run_demo(options)
     assert resumed["prompts"] == report["prompts"]
     assert resumed["timings"]["starts"] == 2
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"seconds": []}', '{"starts": "1"}', '{"more": 1}', "null"])
+def test_a_damaged_file_of_timings_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "timings.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"timings\.json is damaged: .*; remove it$"):
+        PhaseClock(path)
+
+
+def test_a_draw_that_holds_something_else_is_one_clear_error(demo, tmp_path):
+    options, _ = demo
+    run = load_run(options.out, "cpu")
+    for saved in ({}, {"codes": torch.zeros(1, 3, 16), "losses": torch.zeros(1, 2)}):
+        save_tensors(tmp_path / "draws" / "draw-0.safetensors", saved)
+        with pytest.raises(ValueError, match=r"draw-0\.safetensors is damaged: .*; remove it$"):
+            draw_prompts(DrawPlan(tmp_path, 0, 3, False), run, all_prompts(1)[:1])
 
 
 def test_another_seed_in_the_same_folder_is_an_error(demo):

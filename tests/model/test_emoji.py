@@ -112,7 +112,7 @@ def test_the_command_writes_a_folder_that_training_reads(tmp_path, monkeypatch, 
         "OpenMoji" in (folder / "ATTRIBUTION.txt").read_text() and "CC BY-SA 4.0" in capsys.readouterr().out
     )
     assert main(["data", "emoji", "--out", str(folder)]) == 2
-    assert "exists; choose another folder" in capsys.readouterr().err
+    assert "exists; name another" in capsys.readouterr().err
     assert main(["data", "emoji", "--out", str(tmp_path / "none"), "--size", "0"]) == 2
     assert "--size must be from 1" in capsys.readouterr().err and not (tmp_path / "none").exists()
 

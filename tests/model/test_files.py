@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from cogview.files import (
+    ASIDE,
     digest,
     folder_written_aside,
     load_tensors,
     read_json,
+    require_folder,
+    require_new,
     save_tensors,
     write_json,
     written_aside,
@@ -118,3 +122,73 @@ def test_a_digest_tells_any_two_contents_apart(tmp_path, monkeypatch):
         (tmp_path / "x").write_bytes(content)
         found.append(digest(tmp_path / "x"))
     assert len(set(found)) == len(contents)
+
+
+@pytest.mark.parametrize("written", [written_aside, folder_written_aside])
+def test_a_second_writer_is_refused_and_takes_nothing_from_the_first(tmp_path, written):
+    def fill(aside, content):
+        (aside / "part" if aside.is_dir() else aside).write_text(content)
+
+    with written(tmp_path / "x") as aside:
+        fill(aside, "first")
+        with pytest.raises(BlockingIOError, match=r"another process is writing .*/x; wait until it ends"):
+            written(tmp_path / "x").__enter__()
+    with written(tmp_path / "y") as aside:
+        fill(aside, "next")
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+    assert (tmp_path / "x" / "part" if (tmp_path / "x").is_dir() else tmp_path / "x").read_text() == "first"
+
+
+def test_what_a_killed_writer_has_left_is_removed(tmp_path):
+    (tmp_path / f"x{ASIDE}").write_text("half, and longer than the next")
+    (tmp_path / f"y{ASIDE}").mkdir()
+    (tmp_path / f"y{ASIDE}" / "half").write_text("")
+    write_json(tmp_path / "x", {})
+    with folder_written_aside(tmp_path / "y") as aside:
+        (aside / "whole").write_text("")
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+    assert os.listdir(tmp_path / "y") == ["whole"] and read_json(tmp_path / "x") == {}
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path):
+    (tmp_path / "x").symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match=r"x exists; choose another folder"):
+        folder_written_aside(tmp_path / "x").__enter__()
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_many_writers_at_once_give_one_whole_folder(tmp_path):
+    def write(number):
+        try:
+            with folder_written_aside(tmp_path / "x") as aside:
+                for part in range(20):
+                    (aside / f"{part}").write_text(str(number))
+        except (BlockingIOError, FileExistsError):
+            return 0
+        return 1
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(write, range(40))) == 1
+    assert os.listdir(tmp_path) == ["x"]
+    assert len(os.listdir(tmp_path / "x")) == 20
+    assert len({path.read_text() for path in (tmp_path / "x").iterdir()}) == 1
+
+
+def test_a_place_that_takes_no_folder_is_told_and_nothing_is_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(os.listdir(tmp_path))
+    for require in (require_folder, require_new):
+        for name in ("file/x", "link/x", "loop/x", "x" * 250, "x" * 1000, "deep/" + "x" * 250 + "/x"):
+            with pytest.raises((OSError, ValueError), match=r"^--out ") as caught:
+                require(tmp_path / name)
+            assert caught.value.args[0].startswith("--out ")
+        require(tmp_path / "new" / "deep")
+    for name in ("file", "link", "loop"):
+        with pytest.raises(OSError, match=r"--out .* cannot be written: .* is "):
+            require_folder(tmp_path / name)
+        with pytest.raises(FileExistsError, match=r"exists; name another, or remove it"):
+            require_new(tmp_path / name)
+    require_folder(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before

@@ -88,4 +88,4 @@ def test_the_command_needs_no_option(capsys):
 )
 def test_a_mistake_is_one_line(words, message, capsys):
     assert cli.main(["plan", *words]) == 2
-    assert capsys.readouterr().err.startswith(f"cogview plan: {message}")
+    assert capsys.readouterr().err.startswith(f"cogview plan: --{message}")

@@ -9,8 +9,16 @@ import pytest
 from cogview.files import load_tensors, read_json, save_tensors
 from cogview.parsing import parse
 from cogview.run import load_run
+from cogview.tokens.tokenizers import IMAGE_TOKENIZER
+from cogview.training.image_tokenizer import read_history
 from cogview.training.lock import RunLock
-from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
+from cogview.training.pipeline import (
+    TOKENIZER_HISTORY,
+    TrainModel,
+    TrainTokenizers,
+    train_model,
+    train_tokenizers,
+)
 from tests.model.helpers import save_photos
 from tests.model.test_pipeline import tiny
 
@@ -32,6 +40,23 @@ def begun(tmp_path_factory):
 def moved(begun, tmp_path):
     """The same at another place."""
     return shutil.copytree(begun, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"reconstruction": 3}', '{"reconstruction": ["x"], "codes_used": []}']
+)
+def test_a_damaged_history_is_told_and_written_anew_once_it_is_removed(moved, content):
+    run = moved / "run"
+    before, path = read_history(run / TOKENIZER_HISTORY), run / TOKENIZER_HISTORY
+    path.write_text(content)
+    given = TrainTokenizers(moved / "photos", run, SETTINGS, "cpu", progress=False)
+    with pytest.raises(
+        ValueError, match=r"damaged: it holds no history of .*; remove it and .*safetensors, and"
+    ):
+        train_tokenizers(given)
+    path.unlink()
+    (run / IMAGE_TOKENIZER).unlink()
+    assert train_tokenizers(given) == before == read_history(path)
 
 
 def with_steps(steps, **changes):

@@ -64,6 +64,15 @@ def test_a_link_stays_and_what_it_leads_to_is_written(tmp_path):
     assert (tmp_path / "link.png").is_symlink() and is_red(tmp_path / "real.png")
 
 
+def test_a_loop_of_links_is_told(tmp_path):
+    for name in ("loop", "loop.png"):
+        (tmp_path / name).symlink_to(name)
+    with pytest.raises(FileNotFoundError, match=r"loop is a link that leads nowhere; remove it"):
+        Outlet(str(tmp_path / "loop"))
+    with pytest.raises(FileExistsError, match=r"loop\.png exists; --force"):
+        Outlet(str(tmp_path / "loop.png"))
+
+
 def test_devices_and_pipes_take_the_sheet_and_stay(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     received = []
@@ -101,10 +110,12 @@ def test_a_folder_that_takes_no_file_is_told_before_anything_is_drawn():
         pytest.skip("there is no /proc here")
     with pytest.raises(OSError, match=r"--out /proc/x\.png cannot be written: no file can be made in /proc"):
         Outlet("/proc/x.png")
+    with pytest.raises(ValueError, match=r"a name of more than 243 bytes"):
+        Outlet("/proc/" + "x" * 1000)
 
 
 def test_closed_standard_output_is_told(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "__stdout__", None)
     with pytest.raises(OSError, match="standard output is closed; name a file"):
         Outlet("-")
 

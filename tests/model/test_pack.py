@@ -50,7 +50,7 @@ def test_command_and_its_mistakes(run_folder, tmp_path, capsys):
     assert main(["pack", "--run", str(run_folder), "--out", str(out)]) == 0
     assert "MiB" in capsys.readouterr().out
     assert main(["pack", "--run", str(run_folder), "--out", str(out)]) == 2
-    assert "--out must be a new folder" in capsys.readouterr().err
+    assert "new exists; name another, or remove it" in capsys.readouterr().err
     assert main(["pack", "--run", str(tmp_path / "none"), "--out", str(tmp_path / "other")]) == 2
     assert "run folder not found" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["new"]

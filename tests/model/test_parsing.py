@@ -58,6 +58,13 @@ def test_a_terminal_of_one_column_gets_help(monkeypatch, capsys):
     assert "usage: cogview presets" in capsys.readouterr().out
 
 
+def test_a_narrow_terminal_cuts_no_word_of_an_option(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    with pytest.raises(SystemExit):
+        parse("tokenize", ("--help",), "")
+    assert '"{00..49}.tar"' in capsys.readouterr().out
+
+
 def test_nested_options_override_the_preset():
     words = ("--model.num-layers", "6", "--train.learning-rate", "1e-3", "--train.betas", "0.8", "0.9")
     given = parse("train", (*TRAIN, *words, "--model.three-region.num-pivots=7"), "")
@@ -132,6 +139,8 @@ def test_a_file_of_settings_serves_both_verbs_and_the_command_line_overrides_it(
 def test_a_bad_file_of_settings_is_one_clear_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"settings file not found: .*absent\.toml"):
         parse("train", (*TRAIN, "--settings", str(tmp_path / "absent.toml")), "")
+    with pytest.raises(OSError, match=r"--settings .* cannot be read: Is a directory; it takes a TOML file"):
+        parse("train", (*TRAIN, "--settings", str(tmp_path)), "")
     path = tmp_path / "switch.toml"
     for content, reason in (
         ("help = true", "sets 'help', which is no option"),

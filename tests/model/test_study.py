@@ -16,6 +16,7 @@ from cogview.cli import main
 from cogview.config import TrainConfig
 from cogview.evaluation.half import ALPHA, HalfTrainer, ScoredAttention, SumsInFloat32, Techniques
 from cogview.evaluation.study import StabilityStudy, StudySize, finding, place, study_stability
+from cogview.files import write_json
 from cogview.training.loop import descend
 from cogview.training.optim import make_optimizer
 from tests.model.helpers import small_model
@@ -190,6 +191,31 @@ def test_an_interrupted_study_goes_on_after_its_last_finished_run(
         assert min(picture.size) > 500
     with pytest.raises(ValueError, match=r"started with size\.learning_rate = 0\.2, now 0\.1"):
         study_stability(StabilityStudy(tmp_path, dataclasses.replace(TINY, learning_rate=0.1), 1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "damage", [{"variant": "neither"}, {"loss": ["x"]}, {"largest": {}}, {"overflow": {"step": 1}}, None]
+)
+def test_a_damaged_record_of_a_training_is_one_clear_error(tmp_path, damage):
+    lists = {name: [1.0] for name in ("trunk", "scores", "branches")}
+    content = {
+        "variant": "both",
+        "seed": 0,
+        "steps": 1,
+        "overflow": None,
+        "bad_gradients": [],
+        "dropped_blocks": 0,
+        "loss": [1.0],
+        "scale": [1.0],
+        "largest": lists,
+        "largest_by_layer": lists,
+    }
+    path = tmp_path / "both-seed0.json"
+    write_json(path, content)
+    assert study._read_run(path, "both", 0) == content
+    write_json(path, {} if damage is None else {**content, **damage})
+    with pytest.raises(ValueError, match=r"both-seed0\.json is damaged: .*; remove it$"):
+        study._read_run(path, "both", 0)
 
 
 def record(variant, where):

@@ -401,7 +401,7 @@ def test_a_local_run_is_finetuned_and_enlarges(local_run, enlarger, tmp_path, ca
     assert "PSNR: enlarged" in said and "edges" not in said
     assert Image.open(tmp_path / "large" / "0.png").size == (32, 32)
     assert main([*words, "--from-half", "--force"]) == 2
-    assert "from_half must be False" in capsys.readouterr().err
+    assert "--from-half must be False" in capsys.readouterr().err
 
 
 def test_both_ways_are_compared_on_held_out_pictures(enlarger, local_run, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def test_rows_of_other_tokenizers_and_rows_as_pictures_are_refused(photos, token
     assert main([*words[:-1], str(other)]) == 2
     assert "holds rows of other tokenizers; choose another folder" in capsys.readouterr().err
     assert main([*words, "--max-text-tokens", "0"]) == 2
-    assert "max_text_tokens must be from 1 to 65536, got 0" in capsys.readouterr().err
+    assert "cogview tokenize: --max-text-tokens must be from 1 to 65536, got 0" in capsys.readouterr().err
 
 
 def test_bad_pictures_are_left_out_of_both_trainings(photos, tokenizers_only, tmp_path, capsys):
@@ -106,6 +106,41 @@ def test_bad_pictures_are_left_out_of_both_trainings(photos, tokenizers_only, tm
     given = TrainTokenizers(photos, tmp_path / "b", short, "cpu", progress=False, skip_bad=True)
     assert len(train_tokenizers(given)["reconstruction"]) == 2
     assert "2.png cannot be read" in (tmp_path / "b" / "skipped.tsv").read_text()
+
+
+def test_a_first_try_that_reads_no_picture_binds_no_folder(photos, tokenizers_only, tmp_path, capsys):
+    out, empty = tmp_path / "rows", tmp_path / "empty"
+    empty.mkdir()
+    (empty / "bad.png").write_text("no picture")
+    (empty / "captions.tsv").write_text("bad.png\ta photo\n")
+    words = ["tokenize", "--out", str(out), "--run", str(tokenizers_only("a")), "--data"]
+    for _ in range(2):
+        assert main([*words, str(empty)]) == 2
+        assert "no picture could be read" in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == ["skipped.tsv"]
+        assert len((out / "skipped.tsv").read_text().splitlines()) == 1
+    assert main([*words, "pipe:false"]) == 2
+    assert [path.name for path in out.iterdir()] == ["skipped.tsv"]
+    assert main([*words, str(photos)]) == 0
+    assert len(open_rows(out)) == 6 and not (out / "skipped.tsv").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("false", "its exit status is 1"),
+        ("nosuchcommand", "its exit status is 127"),
+        ("kill -9 $$", "signal 9 ended it"),
+        ("true", "what it writes is no whole tar file (empty file)"),
+        ("echo hello", "what it writes is no whole tar file (truncated header)"),
+    ],
+)
+def test_a_command_that_fails_is_told_in_words(tokenizers_only, tmp_path, capsys, command, reason):
+    words = ["--out", str(tmp_path / "rows"), "--run", str(tokenizers_only("a"))]
+    assert main(["tokenize", "--data", f"pipe:{command}", *words]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"cogview tokenize: pipe:{command} failed: {reason}; repeat the command to go on from there"
+    )
 
 
 def scalars(folder, name):
