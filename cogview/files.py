@@ -267,7 +267,8 @@ def require_folder(path: StrPath, out: StrPath | None = None) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(f"--out {out} cannot be written: no permission to write in {place}")
     try:  # there are folders that take no file whatever their permissions say
-        tempfile.TemporaryFile(dir=place).close()
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            file.write(bytes(1024))  # a full disk may still take a name
     except OSError as error:
         reason = f"no file can be made in {place} ({error.strerror})"
         raise OSError(f"--out {out} cannot be written: {reason}; name another --out") from None

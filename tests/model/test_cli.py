@@ -279,7 +279,7 @@ def test_what_a_command_reads_is_not_spoiled_by_what_it_writes(run_folder, photo
         assert "holds pictures with captions, which would be taken for rows" in mistake(capsys, *words, out)
     words = ["evaluate", photos, photos, "--out"]
     for out in (photos, tmp_path / "link" / "figures"):
-        assert "would be counted with its pictures" in mistake(capsys, *words, out)
+        assert "what is written there would count among them" in mistake(capsys, *words, out)
     assert "it keeps its own drawings there" in mistake(
         capsys, "rank-curve", "--run", run_folder, "--out", run_folder
     )
