@@ -30,7 +30,7 @@ def without_values() -> Iterator[None]:
     """Models that are made in the block are on the device ``meta``: they have shapes and no values.
 
     Initial values are not drawn there: on that device PyTorch imports its compiler to draw nothing, which
-    takes longer than all else that a small run needs until it draws.
+    takes a second.
     """
     with torch.device("meta"), _NothingDrawn():
         yield

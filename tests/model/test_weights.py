@@ -30,7 +30,7 @@ def test_a_model_without_values_has_the_shapes_of_one_with_them():
 
 
 def test_a_run_is_loaded_without_pytorchs_compiler():
-    """Its import takes a second or two, longer than all else until a run draws."""
+    """Its import takes a second."""
     program = "import sys, torch; known = set(sys.modules); import cogview; cogview.load_run(device='cpu'); "
     program += "print(*(set(sys.modules) - known))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
