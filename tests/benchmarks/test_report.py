@@ -127,6 +127,10 @@ def test_readme_keeps_a_few_rows_with_the_memory_of_both():
 def test_readme_takes_the_first_direction_that_there_is_and_says_what_is_not():
     text = report.summary({"some-cpu": {"three_region_attention": DOCUMENT}})
     assert "| `three_region_attention` | paper, bfloat16, fwd | 2.00x as fast as loop | " in text
+    both = copy.deepcopy(DOCUMENT)
+    both["rows"] += [line | {"direction": "fwd+bwd"} for line in DOCUMENT["rows"]]
+    text = report.summary({"some-cpu": {"three_region_attention": both}})
+    assert "paper, bfloat16, fwd+bwd |" in text and "paper, bfloat16, fwd |" not in text
     elsewhere = copy.deepcopy(DOCUMENT)
     for row in elsewhere["rows"]:
         row["shape"] = "another"

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
+import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -6,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+import cogview.files
 from cogview.files import (
     ASIDE,
     digest,
@@ -192,3 +195,13 @@ def test_a_place_that_takes_no_folder_is_told_and_nothing_is_made(tmp_path):
             require_new(tmp_path / name)
     require_folder(tmp_path)
     assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_full_disk_that_still_takes_a_name_is_found_before_any_work(tmp_path, monkeypatch):
+    class FullDisk(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cogview.files.tempfile, "TemporaryFile", lambda **_: FullDisk())
+    with pytest.raises(OSError, match=r"--out .*out cannot be written: .* \(No space left on device\)"):
+        require_folder(tmp_path / "out")
