@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cogview.data.fingerprint import fingerprint
 from cogview.data.rows import (
+    CHECKED_BYTES,
     HEAD,
     IMAGES,
     PADDING,
@@ -49,8 +50,8 @@ from cogview.tokens.vqvae import ImageTokenizer
 
 CHUNK = 64  # images that are encoded together
 STATE = "writing.json"
-# Seconds from one state to the next at least: to wait for the disk takes some 20 ms, as long as a chunk of
-# small pictures takes.
+# Seconds from one state to the next at least: to wait for the disk may take as long as a chunk of small
+# pictures takes.
 SAVE_EVERY = 1.0
 
 
@@ -299,7 +300,8 @@ def _write(
     if not state.images:
         raise ValueError(f"no picture could be read; {folder / SKIPPED} says why")
     counted = (state.format, state.images, state.rows, state.skipped, state.content, state.captions)
-    head = RowsHead(*counted, {name: digest(folder / name) for name in (ROWS, IMAGES)})
+    checked = [name for name in (ROWS, IMAGES) if (folder / name).stat().st_size <= CHECKED_BYTES]
+    head = RowsHead(*counted, {name: digest(folder / name) for name in checked})
     write_json(folder / HEAD, plain(head))
     (folder / STATE).unlink()
 

@@ -32,8 +32,8 @@ from cogview.tokens.vocab import Vocab
 ROWS, IMAGES, HEAD, SKIPPED = "rows.bin", "images.bin", "rows.json", "skipped.tsv"
 PADDING = -1
 KEY_BITS = 63
-# Bytes of a file that are compared with its digest each time it is opened: a fraction of a second. What is
-# larger is read as it is trained on.
+# Bytes of a file that gets a digest, with which it is compared each time it is opened, in a fraction of a
+# second. To read larger ones would take long.
 CHECKED_BYTES = 256 << 20
 
 
@@ -105,7 +105,7 @@ class RowsHead:
     skipped: int
     content: str  # digest of all rows
     captions: CaptionLengths
-    digests: dict[str, str] = field(default_factory=dict)  # of the files; none in rows of before there were
+    digests: dict[str, str] = field(default_factory=dict)  # of the files that are checked
 
 
 class Rows:
@@ -244,7 +244,7 @@ def open_rows(folder: StrPath) -> Rows:
     images = _map(folder / IMAGES, np.int64, (head.images, 2))
     for name, expected in head.digests.items():
         path = folder / name
-        if path.stat().st_size <= CHECKED_BYTES and digest(path) != expected:
+        if digest(path) != expected:
             raise ValueError(f"{path} is not as it was written; {_anew(path)}")
     return Rows(head, tokens, images, folder)
 

@@ -160,8 +160,8 @@ class Layer(nn.Module):
         """Trunk and its input-normalised form in; the same two for the next layer out.
 
         Under autocast a norm gives what the next product reads, in 16 bits. What the last layer gives is read
-        by others, and has the dtype of the trunk. ``is_last`` is looked at only where it makes a difference:
-        a compiler makes code anew for each value of what it has seen looked at.
+        by others, and has the dtype of the trunk. ``is_last`` is read only where dtypes differ: a compiler
+        makes code for each value of an argument that it sees read.
         """
         branch = self.attention(normed, layout, cache, index)
         x, normed = self._sandwich(

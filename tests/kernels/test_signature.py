@@ -138,7 +138,10 @@ DROPPING = {
 @pytest.mark.parametrize("name", DROPPING)
 def test_a_new_seed_is_not_checked_anew(name, passed):
     function, arguments = DROPPING[name]
-    call = lambda seed: function(*arguments, dropout_p=0.5, seed=seed, backend="cpu")  # noqa: E731
+
+    def call(seed):
+        return function(*arguments, dropout_p=0.5, seed=seed, backend="cpu")
+
     found = [call(seed) for seed in (*range(30), -(2**63), 2**63 - 1, 2**64 - 1)]
     assert len(passed) == 1
     first = [out[0] if isinstance(out, tuple) else out for out in found]
