@@ -257,9 +257,9 @@ def _about(kind: type) -> str:
 
 
 def _run(verb: str, given: Any) -> None:
-    from cogview import commands
+    from cogview.commands import verbs
 
-    getattr(commands, verb.replace("-", "_"))(given)
+    getattr(verbs, verb.replace("-", "_"))(given)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-import cogview.commands
+import cogview.commands.verbs
 import cogview.run
-from cogview import drawing
 from cogview.cli import main
+from cogview.commands import generate
 from cogview.generation import text_to_image
 from cogview.parsing import VERBS
 from cogview.presets import PRESETS
@@ -166,7 +166,7 @@ def hears_ctrl_c():
 @pytest.mark.usefixtures("hears_ctrl_c")
 def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, monkeypatch):
     """Both come while a batch is drawn; the second one when the finished pictures are written."""
-    real, finish = text_to_image.decode, drawing._Pictures.finish
+    real, finish = text_to_image.decode, generate._Pictures.finish
 
     def decode(*arguments):
         if drawn:
@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, 
 
     drawn = []
     monkeypatch.setattr(text_to_image, "decode", decode)
-    monkeypatch.setattr(drawing._Pictures, "finish", write)
+    monkeypatch.setattr(generate._Pictures, "finish", write)
     command = ["generate", "--run", str(run_folder), SEVEN, "--num", "9", "--max-batch", "2"]
     assert main([*command, "--out", str(tmp_path / "x.png")]) == 130
     assert "interrupted; 2 of 9 pictures were finished" in capsys.readouterr().err
@@ -525,7 +525,7 @@ def test_too_little_memory_is_one_line(capsys, monkeypatch):
     def allocate(given):
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(cogview.commands, "presets", allocate)
+    monkeypatch.setattr(cogview.commands.verbs, "presets", allocate)
     assert "not enough memory: " in mistake(capsys, "presets")
 
 
@@ -645,6 +645,6 @@ def test_version(capsys):
 
 
 def test_a_training_of_skipped_steps_is_no_success():
-    assert cogview.commands._late_mean([9.0, *[1.0, math.nan, 3.0] * 20]) == pytest.approx(2.0, abs=0.1)
+    assert cogview.commands.verbs._late_mean([9.0, *[1.0, math.nan, 3.0] * 20]) == pytest.approx(2.0, abs=0.1)
     with pytest.raises(FloatingPointError, match="all were skipped"):
-        cogview.commands._late_mean([1.0, *[math.nan] * 50])
+        cogview.commands.verbs._late_mean([1.0, *[math.nan] * 50])

@@ -13,8 +13,8 @@ from torch import nn
 
 import cogview
 from cogview.cli import main
+from cogview.commands.convert import Convert, convert, left_behind
 from cogview.config import ModelConfig
-from cogview.convert import Convert, convert, left_behind
 from cogview.files import ASIDE, load_tensors
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS

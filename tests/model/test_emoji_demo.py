@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview import commands
+from cogview.commands import verbs
 from cogview.data import emoji
 from cogview.demo.emoji import EmojiDemoSettings
 from cogview.files import read_json
@@ -168,7 +168,7 @@ def test_the_precision_is_the_fast_one_unless_the_demo_began_with_another(tmp_pa
 
     def precision(**options):
         given = Demo(out=tmp_path, **options)
-        preset = commands._demo_preset(given, "cpu")
+        preset = verbs._demo_preset(given, "cpu")
         assert preset.image_tokenizer_train.precision == preset.train.precision
         return preset.train.precision
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-import cogview.evaluate
+import cogview.commands.evaluate
 from cogview.cli import main
-from cogview.evaluate import Evaluate, evaluate
-from cogview.evaluate_run import RunTask, _best
+from cogview.commands.evaluate import Evaluate, evaluate
+from cogview.commands.evaluate_run import RunTask, _best
+from cogview.commands.outlet import Outlet
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.inception_score import InceptionScore
 from cogview.evaluation.pictures import PictureFolder, blurred
 from cogview.evaluation.set_statistics import load_statistics, picture_statistics
 from cogview.files import read_json, write_json
 from cogview.generation.engine import DrawOptions
-from cogview.outlet import Outlet
 from cogview.run import load_run
 from cogview.seeding import derive_seed
 
@@ -43,7 +43,7 @@ class Means:
 
 @pytest.fixture(autouse=True)
 def small_network(monkeypatch):
-    monkeypatch.setattr(cogview.evaluate, "_network", lambda options: Means())
+    monkeypatch.setattr(cogview.commands.evaluate, "_network", lambda options: Means())
 
 
 def save_pictures(folder, *, count=12, side=16, seed=0):
@@ -279,8 +279,8 @@ def test_results_among_the_pictures_are_refused_before_any_work(run_folder, tmp_
     first, second = save_pictures(tmp_path / "a"), save_pictures(tmp_path / "b", seed=1)
     (tmp_path / "link").symlink_to(second)
     with monkeypatch.context() as patch:
-        patch.setattr(cogview.evaluate, "_network", None)
-        patch.setattr(cogview.evaluate, "load_run", None)
+        patch.setattr(cogview.commands.evaluate, "_network", None)
+        patch.setattr(cogview.commands.evaluate, "load_run", None)
         for out in (first, second, first / "deep" / "out", tmp_path / "link" / "out"):
             with pytest.raises(ValueError, match=r"--out .* lies in .*; name a folder elsewhere with --out"):
                 compare(first, second, out)

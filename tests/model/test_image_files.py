@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
+from cogview.commands.outlet import Outlet
 from cogview.data.image_files import picture_files, pixels_of, read_image, upright_size
 from cogview.images import is_overview, png_bytes, save_overview
-from cogview.outlet import Outlet
 
 
 def save(path, array):

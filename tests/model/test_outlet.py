@@ -6,8 +6,8 @@ import threading
 import pytest
 from PIL import Image
 
-from cogview import outlet
-from cogview.outlet import Outlet
+from cogview.commands import outlet
+from cogview.commands.outlet import Outlet
 
 RED = Image.new("RGB", (70, 70), "red")
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cogview.cli import main
+from cogview.commands.pack import pack_run
 from cogview.evaluation.cap_loss import caption_loss
-from cogview.pack import pack_run
 from cogview.run import PRETRAINED, load_run
 
 

@@ -20,11 +20,11 @@ import pytest
 from PIL import Image
 
 from cogview.cli import main
+from cogview.commands.outlet import Outlet
 from cogview.evaluation import vote_server
 from cogview.evaluation.vote import Ballot, wilson_interval
 from cogview.evaluation.vote_server import VoteServer
 from cogview.files import ASIDE
-from cogview.outlet import Outlet
 from tests.helpers.browser import chromium
 
 TEXTS = [f"a picture of thing {number}" for number in range(12)]

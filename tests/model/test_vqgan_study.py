@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import cogview.evaluation.vqgan_study as study
-from cogview import commands
+from cogview.commands import verbs
 from cogview.data.digits import DigitPairs
 from cogview.evaluation import studied_tokenizer
 from cogview.files import read_json
@@ -51,8 +51,8 @@ def test_more_than_one_seed_is_refused():
 
 def test_studies_of_tokenizers_alone_take_a_precision(monkeypatch):
     asked = []
-    monkeypatch.setattr(commands, "_STUDIES", {"vqgan": lambda given, changes: asked.append(changes)})
-    commands.study(Study("vqgan", Path("unused"), precision="bf16"))
+    monkeypatch.setattr(verbs, "_STUDIES", {"vqgan": lambda given, changes: asked.append(changes)})
+    verbs.study(Study("vqgan", Path("unused"), precision="bf16"))
     assert asked == [{"precision": "bf16"}]
     with pytest.raises(ValueError, match="--precision does not belong to stability"):
         Study("stability", Path("unused"), precision="bf16")

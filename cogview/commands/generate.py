@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from cogview import options
+from cogview.commands.outlet import Outlet
 from cogview.generation.engine import DrawOptions
 from cogview.model.memory import cache_bytes, rows_that_fit, weight_bytes
-from cogview.outlet import Outlet
 from cogview.progress import Progress
 from cogview.run import MAX_PICTURES, Drawing, Run, load_run
 from cogview.terminal import in_one_line

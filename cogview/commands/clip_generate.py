@@ -9,8 +9,8 @@ from typing import Any
 
 from cogview import options
 from cogview.clip_gen_run import load_clip_gen
+from cogview.commands.outlet import Outlet
 from cogview.generation.engine import DrawOptions
-from cogview.outlet import Outlet
 from cogview.progress import Progress
 from cogview.run import load_run
 

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cogview import options
+from cogview.commands.outlet import SHEET, Outlet
 from cogview.data.image_files import pixels_of
 from cogview.evaluation.enlargement import bicubic, peak_signal_to_noise, seam_contrast
 from cogview.generation.engine import DrawOptions
 from cogview.generation.super_resolution import drawn_by
-from cogview.outlet import SHEET, Outlet
 from cogview.progress import Progress
 from cogview.run import Run, load_run
 

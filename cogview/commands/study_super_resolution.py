@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from cogview.commands.super_resolve import TASKS, kept_of
 from cogview.data.digits import DigitPairs
 from cogview.data.emoji import held_out_combinations
 from cogview.data.image_files import pixels_of
@@ -32,7 +33,6 @@ from cogview.evaluation.likeness import Likeness
 from cogview.files import StrPath, write_json
 from cogview.images import picture_grid, save_figure, save_overview, to_picture
 from cogview.run import Run, load_run
-from cogview.super_resolving import TASKS, kept_of
 from cogview.tokens.tokenizers import require_each_once, require_same_tokenizers
 
 HELD_OUT: dict[str, Callable[[], Pairs]] = {

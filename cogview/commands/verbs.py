@@ -186,7 +186,7 @@ def train_clip_gen(given: options.TrainClipGen) -> None:
 
 def clip_generate(given: options.ClipGenerate) -> None:
     """``cogview clip-generate``."""
-    from cogview.clip_drawing import draw_by_clip
+    from cogview.commands.clip_generate import draw_by_clip
 
     draw_by_clip(given)
 
@@ -202,21 +202,21 @@ def plan(given: options.Plan) -> None:
 
 def generate(given: options.Generate) -> None:
     """``cogview generate``."""
-    from cogview.drawing import draw_pictures
+    from cogview.commands.generate import draw_pictures
 
     draw_pictures(given, given.texts)
 
 
 def infill(given: options.Infill) -> None:
     """``cogview infill``."""
-    from cogview.drawing import draw_pictures
+    from cogview.commands.generate import draw_pictures
 
     draw_pictures(given, [given.text], lambda run: run.kept_codes(given.image, given.mask, given.keep_top))
 
 
 def super_resolve(given: options.SuperResolve) -> None:
     """``cogview super-resolve``."""
-    from cogview.super_resolving import super_resolve
+    from cogview.commands.super_resolve import super_resolve
 
     super_resolve(dataclasses.replace(given, images=_pictures_of(given.images)))
 
@@ -300,7 +300,7 @@ def evaluate(given: options.Evaluate) -> None:
     if given.vote:
         _take_votes(given)
         return
-    from cogview.evaluate import Evaluate, evaluate, evaluation_table
+    from cogview.commands.evaluate import Evaluate, evaluate, evaluation_table
 
     first, second = given.sets
     wanted = Evaluate(
@@ -373,7 +373,7 @@ def presets(given: options.Presets) -> None:
 
 def pack(given: options.Pack) -> None:
     """``cogview pack``."""
-    from cogview.pack import pack_run
+    from cogview.commands.pack import pack_run
 
     size = pack_run(given.run, given.out)
     print(f"{given.out} holds the run in {size / 2**20:.1f} MiB")
@@ -382,8 +382,8 @@ def pack(given: options.Pack) -> None:
 
 def convert(given: options.Convert) -> None:
     """``cogview convert``."""
-    from cogview.convert import Convert, left_behind
-    from cogview.convert import convert as convert_weights
+    from cogview.commands.convert import Convert, left_behind
+    from cogview.commands.convert import convert as convert_weights
 
     names = [field.name for field in dataclasses.fields(given)]
     weights = convert_weights(Convert(**{name: getattr(given, name) for name in names}))
@@ -539,7 +539,7 @@ def _study_vqgan(given: options.Study, changes: dict[str, Any]) -> None:
 
 
 def _study_super_resolution(given: options.Study, _: dict[str, Any]) -> None:
-    from cogview import super_resolution_study as study
+    from cogview.commands import study_super_resolution as study
 
     asked = study.SuperResolutionStudy(given.runs, given.out, given.size, device=usable_device(given.device))
     print(study.super_resolution_table(study.study_super_resolution(asked)))

@@ -19,9 +19,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from cogview.data.folder import listing
-from cogview.device import default_device
-from cogview.evaluate_run import (
+from cogview.commands.evaluate_run import (
     DRAWN,
     REBUILT,
     RunTask,
@@ -30,6 +28,8 @@ from cogview.evaluate_run import (
     mean_cap_loss,
     rebuild_pictures,
 )
+from cogview.data.folder import listing
+from cogview.device import default_device
 from cogview.evaluation.evaluation_plot import save_distance_plot
 from cogview.evaluation.features import Features
 from cogview.evaluation.inception import InceptionFeatures
