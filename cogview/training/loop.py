@@ -72,7 +72,7 @@ class Trainer(ABC):
     """What differs between one training and another."""
 
     label: str  # of the progress display
-    board: str  # prefix of the TensorBoard scalars
+    board: str  # folder and prefix of the TensorBoard scalars
     checkpoints: str  # folder of the checkpoints, inside the run folder
     recorded: tuple[str, ...]  # names of the values that make up the history
     log_every: int = 1  # steps after which the host waits for the device and reports
@@ -236,7 +236,7 @@ class _Report:
         """A picture for the board, where one is due after ``done`` steps."""
         every = self._trainer.samples_every
         if every and done % every == 0:
-            self._board.picture(f"{self._trainer.board}/samples", self._trainer.sample(), done)
+            self._board.picture(f"{self._trainer.board}/samples", self._trainer.sample(), done - 1)
 
     def validate(self, done: int) -> None:
         """Record and show what data that are not trained on say after ``done`` steps."""
@@ -298,12 +298,14 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         trainer.model.eval()
         return resumed.history
     trainer.model.train()
+    # A folder for each: to TensorBoard, steps that begin anew replace all later ones beside them.
+    boards = out / "tensorboard"
     with (
         DeferredInterrupt(ranks=distributed.num_ranks(), tells=distributed.is_first()) as interrupt,
         distributed.only_first(
             lambda: Progress(config.steps, trainer.label, initial=resumed.step, enabled=progress)
         ) as bar,
-        distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
+        distributed.only_first(lambda: Board(boards / trainer.board, resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
         for step, batch in zip(range(resumed.step, config.steps), trainer.batches(resumed.step), strict=True):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 
 from cogview.training import speed
 from cogview.training.board import Board
 from cogview.training.transformer import train
-from tests.model.helpers import small_model
+from tests.model.helpers import small_model, tiny_preset
 from tests.model.test_training_transformer import CONFIG, dataset
 
 SHORT = dataclasses.replace(CONFIG, steps=4, samples_every=2)
@@ -25,14 +26,32 @@ def test_curves_and_samples_that_change_no_loss(tmp_path):
 
     shown = train(small_model(dropout=0.1), dataset(), SHORT, tmp_path / "a", draw=draw, progress=False)
     assert shown == train(small_model(dropout=0.1), dataset(), SHORT, tmp_path / "b", progress=False)
-    events = EventAccumulator(str(tmp_path / "a" / "tensorboard"), {"images": 0}).Reload()
+    events = EventAccumulator(str(tmp_path / "a" / "tensorboard" / "train"), {"images": 0}).Reload()
     scalars = ("image_loss", "text_loss", "learning_rate", "gradient_norm")
     rates = ("tokens_per_second", "teraflops_per_second", "peak_memory_gb")
     assert set(events.Tags()["scalars"]) == {f"train/{name}" for name in (*scalars, *rates)}
     assert [event.value for event in events.Scalars("train/image_loss")] == pytest.approx(shown["image_loss"])
     assert all(event.value > 0 for name in rates for event in events.Scalars(f"train/{name}"))
     samples = events.Images("train/samples")
-    assert [(image.step, image.width, image.height) for image in samples] == [(2, 5, 4), (4, 5, 4)]
+    assert [(image.step, image.width, image.height) for image in samples] == [(1, 5, 4), (3, 5, 4)]
+
+
+def test_no_training_hides_what_another_one_in_the_folder_or_it_itself_has_shown(run_folder, tmp_path):
+    shown = EventMultiplexer().AddRunsFromDirectory(str(run_folder / "tensorboard")).Reload()
+    tags = [(run, tag) for run, found in shown.Runs().items() for tag in found["scalars"]]
+    steps = {tag: len(shown.Scalars(run, tag)) for run, tag in tags}
+    preset = tiny_preset()
+    assert steps["image_tokenizer/reconstruction"] == preset.image_tokenizer_train.steps
+    assert steps["train/image_loss"] == preset.train.steps
+
+    def draw():
+        return Image.new("RGB", (5, 4))
+
+    for config in (SHORT, dataclasses.replace(SHORT, steps=6)):
+        train(small_model(), dataset(), config, tmp_path, draw=draw, progress=False)
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "train"), {"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("train/image_loss")] == list(range(6))
+    assert [image.step for image in events.Images("train/samples")] == [1, 3, 5]
 
 
 def test_without_tensorboard_a_training_goes_on_and_says_so_once(tmp_path, monkeypatch, capsys):

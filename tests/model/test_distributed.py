@@ -63,7 +63,7 @@ def alone(tmp_path_factory):
 
 def validation_losses(folder):
     """By kind and step, what TensorBoard has; of a step that was done twice, the last."""
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    events = EventAccumulator(str(folder / "tensorboard" / "train")).Reload()
     kinds = ("image_loss", "text_loss")
     return {
         (kind, event.step): event.value
@@ -135,7 +135,7 @@ def test_the_command_speaks_once_and_leaves_a_run_like_any_other(folder, result)
     assert second["said"] == ""
     run = cogview.load_run(folder / "run", "cpu")
     assert len(run.model.transformer.layers) == 1
-    assert len(list((folder / "run/tensorboard").iterdir())) == 1
+    assert len(list((folder / "run/tensorboard/train").iterdir())) == 1
 
 
 def test_what_ranks_saved_is_read_without_pickle_and_refused_where_it_is_damaged(

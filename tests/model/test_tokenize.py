@@ -144,7 +144,7 @@ def test_a_command_that_fails_is_told_in_words(tokenizers_only, tmp_path, capsys
 
 
 def scalars(folder, name):
-    events = EventAccumulator(str(folder / "tensorboard"))
+    events = EventAccumulator(str(folder / "tensorboard" / "train"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
