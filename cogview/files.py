@@ -202,8 +202,8 @@ def write_bytes(path: StrPath, content: bytes) -> None:
 
 
 def write_text(path: StrPath, content: str) -> None:
-    """Write text as UTF-8 aside and rename."""
-    write_bytes(path, content.encode())
+    """Write text as UTF-8 aside and rename. A name that is no UTF-8 is spelled as in JSON."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def write_json(path: StrPath, content: Mapping[str, Any]) -> None:

@@ -247,7 +247,8 @@ def write_options(path: StrPath, options: Mapping[str, Any]) -> None:
     if path.name == MODEL_OPTIONS:
         head += f"# NEW must hold tokenizers: {TOKENIZER_OPTIONS} beside this file gives others like these.\n"
     given = {name: value for name, value in options.items() if name != "preset" or value}
-    write_text(path, head + tomli_w.dumps(_without_none(given)))
+    text = head + tomli_w.dumps(_without_none(given))
+    write_text(path, text.encode(errors="replace").decode())  # TOML has no spelling of what is no UTF-8.
 
 
 def _without_none(value: Any) -> Any:

@@ -81,6 +81,11 @@ def ballot_state(ballot: Ballot) -> dict[str, Any]:
     return {**done, "question": number, "prompt": question.prompt, "pictures": pictures}
 
 
+def as_json(content: dict[str, Any]) -> bytes:
+    """What the page is told. A name that is no UTF-8 has question marks in it."""
+    return json.dumps(content, ensure_ascii=False).encode(errors="replace")
+
+
 def vote_page() -> bytes:
     """``vote.html``."""
     return files("cogview.evaluation").joinpath("vote.html").read_bytes()
@@ -113,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
         try:
-            length = int(self.headers.get("Content-Length", ""))
+            length = int(self.headers.get("Content-Length") or 0)
             if not 0 < length <= LONGEST_VOTE:
                 raise ValueError("a vote has up to 1,000 bytes")
             given = json.loads(self.rfile.read(length))
@@ -123,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.ballot.vote(question, place)
                 state = ballot_state(self.server.ballot)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last for many brackets
             self.close_connection = True
             self._answer_json({"detail": str(error)}, HTTPStatus.BAD_REQUEST)
             return
@@ -138,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_for_this_machine(self) -> bool:
         """A name of another site that was made to lead here is refused, so that no other site reads along."""
-        host = self.headers.get("Host", "").rpartition(":")[0]
+        host = self.headers.get("Host", "").partition(":")[0]
         if host in (LOOPBACK, "localhost"):
             return True
         self.send_error(HTTPStatus.FORBIDDEN)
@@ -154,8 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(content, mimetypes.guess_type(path)[0] or "application/octet-stream")
 
     def _answer_json(self, content: dict[str, Any], status: HTTPStatus = HTTPStatus.OK) -> None:
-        body = json.dumps(content, ensure_ascii=False).encode(errors="replace")
-        self._answer(body, "application/json", status)
+        self._answer(as_json(content), "application/json", status)
 
     def _answer(self, content: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK) -> None:
         self.send_response(status)

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 from fastapi import APIRouter, HTTPException
-from fastapi.responses import FileResponse, HTMLResponse
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from cogview.evaluation.vote import Ballot
-from cogview.evaluation.vote_server import ballot_state, vote_page
+from cogview.evaluation.vote_server import as_json, ballot_state, vote_page
 
 
 class Choice(BaseModel):
@@ -27,14 +26,17 @@ def vote_routes(ballot: Ballot) -> APIRouter:
     """The addresses that :mod:`cogview.evaluation.vote_server` has."""
     routes, lock = APIRouter(prefix="/vote"), threading.Lock()
 
+    def state() -> Response:
+        return Response(as_json(ballot_state(ballot)), media_type="application/json")
+
     @routes.get("/")
     def page() -> HTMLResponse:
         return HTMLResponse(vote_page())
 
     @routes.get("/question")
-    def question() -> dict[str, Any]:
+    def question() -> Response:
         with lock:
-            return ballot_state(ballot)
+            return state()
 
     @routes.get("/picture/{number}/{place}")
     def picture(number: int, place: int) -> FileResponse:
@@ -47,7 +49,7 @@ def vote_routes(ballot: Ballot) -> APIRouter:
         return FileResponse(path, headers={"Cache-Control": "no-store"})
 
     @routes.post("/vote")
-    def vote(choice: Choice) -> dict[str, Any]:
+    def vote(choice: Choice) -> Response:
         with lock:
             try:
                 ballot.vote(choice.question, choice.place)
@@ -55,6 +57,6 @@ def vote_routes(ballot: Ballot) -> APIRouter:
                 raise HTTPException(400, str(error)) from None
             except OSError as error:
                 raise HTTPException(500, str(error)) from None
-            return ballot_state(ballot)
+            return state()
 
     return routes

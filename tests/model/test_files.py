@@ -21,6 +21,8 @@ from cogview.files import (
     write_json,
     written_aside,
 )
+from cogview.parsing import tomllib
+from cogview.settings import write_options
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
@@ -115,6 +117,15 @@ def test_json_files_have_a_version_and_a_newer_one_is_refused(tmp_path):
     path.write_text('{"format_version": "new"}')
     with pytest.raises(ValueError, match="format_version must be a whole number, got 'new'"):
         read_json(path)
+
+
+def test_names_that_are_no_utf8_go_into_files_and_come_back(tmp_path):
+    content = {"data": os.fsdecode(b"photos \xff"), "n": 1}
+    write_json(tmp_path / "a.json", content)
+    assert read_json(tmp_path / "a.json") == content
+    (tmp_path / "a.json").read_text(encoding="utf-8")
+    write_options(tmp_path / "a.toml", content)
+    assert tomllib.loads((tmp_path / "a.toml").read_text(encoding="utf-8")) == {"data": "photos ?", "n": 1}
 
 
 def test_a_digest_tells_any_two_contents_apart(tmp_path, monkeypatch):

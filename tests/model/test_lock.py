@@ -32,6 +32,11 @@ def test_a_folder_is_made_only_when_it_is_taken(tmp_path):
     assert stat.S_ISREG((tmp_path / "run" / LOCK).stat().st_mode)
 
 
+def test_a_folder_from_which_no_weights_could_be_read_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--out must have a name in UTF-8, got .*; choose another"):
+        RunLock(tmp_path / os.fsdecode(b"run \xff"))
+
+
 def test_a_process_that_reads_ahead_does_not_hold_the_folder(tmp_path):
     reader, writer = os.pipe()
     with RunLock(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 
 import pytest
@@ -121,7 +122,8 @@ def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path, request)
 
     from cogview.serving.vote_routes import vote_routes
 
-    folders = [save_drawn(tmp_path / name, name, ["a tiger", "a seven"]) for name in ("red", "blue")]
+    names = {"red": os.fsdecode(b"a \xff"), "blue": os.fsdecode(b"b \xff")}
+    folders = [save_drawn(tmp_path / name, colour, ["a tiger", "a seven"]) for colour, name in names.items()]
     ballot = Ballot(folders, tmp_path / "votes")
     request.addfinalizer(ballot.close)
     application = FastAPI()
@@ -146,3 +148,4 @@ def test_the_vote_page_is_served_under_an_address_of_the_page(tmp_path, request)
         state = visitor.post("/vote/vote", json={"question": question, "place": 1}).json()
     assert [vote["question"] for vote in json.loads(ballot.path.read_text())["votes"]] == [0, 1]
     assert sum(share["votes"] for share in state["shares"]) == 2
+    assert state["shares"][0]["folder"].endswith("?")

@@ -243,7 +243,7 @@ class Page(HTMLParser):
 
 
 def fetch(url, body=None, **headers):
-    data = None if body is None else json.dumps(body).encode()
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return answer.headers["Content-Type"], answer.read()
@@ -270,6 +270,27 @@ def test_the_server_gives_the_page_the_pictures_and_the_shares_and_takes_the_vot
     assert len(json.loads((tmp_path / "votes.json").read_text())["votes"]) == len(TEXTS)
 
 
+def test_pictures_and_folders_with_names_that_are_no_utf8_get_their_votes(tmp_path, opened):
+    folders = [tmp_path / os.fsdecode(name) for name in (b"a\xff", b"b\xff")]
+    for folder in folders:
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / os.fsdecode(b"tiger \xff.png"), "PNG")
+    with Ballot(folders, tmp_path) as ballot, VoteServer(ballot) as server:
+        state = json.loads(fetch(f"{server.url}question")[1])
+        assert state["prompt"] == "tiger ?"
+        assert fetch(server.url + state["pictures"][1])[0] == "image/png"
+        state = json.loads(fetch(f"{server.url}vote", {"question": 0, "place": 1})[1])
+    assert {share["folder"] for share in state["shares"]} == {f"{tmp_path}/a?", f"{tmp_path}/b?"}
+    again = opened(folders, tmp_path)
+    assert again.votes == ballot.votes and again.next_question is None
+
+
+def test_a_browser_that_leaves_out_the_usual_port_is_let_in(folders, tmp_path, opened):
+    with VoteServer(opened(folders, tmp_path)) as server:
+        for host in ("127.0.0.1", "localhost"):
+            assert fetch(f"{server.url}question", Host=host)[0] == "application/json"
+
+
 def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_path, opened):
     with VoteServer(opened(folders, tmp_path)) as server:
 
@@ -287,6 +308,8 @@ def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_pa
             assert status("vote", vote) == 400
         assert status("vote", [1]) == status("vote", {"place": 0}) == status("vote", "x" * 2000) == 400
         assert status("vote", {"question": 0, "place": 0}, **{"Content-Type": "text/plain"}) == 404
+        deep = b"[" * 990
+        assert status("vote", deep) == status("vote", b"", **{"Content-Length": ""}) == 400
         assert status("question", Host="example.org:80") == status("vote", {}, Host="example.org") == 403
         assert status("picture/0/9") == status("picture/99/0") == status("../votes.json") == 404
         assert not server.ballot.votes
