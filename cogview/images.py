@@ -129,6 +129,11 @@ def save_overview(path: StrPath, picture: Image.Image) -> None:
     write_bytes(path, png_bytes(picture, {_NOTE: _OVERVIEW}))
 
 
+def figure_words(words: str) -> str:
+    """Names for a matplotlib figure, which would read a formula between dollars and takes UTF-8 alone."""
+    return words.replace("$", r"\$").encode(errors="replace").decode()
+
+
 def save_figure(path: StrPath, figure: Any) -> None:
     """Write a matplotlib figure as PNG, aside and then renamed, on a machine without a display too."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

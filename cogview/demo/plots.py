@@ -14,7 +14,7 @@ from cogview.data.digits import ENGLISH, HELD_OUT_PHRASINGS
 from cogview.demo.report import Drawings
 from cogview.evaluation.rank_curve import CurvePoint
 from cogview.files import StrPath
-from cogview.images import save_figure
+from cogview.images import figure_words, save_figure
 
 RIGHT, WRONG = (0.30, 0.60, 0.40), (0.80, 0.20, 0.20)
 
@@ -163,7 +163,7 @@ def save_picks_plot(
             for number, picker in enumerate(pickers):
                 places = [place - 0.4 + (number + 0.5) * width for place in range(len(runs))]
                 axes.bar(places, [100 * picks[run][picker][aspect] for run in runs], width, label=picker)
-            axes.set_xticks(range(len(runs)), runs)
+            axes.set_xticks(range(len(runs)), list(map(figure_words, runs)))
             axes.set_ylim(0, 100)
             axes.set_title(f"{aspect}: {title}")
             axes.grid(alpha=0.3, axis="y")

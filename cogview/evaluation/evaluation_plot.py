@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from cogview.files import StrPath
-from cogview.images import save_figure
+from cogview.images import figure_words, save_figure
 
 
 def save_distance_plot(path: StrPath, title: str, label: str, distances: Mapping[str, float]) -> None:
@@ -22,6 +22,6 @@ def save_distance_plot(path: StrPath, title: str, label: str, distances: Mapping
     axes.margins(y=0.15)
     axes.set_xlabel("both sets blurred by a Gaussian of so many pixels")
     axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10, wrap=True)
+    axes.set_title(figure_words(title), fontsize=10, wrap=True)
     axes.grid(alpha=0.3)
     save_figure(path, figure)

@@ -5,6 +5,8 @@ import torch
 from PIL import Image
 
 from cogview import images
+from cogview.demo.plots import save_picks_plot
+from cogview.evaluation.evaluation_plot import save_distance_plot
 from cogview.images import grid_size, picture_grid, png_bytes, save_overview, to_picture, undrawn_is_white
 
 
@@ -75,3 +77,11 @@ def test_a_png_holds_what_was_saved(tmp_path):
         assert read.format == "PNG"
         assert np.array_equal(np.asarray(read), pixels)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+def test_a_folder_of_any_name_stands_on_a_plot(tmp_path):
+    for name in ("a $x^$", "a $\\q$", r"a \$5$", "a \udcff"):
+        save_distance_plot(tmp_path / "distance.png", name, "distance", {"0": 1.0, "1": 2.0})
+        picks = {"title": {name: {"clip": {"shape": 0.5}}}}
+        save_picks_plot(tmp_path / "picks.png", picks)
+    assert images.is_overview(tmp_path / "distance.png") and images.is_overview(tmp_path / "picks.png")
