@@ -33,11 +33,12 @@ TOKENIZER_OPTIONS = "train-tokenizer.toml"
 MODEL_OPTIONS = "train.toml"
 
 # Settings that may differ when a run goes on, by their names in these files and in ``demo.json``: how a run
-# is computed, shown and kept, how it draws, how long it trains, and where its data lie. Checkpoints know the
-# data themselves by their fingerprint. All other settings make the model what it is: they must stay.
+# is computed, shown and kept, how it draws, how long it trains, and where its data and its CLIP lie.
+# Checkpoints know these themselves by their fingerprint. All other settings make the model what it is: they
+# must stay.
 MAY_CHANGE = frozenset(
     {
-        *("data", "preset", "name", "finetuned.run"),
+        *("data", "clip", "preset", "name", "finetuned.run"),
         *(f"sampling.{name}" for name in ("temperature", "top_k", "top_p", "guidance")),
         "model.activation_checkpointing",
         *("train.steps", "train.checkpoint_every", "train.keep", "train.accumulate", "train.log_every"),

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,19 +16,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from cogview.data.pairs import Pairs
 
 T = TypeVar("T")
-
-
-class PairImages(Dataset[Tensor]):
-    """The images of ``pairs`` at one size."""
-
-    def __init__(self, pairs: Pairs, size: int) -> None:
-        self.pairs, self.size = pairs, size
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.pairs.image(index, self.size)
 
 
 def _leave_group(worker: int) -> None:
@@ -43,38 +31,45 @@ def _leave_group(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def training_images(
-    pairs: Pairs, size: int, order: Sampler[list[int]] | Iterable[list[int]], workers: int = 0
-) -> DataLoader[Tensor]:
-    """Batches ``[B, 3, size, size]`` of the items that ``order`` lists, with ``workers`` processes."""
-    return DataLoader(
-        PairImages(pairs, size),
-        batch_sampler=order,
+class _Made(Dataset[T | Exception], Generic[T]):
+    """What a function makes of each item, or its error, to whose words PyTorch would add a traceback."""
+
+    def __init__(self, make: Callable[[Any], T]) -> None:
+        self.make = make
+
+    def __getitem__(self, item: Any) -> T | Exception:
+        try:
+            return self.make(item)
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _made(make: Callable[[Any], T], items: Sampler[Any] | Iterable[Any], workers: int) -> Iterator[T]:
+    loader = DataLoader(
+        _Made(make),
+        sampler=items,
+        batch_size=None,
         num_workers=workers,
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # The loader draws a seed from it rather than from the global one.
     )
+    for made in loader:
+        if isinstance(made, Exception):
+            raise made
+        yield made
 
 
-class _Steps(Dataset[T], Generic[T]):
-    """What a pure function gives for each step."""
+def _images(pairs: Pairs, size: int, indices: list[int]) -> Tensor:
+    return torch.stack([pairs.image(index, size) for index in indices])
 
-    def __init__(self, batch: Callable[[int], T]) -> None:
-        self.batch = batch
 
-    def __getitem__(self, step: int) -> T:
-        return self.batch(step)
+def training_images(
+    pairs: Pairs, size: int, order: Sampler[list[int]] | Iterable[list[int]], workers: int = 0
+) -> Iterator[Tensor]:
+    """Batches ``[B, 3, size, size]`` of the items that ``order`` lists, with ``workers`` processes."""
+    return _made(partial(_images, pairs, size), order, workers)
 
 
 def training_batches(batch: Callable[[int], T], steps: range, workers: int = 0) -> Iterator[T]:
     """``batch(step)`` of each step in order; ``workers`` processes, if there are any, make them ahead."""
-    return iter(
-        DataLoader(
-            _Steps(batch),
-            sampler=steps,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_leave_group,
-            generator=torch.Generator(),
-        )
-    )
+    return _made(batch, steps, workers)

@@ -52,11 +52,14 @@ def _is_latin(letter: str) -> bool:
 
 
 def see(clip: SmallClip, pairs: Pairs, size: int, *, progress: bool = True) -> Features:
-    """What the towers make of pictures and captions. ValueError where no caption is in Latin letters."""
+    """What the towers make of pictures and captions. ValueError for captions in other letters."""
     captions = [latin_captions(pairs.captions(index)) for index in range(len(pairs))]
     kept = [index for index, texts in enumerate(captions) if texts]
-    if not kept:
-        raise ValueError("none of the captions is in Latin letters, which the text tower (English) reads")
+    if len(kept) < 2:  # A single one is always right.
+        raise ValueError(
+            "two pictures or more need a caption in Latin letters, which the text tower (English) reads, got "
+            f"{len(kept)}"
+        )
     seen = []
     with Progress(len(kept), "look at pictures", unit="image", enabled=progress) as bar, torch.no_grad():
         for start in range(0, len(kept), TOGETHER):
@@ -143,7 +146,7 @@ def train_clip(options: TrainClip, pairs: Pairs | None = None) -> History:
     ``pairs``: in place of those that ``options.data`` names.
 
     Raises:
-        ValueError: the folder was started with other settings or data; no caption in Latin letters.
+        ValueError: the folder was started with other settings or data; too few captions in Latin letters.
         FileNotFoundError, ModuleNotFoundError: no such data, or a tower's package is not installed.
     """
     with RunLock(options.out) as lock:

@@ -66,7 +66,7 @@ class ImageTokenizerTrainer(Trainer):
     def batches(self, first: int) -> Iterator[Tensor]:
         config = self.config
         order = StepBatches(config.seed, config.batch_size, len(self.pairs), range(first, config.steps))
-        return iter(training_images(self.pairs, self.tokenizer.config.image_size, order, self.workers))
+        return training_images(self.pairs, self.tokenizer.config.image_size, order, self.workers)
 
     def prepare(self, step: int, images: Tensor) -> dict[str, Tensor]:
         """Seed, rate and temperature of a step, and the book as it is before."""

@@ -198,6 +198,20 @@ class FewDigits(DigitPairs):
         return 40
 
 
+class OneDigit(DigitPairs):
+    """One scan."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_one_picture_teaches_a_clip_nothing(tmp_path):
+    wanted = TrainClip("digits", tmp_path / "clip", ClipTrainConfig(steps=1), SHAPE, "cpu", progress=False)
+    with pytest.raises(ValueError, match=r"two pictures or more need a caption in Latin letters.*, got 1"):
+        train_clip(wanted, OneDigit())
+    assert not (tmp_path / "clip").exists()
+
+
 def test_the_small_clip_is_trained_saved_and_read(tmp_path):
     config = ClipTrainConfig(steps=60, batch_size=20, image_size=16, checkpoint_every=60, learning_rate=3e-3)
     wanted = TrainClip("digits", tmp_path / "clip", config, SHAPE, "cpu", progress=False)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -197,7 +198,11 @@ def test_a_killed_run_resumes_to_the_same_bits(folders, monkeypatch):
     with pytest.raises(RuntimeError, match="killed"):
         train_clip_gen(cut, WithoutCaptions())
     monkeypatch.undo()
-    assert train_clip_gen(cut, WithoutCaptions()) == whole
+    moved = shutil.copytree(folders / "clip", folders / "moved clip")
+    assert train_clip_gen(dataclasses.replace(cut, clip=moved), WithoutCaptions()) == whole
+    other = save_tiny_clip(folders / "other clip", seed=1)
+    with pytest.raises(ValueError, match="the CLIP is not the one that"):
+        train_clip_gen(dataclasses.replace(cut, clip=other), WithoutCaptions())
 
 
 def test_noise_has_its_length_and_keeps_the_sphere():

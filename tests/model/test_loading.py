@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import os
 
+import pytest
 import torch
 
 from cogview.data.digits import DigitPairs
@@ -40,3 +41,20 @@ def test_batches_come_in_order_from_processes_of_another_group():
 
 def _step_and_group(step):
     return step, os.getpgrp()
+
+
+class _Gone(DigitPairs):
+    """Digits of which one is there no longer."""
+
+    def image(self, index, size):
+        if index == 5:
+            raise FileNotFoundError("image not found: 5.png")
+        return super().image(index, size)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_read_is_told_in_the_same_words_whichever_process_reads(workers):
+    batches = iter(training_images(_Gone("test"), 8, [[3, 4], [5, 6]], workers))
+    assert next(batches).shape == (2, 3, 8, 8)
+    with pytest.raises(FileNotFoundError, match=r"^image not found: 5\.png$"):
+        next(batches)
