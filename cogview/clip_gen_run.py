@@ -21,7 +21,7 @@ from cogview.generation.engine import DrawOptions
 from cogview.images import to_picture
 from cogview.model.clip_gen import ClipGen
 from cogview.perception.clip import Clip, fingerprint_clip, load_clip
-from cogview.run import Run
+from cogview.run import Run, valid_text
 from cogview.settings import load_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
@@ -81,8 +81,9 @@ class ClipGenRun:
                 picture's places in both orders.
 
         Raises:
-            ValueError: an empty text; a rank that needs a captioner without one.
+            ValueError: a text that is empty or no valid Unicode; a rank that needs a captioner without one.
         """
+        texts = [valid_text(text) for text in texts]
         if any(not text.strip() for text in texts):
             raise ValueError("the text is empty")
         if rank != "clip" and captioner is None:

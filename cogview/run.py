@@ -567,16 +567,7 @@ class Run:
 
     def pieces(self, text: str) -> list[int]:
         """A text as piece ids; ValueError if it is empty, no valid Unicode, or too long for the model."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            try:  # bytes of UTF-8 that a terminal of ASCII handed over one by one
-                text = os.fsencode(text).decode("utf-8")
-            except UnicodeError:
-                at = error.start + 1
-                raise ValueError(
-                    f"the text {text!r} is not valid UTF-8: character {at} stands for no character"
-                ) from None
+        text = valid_text(text)
         pieces = self.tokenizers.text.encode(text)
         if not pieces:
             raise ValueError("the text is empty")
@@ -593,6 +584,21 @@ class Run:
 
 
 PRETRAINED = Path(__file__).with_name("pretrained")  # the run that ships; its README.md says what it is
+
+
+def valid_text(text: str) -> str:
+    """A text as it was typed. ValueError for what is no valid Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        try:  # bytes of UTF-8 that a terminal of ASCII handed over one by one
+            text = os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            at = error.start + 1
+            raise ValueError(
+                f"the text {text!r} is not valid UTF-8: character {at} stands for no character"
+            ) from None
+    return text
 
 
 def load_run(folder: StrPath | None = None, device: str | None = None, precision: Precision = "fp32") -> Run:

@@ -107,6 +107,8 @@ def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
         assert cosines == sorted(cosines, reverse=True)
     alone = run.generate(["a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))[0]
     assert [d.image.tobytes() for d in alone] == [d.image.tobytes() for d in rows[1]]
+    with pytest.raises(ValueError, match=r"'a \\udcff' is not valid UTF-8"):
+        run.generate(["a \udcff"])
 
 
 def test_from_a_folder_without_captions_by_the_command(folders, capsys):
