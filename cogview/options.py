@@ -454,7 +454,7 @@ class SuperResolve:
     parallel: int = 1
     """codes that a step tries at once: the same pictures in fewer, larger steps"""
     max_batch: int = 256
-    """pictures that are drawn together at most"""
+    """pictures that are drawn together at most; fewer where memory is short"""
     force: Flag = False
     """replace files that exist"""
     precision: PrecisionName = "fp32"

@@ -150,7 +150,7 @@ class Run:
                 valid Unicode, ``num`` below 1 or above 100,000, not as many seeds as texts.
             TypeError: texts that are neither ``str`` nor a list of them.
         """
-        several = _listed(texts)
+        several = listed_texts(texts)
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(several)
         requests = self.requests(several, seeds)
         images, losses = self._draw_all(requests, num, self._sampling(sampling, guidance), ranked, progress)
@@ -259,14 +259,11 @@ class Run:
             on_codes: called after every step with the codes of the batch so far. What it raises ends the
                 drawing at once.
         """
-        if not 1 <= num <= MAX_PICTURES:
-            raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
-        weight, grid = self.model.word_embeddings.weight, self.tokenizers.image.config.grid
-        fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
+        require_num(num)
+        grid = self.tokenizers.image.config.grid
         # More guesses than a picture has codes would try nothing more.
         parallel = min(options.parallel, self.num_codes)
-        options = dataclasses.replace(options, max_batch=fitting, parallel=parallel)
-
+        options = dataclasses.replace(self._fitting(options), parallel=parallel)
         rows_told = 0
 
         def tell(batch: Candidates) -> None:
@@ -299,6 +296,12 @@ class Run:
                 (place, Drawing(image, requests[place][0], requests[place][1].seed, number, loss, own))
                 for image, place, number, loss, own in rows
             ]
+
+    def _fitting(self, options: DrawOptions) -> DrawOptions:
+        """``options`` with no more rows in a batch than there is memory for."""
+        weight = self.model.word_embeddings.weight
+        fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
+        return dataclasses.replace(options, max_batch=fitting)
 
     @property
     def num_codes(self) -> int:
@@ -343,7 +346,7 @@ class Run:
                 codes,
                 max_text_tokens=self.caption_tokens or self.max_text_tokens,
                 beams=beams,
-                options=DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step),
+                options=self._fitting(DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step)),
             )
             said = [index for index, text in enumerate(texts) if text]
             found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
@@ -368,7 +371,7 @@ class Run:
         """
         if isinstance(texts, str):
             return _best_first(self.cap_loss(texts, images))
-        several = _listed(texts)
+        several = listed_texts(texts)
         if len(images) == len(several) and all(isinstance(own, (list, tuple)) for own in images):
             return [self.rerank(text, own) for text, own in zip(several, images, strict=True)]
         pieces, codes = self._known_pieces(several), self.encode(_listed_images(images))
@@ -388,7 +391,7 @@ class Run:
                 :meth:`encode` raises.
         """
         pictures = _listed_images(images)
-        several = [texts] * len(pictures) if isinstance(texts, str) else _listed(texts)
+        several = [texts] * len(pictures) if isinstance(texts, str) else listed_texts(texts)
         if len(several) != len(pictures):
             raise ValueError(f"texts must be one or as many as images ({len(pictures)}), got {len(several)}")
         pieces = self._known_pieces(several)
@@ -516,7 +519,7 @@ class Run:
         low = self._codes(images, config.image_size // 2 if from_half else config.image_size)
         pieces: list[Sequence[int]] = [()] * len(images)
         if texts is not None:
-            several = [texts] * len(images) if isinstance(texts, str) else _listed(texts)
+            several = [texts] * len(images) if isinstance(texts, str) else listed_texts(texts)
             if len(several) != len(images):
                 raise ValueError(
                     f"texts must be one or as many as images ({len(images)}), got {len(several)}"
@@ -524,6 +527,7 @@ class Run:
             pieces = list(self._known_pieces(several))
         small = [Small(text, codes, seed) for text, codes in zip(pieces, low, strict=True)]
         enlarged: list[Image.Image] = []
+        options = self._fitting(options)
         for start in range(0, len(small), MAX_BATCH):
             part = small[start : start + MAX_BATCH]
             if is_local:
@@ -657,7 +661,14 @@ def _pictures(pixels: Tensor) -> Any:
     return to_picture(pixels) if pixels.dim() == 3 else [_pictures(part) for part in pixels]
 
 
-def _listed(texts: str | Sequence[str]) -> list[str]:
+def require_num(num: int) -> None:
+    """ValueError for a number of pictures of one text that nobody can want."""
+    if not 1 <= num <= MAX_PICTURES:
+        raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
+
+
+def listed_texts(texts: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list. TypeError for anything else."""
     several = [texts] if isinstance(texts, str) else texts
     if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
         raise TypeError(f"texts must be a str or a list of str, got {texts!r}")

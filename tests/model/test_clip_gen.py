@@ -99,13 +99,24 @@ def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
         history = train_clip_gen(options, WithoutCaptions())
     assert len(history["code_loss"]) == 6 and all(0 < loss < 3 for loss in history["embedding_loss"])
     run = load_clip_gen(out, "cpu")
-    rows = run.generate(["a dog", "a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))
+    rows = run.generate(["a dog", "a cat"], num=3, sampling=SamplingConfig(), seed=1)
     assert [len(row) for row in rows] == [3, 3]
     for row in rows:
         cosines = [drawing.cosine for drawing in row]
         assert cosines == sorted(cosines, reverse=True)
-    alone = run.generate(["a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))[0]
+    alone = run.generate("a cat", num=3, sampling=SamplingConfig(), seed=1)
     assert [d.image.tobytes() for d in alone] == [d.image.tobytes() for d in rows[1]]
+    assert {drawing.text for drawing in alone} == {"a cat"}
+    for wrong, said in (
+        ({"texts": "a cat", "rank": "CLIP"}, "rank must be one of clip, cap-loss, both, got 'CLIP'"),
+        ({"texts": "a cat", "rank": "both"}, "rank both needs a captioner"),
+        ({"texts": ["a cat", " "]}, "the text is empty"),
+        ({"texts": "a cat", "num": 0}, "num must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run.generate(**wrong)
+    with pytest.raises(TypeError, match="texts must be a str or a list of str"):
+        run.generate(3)
 
 
 def test_from_a_folder_without_captions_by_the_command(folders, capsys):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import cogview
+from cogview.generation import beam, captions, engine, super_resolution
 from cogview.generation.engine import DrawOptions
 from cogview.images import save_overview
 from cogview.model import memory
@@ -185,6 +186,22 @@ def test_memory_bounds_how_many_are_drawn_together(run, monkeypatch):
     assert [memory.rows_that_fit(run.model.config, torch.float32, "cpu", most) for most in (3, 99)] == [3, 5]
     batches = run.draw(run.requests([SEVEN], [0]), 7, DrawOptions(run.sampling))
     assert [len(batch) for batch in batches] == [5, 2]
+    rows = []
+
+    def noted(model, prompts, *arguments, **options):
+        rows.append(len(prompts))
+        return engine.prefill(model, prompts, *arguments, **options)
+
+    for module in (captions, beam, super_resolution):
+        monkeypatch.setattr(module, "prefill", noted)
+    pictures = torch.rand(7, 3, 16, 16)
+    run.caption(pictures)
+    run.caption(pictures[:3], beams=2)
+    assert rows == [5, 2, 4, 2]
+    rows.clear()
+    enlarger = dataclasses.replace(run, finetuned_for="super-resolution")
+    enlarger.super_resolve(pictures, from_half=True)
+    assert rows == [5, 2]
     monkeypatch.undo()
     assert memory.free_bytes(torch.device("cpu")) > 1 << 20
 
