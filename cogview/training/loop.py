@@ -306,7 +306,14 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
-        for step, batch in zip(range(resumed.step, config.steps), trainer.batches(resumed.step), strict=True):
+        batches = trainer.batches(resumed.step)
+        for step in range(resumed.step, config.steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(
+                    f"{type(trainer).__name__}.batches must give those of steps {resumed.step} to "
+                    f"{config.steps - 1}, ended before step {step}"
+                )
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
             stops = distributed.any_rank(interrupt.requested)

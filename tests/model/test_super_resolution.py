@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cogview.cli import main
-from cogview.config import ImageTokenizerConfig, SamplingConfig
+from cogview.config import ImageTokenizerConfig, SamplingConfig, TrainConfig
 from cogview.data.digits import DigitPairs
-from cogview.data.enlargements import LocalDataset, num_codes
-from cogview.data.rows import open_rows
+from cogview.data.enlargements import EnlargementDataset, LocalDataset, num_codes
+from cogview.data.rows import Rows, open_rows
 from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
 from cogview.files import read_json
 from cogview.generation import engine, local_super_resolution
@@ -38,6 +38,8 @@ from cogview.tokens.sequence import (
     text_to_image_row,
 )
 from cogview.training.finetune import Finetune, finetune_local_super_resolution, finetune_super_resolution
+from cogview.training.flops import step_flops
+from cogview.training.transformer import TransformerTrainer
 from tests.model.helpers import VOCAB, small_model
 
 SIDE = 4
@@ -367,6 +369,22 @@ def test_rounds_draw_every_code_once_and_the_first_ones_far_apart():
     first = (rounds_of(8) == 0).nonzero()
     assert first.tolist() == [[0, 0], [0, 4], [4, 0], [4, 4]]
     assert rounds_of(6).shape == (6, 6)
+
+
+@pytest.mark.parametrize(("kind", "inputs"), [(EnlargementDataset, 33), (LocalDataset, 29)])
+def test_the_speed_of_a_finetuning_counts_the_tokens_of_its_rows(kind, inputs):
+    """They are longer than the model's table of positions, by which they were counted."""
+    codes = torch.randint(0, 16, (6, 20), generator=torch.Generator().manual_seed(0))
+    rows = Rows.in_memory(VOCAB, codes, [[[1, 7]]] * 6)
+    dataset = kind(VOCAB, rows, kind.frame_tokens + 5 + 20)
+    model, config = small_model(max_positions=26), TrainConfig(steps=2, batch_size=4)
+    trainer = TransformerTrainer(model, dataset, config)
+    assert next(trainer.batches(0)).tokens.shape == (4, inputs)
+    speed = trainer.speed(0.5)
+    assert speed["tokens_per_second"] == 4 * inputs / 0.5
+    expected = step_flops(model.config, 4, inputs).model / 0.5 / 1e12
+    # Nobody has counted the pairs of query and key that local attention sees.
+    assert speed.get("teraflops_per_second") == (expected if kind is EnlargementDataset else None)
 
 
 def test_hidden_codes_are_what_is_learned():
