@@ -28,15 +28,12 @@ from cogview.settings import load_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import (
-    MODEL,
     check_origin,
     fingerprint_weights,
-    latest_checkpoint,
-    read_state,
-    verified_tensors,
+    load_model,
+    require_checkpoint,
 )
 from cogview.training.clip_gen import CHECKPOINTS, SETTINGS, ClipGenSettings
-from cogview.weights import load_weights
 
 Rank = Literal["clip", "cap-loss", "both"]
 
@@ -181,7 +178,9 @@ def _places(costs: Tensor) -> Tensor:
     return costs.argsort(dim=-1, stable=True).argsort(dim=-1).double()
 
 
-def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | None = None) -> ClipGenRun:
+def load_clip_gen(
+    folder: StrPath, device: torch.device | str | None = None, clip: StrPath | None = None
+) -> ClipGenRun:
     """The run of a folder that ``cogview train-clip-gen`` wrote, with its latest weights.
 
     Args:
@@ -191,9 +190,7 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
     """
     folder, device = Path(folder), usable_device(device)
     hint = f"train it first: cogview train-clip-gen --data DATA --clip CLIP --out {folder}"
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} has no CLIP-GEN; {hint}")
+    checkpoint = require_checkpoint(folder / CHECKPOINTS, hint)
     settings = load_settings(ClipGenSettings, folder / SETTINGS, hint)
     check_origin(checkpoint, {"tokenizers": digest(folder / IMAGE_TOKENIZER)})
     its_clip = load_clip(clip or settings.clip, device)
@@ -205,7 +202,7 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
     of_clip = fingerprint_clip(clip or settings.clip)
     check_origin(checkpoint, {"clip": of_clip})
     model = ClipGen(settings.model, settings.embedding_width)
-    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
+    load_model(checkpoint, model)
     tokenizer = load_image_tokenizer(folder, device)
     fingerprint = f"{fingerprint_weights(checkpoint)} {of_clip}"
     return ClipGenRun(model.to(device).eval(), tokenizer, its_clip, settings, fingerprint)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from cogview.cli import main
 from cogview.clip_gen_run import ClipDrawing, load_clip_gen, ranked
 from cogview.config import ClipGenTrainConfig, ModelConfig, SamplingConfig, ThreeRegionConfig
 from cogview.data.digits import DigitPairs
+from cogview.files import load_tensors, save_tensors
 from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.model.clip_gen import ClipGen, clip_gen_config
 from cogview.perception.clip import TransformersClip
 from cogview.presets import PRESETS
+from cogview.tokens.tokenizers import load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.clip_gen import (
     ClipGenTrainer,
@@ -107,6 +110,13 @@ def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
     alone = run.generate("a cat", num=3, sampling=SamplingConfig(), seed=1)
     assert [d.image.tobytes() for d in alone] == [d.image.tobytes() for d in rows[1]]
     assert {drawing.text for drawing in alone} == {"a cat"}
+    tokenizer = load_tensors(out / "image_tokenizer.safetensors")
+    tokenizer["dec.blocks.0.bias"][0] = torch.nan
+    damaged = folders / "damaged"
+    shutil.copytree(out, damaged)
+    save_tensors(damaged / "image_tokenizer.safetensors", tokenizer)
+    with pytest.raises(ValueError, match=r"damaged: dec\.blocks\.0\.bias has numbers that are not"):
+        load_image_tokenizer(damaged)
     for wrong, said in (
         ({"texts": "a cat", "rank": "CLIP"}, "rank must be one of clip, cap-loss, both, got 'CLIP'"),
         ({"texts": "a cat", "rank": "both"}, "rank both needs a captioner"),

@@ -274,7 +274,9 @@ def test_rerank_gives_places_best_first(run, drawn):
     order = run.rerank(SEVEN, images)
     assert sorted(order) == [0, 1, 2, 3, 4]
     assert [losses[place] for place in order] == sorted(losses)
-    assert losses == pytest.approx([run.cap_loss(SEVEN, image)[0] for image in images])
+    assert losses == pytest.approx([run.cap_loss(SEVEN, image) for image in images])
+    assert run.cap_loss(SEVEN, images[:1]) == pytest.approx(losses[:1])
+    assert run.rerank(SEVEN, images[0]) == run.rerank(SEVEN, images[:1]) == [0]
     assert run.cap_loss([SEVEN] * 5, images) == losses
     assert run.rerank(SEVEN, []) == []
 
@@ -342,6 +344,10 @@ def test_errors(run, drawn, tmp_path):
         run.caption([torch.zeros(1, 16, 16)])
     with pytest.raises(TypeError, match="a path, a PIL picture or a tensor, got int"):
         run.caption(7)
+    for wrong, said in ((torch.zeros(16), "torch.float32"), ([0] * 16, "list")):
+        with pytest.raises(TypeError, match=f"codes must be a tensor of whole numbers, got .*{said}"):
+            run.decode(wrong)
+    assert run.decode(torch.zeros(16, dtype=torch.uint8)).size == (16, 16)
     with pytest.raises(ValueError, match=r"codes must be \[\.\.\., 16\], got \[3\]"):
         run.decode(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"codes must be in \[0, 48\), got 0\.\.48"):
