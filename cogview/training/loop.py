@@ -7,6 +7,7 @@ run therefore repeats the losses of an uninterrupted one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -175,6 +176,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """The same rate for every group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def late_mean(values: Sequence[float]) -> float:
+    """Mean of the last 50 steps, without the skipped ones. FloatingPointError if all of them were skipped."""
+    last = [value for value in values[-50:] if math.isfinite(value)]
+    if not last:
+        raise FloatingPointError(
+            "none of the last steps had a finite loss, so all were skipped and the weights are of no use; "
+            "train anew in another folder, with a lower learning rate"
+        )
+    return sum(last) / len(last)
 
 
 def _read(results: Sequence[StepResult]) -> list[dict[str, float]]:
