@@ -34,6 +34,7 @@ from cogview.training.checkpoint import (
     require_checkpoint,
 )
 from cogview.training.clip_gen import CHECKPOINTS, SETTINGS, ClipGenSettings
+from cogview.weights import without_values
 
 Rank = Literal["clip", "cap-loss", "both"]
 
@@ -201,7 +202,8 @@ def load_clip_gen(
         )
     of_clip = fingerprint_clip(clip or settings.clip)
     check_origin(checkpoint, {"clip": of_clip})
-    model = ClipGen(settings.model, settings.embedding_width)
+    with without_values():
+        model = ClipGen(settings.model, settings.embedding_width)
     load_model(checkpoint, model)
     tokenizer = load_image_tokenizer(folder, device)
     fingerprint = f"{fingerprint_weights(checkpoint)} {of_clip}"
