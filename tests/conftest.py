@@ -114,6 +114,8 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     interpreter.compute_as_a_gpu(monkeypatch)
     interpreter.prepare_once_a_launch(monkeypatch)
+    interpreter.check_no_overflow_in_vain(monkeypatch)
+    interpreter.make_shapes_once(monkeypatch)
 
 
 @pytest.fixture
