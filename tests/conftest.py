@@ -8,6 +8,7 @@ the same tests run on it: the ``device`` fixture is "cuda".
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from importlib.metadata import version
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end, so no search for garbage goes through them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
