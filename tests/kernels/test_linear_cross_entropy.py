@@ -410,7 +410,7 @@ def test_product(isa, dtype, order, M, N, K, instruction_set):
     """Rows that lie apart; results and parts that are cut; more threads than parts, so that slices are."""
     instruction_set(isa)
     a, b = matrix(M, K, dtype, order == "columns of a"), matrix(K, N, dtype, order == "columns of b")
-    exact = a.double() @ b.double()
+    exact, sizes = a.double() @ b.double(), a.double().abs() @ b.double().abs()
     found = []
     for threads, start in ((1, None), (3, None), (11, None), (40, None), (2, 7.0)):
         out = torch.full((M, N + 2), 7.0, dtype=dtype)
@@ -419,7 +419,7 @@ def test_product(isa, dtype, order, M, N, K, instruction_set):
         assert bool((out[:, N:] == 7).all())
         # Half of a last bit, and what K sums in float32 can lose.
         wanted = exact + (start or 0)
-        size = (a.double().abs() @ b.double().abs() + (start or 0)) * (K + 1) * 2**-24
+        size = (sizes + (start or 0)) * (K + 1) * 2**-24
         half = wanted.abs() * (2**-8 if dtype == torch.bfloat16 else 2**-24)
         assert bool(((out[:, :N].double() - wanted).abs() <= half + size).all())
         if start is None:
