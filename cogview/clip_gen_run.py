@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,21 @@ from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import DrawOptions
 from cogview.images import to_picture
 from cogview.model.clip_gen import ClipGen
+from cogview.model.memory import rows_that_fit
 from cogview.perception.clip import Clip, fingerprint_clip, load_clip
-from cogview.run import Run
+from cogview.progress import Progress
+from cogview.run import MAX_BATCH, Run, listed_texts, require_num
 from cogview.settings import load_settings
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import (
-    MODEL,
     check_origin,
     fingerprint_weights,
-    latest_checkpoint,
-    read_state,
-    verified_tensors,
+    load_model,
+    require_checkpoint,
 )
 from cogview.training.clip_gen import CHECKPOINTS, SETTINGS, ClipGenSettings
-from cogview.weights import load_weights
+from cogview.weights import without_values
 
 Rank = Literal["clip", "cap-loss", "both"]
 
@@ -64,30 +64,65 @@ class ClipGenRun:
         """How the run draws unless told otherwise."""
         return self.settings.sampling
 
+    @overload
     def generate(
         self,
-        texts: Sequence[str],
+        texts: str,
         *,
-        num: int = 16,
-        options: DrawOptions | None = None,
-        rank: Rank = "clip",
-        captioner: Run | None = None,
-    ) -> list[list[ClipDrawing]]:
-        """Draw ``num`` pictures for each text, best first.
+        num: int = ...,
+        seed: int = ...,
+        sampling: SamplingConfig | None = ...,
+        rank: Rank = ...,
+        captioner: Run | None = ...,
+        progress: bool = ...,
+    ) -> list[ClipDrawing]: ...
+    @overload
+    def generate(
+        self,
+        texts: list[str] | tuple[str, ...],
+        *,
+        num: int = ...,
+        seed: int = ...,
+        sampling: SamplingConfig | None = ...,
+        rank: Rank = ...,
+        captioner: Run | None = ...,
+        progress: bool = ...,
+    ) -> list[list[ClipDrawing]]: ...
+    def generate(self, texts, *, num=16, seed=0, sampling=None, rank="clip", captioner=None, progress=False):
+        """Draw ``num`` pictures for each text, best first: a list for one text, a list of lists for several.
 
         Args:
-            options: as the engine takes them; by default the run's sampling and seed 0.
-            rank: by the cosine between embeddings, by the CapLoss of ``captioner``, or by the sum of a
-                picture's places in both orders.
+            texts, num, sampling, progress: as :meth:`cogview.Run.generate` takes them.
+            seed: another seed gives other pictures; one for all texts.
+            rank: by the cosine between embeddings ("clip"), by the CapLoss of ``captioner`` ("cap-loss"), or
+                by the sum of a picture's places in both orders ("both").
 
         Raises:
-            ValueError: an empty text; a rank that needs a captioner without one.
+            ValueError: an empty text, ``num`` below 1 or above 100,000, a rank that is not known or needs a
+                captioner without one.
+            TypeError: texts that are neither ``str`` nor a list of them.
         """
-        if any(not text.strip() for text in texts):
+        several = listed_texts(texts)
+        if any(not text.strip() for text in several):
             raise ValueError("the text is empty")
+        require_num(num)
+        if rank not in get_args(Rank):
+            raise ValueError(f"rank must be one of {', '.join(get_args(Rank))}, got {rank!r}")
         if rank != "clip" and captioner is None:
             raise ValueError(f"rank {rank} needs a captioner")
-        options = options or DrawOptions(self.sampling)
+        total = len(several) * num * self.tokenizer.config.codes_per_image
+        with Progress(total, "draw", unit="code", enabled=progress) as bar:
+            weight = self.model.condition.weight
+            fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, MAX_BATCH)
+            options = DrawOptions(sampling or self.sampling, seed, max_batch=fitting, on_step=bar.update)
+            rows = self._drawn(several, num, options, captioner)
+        rows = [ranked(row, rank) for row in rows]
+        return rows[0] if isinstance(texts, str) else rows
+
+    def _drawn(
+        self, texts: list[str], num: int, options: DrawOptions, captioner: Run | None
+    ) -> list[list[ClipDrawing]]:
+        """The drawings of each text, in the order in which they were drawn."""
         embeddings = self.clip.of_texts(texts)
         rows: list[list[ClipDrawing]] = [[] for _ in texts]
         for batch in draw_from_embeddings(self.model, embeddings, num, options):
@@ -101,7 +136,7 @@ class ClipGenRun:
             drawn = zip(batch.requests, pixels, told, batch.numbers, cosines, losses, strict=True)
             for place, image, *about in drawn:
                 rows[place].append(ClipDrawing(to_picture(image.cpu()), *about))
-        return [ranked(row, rank) for row in rows]
+        return rows
 
     @torch.no_grad()
     def embed(self, pixels: Tensor) -> Tensor:
@@ -144,7 +179,9 @@ def _places(costs: Tensor) -> Tensor:
     return costs.argsort(dim=-1, stable=True).argsort(dim=-1).double()
 
 
-def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | None = None) -> ClipGenRun:
+def load_clip_gen(
+    folder: StrPath, device: torch.device | str | None = None, clip: StrPath | None = None
+) -> ClipGenRun:
     """The run of a folder that ``cogview train-clip-gen`` wrote, with its latest weights.
 
     Args:
@@ -154,9 +191,7 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
     """
     folder, device = Path(folder), usable_device(device)
     hint = f"train it first: cogview train-clip-gen --data DATA --clip CLIP --out {folder}"
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} has no CLIP-GEN; {hint}")
+    checkpoint = require_checkpoint(folder / CHECKPOINTS, hint)
     settings = load_settings(ClipGenSettings, folder / SETTINGS, hint)
     check_origin(checkpoint, {"tokenizers": digest(folder / IMAGE_TOKENIZER)})
     its_clip = load_clip(clip or settings.clip, device)
@@ -167,8 +202,9 @@ def load_clip_gen(folder: StrPath, device: str | None = None, clip: StrPath | No
         )
     of_clip = fingerprint_clip(clip or settings.clip)
     check_origin(checkpoint, {"clip": of_clip})
-    model = ClipGen(settings.model, settings.embedding_width)
-    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
+    with without_values():
+        model = ClipGen(settings.model, settings.embedding_width)
+    load_model(checkpoint, model)
     tokenizer = load_image_tokenizer(folder, device)
     fingerprint = f"{fingerprint_weights(checkpoint)} {of_clip}"
     return ClipGenRun(model.to(device).eval(), tokenizer, its_clip, settings, fingerprint)

@@ -13,10 +13,11 @@ def default_device() -> str:
     return own_gpu() if torch.cuda.is_available() else "cpu"
 
 
-def usable_device(name: str | None = None) -> str:
-    """``name``, or the default device for None; a device that cannot be used here is a ValueError."""
-    if name is None:
+def usable_device(device: torch.device | str | None = None) -> str:
+    """The name of ``device``, by default the default device; one that cannot be used here is a ValueError."""
+    if device is None:
         return default_device()
+    name = str(device)
     if name == "cuda":
         name = own_gpu()
     try:

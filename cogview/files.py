@@ -7,9 +7,11 @@ A kill or a loss of power at any moment therefore leaves the previous file, neve
 from __future__ import annotations
 
 import contextlib
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pwd
@@ -17,7 +19,7 @@ import shutil
 import stat
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,6 +212,15 @@ def write_json(path: StrPath, content: Mapping[str, Any]) -> None:
     """Write a JSON object, with the version of our files, aside and rename."""
     versioned = {_VERSION_KEY: FORMAT_VERSION, **content}
     write_text(path, json.dumps(versioned, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: StrPath, heads: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
+    """Write a table as CSV aside and rename."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(heads)
+    table.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def read_json(path: StrPath) -> Any:

@@ -28,14 +28,22 @@ from cogview.config import (
 )
 
 
-def _shown(metavar: str, default: str) -> Any:
-    """How the help shows an option whose default depends on something else."""
-    return arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})")
+def _shown(metavar: str, default: str, about: str | None = None) -> Any:
+    """How help shows an option whose default depends on something else; ``about`` it, if verbs share it."""
+    return arg(metavar=metavar, help_behavior_hint=f"(default: {default})", help=about)
 
 
 def _require_one(name: str, given: tuple) -> None:
     if not given:
         raise ValueError(f"at least one {name} is needed")
+
+
+def _require_at_least(given: Any, **least: int) -> None:
+    """ValueError for an option, by its name, that is given and below the least that it may be."""
+    for name, smallest in least.items():
+        value = getattr(given, name)
+        if value is not None and not value >= smallest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
 
 
 Data = Annotated[
@@ -62,11 +70,26 @@ PicturesOrShards = Annotated[
         '"{00..49}.tar" or "pipe:zcat photos.tar.gz"; or "digits" or "emoji"',
     ),
 ]
-Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one")]
+Device = Annotated[str | None, _shown("DEVICE", "cuda where there is one", "cpu or cuda")]
 PresetName = Annotated[str | None, _shown("NAME", "small; for built-in data, theirs")]
 Start = Annotated[Preset, Fixed, Suppress]  # the preset that the other options began from
-Attention = Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the preset's")]
-SettingsFile = Annotated[Path | None, _shown("FILE", "none")]
+AttentionKind = Literal["dense", "three-region"]
+Attention = Annotated[
+    AttentionKind | None,
+    _shown(
+        "KIND",
+        "the preset's",
+        "dense or three-region; the sizes of the latter are --model.three-region...",
+    ),
+]
+SettingsFile = Annotated[
+    Path | None,
+    _shown(
+        "FILE",
+        "none",
+        "TOML file of any of these options, the nested ones in tables; the command line overrides it",
+    ),
+]
 RunFolder = Annotated[Path, arg(metavar="RUN", help='run folder of "cogview train" or "cogview demo"')]
 AnyRun = Annotated[
     Path | None,
@@ -77,7 +100,20 @@ AnyRun = Annotated[
     ),
 ]
 Images = Positional[
-    Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)")]
+    Annotated[
+        tuple[Path, ...],
+        arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="(required)", help="image files"),
+    ]
+]
+Texts = Positional[
+    Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="TEXT [TEXT ...]",
+            help_behavior_hint="(required)",
+            help="what to draw; several texts give several rows",
+        ),
+    ]
 ]
 
 
@@ -99,7 +135,6 @@ class TrainTokenizer:
     """vqvae, or vqgan: perceptual and adversarial losses, several times the cost; its sizes are
     --image-tokenizer.vqgan... and --image-tokenizer-train.vqgan..."""
     settings: SettingsFile = None
-    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     skip_bad: bool = False
     """leave out images that are not there or cannot be read, and list them in the run folder"""
     images_only: bool = False
@@ -107,7 +142,6 @@ class TrainTokenizer:
     workers: int = 0
     """processes that read images ahead of the training, 0 = none"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if self.kind == "vqvae" and self.image_tokenizer.vqgan is not None:
@@ -128,7 +162,6 @@ class Tokenize:
     workers: int = 4
     """threads that read images"""
     device: Device = None
-    """cpu or cuda"""
 
 
 @dataclass(frozen=True)
@@ -154,15 +187,12 @@ class Train:
     preset: Annotated[str | None, _shown("NAME", "the one of the tokenizers")] = None
     """sizes and schedule; every other option overrides it"""
     attention: Attention = None
-    """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
-    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
     skip_bad: bool = False
     """leave out images that are not there or cannot be read, and list them in RUN/rows"""
     workers: int = 0
     """processes that make batches ahead of the training, 0 = none"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "max_positions"):
@@ -204,7 +234,7 @@ class Finetune:
     """the highest, after the warm-up"""
     seed: Annotated[int | None, _shown("INT", "the run's")] = None
     """of everything random"""
-    attention: Annotated[Literal["dense", "three-region"] | None, _shown("KIND", "the run's")] = None
+    attention: Annotated[AttentionKind | None, _shown("KIND", "the run's")] = None
     """dense or three-region, while training"""
     precision: Annotated[Literal["fp32", "bf16", "fp16"] | None, _shown("KIND", "the run's")] = None
     """fp32, bf16 or fp16, of activations"""
@@ -217,7 +247,6 @@ class Finetune:
     workers: int = 0
     """processes that make batches ahead of the training, 0 = none"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if self.caption and self.task != "style":
@@ -246,12 +275,11 @@ class Plan:
     preset: Annotated[str | None, _shown("NAME", "small")] = None
     """sizes and schedule; every other option overrides it"""
     attention: Attention = None
-    """dense or three-region; the sizes of the latter are --model.three-region..."""
     settings: SettingsFile = None
-    """TOML file of any of these options, the nested ones in tables; the command line overrides it"""
 
 
 Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
+Force = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="", help="replace files that exist")]
 
 
 @dataclass(frozen=True)
@@ -263,7 +291,6 @@ class TrainClip:
     """folder to write; an interrupted training goes on where it stopped"""
     train: ClipTrainConfig = field(default_factory=ClipTrainConfig)
     device: Device = None
-    """cpu or cuda"""
 
 
 @dataclass(frozen=True)
@@ -286,19 +313,14 @@ class TrainClipGen:
     preset: Annotated[str | None, _shown("NAME", "the one of the tokenizer")] = None
     """shape of the transformer and its sampling; every other option overrides it"""
     attention: Attention = None
-    """dense or three-region; the sizes of the latter are --model.three-region..."""
     device: Device = None
-    """cpu or cuda"""
 
 
 @dataclass(frozen=True)
 class ClipGenerate:
     """Draw pictures for texts by a run of "cogview train-clip-gen", which has learned from pictures alone."""
 
-    texts: Positional[
-        Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
-    ]
-    """what to draw; several texts give several rows"""
+    texts: Texts
     run: Annotated[Path, arg(metavar="RUN")]
     """run folder, as "cogview train-clip-gen" leaves it"""
     out: Annotated[str, arg(metavar="PATH")] = "out.png"
@@ -318,21 +340,25 @@ class ClipGenerate:
     """run of "cogview train" that tells CapLoss"""
     clip: Annotated[Path | None, _shown("CLIP", "the one that the run was trained with")] = None
     """where that CLIP lies now"""
-    force: Flag = False
-    """replace files that exist"""
+    force: Force = False
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("TEXT", self.texts)
-        if self.num < 1:
-            raise ValueError(f"--num must be at least 1, got {self.num}")
+        _require_at_least(self, num=1)
         if (self.rank == "clip") != (self.captioner is None):
             needs = "needs" if self.captioner is None else "has no use for"
             raise ValueError(f"--rank {self.rank} {needs} --captioner")
 
 
-PrecisionName = Annotated[Literal["fp32", "bf16", "fp16", "int8"], _shown("fp32|bf16|fp16|int8", "fp32")]
+PrecisionName = Annotated[
+    Literal["fp32", "bf16", "fp16", "int8"],
+    _shown(
+        "fp32|bf16|fp16|int8",
+        "fp32",
+        "of the transformer; int8 stores the weights of its linear layers in 8 bits and needs torchao",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,18 +393,12 @@ class Drawing:
     """print one JSON document: each picture's text, seed, number and CapLoss, time and memory"""
     verbose: Flag = False
     """print the memory of weights and cache, on standard error"""
-    force: Flag = False
-    """replace files that exist"""
+    force: Force = False
     precision: PrecisionName = "fp32"
-    """of the transformer; int8 stores the weights of its linear layers in 8 bits and needs torchao"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        for name, least in (("num", 1), ("parallel", 1), ("max_batch", 1), ("guidance", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        _require_at_least(self, num=1, parallel=1, max_batch=1, guidance=0)
         if not self.out:
             raise ValueError(
                 "--out must be a .png file, a folder or - for standard output, got an empty name"
@@ -393,10 +413,7 @@ class Drawing:
 class Generate(Drawing):
     """Draw pictures for texts."""
 
-    texts: Positional[
-        Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(required)")]
-    ]
-    """what to draw; several texts give several rows"""
+    texts: Texts
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -436,7 +453,6 @@ class SuperResolve:
     """
 
     images: Images
-    """image files"""
     run: RunFolder
     out: Annotated[str, arg(metavar="PATH")] = "large.png"
     """a .png file for one sheet; a folder (a name without an ending) for a PNG of each picture and the sheet;
@@ -454,20 +470,14 @@ class SuperResolve:
     parallel: int = 1
     """codes that a step tries at once: the same pictures in fewer, larger steps"""
     max_batch: int = 256
-    """pictures that are drawn together at most"""
-    force: Flag = False
-    """replace files that exist"""
+    """pictures that are drawn together at most; fewer where memory is short"""
+    force: Force = False
     precision: PrecisionName = "fp32"
-    """of the transformer"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
-        for name in ("parallel", "max_batch"):
-            if getattr(self, name) < 1:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be at least 1, got {getattr(self, name)}")
+        _require_at_least(self, parallel=1, max_batch=1)
         if self.compare and self.out == "-":
             raise ValueError("--compare and --out - both mean standard output; leave out one of them")
 
@@ -477,21 +487,17 @@ class Caption:
     """Describe pictures in words."""
 
     images: Images
-    """image files"""
     run: AnyRun = None
     beams: int = 1
     """texts that are followed at a time in search of the likeliest; 1 takes the likeliest token each time"""
     json: Flag = False
     """print a JSON object a picture"""
     precision: PrecisionName = "fp32"
-    """of the transformer"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
-        if self.beams < 1:
-            raise ValueError(f"--beams must be at least 1, got {self.beams}")
+        _require_at_least(self, beams=1)
 
 
 @dataclass(frozen=True)
@@ -501,14 +507,11 @@ class Rerank:
     text: Positional[Annotated[str, arg(metavar="TEXT")]]
     """the text to compare with"""
     images: Images
-    """image files"""
     run: AnyRun = None
     json: Flag = False
     """print a JSON object a picture"""
     precision: PrecisionName = "fp32"
-    """of the transformer"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("IMAGE", self.images)
@@ -536,9 +539,7 @@ class Serve:
     open: Flag = False
     """open the page in a browser, where there is a screen"""
     precision: PrecisionName = "fp32"
-    """of the transformer"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if len(self.vote) == 1:
@@ -594,7 +595,6 @@ class Evaluate:
     skip_bad: bool = False
     """leave out pictures that cannot be read, and list them"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if self.vote and len(self.sets) < 2:
@@ -602,10 +602,7 @@ class Evaluate:
         if not self.vote and len(self.sets) != 2:
             raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
         _require_port(self.port)
-        for name, least in (("num", 1), ("splits", 1), ("batch_size", 1), ("captions", 1), ("size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+        _require_at_least(self, num=1, splits=1, batch_size=1, captions=1, size=1)
         if self.size is not None and self.size > MOST_PIXELS:
             raise ValueError(f"--size must be at most {MOST_PIXELS:,}, got {self.size}")
         if not all(0 <= radius < 1000 for radius in self.blur):
@@ -648,10 +645,7 @@ class Convert:
     """model-parallel ranks to split the original's format into"""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "image_size", "ranks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        _require_at_least(self, num_heads=1, image_size=1, ranks=1)
 
 
 @dataclass(frozen=True)
@@ -691,7 +685,7 @@ class Demo:
         None
     )
     """sizes and schedule: emoji-64 is for one GPU"""
-    attention: Attention = None
+    attention: Annotated[AttentionKind | None, _shown("KIND", "the preset's")] = None
     """dense or three-region"""
     precision: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
@@ -701,7 +695,6 @@ class Demo:
     seed: int = 0
     """of everything random"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if self.preset is not None and self.preset.partition("-")[0] != self.data:
@@ -735,12 +728,9 @@ class RankCurve:
     seed: int = 0
     """of everything random"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
-        for name, least in (("candidates", 1), ("prompts", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        _require_at_least(self, candidates=1, prompts=2)
 
 
 @dataclass(frozen=True)
@@ -769,14 +759,10 @@ class JudgeClipGen:
     seed: int = 0
     """of everything random"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         _require_one("RUN", self.runs)
-        for name, least in (("candidates", 1), ("prompts", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} must be at least {least}, got {value}")
+        _require_at_least(self, candidates=1, prompts=2)
 
 
 STUDIES_OF_RUNS = ("super-resolution", "style")  # they train nothing
@@ -813,7 +799,6 @@ class Study:
     """super-resolution: what "cogview finetune super-resolution" and "local-super-resolution" wrote; style:
     a run on the emoji, and what "cogview finetune style" made of it"""
     device: Device = None
-    """cpu or cuda"""
 
     def __post_init__(self) -> None:
         if bool(self.runs) != (self.name in STUDIES_OF_RUNS):

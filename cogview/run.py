@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, overload
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from cogview.config import SamplingConfig
 from cogview.data.image_files import Picture, pixels_of, upright_size
@@ -49,16 +49,9 @@ from cogview.model.transformer import CogView
 from cogview.progress import Progress
 from cogview.settings import ModelSettings, load_model_settings, train_model_hint
 from cogview.tokens.sequence import fit_text
-from cogview.tokens.tokenizers import IMAGE_TOKENIZER, Tokenizers, load_tokenizers
-from cogview.training.checkpoint import (
-    CHECKPOINTS,
-    MODEL,
-    check_origin,
-    latest_checkpoint,
-    read_state,
-    verified_tensors,
-)
-from cogview.weights import load_weights, without_values
+from cogview.tokens.tokenizers import Tokenizers, load_tokenizers
+from cogview.training.checkpoint import CHECKPOINTS, check_origin, load_model, require_checkpoint
+from cogview.weights import without_values
 
 MAX_BATCH = 256  # rows that are decoded or scored together
 MAX_PICTURES = 100_000  # of one text in one call
@@ -150,7 +143,7 @@ class Run:
                 valid Unicode, ``num`` below 1 or above 100,000, not as many seeds as texts.
             TypeError: texts that are neither ``str`` nor a list of them.
         """
-        several = _listed(texts)
+        several = listed_texts(texts)
         seeds = list(seed) if isinstance(seed, Iterable) else [seed] * len(several)
         requests = self.requests(several, seeds)
         images, losses = self._draw_all(requests, num, self._sampling(sampling, guidance), ranked, progress)
@@ -259,14 +252,11 @@ class Run:
             on_codes: called after every step with the codes of the batch so far. What it raises ends the
                 drawing at once.
         """
-        if not 1 <= num <= MAX_PICTURES:
-            raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
-        weight, grid = self.model.word_embeddings.weight, self.tokenizers.image.config.grid
-        fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
+        require_num(num)
+        grid = self.tokenizers.image.config.grid
         # More guesses than a picture has codes would try nothing more.
         parallel = min(options.parallel, self.num_codes)
-        options = dataclasses.replace(options, max_batch=fitting, parallel=parallel)
-
+        options = dataclasses.replace(self._fitting(options), parallel=parallel)
         rows_told = 0
 
         def tell(batch: Candidates) -> None:
@@ -299,6 +289,12 @@ class Run:
                 (place, Drawing(image, requests[place][0], requests[place][1].seed, number, loss, own))
                 for image, place, number, loss, own in rows
             ]
+
+    def _fitting(self, options: DrawOptions) -> DrawOptions:
+        """``options`` with no more rows in a batch than there is memory for."""
+        weight = self.model.word_embeddings.weight
+        fitting = rows_that_fit(self.model.config, weight.dtype, weight.device, options.max_batch)
+        return dataclasses.replace(options, max_batch=fitting)
 
     @property
     def num_codes(self) -> int:
@@ -343,7 +339,7 @@ class Run:
                 codes,
                 max_text_tokens=self.caption_tokens or self.max_text_tokens,
                 beams=beams,
-                options=DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step),
+                options=self._fitting(DrawOptions(GREEDY, max_batch=MAX_BATCH, on_step=on_step)),
             )
             said = [index for index, text in enumerate(texts) if text]
             found = caption_loss(self.model, vocab, codes[said], [texts[index] for index in said])
@@ -367,8 +363,8 @@ class Run:
         raises.
         """
         if isinstance(texts, str):
-            return _best_first(self.cap_loss(texts, images))
-        several = _listed(texts)
+            return _best_first(self.cap_loss(texts, _listed_images(images)))
+        several = listed_texts(texts)
         if len(images) == len(several) and all(isinstance(own, (list, tuple)) for own in images):
             return [self.rerank(text, own) for text, own in zip(several, images, strict=True)]
         pieces, codes = self._known_pieces(several), self.encode(_listed_images(images))
@@ -377,7 +373,13 @@ class Run:
     def _losses(self, codes: Tensor, pieces: Sequence[Sequence[int]]) -> list[float]:
         return caption_loss(self.model, self.tokenizers.vocab, codes, pieces).tolist()
 
-    def cap_loss(self, texts: str | Sequence[str], images: Tensor | Sequence[Picture]) -> list[float]:
+    @overload
+    def cap_loss(self, texts: str | Sequence[str], images: Tensor) -> Any: ...
+    @overload
+    def cap_loss(self, texts: str | Sequence[str], images: Picture) -> float: ...
+    @overload
+    def cap_loss(self, texts: str | Sequence[str], images: list[Any] | tuple[Any, ...]) -> list[float]: ...
+    def cap_loss(self, texts, images):
         """CapLoss of each image: the mean negative log-likelihood of its text, in nats per token.
 
         Args:
@@ -388,11 +390,12 @@ class Run:
                 :meth:`encode` raises.
         """
         pictures = _listed_images(images)
-        several = [texts] * len(pictures) if isinstance(texts, str) else _listed(texts)
+        several = [texts] * len(pictures) if isinstance(texts, str) else listed_texts(texts)
         if len(several) != len(pictures):
             raise ValueError(f"texts must be one or as many as images ({len(pictures)}), got {len(several)}")
         pieces = self._known_pieces(several)
-        return self._losses(self.encode(pictures), pieces)
+        losses = self._losses(self.encode(pictures), pieces)
+        return losses[0] if _is_one_image(images) else losses
 
     def encode(self, images: Picture | Sequence[Picture]) -> Tensor:
         """Codes of images, int64 ``[num_codes]`` for one and ``[N, num_codes]`` for several.
@@ -516,7 +519,7 @@ class Run:
         low = self._codes(images, config.image_size // 2 if from_half else config.image_size)
         pieces: list[Sequence[int]] = [()] * len(images)
         if texts is not None:
-            several = [texts] * len(images) if isinstance(texts, str) else _listed(texts)
+            several = [texts] * len(images) if isinstance(texts, str) else listed_texts(texts)
             if len(several) != len(images):
                 raise ValueError(
                     f"texts must be one or as many as images ({len(images)}), got {len(several)}"
@@ -524,6 +527,7 @@ class Run:
             pieces = list(self._known_pieces(several))
         small = [Small(text, codes, seed) for text, codes in zip(pieces, low, strict=True)]
         enlarged: list[Image.Image] = []
+        options = self._fitting(options)
         for start in range(0, len(small), MAX_BATCH):
             part = small[start : start + MAX_BATCH]
             if is_local:
@@ -547,6 +551,7 @@ class Run:
 
         Raises:
             ValueError: codes outside the codebook, or not ``num_codes`` in the last dimension.
+            TypeError: codes that are no tensor of whole numbers.
         """
         return _pictures(self.pixels(codes))
 
@@ -557,12 +562,15 @@ class Run:
         """
         tokenizer = self.tokenizers.image
         grid, num_codes = tokenizer.config.grid, tokenizer.config.num_codes
+        if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.dtype == torch.bool:
+            kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
+            raise TypeError(f"codes must be a tensor of whole numbers, got one of {kind}")
         if codes.shape[-1:] != (grid * grid,):
             raise ValueError(f"codes must be [..., {grid * grid}], got {list(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < num_codes:
             span = f"{int(codes.min())}..{int(codes.max())}"
             raise ValueError(f"codes must be in [0, {num_codes}), got {span}")
-        pixels = tokenizer.decode(codes.reshape(-1, grid, grid).to(tokenizer.mean.device))
+        pixels = tokenizer.decode(codes.reshape(-1, grid, grid).to(tokenizer.mean.device).long())
         return pixels.view(*codes.shape[:-1], *pixels.shape[1:])
 
     def pieces(self, text: str) -> list[int]:
@@ -595,7 +603,11 @@ class Run:
 PRETRAINED = Path(__file__).with_name("pretrained")  # the run that ships; its README.md says what it is
 
 
-def load_run(folder: StrPath | None = None, device: str | None = None, precision: Precision = "fp32") -> Run:
+def load_run(
+    folder: StrPath | None = None,
+    device: torch.device | str | None = None,
+    precision: Precision = "fp32",
+) -> Run:
     """The run of a folder that ``cogview train`` or ``cogview demo`` wrote, with its latest weights.
 
     Args:
@@ -609,14 +621,11 @@ def load_run(folder: StrPath | None = None, device: str | None = None, precision
     folder, device = PRETRAINED if folder is None else Path(folder), usable_device(device)
     tokenizers = load_tokenizers(folder, device)
     settings = load_model_settings(folder)
-    checkpoint = latest_checkpoint(folder / CHECKPOINTS)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
+    checkpoint = require_checkpoint(folder / CHECKPOINTS, train_model_hint(folder))
     check_origin(checkpoint, {"tokenizers": tokenizers.fingerprint})
     with without_values():
         model = CogView(settings.model)
-    load_weights(model, verified_tensors(checkpoint, MODEL, read_state(checkpoint)), checkpoint / MODEL)
-    _check_finite(tokenizers.image, folder / IMAGE_TOKENIZER)
+    load_model(checkpoint, model)
     model = in_precision(model.to(device).eval(), precision)
     return Run(
         model=model,
@@ -627,13 +636,6 @@ def load_run(folder: StrPath | None = None, device: str | None = None, precision
         text_dropout=settings.train.text_dropout,
         finetuned_for=None if settings.finetuned is None else settings.finetuned.task,
     )
-
-
-def _check_finite(module: nn.Module, source: Path) -> None:
-    """The image tokenizer is small, and where it is damaged its codes would look as good as any."""
-    for name, tensor in module.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"{source} is damaged: {name} has numbers that are not finite")
 
 
 SAMPLES = 4  # pictures of each text on a sheet of samples
@@ -657,7 +659,14 @@ def _pictures(pixels: Tensor) -> Any:
     return to_picture(pixels) if pixels.dim() == 3 else [_pictures(part) for part in pixels]
 
 
-def _listed(texts: str | Sequence[str]) -> list[str]:
+def require_num(num: int) -> None:
+    """ValueError for a number of pictures of one text that nobody can want."""
+    if not 1 <= num <= MAX_PICTURES:
+        raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
+
+
+def listed_texts(texts: str | Sequence[str]) -> list[str]:
+    """One text or several, as a list. TypeError for anything else."""
     several = [texts] if isinstance(texts, str) else texts
     if not isinstance(several, Sequence) or not all(isinstance(text, str) for text in several):
         raise TypeError(f"texts must be a str or a list of str, got {texts!r}")

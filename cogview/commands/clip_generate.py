@@ -10,8 +10,6 @@ from typing import Any
 from cogview import options
 from cogview.clip_gen_run import load_clip_gen
 from cogview.commands.outlet import Outlet
-from cogview.generation.engine import DrawOptions
-from cogview.progress import Progress
 from cogview.run import load_run
 
 
@@ -19,16 +17,20 @@ def draw_by_clip(given: options.ClipGenerate) -> None:
     """Draw ``given.num`` pictures of each text by CLIP-GEN and write them to ``given.out``."""
     outlet = Outlet(given.out, given.force)
     run = load_clip_gen(given.run, given.device, given.clip)
-    config = run.tokenizer.config
-    outlet.check_size([given.num] * len(given.texts), config.image_size)
+    outlet.check_size([given.num] * len(given.texts), run.tokenizer.config.image_size)
     captioner = None if given.captioner is None else load_run(given.captioner, given.device)
     asked = {"temperature": given.temperature, "top_k": given.top_k}
     changes: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     sampling = dataclasses.replace(run.sampling, **changes)
-    codes = len(given.texts) * given.num * config.codes_per_image
-    with Progress(codes, "draw", unit="code") as bar:
-        drawer = DrawOptions(sampling, given.seed, on_step=bar.update)
-        rows = run.generate(given.texts, num=given.num, options=drawer, rank=given.rank, captioner=captioner)
+    rows = run.generate(
+        given.texts,
+        num=given.num,
+        seed=given.seed,
+        sampling=sampling,
+        rank=given.rank,
+        captioner=captioner,
+        progress=True,
+    )
     for number, row in enumerate(rows, start=1):
         for drawing in row:
             about = {"prompt": drawing.text, "seed": given.seed, "candidate": drawing.candidate}

@@ -27,6 +27,7 @@ from cogview.settings import (
     TokenizerSettings,
     load_model_settings,
     load_tokenizer_settings,
+    train_model_hint,
     write_settings,
 )
 from cogview.tokens.sequence import FRAME_TOKENS
@@ -37,9 +38,11 @@ from cogview.tokens.vqgan import make_image_tokenizer, tensors_of_vqgan, vqgan_c
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.checkpoint import (
     CHECKPOINTS,
+    MODEL,
     CheckpointState,
     complete_checkpoint,
-    latest_checkpoint,
+    read_state,
+    require_checkpoint,
 )
 from cogview.weights.lazy import LazyTensor, open_safetensors, write_safetensors
 from cogview.weights.loading import require_tensors_of, without_values
@@ -110,10 +113,8 @@ def open_weights(source: StrPath) -> Weights:
     iteration = None
     file = source
     if (source / MODEL_SETTINGS).is_file():
-        checkpoint = latest_checkpoint(source / CHECKPOINTS)
-        if checkpoint is None:
-            raise FileNotFoundError(f"{source} has no checkpoint yet")
-        file, iteration = checkpoint / "model.safetensors", int(checkpoint.name.rpartition("-")[2])
+        checkpoint = require_checkpoint(source / CHECKPOINTS, train_model_hint(source))
+        file, iteration = checkpoint / MODEL, read_state(checkpoint).step
     if file.suffix != ".safetensors":
         return _without_losses(read_released(source))
     tensors = open_safetensors(file)
@@ -269,7 +270,7 @@ def _write_run(out: Path, weights: Weights, config: ModelConfig, options: Conver
         for name, content in settings.items():
             write_settings(folder / name, content)
         checkpoint = folder / CHECKPOINTS / f"step-{step:08d}"
-        _write_tensors(checkpoint / "model.safetensors", weights, options.progress)
+        _write_tensors(checkpoint / MODEL, weights, options.progress)
         origin = {"tokenizers": fingerprint_tokenizers(folder)}
         complete_checkpoint(checkpoint, CheckpointState(step, {}, origin=origin))
 

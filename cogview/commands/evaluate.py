@@ -8,8 +8,6 @@ for each caption of the set that it is compared with, and describes the pictures
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import sys
 import warnings
@@ -43,7 +41,7 @@ from cogview.evaluation.set_statistics import (
     picture_statistics,
     require_comparable,
 )
-from cogview.files import StrPath, exists, write_json, write_text
+from cogview.files import StrPath, exists, write_csv, write_json
 from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.run import Run, load_run
 from cogview.settings import MODEL_SETTINGS
@@ -239,11 +237,8 @@ def _of_sets(
 
 def _write(out: Path, options: Evaluate, figures: Sequence[Figure]) -> None:
     names = {"first": str(options.first), "second": str(options.second)}
-    rows = io.StringIO()
-    table = csv.writer(rows, lineterminator="\n")
-    table.writerow(["figure", *names.values(), "between"])
-    table.writerows([figure.name, *_shown(figure)] for figure in figures)
-    write_text(out / TABLE, rows.getvalue())
+    rows = ([figure.name, *_shown(figure)] for figure in figures)
+    write_csv(out / TABLE, ["figure", *names.values(), "between"], rows)
     write_json(out / FIGURES, {**names, "figures": [asdict(figure) for figure in figures]})
     # The name of a distance ends with the radius of its blur.
     heights = {

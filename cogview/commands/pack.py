@@ -32,8 +32,8 @@ from cogview.training.checkpoint import (
     MODEL,
     CheckpointState,
     complete_checkpoint,
-    latest_checkpoint,
     read_state,
+    require_checkpoint,
     verified_tensors,
 )
 
@@ -50,9 +50,7 @@ def pack_run(run: StrPath, out: StrPath) -> int:
     run, out = Path(run), Path(out)
     require_new(out)
     tokenizers, model = load_tokenizer_settings(run), load_model_settings(run)
-    checkpoint = latest_checkpoint(run / CHECKPOINTS)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{run} has no checkpoint yet; {train_model_hint(run)}")
+    checkpoint = require_checkpoint(run / CHECKPOINTS, train_model_hint(run))
     state = read_state(checkpoint)
     weights = verified_tensors(checkpoint, MODEL, state)
     with folder_written_aside(out) as aside:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 def train_tokenizer(given: options.TrainTokenizer) -> None:
     """``cogview train-tokenizer``."""
+    from cogview.training.loop import late_mean
     from cogview.training.pipeline import TrainTokenizers, train_tokenizers
 
     preset = dataclasses.replace(
@@ -49,7 +50,7 @@ def train_tokenizer(given: options.TrainTokenizer) -> None:
             images_only=given.images_only,
         )
     )
-    error = _late_mean(history["reconstruction"])
+    error = late_mean(history["reconstruction"])
     print(f"tokenizers trained, mean squared pixel error {error:.5f}; in {given.out}")
     if given.images_only:
         _say_next("train-clip-gen", "--data", given.data, "--clip", "CLIP", "--out", given.out)
@@ -86,6 +87,7 @@ def train(given: options.Train) -> None:
     """``cogview train``."""
     from cogview.run import sample_sheet
     from cogview.training import distributed
+    from cogview.training.loop import late_mean
     from cogview.training.pipeline import TrainModel, train_model
 
     preset = dataclasses.replace(
@@ -110,7 +112,7 @@ def train(given: options.Train) -> None:
         history = train_model(wanted)
         if not distributed.is_first():
             return
-    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    image, text = late_mean(history["image_loss"]), late_mean(history["text_loss"])
     print(f"model trained: image loss {image:.3f}, text loss {text:.3f} nats")
     _say_next("generate", "--run", given.out, "a text", "--out", "out.png")
 
@@ -120,6 +122,7 @@ def finetune(given: options.Finetune) -> None:
     from cogview.run import sample_sheet
     from cogview.training import distributed
     from cogview.training.finetune import STYLE_CAPTION, TASKS, Finetune
+    from cogview.training.loop import late_mean
 
     names = ("steps", "batch_size", "learning_rate", "seed", "precision", "accumulate", "validation")
     device = usable_device(given.device)
@@ -140,7 +143,7 @@ def finetune(given: options.Finetune) -> None:
         history = TASKS[given.task](wanted)
         if not distributed.is_first():
             return
-    image, text = _late_mean(history["image_loss"]), _late_mean(history["text_loss"])
+    image, text = late_mean(history["image_loss"]), late_mean(history["text_loss"])
     print(f"finetuned for {given.task}: image loss {image:.3f}, text loss {text:.3f} nats")
     if given.task == "captioning":
         _say_next("caption", "--run", given.out, "photo.png")
@@ -155,10 +158,11 @@ def train_clip(given: options.TrainClip) -> None:
     from cogview.evaluation.retrieval import held_out, in_words, measure_retrieval
     from cogview.perception.clip import load_clip
     from cogview.training.clip import TrainClip, train_clip
+    from cogview.training.loop import late_mean
 
     device = usable_device(given.device)
     history = train_clip(TrainClip(given.data, given.out, given.train, device=device))
-    print(f"CLIP trained, loss {_late_mean(history['loss']):.3f}; in {given.out}")
+    print(f"CLIP trained, loss {late_mean(history['loss']):.3f}; in {given.out}")
     for name, pairs in held_out(given.data).items():
         found = measure_retrieval(load_clip(given.out, device), pairs, given.train.image_size, device)
         print(f"{name}: {in_words(found)}")
@@ -167,6 +171,7 @@ def train_clip(given: options.TrainClip) -> None:
 def train_clip_gen(given: options.TrainClipGen) -> None:
     """``cogview train-clip-gen``."""
     from cogview.training.clip_gen import TrainClipGen, train_clip_gen
+    from cogview.training.loop import late_mean
 
     device = usable_device(given.device)
     history = train_clip_gen(
@@ -180,7 +185,7 @@ def train_clip_gen(given: options.TrainClipGen) -> None:
             device=device,
         )
     )
-    print(f"CLIP-GEN trained: code loss {_late_mean(history['code_loss']):.3f} nats")
+    print(f"CLIP-GEN trained: code loss {late_mean(history['code_loss']):.3f} nats")
     _say_next("clip-generate", "--run", given.out, "a text", "--out", "out.png")
 
 
@@ -559,17 +564,6 @@ _STUDIES = {
     "super-resolution": _study_super_resolution,
     "style": _study_style,
 }
-
-
-def _late_mean(values: Sequence[float]) -> float:
-    """Mean of the last 50 steps, without the skipped ones. FloatingPointError if all of them were skipped."""
-    last = [value for value in values[-50:] if math.isfinite(value)]
-    if not last:
-        raise FloatingPointError(
-            "none of the last steps had a finite loss, so all were skipped and the weights are of no use; "
-            "train anew in another folder, with a lower learning rate"
-        )
-    return sum(last) / len(last)
 
 
 def _say_next(*words: object) -> None:

@@ -131,6 +131,12 @@ class LocalDataset(TokenDataset):
     """
 
     frame_tokens = LOCAL_FRAME_TOKENS
+    has_grids = True
+
+    @property
+    def inputs(self) -> int:
+        """See :class:`TokenDataset`; every token is read, as no code is predicted from those before it."""
+        return self.length
 
     def batch(
         self,
@@ -155,12 +161,13 @@ class LocalDataset(TokenDataset):
             prefixes.append(local_enlargement_prefix(self.vocab, self.max_text_tokens, text, codes[:num_low]))
             high.append(codes[num_low:])
         prefix, known = torch.tensor(prefixes), torch.tensor(high)
-        order = torch.rand(known.shape, generator=generator).argsort(1)
-        hidden = order <= torch.rand(len(known), 1, generator=generator) * (known.shape[1] - 1)
+        order = torch.rand(known.shape, generator=generator, dtype=torch.float32).argsort(1)
+        share = torch.rand(len(known), 1, generator=generator, dtype=torch.float32)
+        hidden = order <= share * (known.shape[1] - 1)
         grid = LocalGrid(round(num_low**0.5), prefix.shape[1])
         tokens = torch.cat([prefix, torch.where(hidden, masked_codes(self.vocab, 2 * grid.low), known)], 1)
         targets = torch.cat([torch.full_like(prefix, self.vocab.pad), known], 1)
-        weight = torch.cat([torch.zeros(prefix.shape), hidden.float()], 1)
+        weight = torch.cat([torch.zeros_like(prefix), hidden], 1).float()
         valid = tokens != self.vocab.pad
         text_mask = valid & (tokens >= self.vocab.num_image_codes)
         text_mask[:, grid.prefix :] = False

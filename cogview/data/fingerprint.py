@@ -22,9 +22,9 @@ class Identified(Protocol):
 def fingerprint(data: Identified) -> str:
     """A digest of ``data``, 32 hexadecimal digits.
 
-    Of a folder: names, sizes and captions of its pictures, and what :func:`contents` reads of them; of
-    shards the same; of rows: their content; of the built-in digits: how they were made. No path and no time
-    of change is part of it, so data that were moved keep theirs.
+    Of a folder: names, sizes and captions of its pictures, and what :func:`contents` reads of them; of shards
+    the same; of rows: their content; of the built-in digits: how they were made, of the emoji: names, sizes
+    and captions. No path and no time of change is part of it, so data that were moved keep theirs.
     """
     digest = hashlib.blake2b(digest_size=16)
     for part in data.identity():

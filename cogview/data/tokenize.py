@@ -25,7 +25,7 @@ MOST_TEXT_TOKENS = 1 << 16  # Every row has room for so many.
 class Tokenize:
     """Write the rows of ``data`` into the folder ``out``, with the tokenizers of the run folder ``run``."""
 
-    data: StrPath  # a folder of images with captions, WebDataset shards, or "digits"
+    data: StrPath  # a folder of images with captions, WebDataset shards, or built-in data
     out: StrPath
     run: StrPath
     max_text_tokens: int = 64  # of a row, as in the released code; a longer caption loses its end

@@ -46,6 +46,7 @@ class TokenDataset:
     """
 
     frame_tokens = FRAME_TOKENS  # of a row, beside text and codes
+    has_grids = False  # whether its batches have a ``grid``
 
     def __init__(self, vocab: Vocab, rows: TokenRows, length: int) -> None:
         self.vocab, self.rows, self.length = vocab, rows, length
@@ -57,6 +58,11 @@ class TokenDataset:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens of a row that the model reads: all but the last, which is only predicted."""
+        return self.length - 1
 
     def batch(
         self,

@@ -70,10 +70,15 @@ def save_contact_sheet(
 
 
 def _running_mean(values: Sequence[float], width: int) -> np.ndarray:
-    total = np.cumsum(np.concatenate([[0.0], np.asarray(values, dtype=float)]))
-    first = np.maximum(np.arange(1, len(values) + 1) - width, 0)
-    last = np.arange(1, len(values) + 1)
-    return (total[last] - total[first]) / (last - first)
+    """Of the last ``width`` values, without those of skipped steps that are not finite; NaN where none is."""
+    numbers = np.asarray(values, dtype=float)
+    finite = np.isfinite(numbers)
+    total = np.cumsum(np.concatenate([[0.0], np.where(finite, numbers, 0.0)]))
+    count = np.cumsum(np.concatenate([[0], finite]))
+    last = np.arange(1, len(numbers) + 1)
+    first = np.maximum(last - width, 0)
+    with np.errstate(invalid="ignore"):
+        return (total[last] - total[first]) / (count[last] - count[first])
 
 
 def save_loss_curves(path: StrPath, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:

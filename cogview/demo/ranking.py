@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from cogview.evaluation.cap_loss import caption_loss
 from cogview.evaluation.features import Features
 from cogview.evaluation.frechet import FeatureStatistics, frechet_distance
 from cogview.evaluation.rank_curve import COUNTS, CurvePoint, costs_of_pickers, rank_curve
-from cogview.files import StrPath, write_json, write_text
+from cogview.files import StrPath, write_csv, write_json
 from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.progress import Progress
 from cogview.run import Run, load_run
@@ -139,11 +137,8 @@ class _Distance:
 
 
 def _write(out: Path, curve: Sequence[CurvePoint], prompts: int, distance: str) -> None:
-    rows = io.StringIO()
-    table = csv.writer(rows, lineterminator="\n")
-    table.writerow(["picker", "candidates", "right", distance])
-    table.writerows([*point[:2], f"{point.right:.6g}", f"{point.distance:.6g}"] for point in curve)
-    write_text(out / f"{CURVE}.csv", rows.getvalue())
+    rows = ([*point[:2], f"{point.right:.6g}", f"{point.distance:.6g}"] for point in curve)
+    write_csv(out / f"{CURVE}.csv", ["picker", "candidates", "right", distance], rows)
     points = [point._asdict() for point in curve]
     write_json(out / f"{CURVE}.json", {"prompts": prompts, "distance": distance, "points": points})
     save_rank_curve(out / f"{CURVE}.png", curve, prompts, distance)

@@ -30,6 +30,7 @@ from cogview.run import Run, load_run
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings, plain, read_built
 from cogview.tokens.tokenizers import fingerprint_tokenizers
+from cogview.training.loop import late_mean
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from cogview.training.start import Start
 
@@ -105,7 +106,7 @@ def run_phases(options: Options, subject: Subject) -> dict[str, Any]:
             "seed": options.seed,
             **subject.judge(run, codes, losses),
             "model_parameters": run.model.num_parameters(),
-            "final_losses": {name: sum(values[-50:]) / len(values[-50:]) for name, values in history.items()},
+            "final_losses": {name: late_mean(values) for name, values in history.items()},
             "settings": plain(subject.settings),
             "environment": environment(device),
         }

@@ -8,8 +8,6 @@ attention, and only training with both goes on. This repeats it, on digits whose
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -28,7 +26,7 @@ from cogview.data.tokens import TokenDataset
 from cogview.device import default_device
 from cogview.evaluation.half import HalfTrainer, Techniques
 from cogview.evaluation.study_plots import save_stability_plot
-from cogview.files import StrPath, write_json, write_text
+from cogview.files import StrPath, write_csv, write_json, write_text
 from cogview.progress import Progress
 from cogview.seeding import derive_seed
 from cogview.settings import claim_settings, plain, read_built
@@ -151,7 +149,8 @@ def study_stability(options: StabilityStudy) -> list[dict[str, Any]]:
     finally:
         if records:
             write_text(out / "stability.json", _json(records))
-            write_text(out / "stability.csv", _csv(stability_rows(records)))
+            rows = stability_rows(records)
+            write_csv(out / "stability.csv", rows[0], (row.values() for row in rows))
             save_stability_plot(out / "stability.png", records)
     return records
 
@@ -253,14 +252,6 @@ def stability_table(records: Sequence[dict[str, Any]], tablefmt: str = "simple")
 def _json(records: Sequence[dict[str, Any]]) -> str:
     """A line per run: a person looks at the table, not at these many numbers."""
     return "[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n"
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def finding(records: Sequence[dict[str, Any]]) -> str:

@@ -7,9 +7,7 @@ that stays fixed after its initialisation. This trains all four on the data ``em
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import typing
@@ -29,7 +27,7 @@ from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge
 from cogview.evaluation.studied_tokenizer import finish_tokenizer
 from cogview.evaluation.study_plots import save_tokenizer_plot
-from cogview.files import StrPath, write_json, write_text
+from cogview.files import StrPath, write_csv, write_json
 from cogview.images import picture_grid, save_overview, to_picture
 from cogview.presets import PRESETS
 from cogview.seeding import derive_seed
@@ -133,7 +131,8 @@ def study_tokenizers(options: TokenizerStudy) -> list[dict[str, Any]]:
         for (method, seed), (_, history) in trained.items()
     ]
     write_json(out / "tokenizers.json", {"trainings": records})
-    write_text(out / "tokenizers.csv", _csv(tokenizer_rows(records)))
+    rows = tokenizer_rows(records)
+    write_csv(out / "tokenizers.csv", rows[0], (row.values() for row in rows))
     save_tokenizer_plot(out / "tokenizers.png", records)
     shown = [real, *(rebuilt[method, 0][0] for method in METHODS)]
     save_overview(
@@ -206,14 +205,6 @@ def tokenizer_rows(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
 def tokenizer_table(records: Sequence[Mapping[str, Any]], tablefmt: str = "simple") -> str:
     """The rows of :func:`tokenizer_rows` as text."""
     return tabulate(tokenizer_rows(records), headers="keys", tablefmt=tablefmt, floatfmt=".4g")
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def tokenizer_finding(records: Sequence[Mapping[str, Any]]) -> str:

@@ -46,7 +46,7 @@ def generate_captions(
         task = Task(
             allowed=[range(vocab.text_start, vocab.command_start), range(sep, sep + 1)],
             num_tokens=max_text_tokens,
-            seeds=[derive_seed(options.seed, 0)] * len(chunk),
+            seeds=[derive_seed(options.seed, "caption")] * len(chunk),
             stop=sep,
         )
         if beams > 1:

@@ -18,6 +18,7 @@ from cogview.generation.sampling import Noise, choose
 from cogview.generation.super_resolution import Small
 from cogview.model.local_grid import LocalGrid
 from cogview.model.transformer import CogView
+from cogview.seeding import derive_seed
 from cogview.tokens.sequence import local_enlargement_prefix, masked_codes
 from cogview.tokens.vocab import Vocab
 
@@ -69,8 +70,8 @@ def _enlarged(
     grid = LocalGrid(low, len(prefixes[0]))
     prefix = torch.tensor(prefixes, device=device)
     codes = masked_codes(vocab, side).expand(len(pictures), -1).to(device).clone()
-    seeds = torch.tensor([picture.seed for picture in pictures], device=device, dtype=torch.int64)
-    noise = Noise(seeds, side * side, vocab.num_image_codes)
+    seeds = [derive_seed(picture.seed, "local enlargement") for picture in pictures]
+    noise = Noise(torch.tensor(seeds, device=device), side * side, vocab.num_image_codes)
     positions, number = grid.positions().to(device), rounds_of(side).flatten().to(device)
     for index in range(len(DRAWN)):
         places = (number == index).nonzero()[:, 0]

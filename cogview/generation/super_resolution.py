@@ -82,7 +82,7 @@ def enlarge(
     for number, window in enumerate(windows):
         for first in range(0, len(pictures), together):
             part = pictures[first : first + together]
-            seeds = [derive_seed(picture.seed, number) for picture in part]
+            seeds = [derive_seed(picture.seed, "window", number) for picture in part]
             area = high[first : first + together, window.top :, window.left :][:, : window.rows, :side]
             area.copy_(_draw(model, vocab, _Squares(part, window, side, area, seeds), options))
     return high

@@ -55,11 +55,6 @@ class KVCache:
         """Tokens that fit in a row."""
         return self.buffer.shape[4]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory that keys and values take."""
-        return self.buffer.numel() * self.buffer.element_size()
-
     def places(self, count: int) -> Tensor:
         """Where ``count`` new tokens of every row are to stand, int64 ``[B, count]``."""
         places = self.lengths.unsqueeze(1)

@@ -13,7 +13,7 @@ from torch import nn
 from cogview.config import ModelConfig
 from cogview.files import load_tensors, save_tensors, write_text
 from cogview.settings import build, plain
-from cogview.weights import load_weights
+from cogview.weights import load_weights, without_values
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -55,6 +55,7 @@ class HubModel(
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **where))
         tensors = load_tensors(path)
-        model = cls(config if isinstance(config, ModelConfig) else build(ModelConfig, config))
+        with without_values():
+            model = cls(config if isinstance(config, ModelConfig) else build(ModelConfig, config))
         load_weights(model, tensors, path)
         return model.to(map_location).eval()

@@ -6,11 +6,10 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Iterable
-from pathlib import Path
 
 import sentencepiece
 
-from cogview.files import StrPath, write_bytes
+from cogview.files import StrPath, require_readable, write_bytes
 
 UNKNOWN = 0
 RESERVED = 4  # <unk>, <s>, </s>, <n>
@@ -49,9 +48,7 @@ class TextTokenizer:
     @classmethod
     def load(cls, path: StrPath) -> TextTokenizer:
         """Read a ``.model`` file. FileNotFoundError if absent, ValueError if it is something else."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"text tokenizer not found: {path}")
+        path = require_readable(path, "text tokenizer")
         content = path.read_bytes()
         try:
             if not content:  # which SentencePiece would take for no model yet

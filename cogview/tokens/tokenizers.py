@@ -45,7 +45,12 @@ def load_image_tokenizer(folder: StrPath, device: str = "cpu") -> ImageTokenizer
     if not exists(folder / IMAGE_TOKENIZER):
         raise FileNotFoundError(f"{folder} has no finished image tokenizer; {train_tokenizers_hint(folder)}")
     image = make_image_tokenizer(settings.image_tokenizer)
-    load_weights(image, load_tensors(folder / IMAGE_TOKENIZER), folder / IMAGE_TOKENIZER)
+    tensors = load_tensors(folder / IMAGE_TOKENIZER)
+    load_weights(image, tensors, folder / IMAGE_TOKENIZER)
+    # It is small, and where it is damaged its codes would look as good as any.
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{folder / IMAGE_TOKENIZER} is damaged: {name} has numbers that are not finite")
     return image.to(device).eval()
 
 

@@ -204,6 +204,19 @@ def latest_checkpoint(folder: StrPath) -> Path | None:
     return found[-1] if found else None
 
 
+def require_checkpoint(folder: StrPath, hint: str) -> Path:
+    """The latest checkpoint in a ``folder`` of a run; FileNotFoundError with the ``hint`` without one."""
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise FileNotFoundError(f"{Path(folder).parent} has no checkpoint yet; {hint}")
+    return found
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """The weights of a checkpoint into ``model``, whatever their dtype. Raises as :func:`load_checkpoint`."""
+    load_weights(model, verified_tensors(path, MODEL, read_state(path)), path / MODEL)
+
+
 def read_state(path: Path) -> CheckpointState:
     """``state.json`` of a checkpoint. ValueError that names what is wrong with it and the way out."""
     try:

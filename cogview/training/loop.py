@@ -7,6 +7,7 @@ run therefore repeats the losses of an uninterrupted one.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -177,6 +178,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+def late_mean(values: Sequence[float]) -> float:
+    """Mean of the last 50 steps, without the skipped ones. FloatingPointError if all of them were skipped."""
+    last = [value for value in values[-50:] if math.isfinite(value)]
+    if not last:
+        raise FloatingPointError(
+            "none of the last steps had a finite loss, so all were skipped and the weights are of no use; "
+            "train anew in another folder, with a lower learning rate"
+        )
+    return sum(last) / len(last)
+
+
 def _read(results: Sequence[StepResult]) -> list[dict[str, float]]:
     """All numbers of some steps, after one wait for the device."""
     named: list[dict[str, float | Tensor]] = [
@@ -306,7 +318,14 @@ def run_loop(trainer: Trainer, config: LoopConfig, out: StrPath, *, progress: bo
         distributed.only_first(lambda: Board(out / "tensorboard", resumed.step, bar.write)) as board,
     ):
         report = _Report(trainer, resumed, board, bar)
-        for step, batch in zip(range(resumed.step, config.steps), trainer.batches(resumed.step), strict=True):
+        batches = trainer.batches(resumed.step)
+        for step in range(resumed.step, config.steps):
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(
+                    f"{type(trainer).__name__}.batches must give those of steps {resumed.step} to "
+                    f"{config.steps - 1}, ended before step {step}"
+                )
             report.add(step, batch, trainer.step(step, batch))
             done = step + 1
             stops = distributed.any_rank(interrupt.requested)

@@ -77,11 +77,11 @@ def _tell(notes: Sequence[str], progress: bool) -> None:
 
 @dataclass(frozen=True)
 class TrainTokenizers:
-    """Train both tokenizers on ``data`` (a folder, or ``"digits"``) into the run folder ``out``."""
+    """Train both tokenizers on ``data`` (a folder, or built-in data) into the run folder ``out``."""
 
     data: StrPath
     out: StrPath
-    preset: Preset | None = None  # None: digits for the digits, small for a folder
+    preset: Preset | None = None  # None: that of built-in data, small for a folder
     device: str = field(default_factory=default_device)
     progress: bool = True
     workers: int = 0  # processes that read images ahead; 0 reads them between the steps
@@ -198,8 +198,9 @@ def _train_image_tokenizer(
 class TrainModel:
     """Train the transformer on ``data`` into the run folder ``out``, which holds its tokenizers.
 
-    ``data`` are a folder of pictures with captions, ``"digits"``, or the folder of rows that ``cogview
-    tokenize`` wrote with the same tokenizers. The rows of pictures are written once, into the run folder.
+    ``data`` are a folder of pictures with captions, ``"digits"`` or ``"emoji"``, or the folder of rows that
+    ``cogview tokenize`` wrote with the same tokenizers. The rows of pictures are written once, into the run
+    folder.
     """
 
     data: StrPath

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import time
 
 import torch
 
 # Peak rate of dense matrix products on the tensor cores in 16 bits (sums in float32), and of float32 outside
-# them, in TFLOP/s, from the vendor's data sheets. The first name that is part of the device's counts.
+# them, in TFLOP/s, from the vendor's data sheets. The first one whose words are in the device's name counts.
 _PEAK_TFLOPS = {
     "V100": (125.0, 15.7),
     "T4": (65.0, 8.1),
@@ -23,6 +24,7 @@ _PEAK_TFLOPS = {
     "H100 PCIe": (756.0, 51.0),
     "H100": (989.0, 67.0),
     "H200": (989.0, 67.0),
+    "GH200": (989.0, 67.0),
 }
 
 
@@ -32,7 +34,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
         return 0.0
     name = torch.cuda.get_device_name(device)
     for part, (half, single) in _PEAK_TFLOPS.items():
-        if part in name:
+        if re.search(rf"\b{part}\b", name):
             return 1e12 * (single if dtype == torch.float32 else half)
     return 0.0
 

@@ -12,14 +12,11 @@ from cogview.settings import TOKENIZER_SETTINGS, ModelSettings, load_model_setti
 from cogview.tokens.tokenizers import IMAGE_TOKENIZER, TEXT_TOKENIZER, fingerprint_tokenizers
 from cogview.training.checkpoint import (
     CHECKPOINTS,
-    MODEL,
     check_origin,
     fingerprint_weights,
-    latest_checkpoint,
-    read_state,
-    verified_tensors,
+    load_model,
+    require_checkpoint,
 )
-from cogview.weights import load_weights
 
 # Options of a model that are no shape of its weights, so that a finetuning may choose them.
 _FREE = ("dropout", "three_region", "activation_checkpointing")
@@ -36,12 +33,9 @@ class Start:
     def __init__(self, folder: StrPath, tokenizers: str) -> None:
         self.folder = Path(folder)
         self.run = load_model_settings(folder)
-        checkpoint = latest_checkpoint(self.folder / CHECKPOINTS)
-        if checkpoint is None:
-            raise FileNotFoundError(f"{folder} has no checkpoint yet; {train_model_hint(folder)}")
-        check_origin(checkpoint, {"tokenizers": tokenizers})
-        self.checkpoint = checkpoint
-        self.fingerprint = fingerprint_weights(checkpoint)
+        self.checkpoint = require_checkpoint(self.folder / CHECKPOINTS, train_model_hint(folder))
+        check_origin(self.checkpoint, {"tokenizers": tokenizers})
+        self.fingerprint = fingerprint_weights(self.checkpoint)
 
     def settings(self, wanted: ModelSettings) -> ModelSettings:
         """``wanted`` with what the run has learned of captions. ValueError for a model of another shape."""
@@ -68,5 +62,4 @@ class Start:
 
     def load_weights(self, model: CogView) -> None:
         """Copy the weights into ``model``, whatever their dtype."""
-        tensors = verified_tensors(self.checkpoint, MODEL, read_state(self.checkpoint))
-        load_weights(model, tensors, self.checkpoint / MODEL)
+        load_model(self.checkpoint, model)

@@ -157,7 +157,10 @@ class TransformerTrainer(Trainer):
         self.log_every = config.log_every
         self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
         self.draw: Callable[[], Any] | None = None
-        self._flops = step_flops(model.config, config.batch_size).model
+        self._tokens = config.batch_size * self.data.training.inputs
+        flops = step_flops(model.config, config.batch_size, self.data.training.inputs)
+        # Nobody has counted the pairs of query and key that local attention sees.
+        self._flops = 0.0 if self.data.training.has_grids else flops.model
         self._peak_flops = peak_flops(self.device, self.precision.dtype)
         self._layout_generator = torch.Generator(device=self.device)
 
@@ -236,9 +239,10 @@ class TransformerTrainer(Trainer):
         return loss, image_loss, text_loss
 
     def speed(self, seconds: float) -> dict[str, float]:
-        tokens = self.config.batch_size * (self.model.config.max_positions - 1)
-        rates = {"tokens_per_second": tokens / seconds, "teraflops_per_second": self._flops / seconds / 1e12}
-        if self._peak_flops:
+        rates = {"tokens_per_second": self._tokens / seconds}
+        if self._flops:
+            rates["teraflops_per_second"] = self._flops / seconds / 1e12
+        if self._flops and self._peak_flops:
             all_devices = self._peak_flops * distributed.num_ranks()
             rates["model_flops_utilisation"] = self._flops / seconds / all_devices
         return {**rates, "peak_memory_gb": peak_memory_gb(self.device)}
@@ -258,8 +262,9 @@ class TransformerTrainer(Trainer):
         dataset = self.data.validation
         if dataset is None:
             return {}
-        batch_size = min(-(-self.config.batch_size // self.config.accumulate), len(dataset))
-        count = max(1, min(len(dataset), VALIDATION_IMAGES) // batch_size)
+        images = min(len(dataset), VALIDATION_IMAGES)
+        count = -(-images // -(-self.config.batch_size // self.config.accumulate))
+        batch_size = images // count
         parts = distributed.num_ranks() if batch_size >= distributed.num_ranks() else 1
         part = distributed.rank() % parts
         self._layout_generator.manual_seed(derive_seed(self.config.seed, "validation layouts"))

@@ -8,12 +8,11 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cogview.files import StrPath, written_aside
+from cogview.files import StrPath, require_readable, written_aside
 
 # The names that safetensors gives to dtypes.
 _DTYPES = {
@@ -48,9 +47,7 @@ def open_safetensors(path: StrPath) -> dict[str, LazyTensor]:
     """The tensors of a safetensors file. FileNotFoundError if absent, ValueError if damaged."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights not found: {path}")
+    path = require_readable(path, "weights")
     try:
         file = safe_open(path, framework="pt")
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from cogview.files import require_readable
+
 _ZIP = b"PK\x03\x04"  # How a file of torch.save begins since PyTorch 1.6.
 # Modules of the standard library with data types that a training's state may hold. Any other name of the
 # standard library is a function that such a file has no honest use for.
@@ -69,12 +71,10 @@ def read_pickle(path: Path) -> Any:
     A mapped tensor takes memory only where it is read. (Files of PyTorch 1.5 and older cannot be mapped.)
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, PermissionError: no such file, or one that may not be read.
         ValueError: the file is truncated, is something else, or holds code; nothing of it was run.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"weights not found: {path}")
-    with path.open("rb") as file:
+    with require_readable(path, "weights").open("rb") as file:
         is_zip = file.read(len(_ZIP)) == _ZIP
     if is_zip and not zipfile.is_zipfile(path):  # A zip file ends with its table of contents.
         raise ValueError(f"{path} is truncated: its end is missing; fetch it again")

@@ -62,6 +62,12 @@ def test_a_folder_that_refuses_the_curves_is_told_once(tmp_path):
         ("NVIDIA A10", torch.float16, 125),
         ("NVIDIA L40S", torch.float16, 362),
         ("NVIDIA L4", torch.float16, 121),
+        ("NVIDIA GH200 480GB", torch.bfloat16, 989),
+        # Names that hold those of others, and are none of them.
+        ("NVIDIA RTX A4000", torch.float16, 0),
+        ("NVIDIA RTX A1000", torch.float16, 0),
+        ("NVIDIA L40", torch.float16, 0),
+        ("NVIDIA T400", torch.float16, 0),
         ("a chip of tomorrow", torch.float16, 0),
     ],
 )

@@ -56,7 +56,7 @@ def test_drawn_captions_equal_sampling_without_a_cache():
     model = small_model(scale=5.0)
     got = generate_captions(model, VOCAB, CODES, max_text_tokens=7, options=DrawOptions(SAMPLING, seed=3))
     allowed = [*range(VOCAB.text_start, VOCAB.command_start), VOCAB.command("SEP")]
-    noise = Noise(torch.tensor([derive_seed(3, 0)]), 7, len(allowed))
+    noise = Noise(torch.tensor([derive_seed(3, "caption")]), 7, len(allowed))
     for codes, pieces in zip(CODES, got, strict=True):
         row = image_to_text_prompt(VOCAB, codes.tolist())
         expected = []

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from cogview.cli import main
 from cogview.clip_gen_run import ClipDrawing, load_clip_gen, ranked
 from cogview.config import ClipGenTrainConfig, ModelConfig, SamplingConfig, ThreeRegionConfig
 from cogview.data.digits import DigitPairs
+from cogview.files import load_tensors, save_tensors
 from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import GREEDY, DrawOptions
 from cogview.model.clip_gen import ClipGen, clip_gen_config
 from cogview.perception.clip import TransformersClip
 from cogview.presets import PRESETS
+from cogview.tokens.tokenizers import load_image_tokenizer
 from cogview.tokens.vqvae import ImageTokenizer
 from cogview.training.clip_gen import (
     ClipGenTrainer,
@@ -99,13 +102,31 @@ def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
         history = train_clip_gen(options, WithoutCaptions())
     assert len(history["code_loss"]) == 6 and all(0 < loss < 3 for loss in history["embedding_loss"])
     run = load_clip_gen(out, "cpu")
-    rows = run.generate(["a dog", "a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))
+    rows = run.generate(["a dog", "a cat"], num=3, sampling=SamplingConfig(), seed=1)
     assert [len(row) for row in rows] == [3, 3]
     for row in rows:
         cosines = [drawing.cosine for drawing in row]
         assert cosines == sorted(cosines, reverse=True)
-    alone = run.generate(["a cat"], num=3, options=DrawOptions(SamplingConfig(), seed=1))[0]
+    alone = run.generate("a cat", num=3, sampling=SamplingConfig(), seed=1)
     assert [d.image.tobytes() for d in alone] == [d.image.tobytes() for d in rows[1]]
+    assert {drawing.text for drawing in alone} == {"a cat"}
+    tokenizer = load_tensors(out / "image_tokenizer.safetensors")
+    tokenizer["dec.blocks.0.bias"][0] = torch.nan
+    damaged = folders / "damaged"
+    shutil.copytree(out, damaged)
+    save_tensors(damaged / "image_tokenizer.safetensors", tokenizer)
+    with pytest.raises(ValueError, match=r"damaged: dec\.blocks\.0\.bias has numbers that are not"):
+        load_image_tokenizer(damaged)
+    for wrong, said in (
+        ({"texts": "a cat", "rank": "CLIP"}, "rank must be one of clip, cap-loss, both, got 'CLIP'"),
+        ({"texts": "a cat", "rank": "both"}, "rank both needs a captioner"),
+        ({"texts": ["a cat", " "]}, "the text is empty"),
+        ({"texts": "a cat", "num": 0}, "num must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run.generate(**wrong)
+    with pytest.raises(TypeError, match="texts must be a str or a list of str"):
+        run.generate(3)
 
 
 def test_from_a_folder_without_captions_by_the_command(folders, capsys):

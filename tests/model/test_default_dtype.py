@@ -12,6 +12,7 @@ import torch
 
 from cogview.config import ClipTrainConfig, ImageTokenizerConfig, ImageTokenizerTrainConfig, TrainConfig
 from cogview.data.digits import DigitPairs
+from cogview.data.enlargements import LocalDataset
 from cogview.data.order import batch_indices
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
@@ -106,6 +107,21 @@ def test_training_is_the_same_under_any_default_dtype(tmp_path, trained, dtype):
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, got.state_dict()[name]), name
         assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_codes_that_are_hidden_are_the_same_under_any_default_dtype(dtype):
+    codes = torch.randint(0, 16, (6, 20), generator=torch.Generator().manual_seed(0))
+    dataset = LocalDataset(VOCAB, Rows.in_memory(VOCAB, codes, [[[1, 7]]] * 6), length=30)
+
+    def batch():
+        return dataset.batch(3, 6, text_weight=1.0, caption_fraction=0.0, seed=1)
+
+    expected = batch()
+    with default_dtype(dtype):
+        found = batch()
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.weight, expected.weight) and found.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)

@@ -21,6 +21,9 @@ from cogview.files import (
     write_json,
     written_aside,
 )
+from cogview.tokens.text_tokenizer import TextTokenizer
+from cogview.weights.lazy import open_safetensors
+from cogview.weights.pickles import read_pickle
 
 
 def test_a_damaged_file_is_one_clear_error(tmp_path):
@@ -84,13 +87,21 @@ def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_what_a_user_may_not_read_is_called_so_and_not_damaged(tmp_path):
     save_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1)})
     write_json(tmp_path / "x.json", {})
+    torch.save({}, tmp_path / "x.pt")
+    (tmp_path / "x.model").write_bytes(b"pieces")
     for path in tmp_path.iterdir():
         path.chmod(0)
     was_root = os.geteuid() == 0
     if was_root:
         os.seteuid(65534)
     try:
-        for read, name in ((load_tensors, "x.safetensors"), (read_json, "x.json")):
+        for read, name in (
+            (load_tensors, "x.safetensors"),
+            (open_safetensors, "x.safetensors"),
+            (read_json, "x.json"),
+            (read_pickle, "x.pt"),
+            (TextTokenizer.load, "x.model"),
+        ):
             with pytest.raises(
                 PermissionError, match=rf"{name} cannot be read: permission denied; ask .*, its owner"
             ):

@@ -28,8 +28,11 @@ def test_a_model_comes_back_as_it_was(model, tmp_path):
         "model.safetensors",
         "README.md",
     }
+    before = torch.get_rng_state()
     loaded = CogView.from_pretrained(tmp_path / "model")
+    assert torch.equal(torch.get_rng_state(), before)  # no initial values are drawn to be thrown away
     assert loaded.config == CONFIG and not loaded.training
+    assert all(weight.requires_grad and not weight.is_meta for weight in loaded.parameters())
     tokens = torch.randint(0, 50, (2, 9))
     assert torch.equal(loaded(tokens), model.eval()(tokens))
 

@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_to_the_same_history_with_every_optimizer(tmp_path)
 
 
 def test_batches_that_run_out_do_not_end_a_training_in_silence(tmp_path):
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match=r"Duel\.batches must give .* steps 0 to 9, ended before step 7"):
         run_loop(Duel(7), Config(), tmp_path, progress=False)
 
 

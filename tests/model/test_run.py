@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import cogview
+from cogview.generation import beam, captions, engine, super_resolution
 from cogview.generation.engine import DrawOptions
 from cogview.images import save_overview
 from cogview.model import memory
@@ -185,6 +186,22 @@ def test_memory_bounds_how_many_are_drawn_together(run, monkeypatch):
     assert [memory.rows_that_fit(run.model.config, torch.float32, "cpu", most) for most in (3, 99)] == [3, 5]
     batches = run.draw(run.requests([SEVEN], [0]), 7, DrawOptions(run.sampling))
     assert [len(batch) for batch in batches] == [5, 2]
+    rows = []
+
+    def noted(model, prompts, *arguments, **options):
+        rows.append(len(prompts))
+        return engine.prefill(model, prompts, *arguments, **options)
+
+    for module in (captions, beam, super_resolution):
+        monkeypatch.setattr(module, "prefill", noted)
+    pictures = torch.rand(7, 3, 16, 16)
+    run.caption(pictures)
+    run.caption(pictures[:3], beams=2)
+    assert rows == [5, 2, 4, 2]
+    rows.clear()
+    enlarger = dataclasses.replace(run, finetuned_for="super-resolution")
+    enlarger.super_resolve(pictures, from_half=True)
+    assert rows == [5, 2]
     monkeypatch.undo()
     assert memory.free_bytes(torch.device("cpu")) > 1 << 20
 
@@ -257,7 +274,9 @@ def test_rerank_gives_places_best_first(run, drawn):
     order = run.rerank(SEVEN, images)
     assert sorted(order) == [0, 1, 2, 3, 4]
     assert [losses[place] for place in order] == sorted(losses)
-    assert losses == pytest.approx([run.cap_loss(SEVEN, image)[0] for image in images])
+    assert losses == pytest.approx([run.cap_loss(SEVEN, image) for image in images])
+    assert run.cap_loss(SEVEN, images[:1]) == pytest.approx(losses[:1])
+    assert run.rerank(SEVEN, images[0]) == run.rerank(SEVEN, images[:1]) == [0]
     assert run.cap_loss([SEVEN] * 5, images) == losses
     assert run.rerank(SEVEN, []) == []
 
@@ -325,6 +344,10 @@ def test_errors(run, drawn, tmp_path):
         run.caption([torch.zeros(1, 16, 16)])
     with pytest.raises(TypeError, match="a path, a PIL picture or a tensor, got int"):
         run.caption(7)
+    for wrong, said in ((torch.zeros(16), "torch.float32"), ([0] * 16, "list")):
+        with pytest.raises(TypeError, match=f"codes must be a tensor of whole numbers, got .*{said}"):
+            run.decode(wrong)
+    assert run.decode(torch.zeros(16, dtype=torch.uint8)).size == (16, 16)
     with pytest.raises(ValueError, match=r"codes must be \[\.\.\., 16\], got \[3\]"):
         run.decode(torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"codes must be in \[0, 48\), got 0\.\.48"):

@@ -12,16 +12,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cogview.cli import main
-from cogview.config import ImageTokenizerConfig, SamplingConfig
+from cogview.config import ImageTokenizerConfig, SamplingConfig, TrainConfig
 from cogview.data.digits import DigitPairs
-from cogview.data.enlargements import LocalDataset, num_codes
-from cogview.data.rows import open_rows
+from cogview.data.enlargements import EnlargementDataset, LocalDataset, num_codes
+from cogview.data.rows import Rows, open_rows
 from cogview.evaluation.enlargement import peak_signal_to_noise, seam_contrast
 from cogview.files import read_json
+from cogview.generation import engine, local_super_resolution
+from cogview.generation.captions import generate_captions
 from cogview.generation.engine import DrawOptions
 from cogview.generation.local_super_resolution import enlarge_locally, rounds_of
 from cogview.generation.sampling import Noise, choose
 from cogview.generation.super_resolution import Small, codes_to_draw, drawn_by, enlarge, windows_of
+from cogview.generation.text_to_image import Request, draw_candidates
 from cogview.model.local_grid import LocalGrid
 from cogview.run import load_run
 from cogview.seeding import derive_seed
@@ -35,6 +38,8 @@ from cogview.tokens.sequence import (
     text_to_image_row,
 )
 from cogview.training.finetune import Finetune, finetune_local_super_resolution, finetune_super_resolution
+from cogview.training.flops import step_flops
+from cogview.training.transformer import TransformerTrainer
 from tests.model.helpers import VOCAB, small_model
 
 SIDE = 4
@@ -123,7 +128,8 @@ def one_code_at_a_time(model, picture, side):
     low = len(picture.codes)
     high = torch.full((2 * low, 2 * low), -1)
     for number, (top, left, rows) in enumerate(windows_of(low, side)):
-        noise = Noise(torch.tensor([derive_seed(picture.seed, number)]), rows * side, VOCAB.num_image_codes)
+        seed = derive_seed(picture.seed, "window", number)
+        noise = Noise(torch.tensor([seed]), rows * side, VOCAB.num_image_codes)
         given = picture.codes[top // 2 : (top + side) // 2, left // 2 : (left + side) // 2].flatten().tolist()
         drawn = []
         for i in range(rows * side):
@@ -171,6 +177,43 @@ def test_the_outcome_depends_on_seed_and_text_alone():
     assert not torch.equal(draw([small[0]]), draw([small[0]._replace(seed=9)]))
     assert not torch.equal(draw([small[0]], guidance=3.0), draw([small[0]]))
     assert bool((together >= 0).all())
+
+
+def test_no_two_uses_of_a_seed_have_the_same_noise(monkeypatch):
+    """A picture, its enlargement of either kind and its caption may all be asked for with one seed."""
+    seen = {}
+
+    def noise_of(use):
+        def noted(seeds, *arguments):
+            seen.setdefault(use, set()).update(seeds.tolist())
+            return Noise(seeds, *arguments)
+
+        return noted
+
+    model, options = small_model(max_positions=40), DrawOptions(SAMPLING, seed=5)
+    small = [pictures()[0]._replace(seed=5)]
+    for use, work in {
+        "pictures": lambda: list(draw_candidates(model, VOCAB, [Request((1,), 5)], 16, 9, options)),
+        "caption": lambda: generate_captions(model, VOCAB, torch.zeros(1, 16).long(), options=options),
+        "windows": lambda: enlarge(model, VOCAB, small, SIDE, options),
+        "local": lambda: enlarge_locally(model, VOCAB, small, 5, options),
+    }.items():
+        for module in (engine, local_super_resolution):
+            monkeypatch.setattr(module, "Noise", noise_of(use))
+        work()
+    assert {use: len(seeds) for use, seeds in seen.items()} == {
+        "pictures": 9,
+        "caption": 1,
+        "windows": 9,
+        "local": 1,
+    }
+    assert len(set.union(*seen.values())) == 20
+
+
+def test_any_whole_number_is_a_seed():
+    model, picture = small_model(scale=3.0, max_positions=24), pictures()[0]._replace(seed=-(2**80))
+    assert enlarge(model, VOCAB, [picture], SIDE, DrawOptions(SAMPLING)).min() >= 0
+    assert enlarge_locally(small_model(), VOCAB, [picture], 5, DrawOptions(SAMPLING)).min() >= 0
 
 
 # ---- finetuning and the command
@@ -328,6 +371,22 @@ def test_rounds_draw_every_code_once_and_the_first_ones_far_apart():
     assert rounds_of(6).shape == (6, 6)
 
 
+@pytest.mark.parametrize(("kind", "inputs"), [(EnlargementDataset, 33), (LocalDataset, 29)])
+def test_the_speed_of_a_finetuning_counts_the_tokens_of_its_rows(kind, inputs):
+    """They are longer than the model's table of positions, by which they were counted."""
+    codes = torch.randint(0, 16, (6, 20), generator=torch.Generator().manual_seed(0))
+    rows = Rows.in_memory(VOCAB, codes, [[[1, 7]]] * 6)
+    dataset = kind(VOCAB, rows, kind.frame_tokens + 5 + 20)
+    model, config = small_model(max_positions=26), TrainConfig(steps=2, batch_size=4)
+    trainer = TransformerTrainer(model, dataset, config)
+    assert next(trainer.batches(0)).tokens.shape == (4, inputs)
+    speed = trainer.speed(0.5)
+    assert speed["tokens_per_second"] == 4 * inputs / 0.5
+    expected = step_flops(model.config, 4, inputs).model / 0.5 / 1e12
+    # Nobody has counted the pairs of query and key that local attention sees.
+    assert speed.get("teraflops_per_second") == (expected if kind is EnlargementDataset else None)
+
+
 def test_hidden_codes_are_what_is_learned():
     class TwoPictures:
         num_codes = 5 * 4
@@ -358,7 +417,8 @@ def test_each_round_draws_from_what_earlier_rounds_drew():
     found = enlarge_locally(model, VOCAB, [picture], 5, DrawOptions(SAMPLING))[0].flatten()
     prefix = local_enlargement_prefix(VOCAB, 5, picture.pieces, picture.codes.flatten().tolist())
     grid, rounds = LocalGrid(SIDE, len(prefix)), rounds_of(2 * SIDE).flatten()
-    noise = Noise(torch.tensor([picture.seed]), 64, VOCAB.num_image_codes)
+    seed = derive_seed(picture.seed, "local enlargement")
+    noise = Noise(torch.tensor([seed]), 64, VOCAB.num_image_codes)
     for number in range(6):
         codes = torch.where(rounds < number, found, masked_codes(VOCAB, 2 * SIDE))
         row = torch.cat([torch.tensor(prefix), codes])[None]

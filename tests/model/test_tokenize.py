@@ -10,7 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import cogview.training.pipeline
 from cogview.cli import main
+from cogview.data.order import batch_indices
 from cogview.data.rows import open_rows
+from cogview.data.tokens import TokenDataset
 from cogview.training.pipeline import TrainModel, TrainTokenizers, train_model, train_tokenizers
 from cogview.training.transformer import TrainingData, TransformerTrainer
 from tests.model.helpers import small_model, tiny_preset
@@ -181,6 +183,22 @@ def test_validation_is_told_at_each_checkpoint_and_changes_no_training(
         trained(photos, cut, preset=preset(steps=6))
     monkeypatch.setattr(TransformerTrainer, "validate", lambda self: {})
     assert trained(photos, tokenizers_only("silent"), **given) == whole
+
+
+def test_validation_leaves_out_no_more_images_than_it_has_batches():
+    """Of 20 images and batches of 11 rows, the first 11 alone were looked at."""
+    seen = []
+
+    class Noted(TokenDataset):
+        def batch(self, step, batch_size, **options):
+            seen.extend(batch_indices(CONFIG.seed, step, batch_size, len(self)))
+            return super().batch(step, batch_size, **options)
+
+    whole = dataset()
+    noted = Noted(whole.vocab, whole.rows, whole.length)
+    config = dataclasses.replace(CONFIG, batch_size=11)
+    TransformerTrainer(small_model(), TrainingData(whole, noted), config).validate()
+    assert sorted(seen) == list(range(20))
 
 
 def test_the_validation_loss_is_that_of_its_images_without_dropout():
