@@ -71,6 +71,7 @@ seeds: build  ## the error budget under SEEDS=50 seeds, and how much of it was u
 # The CPU part with AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package of its own that
 # may be built while a wheel is.
 # The interpreter was built without them, so they are loaded before it, and libstdc++ to catch exceptions.
+# A thread that waits for another one sleeps: where a compiler has the cores, turning took most of the time.
 SANITIZED := build/sanitize
 SANITIZED_OPS := three_region_attention decode_attention decode_linear linear_cross_entropy draw_tokens draw_step
 SANITIZERS = $(shell for l in asan ubsan stdc++; do $${CXX:-g++} -print-file-name=lib$$l.so; done)
@@ -78,10 +79,11 @@ sanitize: $(VENV)/.ready  ## run tests of CPU kernels under address and undefine
 	@mkdir -p $(SANITIZED)
 	@COGVIEW_SANITIZE="$(SANITIZED_OPS)" COGVIEW_CUDA=0 $(BIN)/python setup.py -q egg_info -e $(SANITIZED) \
 	  build -b $(SANITIZED) --build-lib $(SANITIZED)/lib
-	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q \
-	  --import-mode=append -o pythonpath="$(SANITIZED)/lib ." tests/kernels/test_three_region_attention.py \
-	  tests/kernels/test_decode_attention.py tests/kernels/test_decode_linear.py \
-	  tests/kernels/test_linear_cross_entropy.py tests/model/test_whole_step.py tests/model/test_sampling.py \
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest -q --import-mode=append -o pythonpath="$(SANITIZED)/lib ." \
+	  tests/kernels/test_three_region_attention.py tests/kernels/test_decode_attention.py \
+	  tests/kernels/test_decode_linear.py tests/kernels/test_linear_cross_entropy.py \
+	  tests/model/test_whole_step.py tests/model/test_sampling.py \
 	  -k "every_instruction_set or cpu_refuses or thread_count or any_stride or test_product or many_rows or the_kernel" \
 	  -p no:cacheprovider
 

@@ -42,7 +42,7 @@ def native_layout(layout: ThreeRegionLayout, pivots: Tensor, starts: Tensor | No
     """``pivots`` are those of ``layout``, contiguous as ``starts`` are; the caller keeps both alive."""
     # Compiled code cuts blocks and window down to the sequence; here they are made to fit its integers.
     window = (min(layout.block_size, _LARGEST), min(layout.window_blocks, _LARGEST))
-    return pivots, *window, layout.pivot_bias, layout.causal, starts
+    return pivots, *window, layout.kernel_bias, layout.causal, starts
 
 
 def causal_layout(num_keys: int, starts: Tensor | None) -> NativeLayout:

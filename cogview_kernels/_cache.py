@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cogview_kernels import _backends
 from cogview_kernels._checks import PLAIN
@@ -29,6 +30,7 @@ def _write(cache: Tensor, new: Tensor, places: Tensor) -> None:
 
     if new.numel() > 0:
         _cache_triton.write(cache, new, places.contiguous())
+        increment_version(cache)  # a graph that has saved it must not go on with the values of later
 
 
 # ``cache[b, places[b, t]] = new[b, t]`` of [B, S, 2, H, D], [B, T] and [B, T, 2, H, D]. A place outside the

@@ -32,6 +32,15 @@ def check_float(op: str, name: str, x: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS and x.dtype != torch.float64:
         raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
+    check_dense(op, name, x)
+
+
+def check_dense(op: str, name: str, x: Tensor) -> None:
+    """``x`` has strides, which kernels and references read."""
+    if x.is_nested:
+        raise TypeError(f"{op}: {name} must be dense, got a nested tensor; pad it with to_padded_tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got {x.layout}; try to_dense()")
 
 
 def check_tensors(op: str, *, or_none: bool = False, **tensors: object) -> None:
@@ -40,6 +49,8 @@ def check_tensors(op: str, *, or_none: bool = False, **tensors: object) -> None:
         if not isinstance(x, Tensor) and not (or_none and x is None):
             kind = "a tensor or None" if or_none else "a tensor"
             raise TypeError(f"{op}: {name} must be {kind}, got {type(x).__name__}")
+        if isinstance(x, Tensor):
+            check_dense(op, name, x)
 
 
 def check_same_device(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -82,6 +93,7 @@ def check_norm_parameter(op: str, name: str, x: Tensor | None, other_name: str, 
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor or None, got {type(x).__name__}")
+    check_dense(op, name, x)
     if x.dim() != 1 or x.shape[0] != other.shape[-1]:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(other.shape[-1:])}, the last dimension of {other_name}, "

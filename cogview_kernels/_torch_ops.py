@@ -14,6 +14,7 @@ keeps the names stable for selective checkpointing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class Op:
         _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
         _library.impl(self.name, self._at_the_autograd_key, "Autograd")
         torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
-        rule = _call_for_each(self._overload)
+        rule = _call_for_each(self.name, self._overload)
         torch.library.register_vmap(f"cogview_kernels::{self.name}", rule, lib=_library)
         if flops is not None:
             _flops.register(packet, flops)
@@ -231,15 +232,18 @@ def _no_derivative(name: str, kind: str) -> NotImplementedError:
     )
 
 
-def _call_for_each(function: Callable[..., Any]) -> Callable[..., Any]:
+def _call_for_each(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A rule for ``torch.func.vmap``: one call for each element of the mapped dimension."""
 
-    def rule(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> Any:
-        dims = tuple(zip(arguments, in_dims, strict=True))
-        calls = [
-            function(*(x if dim is None else x.select(dim, i) for x, dim in dims))
-            for i in range(info.batch_size)
-        ]
+    def element(x: Any, dim: Any, i: int) -> Any:
+        if isinstance(dim, (list, tuple)):  # of a list of tensors
+            return [element(one, of_one, i) for one, of_one in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    def rule(info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
+        if info.batch_size == 0:
+            raise NotImplementedError(f"{name}: vmap must map 1 element or more, got 0; skip an empty batch")
+        calls = [function(*map(element, arguments, in_dims, repeat(i))) for i in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
@@ -280,7 +284,7 @@ def _make_function(
         def jvp(ctx: Any, *_: Any) -> Any:
             raise _no_derivative(op.name, "forward-mode derivative")
 
-        vmap = staticmethod(_call_for_each(op))
+        vmap = staticmethod(_call_for_each(op.name, op))
 
     Function.__name__ = Function.__qualname__ = "".join(word.title() for word in op.name.split("_"))
     return Function

@@ -153,11 +153,14 @@ class Launch:
         self.numbers, self.constants = tuple(numbers), constants
         self.rest = (*self.numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self.blocks = (*grid, 1, 1)[:3]
-        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # by dtypes and the kind of the seed
+        # By GPU, on which a kernel is loaded for itself, dtypes and the kind of the seed.
+        self.compiled: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
     def __call__(self, *tensors: Tensor | None, seed: Tensor | int | None = None) -> None:
+        # Every kernel here takes a tensor first, never None.
+        device = tensors[0].get_device()  # type: ignore[union-attr]
         addresses: list[Any] = []
-        kinds: list[Any] = []
+        kinds: list[Any] = [device]
         misaligned = 0
         for x in tensors:
             if x is None:
@@ -181,9 +184,7 @@ class Launch:
                 self.compiled[kind] = (kernel.run, kernel.function, kernel.packed_metadata, stream_of)
             return
         run, function, metadata, stream_of = compiled
-        # Every kernel here takes a tensor first, never None.
-        stream = stream_of(tensors[0].get_device())  # type: ignore[union-attr]
-        run(*self.blocks, stream, function, metadata, None, None, None, *addresses, *self.rest)
+        run(*self.blocks, stream_of(device), function, metadata, None, None, None, *addresses, *self.rest)
 
 
 def _kind(seed: Tensor | int) -> str:

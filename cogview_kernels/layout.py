@@ -228,11 +228,16 @@ class ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
         members = layout.__dict__  # past the dataclass, which is frozen
-        if density != 1:  # kernels know of one number
-            pivot_bias += math.log(density)
-        members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, 1
+        members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, density
         members["block_size"], members["window_blocks"], members["causal"] = block_size, window_blocks, causal
+        if density != 1:
+            members["pivot_bias"], members["density"] = layout.kernel_bias, 1
         return layout
+
+    @property
+    def kernel_bias(self) -> float:
+        """``pivot_bias`` with ``density`` in it: kernels know of one number."""
+        return self.pivot_bias if self.density == 1 else self.pivot_bias + math.log(self.density)
 
     def far_bias(self, like: Tensor) -> Tensor:
         """What is added to the logits of far keys, in plain PyTorch: 0-d, dtype and device of ``like``."""

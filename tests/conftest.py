@@ -8,6 +8,7 @@ the same tests run on it: the ``device`` fixture is "cuda".
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from importlib.metadata import version
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def pytest_collection_finish() -> None:
+    """Modules and tests live to the end, so no search for garbage goes through them again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(getattr(request, "param", 0))
@@ -114,6 +121,8 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     interpreter.compute_as_a_gpu(monkeypatch)
     interpreter.prepare_once_a_launch(monkeypatch)
+    interpreter.check_no_overflow_in_vain(monkeypatch)
+    interpreter.make_shapes_once(monkeypatch)
 
 
 @pytest.fixture

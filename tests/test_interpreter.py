@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -32,3 +34,17 @@ def test_the_language_is_prepared_for_each_launch_and_itself_again_after_it():
             assert fails
         assert language() == before
         torch.testing.assert_close(out[0], torch.tensor(0.0) if fails else x.exp().sum())
+
+
+def test_types_that_are_made_once_are_told_apart():
+    elements = (tl.float32, tl.int32, tl.pointer_type(tl.float32), tl.pointer_type(tl.int32))
+    types = [(element, shape) for element in elements for shape in ((8,), (8, 1), (1, 8), (8, 8))]
+    for _ in range(2):
+        made = [tl.block_type(element, [tl.constexpr(n) for n in shape]) for element, shape in types]
+        for (element, shape), block in zip(types, made, strict=True):
+            assert block.scalar == element and tuple(block.shape) == shape and block.numel == math.prod(shape)
+            tensor = tl.tensor(None, block)
+            assert tensor.dtype == element and [n.value for n in tensor.shape] == [*shape]
+            assert [other == block for other in made].count(True) == 1
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.block_type(tl.float32, [3])

@@ -105,6 +105,15 @@ class MLP(nn.Module):
         return _linear(self.dense_4h_to_h, _linear(self.dense_h_to_4h, x, decoding, "gelu_tanh"), decoding)
 
 
+def _as_read_by(block: nn.Module, normed: Tensor) -> Tensor:
+    """``normed`` as autocast would cast it inside ``block``, unless a hook of ``block`` would see it."""
+    device = normed.device.type
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if casts and normed.dtype == torch.float32 and _hooks.is_unmodified(block):
+        return normed.to(torch.get_autocast_dtype(device))
+    return normed
+
+
 def _post_norm(config: ModelConfig) -> nn.LayerNorm | None:
     """The LayerNorm that ends a branch; a plain pre-LN model has none."""
     return nn.LayerNorm(config.hidden_size, dtype=DTYPE) if config.sandwich_norm else None
@@ -265,6 +274,7 @@ class CogView(HubModel):
             )
         first = pre_norms[0]
         normed = layer_norm(x, first.weight, first.bias, eps=first.eps, pb_relax=self.config.pb_relax)
+        normed = _as_read_by(layers[0].attention, normed)  # so that all layers but the last are alike
         for index, layer in enumerate(layers):
             arguments = (x, normed, pre_norms[index + 1], layouts[index])
             is_last = index + 1 == len(layers)

@@ -7,7 +7,7 @@ libraries, and what PyTorch's allocator holds beyond the tensors in it. Attentio
 PyTorch's dense attention on the CPU keeps them where there is dropout.
 
 Letters: N tokens of a micro batch, C width. The trunk is float32 in every precision. What LayerNorms read of
-branches and give to products is an activation, but for the first norm and the last, which give float32.
+branches and give to products is an activation, but for the last norm, which gives float32.
 """
 
 from __future__ import annotations
@@ -136,13 +136,9 @@ class _Step:
         return self.saved_by_layer()
 
     def kept_by_embeddings(self) -> Bytes:
-        """The first state of the trunk, unless that is a checkpoint already, and its dropout mask.
-
-        A checkpoint has the first norm in float32."""
+        """The first state of the trunk, unless that is a checkpoint already, and its dropout mask."""
         mask = Bytes({TRUNK: self.trunk // 4 if self.config.dropout else 0})
-        if self.config.activation_checkpointing:
-            return mask + Bytes({CHECKPOINTS: self.trunk - self.activation})
-        return mask + Bytes({TRUNK: self.trunk})
+        return mask if self.config.activation_checkpointing else mask + Bytes({TRUNK: self.trunk})
 
     def gathered(self, backward: bool) -> Bytes:
         """What FSDP gathers: embeddings and norms, which stay, and the weights of two layers, as those of the

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from cogview_kernels import _backends, _checks
@@ -51,7 +50,7 @@ def decode_linear(
             rows; "triton": rows of ``weight`` contiguous). Without ``backend`` "reference" steps in.
         RuntimeError: the named backend cannot run here; the message says why.
     """
-    autocast = torch._C._is_any_autocast_enabled()
+    autocast = isinstance(x, Tensor) and _checks.is_autocast(x.device)
     signature = _backends.signature(_OP, x, weight, bias, activation, autocast, backend)
     chosen = _backends.passed(signature)
     if chosen is None:

@@ -63,7 +63,7 @@ def _forward(
     out, lse, residuals = _empty_outputs(q, k, v, pivots, block_size, window_blocks, backend)
     if out.numel() > 0:
         layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
-        dropout = Dropout.of(dropout_p, seed) if dropout_p else None
+        dropout = Dropout.of(dropout_p, seed)
         starts = None if starts is None else starts.contiguous()
         inputs = with_rows(q), with_rows(k), with_rows(v)
         results = out, lse, residuals
@@ -80,7 +80,7 @@ def _backward(
     if q.numel() == 0 or not any(wanted):
         return tuple(x.zero_() for x in gradients)
     layout = ThreeRegionLayout.unchecked(pivots, block_size, window_blocks, pivot_bias, density, causal)
-    dropout = Dropout.of(dropout_p, seed) if dropout_p else None
+    dropout = Dropout.of(dropout_p, seed)
     starts = None if starts is None else starts.contiguous()
     inputs = with_rows(q), with_rows(k), with_rows(v)
     saved = with_rows(out), lse.contiguous(), residuals

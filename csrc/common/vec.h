@@ -44,6 +44,7 @@ struct Floats {
 };
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr double kLog2e = 1.4426950408889634;
 
 template <typename To, typename From>
 inline To bitcast(From from) {
@@ -51,6 +52,14 @@ inline To bitcast(From from) {
     To to;
     std::memcpy(&to, &from, sizeof(to));
     return to;
+}
+
+// kLanes numbers as they lie.
+template <typename V, typename E>
+inline V lane_vector(const E* p) {
+    V v;
+    std::memcpy(&v, p, sizeof(v));
+    return v;
 }
 
 inline VecF broadcast(float x) {

@@ -8,7 +8,7 @@
 namespace cogview {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kLn2 = 0.6931471805599453;
 
 // 2^x for x < 128, 0 from -127 down, NaN for NaN; to 2^-13 where the result is rounded to bfloat16, else to 1
 // ulp. As exp2 of vec.h, less what attention does not need: -127 itself gives exactly 0, for its exponent

@@ -20,7 +20,6 @@ namespace {
 constexpr int kChunk = 512, kBlock = 64;
 // Queries of an item, where there are several: four vectors of output for each stay in registers.
 constexpr int kSharing = kLanes == 8 ? 2 : 4;
-constexpr double kLog2e = 1.4426950408889634;
 
 // Lane j of the result: the sum over the lanes of v[j].
 inline VecF sums_of_lanes(const VecF* v) {
@@ -70,16 +69,7 @@ constexpr bool kPairs =
 #endif
 
 #if defined(__AVX512F__)
-// Of 32 neighbouring bfloat16 those at even places, and those at odd ones: half of the instructions that it
-// takes to widen them in order.
-inline void load_apart(const BFloat16* p, VecF& even, VecF& odd) {
-    VecU both;
-    std::memcpy(&both, p, sizeof(both));
-    even = bitcast<VecF>(both << 16);
-    odd = bitcast<VecF>(both & 0xffff0000u);
-}
-
-// Two such vectors in order again.
+// What load_words() took apart, in order again.
 inline void put_together(VecF& even, VecF& odd) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
@@ -212,7 +202,10 @@ void add_values(const Block<T>& block, const Block<T>* next, const float* weight
         VecF x[kVectors];
         if constexpr (kApart) {
 #pragma GCC unroll 2
-            for (int i = 0; i < kVectors; i += 2) load_apart(value + i * kLanes, x[i], x[i + 1]);
+            for (int i = 0; i < kVectors; i += 2) {
+                const EvenOdd words = load_words(value + i * kLanes);
+                x[i] = words.even, x[i + 1] = words.odd;
+            }
         } else {
 #pragma GCC unroll 4
             for (int i = 0; i < kVectors; ++i) x[i] = load(value + i * kLanes, tag);

@@ -161,7 +161,6 @@ inline int64_t dot_products(const T* w, int64_t w_stride, int64_t outputs, const
 // x / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / 2 (1 + tanh(u)); exp of no more than
 // 0.
 inline VecF gelu(VecF x) {
-    constexpr double kLog2e = 1.4426950408889634;
     constexpr float kHigh = float(kLog2e), kLow = float(kLog2e - kHigh);
     const VecF twice = 1.5957691216057308f * (x + 0.044715f * x * x * x);
     const VecF e = exp2_product(-magnitude(twice), kHigh, kLow);

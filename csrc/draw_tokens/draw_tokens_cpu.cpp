@@ -15,7 +15,6 @@ namespace cogview {
 namespace COGVIEW_ISA {
 namespace {
 
-constexpr double kLog2e = 1.4426950408889634;
 constexpr int64_t kBlock = 64;           // tokens whose noise is made at a time
 constexpr int64_t kOfAThread = 1 << 15;  // logits for which a thread is woken
 

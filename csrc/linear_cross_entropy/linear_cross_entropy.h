@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The softmax part of linear cross-entropy. The matrix products around it are PyTorch's, but for those that a
-// processor with tiles makes faster here.
+// The softmax part of linear cross-entropy. The matrix products around it are PyTorch's, but for those that
+// product_cpu.cpp makes faster.
 #pragma once
 
 #include <cstdint>

@@ -39,9 +39,7 @@ void put_row(const float* sums, int64_t columns, bool add, T* out) {
 // The lanes that count of a vector in memory, whatever its elements are.
 template <typename Vec, typename E>
 Vec load_lanes(const E* p, Whole) {
-    Vec v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
+    return lane_vector<Vec>(p);
 }
 template <typename Vec, typename E>
 Vec load_lanes(const E* p, Part part) {

@@ -11,18 +11,11 @@
 namespace cogview {
 namespace {
 
-constexpr int32_t kNowhere = -(1 << 30);  // the row of a lane that has no query
+constexpr int32_t kNoRow = -(1 << 30);  // the row of a lane that has no query
 
 struct Range {
     int64_t begin, end;
 };
-
-template <typename V, typename E>
-inline V lane_vector(const E* p) {
-    V v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
-}
 
 inline int64_t parts(int64_t whole, int64_t part) {
     return (whole + part - 1) / part;

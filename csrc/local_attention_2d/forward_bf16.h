@@ -112,7 +112,7 @@ struct ForwardBf16 {
         std::memset(work.queries, 0, kPanelQueries * plan.Du * sizeof(float));
         std::memset(work.sum, 0, sizeof(work.sum));
         for (int64_t lane = 0; lane < kPanelQueries; ++lane) {
-            work.row[lane] = kNowhere;
+            work.row[lane] = kNoRow;
             work.column[lane] = work.first[lane] = work.last[lane] = 0;
             work.r0[lane] = work.r1[lane] = 0;
             work.row_max[lane] = -kInf;

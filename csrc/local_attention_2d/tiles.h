@@ -139,7 +139,7 @@ inline void for_each_query(const Plan& plan, const Tile& t, const Body& body) {
 inline void start_lanes(const Plan& plan, const Tile& t, int64_t b, int64_t h, Lanes& lanes) {
     const Dropout& dropout = plan.args.dropout;
     for (int64_t lane = 0; lane < kQueries; ++lane) {
-        lanes.row[lane] = lanes.column[lane] = kNowhere;
+        lanes.row[lane] = lanes.column[lane] = kNoRow;
         lanes.r0[lane] = lanes.r1[lane] = 0;
         lanes.row_max[lane] = -kInf;
         lanes.sum[lane] = 0.0f;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Two norms and the addition between them on the CPU: a row at a time, which stays in the L1 cache. Bytes:
 // forward reads branch and residual and writes residual_out and normed, once each; under pb_relax="tensor"
-// branch is read twice, as its maximum must be known first, and so is residual_out. Backward reads four
+// branch is read twice, as its maximum must be known first, and residual_out once more. Backward reads four
 // tensors and writes two; without a norm after the addition it reads two and writes one.
 #pragma once
 
@@ -169,7 +169,7 @@ void sandwich_backward(const SandwichBackward& a, int threads) {
             for_each_vector(C, [&](int64_t j, auto tag) {
                 const VecF d = row_gradient<kKind>(post, means, hat.data, scaled.data, j, tag);
                 put(dbranch + at + j, kDropout ? drop(d, a.dropout, words, j) : d, tag, streaming);
-                prefetch_vector(residual_out + at + C + j, amd);
+                if (dnormed != nullptr) prefetch_vector(residual_out + at + C + j, amd);
             });
         }
         stream_fence();

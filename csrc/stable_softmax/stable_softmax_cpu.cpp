@@ -25,8 +25,6 @@ struct BlockSum {
     }
 };
 
-constexpr double kLog2e = 1.4426950408889634;
-
 // About a quarter of a megabyte of elements a chunk, so that dealing chunks costs nothing.
 int64_t rows_per_chunk(int64_t N) {
     return std::max<int64_t>(1, 65536 / std::max<int64_t>(N, 1));

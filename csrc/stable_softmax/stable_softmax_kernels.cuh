@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One block per row, in three passes of which only the first reaches device memory when the row fits the L1
+// One block per row, in two passes of which only the first reads device memory when the row fits the L1
 // cache: maximum and sum together (online softmax), then the probabilities.
 // Bytes: 2 N elements a row from memory (3 N past the cache). Row sums go through warp shuffles and 32 floats
 // of shared memory; no atomics, so two runs give the same bits.

@@ -254,9 +254,8 @@ struct Backward {
         pack_b_transposed<kBf16>(staged, N, Dp, m.dout_columns);
         pack_b(staged, N, Dp, m.dout_rows);
         const int64_t row = (b * plan.H + h) * plan.T + s.first;
-        for (int64_t c = 0; c < s.queries; ++c) {
-            // -inf where nothing is seen: all probabilities are then to be 0.
-            const double lse = c < s.blind ? std::numeric_limits<float>::max() : args.lse[row + c] * kLog2e;
+        for (int64_t c = s.blind; c < s.queries; ++c) {
+            const double lse = args.lse[row + c] * kLog2e;
             lanes.lse[c] = float(lse);
             lanes.lse_low[c] = float(lse - lanes.lse[c]);
             const T* out = args.out.row<T>(b, h, s.first + c);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of three-region attention. Per query i, over the keys j it sees:
-//     x_j = scale q_i k_j (+ bias where far),   out_i = sum_j e^(x_j - max) v_j / l,   l = sum_j e^(x_j -
-//     max) lse_i = max + log l
+//     x_j = scale q_i k_j (+ bias where far),   l = sum_j e^(x_j - max)
+//     out_i = sum_j e^(x_j - max) v_j / l,      lse_i = max + log l
 // A block takes 128 queries of a head; a warp 16 M of them, all keys, all columns of out. Tiles of 32 keys:
 // scores by wmma into the warp's strip, one lane (M = 1: two) to a row for maximum, exponentials and sum, the
 // probabilities back into the strip as fp16, out += probabilities v by wmma.

@@ -235,20 +235,15 @@ void start_lanes(const Plan<kBf16>& plan, const Sight& s, int64_t b, int64_t h, 
         lanes.window_last[c] = int32_t(plan.window_last(query, origin));
         lanes.row_max[c] = -kInf;
         lanes.sum[c] = 0.0f;
-        lanes.lse[c] = lanes.lse_low[c] = lanes.delta[c] = 0.0f;
+        // The probabilities of what is no query, or sees nothing, are 0.
+        lanes.lse[c] = std::numeric_limits<float>::max();
+        lanes.lse_low[c] = lanes.delta[c] = 0.0f;
         if (dropout.drops()) {
             const RowWords words = philox(dropout.seed, uint32_t(query), uint32_t(h), uint32_t(b));
             lanes.r0[c] = words.r0;
             lanes.r1[c] = words.r1;
         }
     }
-}
-
-template <typename V, typename E>
-inline V lane_vector(const E* p) {
-    V v;
-    std::memcpy(&v, p, sizeof(v));
-    return v;
 }
 
 // Which of the queries from column c on keep the key in row r of a run.

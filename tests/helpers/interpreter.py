@@ -6,7 +6,9 @@ Each function works until the test ends. Neither changes which operations a kern
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,3 +74,41 @@ def prepare_once_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         interpreter, "_get_np_dtype", lambda x: pointer if x.scalar.is_ptr() else of_scalars(x.scalar)
     )
+
+
+def check_no_overflow_in_vain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter computes whether each sum and product of integers fits, and throws the answer away.
+
+    Triton asserts it in kernels that are compiled with ``debug``, which the interpreter never sets.
+    """
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = interpreter_builder.options
+    assert not options.debug
+    monkeypatch.setattr(interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+
+
+def make_shapes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type of blocks and what a tensor says of its shape are made once for each shape, not at each use."""
+    from triton.language import core
+
+    make_type, types = core.block_type.__init__, {}
+
+    def make_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *(shape.values if isinstance(shape, core.tuple) else shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = self.__dict__
+        self.__dict__.update(types[key])
+
+    @functools.cache
+    def told_of(shape: tuple[int, ...]) -> dict[str, Any]:
+        sizes = core.tuple([core.constexpr(size) for size in shape])
+        return {"shape": sizes, "numel": core.constexpr(math.prod(shape))}
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.__dict__.update(told_of(tuple(type.shape.values) if type.is_block() else ()))
+
+    monkeypatch.setattr(core.block_type, "__init__", make_block_type)
+    monkeypatch.setattr(core.tensor, "__init__", make_tensor)

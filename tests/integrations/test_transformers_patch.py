@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 
 import pytest
@@ -117,6 +118,33 @@ def test_in_bfloat16_the_branch_rounds_no_more_than_the_model_does(make, ids):
     expected = (model(ids).logits - exact).norm()
     patch(model)
     assert (model(ids).logits - exact).norm() < 1.5 * expected
+
+
+@pytest.mark.parametrize("make", [gemma2, gemma3, glm4, glm_image])
+def test_under_autocast_the_mlp_reads_the_same_bits_in_16_bits(make, ids, monkeypatch):
+    module = importlib.import_module("cogview_kernels.integrations.transformers.patch")
+    fused, found = module.sandwich_rms_norm, []
+
+    def with_casts(*rows, normed_dtype=None, **options):
+        return fused(*rows, **options)
+
+    model = tiny(make)
+    patch(model)
+    for name, mlp in model.named_modules():
+        if name.endswith(".mlp") and "visual" not in name:
+            mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    for sandwich in (with_casts, fused):
+        monkeypatch.setattr(module, "sandwich_rms_norm", sandwich)
+        read = []
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append((read, *step(model, ids)))
+    (wide, expected, expected_gradients), (narrow, got, gradients) = found
+    assert len(narrow) == 2 and {x.dtype for x in narrow} == {torch.bfloat16}
+    assert all(map(torch.equal, narrow, (x.bfloat16() for x in wide)))
+    assert got.loss == expected.loss
+    # Where two products read it, their gradients are added in 16 bits.
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0.05, atol=0.01, msg=name)
 
 
 @MODELS

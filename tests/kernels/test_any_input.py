@@ -392,3 +392,36 @@ def test_layout(data):
             assert layout.plan(T).keys_per_query * B * T == pytest.approx(int(mask.sum()))
     except DOCUMENTED as error:
         assert str(error).startswith("ThreeRegionLayout"), error
+
+
+STRANGE = {
+    "sparse": lambda: torch.ones(4, 8).to_sparse(),
+    "sparse_csr": lambda: torch.ones(4, 8).to_sparse_csr(),
+    "mkldnn": lambda: torch.ones(4, 8).to_mkldnn(),
+    "nested": lambda: torch.nested.as_nested_tensor([torch.ones(1, 8), torch.ones(3, 8)]),
+    "jagged": lambda: torch.nested.as_nested_tensor(
+        [torch.ones(1, 8), torch.ones(3, 8)], layout=torch.jagged
+    ),
+}
+DENSE, WEIGHT = torch.ones(4, 8), torch.ones(6, 8)
+TAKES_ROWS = {
+    "stable_softmax": [lambda f, x: f(x)],
+    "layer_norm": [lambda f, x: f(x), lambda f, x: f(DENSE, x)],
+    "rms_norm": [lambda f, x: f(x), lambda f, x: f(DENSE, x)],
+    "sandwich_layer_norm": [lambda f, x: f(x, x, *[None] * 4), lambda f, x: f(DENSE, x, *[None] * 4)],
+    "sandwich_rms_norm": [lambda f, x: f(x, x, None), lambda f, x: f(DENSE, DENSE, None, x)],
+    "decode_linear": [lambda f, x: f(x, WEIGHT), lambda f, x: f(DENSE, x)],
+    "linear_cross_entropy": [
+        lambda f, x: f(x, WEIGHT, torch.zeros(4, dtype=torch.int64)),
+        lambda f, x: f(DENSE, x, torch.zeros(4, dtype=torch.int64)),
+    ],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta)")
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("name", TAKES_ROWS)
+def test_a_tensor_without_strides_is_refused(name, kind):
+    for call in TAKES_ROWS[name]:
+        with pytest.raises(TypeError, match=rf"^{name}: \w+ must be dense, got .*; (try|pad it)"):
+            call(getattr(cogview_kernels, name), STRANGE[kind]())

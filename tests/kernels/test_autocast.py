@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from cogview_kernels import (
     ThreeRegionLayout,
     decode_attention,
+    decode_linear,
     layer_norm,
     linear_cross_entropy,
     local_attention_2d,
@@ -101,6 +102,19 @@ def test_the_loss_leaves_float64_alone():
         with pytest.raises(TypeError, match=r"hidden must be float32, .* got torch.int64"):
             linear_cross_entropy(hidden.long(), weight, target)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.T, target))
+
+
+@torch.no_grad()
+def test_autocast_of_another_device_is_none():
+    """A kernel may run beside it, and what was found then says nothing of the device's own autocast."""
+    x, weight = torch.randn(2, 32), torch.randn(8, 32)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert decode_linear(x, weight).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decode_linear(x, weight).dtype == torch.bfloat16
 
 
 def test_autocast_under_compile():

@@ -224,6 +224,33 @@ def test_nothing_to_read_and_no_derivative(backend_device):
         tensor.requires_grad_(False)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("by_name", [False, True])
+def test_vmap_goes_through_the_list_of_weights(by_name, backend_device):
+    backend_device("cpu")
+    stack, x, cache = make()
+    xs, caches = torch.stack([x, -x]), torch.stack([cache, cache])
+    expected = torch.stack([decode_step(y, stack, cache.clone(), LENGTHS) for y in xs])
+
+    def step(x, cache):
+        if not by_name:
+            return decode_step(x, stack, cache, LENGTHS)
+        options = None, 1, 1, 0.0, 1, stack.eps, stack.pb_relax, "cpu"
+        return torch.ops.cogview_kernels.decode_step(x, stack.tensors, None, cache, LENGTHS, *options)
+
+    torch.testing.assert_close(torch.func.vmap(step)(xs, caches), expected)
+    assert not torch.equal(caches[0].nan_to_num(), caches[1].nan_to_num())
+    tensors = [torch.stack([t, t]) for t in stack.tensors]
+    torch.testing.assert_close(
+        torch.func.vmap(
+            lambda x, cache, *t: torch.ops.cogview_kernels.decode_step(
+                x, list(t), None, cache, LENGTHS, None, 1, 1, 0.0, 1, stack.eps, stack.pb_relax, "cpu"
+            )
+        )(xs, caches, *tensors),
+        expected,
+    )
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autograd_is_told_that_the_cache_was_written(backend, backend_device):
     """A graph that has saved the cache must not go on with the values of later."""

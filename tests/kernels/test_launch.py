@@ -142,6 +142,25 @@ def watched_and_on_a_stream(bench: Bench) -> list[Any]:
     return found
 
 
+class OnTheSecond(torch.Tensor):
+    """Of another GPU than others are on."""
+
+    def get_device(self) -> int:
+        return 1
+
+
+def on_two_gpus(bench: Bench) -> list[str]:
+    """The driver here takes each chip for another GPU."""
+    from cogview_kernels._triton import Launch
+
+    launch, x = Launch(_seedless_kernel, (1,), (48,), BLOCK=64), torch.empty(64)
+    found = []
+    for arch, kind in ((90, torch.Tensor), (80, OnTheSecond), (90, torch.Tensor)):
+        bench.silent.become(arch)
+        found.append(bench.ways(launch, x.as_subclass(kind)))
+    return found
+
+
 def without_a_seed(bench: Bench) -> str:
     from cogview_kernels._triton import Launch
 
@@ -217,6 +236,7 @@ def all_of_them() -> dict[str, Any]:
         arguments_in_turn,
         misaligned,
         watched_and_on_a_stream,
+        on_two_gpus,
         without_a_seed,
         seeds_that_triton_specialises,
         ops_called_twice,
@@ -245,6 +265,10 @@ def test_a_misaligned_tensor_is_bound_each_time(found):
 def test_hooks_see_each_launch_and_the_stream_is_the_current_one(found):
     ways = ["bound direct", "bound bound", "direct direct", "direct direct"]
     assert found["watched_and_on_a_stream"] == [*ways, 7]
+
+
+def test_each_gpu_runs_the_kernel_that_was_loaded_on_it(found):
+    assert found["on_two_gpus"] == ["bound direct", "bound direct", "direct direct"]
 
 
 def test_kernels_without_a_seed(found):

@@ -12,7 +12,14 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree
 
-from cogview_kernels import ThreeRegionLayout, decode_attention, linear_cross_entropy, three_region_attention
+from cogview_kernels import (
+    ThreeRegionLayout,
+    decode_attention,
+    decode_step,
+    linear_cross_entropy,
+    three_region_attention,
+)
+from tests.helpers.stack import random_stack
 
 LAYOUT = ThreeRegionLayout(torch.tensor([[1, 5, -1], [0, 3, 9]]), 4, 2, 0.5, 3)
 BOTH_SIDES = ThreeRegionLayout(LAYOUT.pivots, 4, 2, 0.5, 3, causal=False)
@@ -79,8 +86,14 @@ def test_the_density_is_a_bias(backend):
     out, expected = (three_region_attention(q, k, v, x, backend=backend) for x in (LAYOUT, plain))
     torch.testing.assert_close(out, expected)
     cache = q[:, :, -1:], k, v, torch.tensor([20, 17])
-    out, expected = (decode_attention(*cache, layout=x, backend=backend) for x in (LAYOUT, plain))
-    torch.testing.assert_close(out, expected)
+    stack, caches = random_stack(C=32), torch.randn(2, 2, 2, 2, 20, 16)
+    step = torch.randn(2, 1, 32), stack, caches, torch.tensor([19, 16])
+    for _ in range(2):  # the second time from memory
+        out, expected = (decode_attention(*cache, layout=x, backend=backend) for x in (LAYOUT, plain))
+        torch.testing.assert_close(out, expected)
+        if backend != "sdpa":
+            out, expected = (decode_step(*step, layout=x, backend=backend) for x in (LAYOUT, plain))
+            torch.testing.assert_close(out, expected)
 
 
 class Attention(torch.nn.Module):

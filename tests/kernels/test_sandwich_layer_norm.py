@@ -239,8 +239,10 @@ def test_forward_and_backward(backend, dtype, case, mode, backend_device):
 
 
 @pytest.mark.budget
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", ["past_a_vector", "four_vectors_and_a_bit", "two_tiles_of_rows_and_a_bit"])
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [("past_a_vector", "row"), ("four_vectors_and_a_bit", None), ("two_tiles_of_rows_and_a_bit", "tensor")],
+)
 @pytest.mark.parametrize("is_normed_narrow", [False, True])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)

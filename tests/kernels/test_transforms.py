@@ -104,6 +104,11 @@ def test_batched_gradients(op, x):
     torch.testing.assert_close(ours, expected)
 
 
+def test_vmap_over_nothing_is_refused(x):
+    with pytest.raises(NotImplementedError, match="layer_norm: vmap must map 1 element or more, got 0"):
+        vmap(OPS["layer_norm"])(x[:0])
+
+
 @pytest.mark.parametrize("transform", [grad, lambda f: vmap(grad(f))], ids=["grad", "vmap of grad"])
 def test_reverse_mode_of_an_op_called_by_its_name(transform, x):
     """So ``torch.compile`` calls it: ``torch.compile(torch.func.grad(f))`` is traced to this."""

@@ -36,6 +36,15 @@ def test_the_kernel_writes_what_indexing_does(T, H, D, dtype, backend_device):
     assert torch.equal(buffer, expected)
 
 
+def test_autograd_is_told_of_the_write(backend_device):
+    buffer, view = buffer_and_view(1, 2, 6, 16, torch.float32, backend_device("triton"))
+    loss = (buffer * torch.ones_like(buffer, requires_grad=True)).sum()
+    places = torch.zeros(1, 1, dtype=torch.int64, device=buffer.device)
+    _cache.write(view, torch.ones(1, 1, 2, 2, 16, device=buffer.device), places)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_wrong_place_stays_inside_the_cache(backend_device):
     buffer, view = buffer_and_view(2, 2, 6, 16, torch.float32, backend_device("triton"))
     before = buffer.clone()

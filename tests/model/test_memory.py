@@ -85,5 +85,5 @@ def test_a_share_of_the_model_shrinks_with_the_gpus_and_the_activations_do_not()
     for part in (WEIGHTS, STATE):
         assert shared.parts[part] == alone.parts[part] / 8
     kept = "activations: checkpoints"
-    # The trunk in float32, and norms in 16 bits but for the first.
-    assert shared.parts[kept] == alone.parts[kept] == (48 * (4 + 2) + 2) * 8 * 1088 * 2560
+    # The trunk in float32, and norms in 16 bits.
+    assert shared.parts[kept] == alone.parts[kept] == 48 * (4 + 2) * 8 * 1088 * 2560

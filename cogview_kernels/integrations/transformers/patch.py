@@ -240,7 +240,10 @@ def _layer_forward(family: _Family) -> Forward:
         pre_weight = None if pre is None else getattr(self, pre).weight
         if _widens(kind, post_norm, branch):
             x = x.float()
-        x, normed = sandwich_rms_norm(branch, x, post_norm.weight, pre_weight, **kind.options(post_norm))
+        options = kind.options(post_norm)
+        if _checks.is_autocast(branch.device):  # The products of the MLP would each make a copy in 16 bits.
+            options["normed_dtype"] = branch.dtype
+        x, normed = sandwich_rms_norm(branch, x, post_norm.weight, pre_weight, **options)
         return x, x if normed is None else normed
 
     def forward(self: Any, hidden_states: Tensor, **others: Any) -> Tensor:
