@@ -3,6 +3,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,7 +56,9 @@ DENSE, CHECKPOINTED = {"three_region": None}, {"activation_checkpointing": True}
 def test_a_real_step_holds_what_is_predicted(config, rows, parts, precision):
     """Beyond weights and optimizer state, which are known exactly; with them, well within a tenth."""
     train = TrainConfig(steps=2, batch_size=rows * parts, precision=precision, accumulate=parts)
-    trainer = TransformerTrainer(CogView(config).train(), None, train)
+    rows_alone = SimpleNamespace(inputs=config.max_positions - 1, has_grids=False)
+    data = SimpleNamespace(training=rows_alone)
+    trainer = TransformerTrainer(CogView(config).train(), data, train)
     for parameter in trainer.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()  # makes its state
