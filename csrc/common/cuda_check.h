@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,13 @@ inline void check_launch(const char* kernel) {
     if (error != cudaSuccess)
         throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorName(error) + ": " +
                                  cudaGetErrorString(error));
+}
+
+// As the size of a grid, which would otherwise be cut to 32 bits without a word.
+inline unsigned grid_of(const char* kernel, int64_t blocks) {
+    if (blocks > 0x7fffffff)
+        throw std::runtime_error(std::string(kernel) + ": more than 2^31 blocks; split the batch");
+    return unsigned(blocks);
 }
 
 }  // namespace cogview

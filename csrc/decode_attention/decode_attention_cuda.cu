@@ -15,10 +15,9 @@ void launch(const DecodeAttention& a, cudaStream_t stream) {
     const DecodeShape& shape = a.shape;
     const int64_t rows = int64_t(shape.H / shape.Hkv) * shape.Tq;
     const int64_t blocks = a.splits * ((rows + ROWS - 1) / ROWS) * shape.Hkv * shape.B;
-    if (blocks > 0x7fffffff)
-        throw std::runtime_error("decode_attention_kernel: more than 2^31 blocks; split the batch");
-    decode_attention_kernel<T, LANES, ROWS><<<unsigned(blocks), kDecodeThreads, 0, stream>>>(a);
-    check_launch("decode_attention_kernel");
+    const char* name = "decode_attention_kernel";
+    decode_attention_kernel<T, LANES, ROWS><<<grid_of(name, blocks), kDecodeThreads, 0, stream>>>(a);
+    check_launch(name);
 }
 
 template <typename T, int LANES>

@@ -18,22 +18,26 @@ int block_size(int64_t N) {
 void stable_softmax_fwd_cuda(const SoftmaxForward& args, void* stream) {
     const int64_t rows = args.A * args.B * args.T;
     if (rows == 0 || args.N == 0) return;
+    const char* name = "stable_softmax_fwd_kernel";
+    const unsigned grid = grid_of(name, rows);
     COGVIEW_DISPATCH_DTYPE(args.dtype, {
         using T = CudaType<scalar_t>::type;
         stable_softmax_fwd_kernel<T>
-            <<<rows, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
+            <<<grid, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
     });
-    check_launch("stable_softmax_fwd_kernel");
+    check_launch(name);
 }
 
 void stable_softmax_bwd_cuda(const SoftmaxBackward& args, void* stream) {
     if (args.rows == 0 || args.N == 0) return;
+    const char* name = "stable_softmax_bwd_kernel";
+    const unsigned grid = grid_of(name, args.rows);
     COGVIEW_DISPATCH_DTYPE(args.dtype, {
         using T = CudaType<scalar_t>::type;
         stable_softmax_bwd_kernel<T>
-            <<<args.rows, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
+            <<<grid, block_size(args.N), 0, static_cast<cudaStream_t>(stream)>>>(args);
     });
-    check_launch("stable_softmax_bwd_kernel");
+    check_launch(name);
 }
 
 }  // namespace cogview

@@ -26,12 +26,11 @@ void prepare(Attention& a, void* stream) {
 template <typename Args>
 void launch(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared, const Args& args,
             void* stream) {
-    if (blocks > 0x7fffffff)
-        throw std::runtime_error(std::string(name) + ": more than 2^31 tiles; split the batch");
+    const unsigned grid = grid_of(name, blocks);
     // Past 48 KB shared memory is had on request alone.
     if (shared > 48 * 1024) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     check_launch(name);
-    kernel<<<dim3(unsigned(blocks)), threads, shared, static_cast<cudaStream_t>(stream)>>>(args);
+    kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args);
     check_launch(name);
 }
 

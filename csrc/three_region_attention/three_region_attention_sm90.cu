@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <stdexcept>
-#include <string>
 
 #include "common/cuda_check.h"
 #include "three_region_attention/forward_sm90.cuh"
@@ -18,15 +17,13 @@ void launch(const AttentionForwardSm90& args, void* stream) {
     const int64_t tiles = (int64_t(args.shape.T) + Sm90Shape::kQueries - 1) / Sm90Shape::kQueries;
     const int64_t blocks = tiles * args.shape.H * args.shape.B;
     if (blocks == 0) return;
-    if (blocks > 0x7fffffff)
-        throw std::runtime_error(std::string(name) + ": more than 2^31 tiles; split the batch");
+    const unsigned grid = grid_of(name, blocks);
     // Past 48 KB shared memory is had on request alone, and on each device anew.
     cudaFuncSetAttribute(three_region_attention_fwd_sm90_kernel<T>,
                          cudaFuncAttributeMaxDynamicSharedMemorySize, Sm90Shape::kShared);
     check_launch(name);
     three_region_attention_fwd_sm90_kernel<T>
-        <<<dim3(unsigned(blocks)), Sm90Shape::kThreads, Sm90Shape::kShared,
-           static_cast<cudaStream_t>(stream)>>>(args);
+        <<<grid, Sm90Shape::kThreads, Sm90Shape::kShared, static_cast<cudaStream_t>(stream)>>>(args);
     check_launch(name);
 }
 

@@ -345,6 +345,17 @@ def test_a_backend_asked_for_never_falls_back():
             stable_softmax(torch.ones(2, 3), backend="cuda")
 
 
+@pytest.mark.parametrize("way", ["fwd", "bwd"])
+def test_cuda_refuses_more_rows_than_a_grid_has(way, emulation):
+    """Before anything is read: their number would have been cut to 32 bits, and rows left out."""
+    rows, ones, native = 2**32 + 1, (1, 1, 1, 1), emulation.emulated_cuda()
+    with pytest.raises(RuntimeError, match=rf"stable_softmax_{way}_kernel: more than 2\^31 blocks; split"):
+        if way == "fwd":
+            native.stable_softmax_fwd_cuda(0, 0, 0, (1, 1, rows, 1), ones, ones, 1.0, 1.0, False, 0, 0)
+        else:
+            native.stable_softmax_bwd_cuda(0, 0, 0, rows, 1, 1.0, 0, 0)
+
+
 # ---- compiled for chips that are not here
 
 
