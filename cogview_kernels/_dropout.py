@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cogview_kernels import _device
+
 _MASK32 = 0xFFFFFFFF
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -107,16 +109,18 @@ def for_signature(seed: int | Tensor | None) -> int | Tensor | None:
     return 0 if type(seed) is int and -(2**63) <= seed < 2**64 else seed
 
 
-def as_seed(dropout_p: float, seed: int | Tensor | None) -> Tensor | None:
+def as_seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
     """The seed as a 0-d int64 tensor, or None where nothing is dropped. Without a given one, a seed is drawn.
 
     It is drawn from PyTorch's default generator of the CPU: that costs no device synchronisation, and
-    activation checkpointing replays it.
+    activation checkpointing replays it. A CUDA graph would keep that number for all its replays; while one is
+    captured on ``device``, the generator of the device draws, which goes on with each replay.
     """
     if dropout_p == 0:
         return None
     if seed is None:
-        return torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu")
+        captures = not torch.compiler.is_compiling() and _device.is_capturing(device)
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device if captures else "cpu")
     if isinstance(seed, Tensor):
         return seed
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device="cpu")

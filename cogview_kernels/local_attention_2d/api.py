@@ -78,7 +78,8 @@ def local_attention_2d(
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
             ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
         seed: for dropout, an int of at most 64 bits or a 0-d int64 tensor, on the CPU or the device of ``q``;
-            None draws one from PyTorch's CPU generator.
+            None draws one from PyTorch's CPU generator, or, while a CUDA graph is captured, from the GPU's,
+            so that each replay drops others.
         return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
         backend: "cpu", "triton", "sdpa" or "reference"; None takes the best for the device.
 
@@ -116,7 +117,7 @@ def local_attention_2d(
     chosen = _backends.choose(
         _OP, _BACKENDS, backend, q.device, _limit, q, keys, window, dropout_p, return_lse
     )
-    scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed)
+    scale, dropout_p, seed = float(scale), float(dropout_p), _dropout.as_seed(dropout_p, seed, q.device)
     if chosen not in ("sdpa", "reference"):
         out, lse, _peaks = local_attention_2d_op(
             q,

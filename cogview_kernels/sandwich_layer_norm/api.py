@@ -112,7 +112,7 @@ def sandwich_layer_norm(
             seed=seed,
         )
         return residual_out.to(residual.dtype), normed.to(normed_dtype)
-    seed = _dropout.as_seed(dropout_p, seed)
+    seed = _dropout.as_seed(dropout_p, seed, branch.device)
     return sandwich_layer_norm_op.for_signature(signature)(
         branch, residual, *parameters, normed_dtype, float(eps), pb_relax, float(dropout_p), seed, chosen
     )[:2]

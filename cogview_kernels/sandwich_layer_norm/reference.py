@@ -32,6 +32,6 @@ def sandwich_layer_norm_reference(
         bias = None if bias is None else bias.to(x.dtype)
         return F.layer_norm(relax(x, pb_relax), x.shape[-1:], weight, bias, eps)
 
-    dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed))
+    dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed, branch.device))
     residual_out = residual + norm(drop_rows(branch, dropout), post_weight, post_bias)
     return residual_out, norm(residual_out, pre_weight, pre_bias)

@@ -128,7 +128,7 @@ def sandwich_rms_norm(
             seed=seed,
         )
         return residual_out, None if normed is None else normed.to(normed_dtype)
-    seed = _dropout.as_seed(dropout_p, seed)
+    seed = _dropout.as_seed(dropout_p, seed, branch.device)
     numbers = float(eps), float(weight_offset), round_before_weight
     residual_out, normed, _ = sandwich_rms_norm_op.for_signature(signature)(
         branch, residual, *weights, normed_dtype, *numbers, pb_relax, float(dropout_p), seed, chosen

@@ -36,6 +36,6 @@ def sandwich_rms_norm_reference(
             pb_relax=pb_relax,
         )
 
-    dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed))
+    dropout = Dropout.of(dropout_p, _dropout.as_seed(dropout_p, seed, branch.device))
     residual_out = residual + norm(drop_rows(branch, dropout), post_weight)
     return residual_out, None if pre_weight is None else norm(residual_out, pre_weight)

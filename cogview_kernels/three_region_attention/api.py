@@ -70,7 +70,8 @@ def three_region_attention(
         dropout_p: in [0, 1): probability with which a joint probability is dropped, the others grow by
             ``1 / (1 - dropout_p)``. Every backend draws the same mask from the same seed.
         seed: for dropout, an int of at most 64 bits or a 0-d int64 tensor, on the CPU or the device of ``q``;
-            None draws one from PyTorch's CPU generator.
+            None draws one from PyTorch's CPU generator, or, while a CUDA graph is captured, from the GPU's,
+            so that each replay drops others.
         return_lse: also return the log of the softmax's denominator (before dropout), differentiable.
         backend: "cpu", "triton", "cuda", "sdpa" or "reference"; None takes the best for the device.
 
@@ -112,7 +113,7 @@ def three_region_attention(
         chosen = _backends.choose(_OP, _BACKENDS, backend, q.device, _limit, q, dropout_p, return_lse)
         _backends.remember(signature, chosen)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed)
+    dropout_p, seed = float(dropout_p), _dropout.as_seed(dropout_p, seed, q.device)
     if layout is None:
         layout = ThreeRegionLayout(q.new_empty((q.shape[0], 0), dtype=torch.int32), *_ALL)
     if chosen not in ("sdpa", "reference"):

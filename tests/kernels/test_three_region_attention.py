@@ -8,7 +8,14 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.functional import scaled_dot_product_attention
 
-from cogview_kernels import ThreeRegionLayout, _backends, _extension, three_region_attention
+from cogview_kernels import (
+    ThreeRegionLayout,
+    _backends,
+    _device,
+    _dropout,
+    _extension,
+    three_region_attention,
+)
 from cogview_kernels._dropout import Dropout
 from cogview_kernels.three_region_attention import launch_config, sdpa
 from cogview_kernels.three_region_attention.reference import three_region_attention_reference
@@ -106,6 +113,29 @@ def test_dropout_keeps_the_mean_and_follows_the_seed():
     first, second = call(None), call(None)
     torch.manual_seed(1)
     assert torch.equal(first, call(None)) and not torch.equal(first, second)
+
+
+def test_while_a_graph_is_captured_the_device_draws_the_seed(monkeypatch):
+    elsewhere = torch.device("meta")
+    assert _dropout.as_seed(0.1, None, elsewhere).device.type == "cpu"
+    monkeypatch.setattr(_device, "is_capturing", lambda device: device == elsewhere)
+    assert _dropout.as_seed(0.1, None, elsewhere).device.type == "meta"
+    assert _dropout.as_seed(0.1, 3, elsewhere).device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_each_replay_of_a_graph_drops_others():
+    q, k, v, layout = make(device="cuda", dtype=torch.float16, T=256, P=32, D=64)
+    call = lambda: three_region_attention(q, k, v, layout, dropout_p=0.5)  # noqa: E731
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    replays = []
+    for _ in range(2):
+        graph.replay()
+        replays.append(out.clone())
+    assert not torch.equal(*replays)
 
 
 # ---- properties of every backend
