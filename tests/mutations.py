@@ -127,7 +127,7 @@ MUTATIONS = [
     Mutation("attention-cpu-padding-gives-something", "csrc/three_region_attention/*",
              "for (int64_t c = 0; c < s.blind; ++c) lanes.sum[c] = kInf;", "", _CPU_STARTS),
     Mutation("attention-cpu-gradient-of-padding", "csrc/three_region_attention/*",
-             "c < s.blind ? std::numeric_limits<float>::max() : args", "args", _CPU_STARTS),
+             "lanes.lse[c] = std::numeric_limits<float>::max();", "lanes.lse[c] = 0.0f;", _CPU_STARTS),
     Mutation("attention-cpu-bias-twice", "csrc/three_region_attention/*",
              "const float add = far ? bias : 0.0f;", "const float add = far ? 2.0f * bias : 0.0f;",
              _CPU_ATTENTION),
