@@ -82,6 +82,11 @@ class ThreeRegionPlan:
         )
 
 
+def _with_density(pivot_bias: float, density: int) -> float:
+    """Kernels know of one number."""
+    return pivot_bias if density == 1 else pivot_bias + math.log(density)
+
+
 @dataclass(frozen=True, eq=False)
 class ThreeRegionLayout:
     """The three regions that a query sees: text and random pivots, and a block window.
@@ -228,16 +233,15 @@ class ThreeRegionLayout:
         """From the flat arguments of an op, which were a layout's before: no check costs host time twice."""
         layout = object.__new__(cls)
         members = layout.__dict__  # past the dataclass, which is frozen
-        members["pivots"], members["pivot_bias"], members["density"] = pivots, pivot_bias, density
+        members["pivots"], members["density"] = pivots, 1
+        members["pivot_bias"] = _with_density(pivot_bias, density)
         members["block_size"], members["window_blocks"], members["causal"] = block_size, window_blocks, causal
-        if density != 1:
-            members["pivot_bias"], members["density"] = layout.kernel_bias, 1
         return layout
 
     @property
     def kernel_bias(self) -> float:
-        """``pivot_bias`` with ``density`` in it: kernels know of one number."""
-        return self.pivot_bias if self.density == 1 else self.pivot_bias + math.log(self.density)
+        """``pivot_bias`` with ``density`` in it."""
+        return _with_density(self.pivot_bias, self.density)
 
     def far_bias(self, like: Tensor) -> Tensor:
         """What is added to the logits of far keys, in plain PyTorch: 0-d, dtype and device of ``like``."""

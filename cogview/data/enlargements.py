@@ -134,7 +134,7 @@ class LocalDataset(TokenDataset):
     has_grids = True
 
     @property
-    def inputs(self) -> int:
+    def input_tokens(self) -> int:
         """See :class:`TokenDataset`; every token is read, as no code is predicted from those before it."""
         return self.length
 

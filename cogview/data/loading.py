@@ -31,7 +31,7 @@ def _leave_group(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class _Made(Dataset[T | Exception], Generic[T]):
+class _ItemOrError(Dataset[T | Exception], Generic[T]):
     """What a function makes of each item, or its error, to whose words PyTorch would add a traceback."""
 
     def __init__(self, make: Callable[[Any], T]) -> None:
@@ -44,9 +44,9 @@ class _Made(Dataset[T | Exception], Generic[T]):
             return error
 
 
-def _made(make: Callable[[Any], T], items: Sampler[Any] | Iterable[Any], workers: int) -> Iterator[T]:
+def _load(make: Callable[[Any], T], items: Sampler[Any] | Iterable[Any], workers: int) -> Iterator[T]:
     loader = DataLoader(
-        _Made(make),
+        _ItemOrError(make),
         sampler=items,
         batch_size=None,
         num_workers=workers,
@@ -67,9 +67,9 @@ def training_images(
     pairs: Pairs, size: int, order: Sampler[list[int]] | Iterable[list[int]], workers: int = 0
 ) -> Iterator[Tensor]:
     """Batches ``[B, 3, size, size]`` of the items that ``order`` lists, with ``workers`` processes."""
-    return _made(partial(_images, pairs, size), order, workers)
+    return _load(partial(_images, pairs, size), order, workers)
 
 
 def training_batches(batch: Callable[[int], T], steps: range, workers: int = 0) -> Iterator[T]:
     """``batch(step)`` of each step in order; ``workers`` processes, if there are any, make them ahead."""
-    return _made(batch, steps, workers)
+    return _load(batch, steps, workers)

@@ -60,7 +60,7 @@ class TokenDataset:
         return len(self.rows)
 
     @property
-    def inputs(self) -> int:
+    def input_tokens(self) -> int:
         """Tokens of a row that the model reads: all but the last, which is only predicted."""
         return self.length - 1
 

@@ -157,8 +157,8 @@ class TransformerTrainer(Trainer):
         self.log_every = config.log_every
         self.resblocks = ResblockScaling(model) if config.resblock_scaling else None
         self.draw: Callable[[], Any] | None = None
-        self._tokens = config.batch_size * self.data.training.inputs
-        flops = step_flops(model.config, config.batch_size, self.data.training.inputs)
+        self._tokens = config.batch_size * self.data.training.input_tokens
+        flops = step_flops(model.config, config.batch_size, self.data.training.input_tokens)
         # Nobody has counted the pairs of query and key that local attention sees.
         self._flops = 0.0 if self.data.training.has_grids else flops.model
         self._peak_flops = peak_flops(self.device, self.precision.dtype)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton's interpreter, told to compute as a GPU does and to prepare its language once a launch.
 
-Each function works until the test ends. Neither changes which operations a kernel asks for.
+Each function works until the test ends. None changes which operations a kernel asks for.
 """
 
 from __future__ import annotations

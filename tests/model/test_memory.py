@@ -56,7 +56,7 @@ DENSE, CHECKPOINTED = {"three_region": None}, {"activation_checkpointing": True}
 def test_a_real_step_holds_what_is_predicted(config, rows, parts, precision):
     """Beyond weights and optimizer state, which are known exactly; with them, well within a tenth."""
     train = TrainConfig(steps=2, batch_size=rows * parts, precision=precision, accumulate=parts)
-    rows_alone = SimpleNamespace(inputs=config.max_positions - 1, has_grids=False)
+    rows_alone = SimpleNamespace(input_tokens=config.max_positions - 1, has_grids=False)
     data = SimpleNamespace(training=rows_alone)
     trainer = TransformerTrainer(CogView(config).train(), data, train)
     for parameter in trainer.model.parameters():
