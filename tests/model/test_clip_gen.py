@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cogview.training.clip_gen as training
+from cogview import clip_gen_run
 from cogview.cli import main
 from cogview.clip_gen_run import ClipDrawing, load_clip_gen, ranked
 from cogview.config import ClipGenTrainConfig, ModelConfig, SamplingConfig, ThreeRegionConfig
@@ -110,6 +111,19 @@ def test_no_caption_is_read_and_texts_are_drawn(folders, monkeypatch):
     alone = run.generate("a cat", num=3, sampling=SamplingConfig(), seed=1)
     assert [d.image.tobytes() for d in alone] == [d.image.tobytes() for d in rows[1]]
     assert {drawing.text for drawing in alone} == {"a cat"}
+    asked = []
+
+    def draw(model, embeddings, num, options):
+        asked.append(options.max_batch)
+        return draw_from_embeddings(model, embeddings, num, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clip_gen_run, "rows_that_fit", lambda *_: 2)
+        patch.setattr(
+            clip_gen_run, "draw_from_embeddings", lambda *given: asked.append(given[3]) or draw(*given)
+        )
+        run.generate("a cat", num=3)
+    assert asked == [2]
     tokenizer = load_tensors(out / "image_tokenizer.safetensors")
     tokenizer["dec.blocks.0.bias"][0] = torch.nan
     damaged = folders / "damaged"
