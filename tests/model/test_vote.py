@@ -297,9 +297,11 @@ def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_pa
         def status(path, body=None, **headers):
             with pytest.raises(urllib.error.HTTPError) as error:
                 fetch(server.url + path, body, **headers)
+            said.append(error.value.read())
             error.value.close()
             return error.value.code
 
+        said = []
         for vote in (
             {"question": 99, "place": 0},
             {"question": 0, "place": 5},
@@ -310,6 +312,7 @@ def test_what_is_no_vote_is_refused_and_other_sites_are_kept_out(folders, tmp_pa
         assert status("vote", {"question": 0, "place": 0}, **{"Content-Type": "text/plain"}) == 404
         deep = b"[" * 990
         assert status("vote", deep) == status("vote", b"", **{"Content-Length": ""}) == 400
+        assert json.loads(said[-1]) == {"detail": "a vote has up to 1,000 bytes"}
         assert status("question", Host="example.org:80") == status("vote", {}, Host="example.org") == 403
         assert status("picture/0/9") == status("picture/99/0") == status("../votes.json") == 404
         assert not server.ballot.votes
