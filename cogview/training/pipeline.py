@@ -318,9 +318,10 @@ def _dataset(
 
 def _shape_in_words(settings: ModelSettings, kind: RowKind, tokenizers: Tokenizers) -> str:
     model, room, pictures = settings.model, settings.max_text_tokens, tokenizers.image.config
+    length, codes = kind.row_length(pictures, room), kind.num_codes(pictures)
     return (
-        f"model: {model.num_layers} layers of width {model.hidden_size} over rows of "
-        f"{kind.row_length(pictures, room)} tokens, {room} for text and {kind.num_codes(pictures)} for the picture"
+        f"model: {model.num_layers} layers of width {model.hidden_size} over rows of {length} tokens, "
+        f"{room} for text and {codes} for the picture"
     )
 
 
