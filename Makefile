@@ -7,6 +7,7 @@ OUT    ?= build/gpu-check
 TIER   ?= full
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 # Images of containers often forbid Python to keep what it compiled. With PyTorch's modules compiled anew, each
 # process of the tests would take more than twice as long to start. An empty value forbids nothing.
 export PYTHONDONTWRITEBYTECODE :=
@@ -29,8 +30,8 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	  || { echo "[setup] Python 3.10 to 3.14 is needed; choose one with make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 	@if nvidia-smi >/dev/null 2>&1; then $(PIP) install -q --no-compile -c constraints.txt torch; else \
-	  $(PIP) install -q --no-compile -c constraints.txt 'torch==2.13.0+cpu' 2>/dev/null \
-	  || $(PIP) install -q --no-compile --retries 0 --timeout 20 -c constraints.txt 'torch==2.13.0+cpu' \
+	  $(PIP) install -q --no-compile -c constraints.txt 'torch==$(TORCH)+cpu' 2>/dev/null \
+	  || $(PIP) install -q --no-compile --retries 0 --timeout 20 -c constraints.txt 'torch==$(TORCH)+cpu' \
 	       --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
 	  || $(PIP) install -q --no-compile -c constraints.txt torch; fi
 	@$(PIP) install -q --no-compile -c constraints.txt triton setuptools wheel ninja pybind11

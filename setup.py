@@ -13,7 +13,7 @@ Environment variables
     COGVIEW_SANITIZE         ops, e.g. "decode_attention", whose CPU part AddressSanitizer and
                              UndefinedBehaviorSanitizer watch (`make sanitize`). The others are not optimised.
     COGVIEW_SKIP_EXTENSION   1 installs the Python part alone (the Makefile builds the extension apart).
-    CXX, NVCC                the compilers.
+    CXX, NVCC, CUDA_HOME     the compilers: CUDA_HOME/bin comes before PATH, NVCC before both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -98,9 +99,11 @@ def find_nvcc() -> str | None:
     wanted = os.environ.get("COGVIEW_CUDA", "")
     if wanted == "0":
         return None
-    nvcc = os.environ.get("NVCC") or shutil.which("nvcc")
-    if nvcc is None and (home := os.environ.get("CUDA_HOME")):
-        nvcc = shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if named := os.environ.get("NVCC"):
+        return shutil.which(named) or sys.exit(f"NVCC={named} was not found: name an nvcc, or unset NVCC")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None and wanted == "1":
         sys.exit("COGVIEW_CUDA=1, but no nvcc was found: put it on PATH or set NVCC or CUDA_HOME")
     return nvcc
@@ -110,7 +113,10 @@ def cuda_archs(nvcc: str) -> list[int]:
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
     known = {int(a) for a in re.findall(r"compute_(\d+)", listed)}
     if wanted := os.environ.get("COGVIEW_CUDA_ARCHS"):
-        archs = [int(a) for a in re.split(r"[;,\s]+", wanted.strip())]
+        names = re.split(r"[;,\s]+", wanted.strip())
+        if not all(name.isdecimal() for name in names):
+            sys.exit(f"COGVIEW_CUDA_ARCHS must be capabilities without the dot, as 70;90, got {wanted}")
+        archs = [int(name) for name in names]
         if missing := [a for a in archs if a not in known]:
             sys.exit(
                 f"COGVIEW_CUDA_ARCHS names {missing}, which {nvcc} does not know; it knows {sorted(known)}"
@@ -138,6 +144,16 @@ def extensions() -> list[Extension]:
     return [Extension("cogview_kernels._C", [])]
 
 
+def in_command(word: object) -> str:
+    """For a rule's command, which a shell reads after ninja."""
+    return shlex.quote(str(word)).replace("$", "$$")
+
+
+def in_edge(path: Path) -> str:
+    """For a line of ninja that names files; ninja itself quotes ``$in`` and ``$out``."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja and runs it, so that a rebuild compiles only what changed."""
 
@@ -155,7 +171,8 @@ class NinjaBuildExt(build_ext):
         has_sm90 = nvcc is not None and 90 in archs and knows_sm_90a(nvcc)
         # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
         # compiles again what another command would compile, keeps them for an isolated build of the wheel.
-        python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        python = [in_command(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+        headers = in_command(f"-I{CSRC}")
         defines = [f"-DCOGVIEW_HAS_CUDA={int(nvcc is not None)}", f"-DCOGVIEW_X86={int(len(ISA_FLAGS) > 1)}"]
 
         rules, edges, objects = [], [], []
@@ -164,11 +181,11 @@ class NinjaBuildExt(build_ext):
             name = source.relative_to(CSRC).as_posix().replace("/", "__")
             obj = build / (f"{name}.{isa}.o" if isa else f"{name}.o")
             objects.append(obj)
-            edges.append(f"build {obj}: {rule} {source}")
+            edges.append(f"build {in_edge(obj)}: {rule} {in_edge(source)}")
             edges.append(f"  flags = {' '.join([*flags, *sanitizer_flags(source, isa)])}")
 
         rules.append(
-            f"rule cxx\n  command = {CXX} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} -I{CSRC} $flags "
+            f"rule cxx\n  command = {CXX} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} {headers} $flags "
             "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
         )
         per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
@@ -198,25 +215,30 @@ class NinjaBuildExt(build_ext):
                 parts["sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
             for part, options in parts.items():
                 rules.append(
-                    f"rule nvcc_{part}\n  command = {nvcc} -MD -MF $out.d {host} "
-                    f"{' '.join(options + defines)} -I{CSRC} -c $in -o $out\n"
+                    f"rule nvcc_{part}\n  command = {in_command(nvcc)} -MD -MF $out.d {host} "
+                    f"{' '.join(options + defines)} {headers} -c $in -o $out\n"
                     "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
                 )
                 for source in sorted(CSRC.glob(f"*/*_{part}.cu")):
                     edge(f"nvcc_{part}", source)
             # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
-            link = f"{nvcc} -ccbin {CXX} -shared --cudart static -Xcompiler -pthread -o $out $in -ldl"
+            flags = "-shared --cudart static -Xcompiler -pthread"
+            link = f"{in_command(nvcc)} -ccbin {CXX} {flags} -o $out $in -ldl"
 
         rules.append(f"rule link\n  command = {link}\n  description = link $out")
-        inputs = " ".join(map(str, objects))
-        text = "\n".join([*rules, "", *edges, f"build {target}: link {inputs}", f"default {target}", ""])
+        whole = f"build {in_edge(target)}: link {' '.join(map(in_edge, objects))}"
+        text = "\n".join([*rules, "", *edges, whole, f"default {in_edge(target)}", ""])
         script = build / "build.ninja"
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet"]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode != 0:
+            sys.exit(
+                "the extension does not compile, for the reason above; COGVIEW_SKIP_EXTENSION=1 installs the "
+                "Python part alone, where plain PyTorch and Triton remain"
+            )
 
 
 setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuildExt})
