@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import OPS, checks, environment, harness, results, timing, verdict
 from benchmarks.definitions import BACKWARD, BOTH, FORWARD, Case, benchmark_of
-from benchmarks.rivals import attention, linear
+from benchmarks.rivals import attention, decode, linear
 
 _DENSE = ("dense causal SDPA, flash", "dense causal SDPA, cuDNN", attention.LOOP)
 _ATTENTION, _SANDWICH = "three_region_attention", "sandwich_layer_norm"
@@ -40,11 +40,12 @@ class Wanted(NamedTuple):
 def _plan() -> Iterator[Wanted]:
     ways = (FORWARD, BACKWARD)
     yield Wanted(_ATTENTION, "paper", ways, ("triton", *_DENSE))
-    yield Wanted(_SANDWICH, "width", ways, ("triton", "cuda", "eager PB-relax"))
+    yield Wanted(_SANDWICH, "width", ways, ("triton", "cuda", "eager PB-relax", "eager F.layer_norm"))
     shares = tuple(f"triton, extra_memory={share}" for share in ("0.12", "0.5", "1"))
     yield Wanted(_LOSS, "cogview", (BOTH,), ("triton", *shares, "matrix products alone"))
     for shape in ("cogview", "cogview-16", "paper", "16k"):
-        yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", "SDPA over the cache"))
+        rivals = (decode.CACHE, "SDPA on gathered keys")
+        yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", *rivals))
     for shape in ("qkv", "out", "up", "down"):
         yield Wanted(_LINEAR, shape, (FORWARD,), ("triton", linear.PLAIN, linear.ADDMM))
     for shape in ("cogview", "long", "16k"):
@@ -72,6 +73,7 @@ RIVALS = {
     ("sandwich_rms_norm", "width"): _RMS_NORMS,
     ("rms_norm", "width"): _RMS_NORMS,
     (_LOCAL, "64x64"): ("FlexAttention, mask",),
+    (_SOFTMAX, "causal"): ("torch.compile PB-relax",),
     (_LOSS, "cogview"): ("Liger", "Cut Cross-Entropy, exact"),
 }
 

@@ -18,6 +18,7 @@ from typing import Any
 from tabulate import tabulate
 
 from benchmarks import BENCHMARKS, plots, results, tiles
+from benchmarks.definitions import benchmark_of
 from benchmarks.results import Document, Row
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,16 @@ def speed_text(row: Row, rows: list[Row], baseline: str) -> str:
 def extra_bytes(row: Row) -> int | None:
     """Peak memory beyond inputs and results."""
     return None if row["peak_bytes"] is None else max(0, row["peak_bytes"] - row["result_bytes"])
+
+
+def not_raced(document: Document, case: tuple[str, str, str, str]) -> list[str]:
+    """The rivals that a run was not asked for in a case: any of them may be faster than those that ran."""
+    shape, _, dtype, direction = case
+    told = {row["variant"] for row in results.by_case(document).get(case, [])}
+    name = f"{shape}-{dtype}-{direction}"
+    told |= {entry["variant"] for entry in document["skipped"] if entry["case"] == name}
+    rivals = [variant.name for variant in benchmark_of(document["op"]).rivals if variant.kind == "rival"]
+    return [rival for rival in rivals if rival not in told]
 
 
 def _number(value: float | None, unit: str = "") -> str:
@@ -161,6 +172,10 @@ def device_page(documents: dict[str, Document]) -> str:
         for entry in document["skipped"]:
             key = (entry["variant"], entry["reason"])
             reasons[key] = reasons.get(key, 0) + 1
+        for case in results.by_case(document):
+            for rival in not_raced(document, case):
+                key = (rival, "not asked for")
+                reasons[key] = reasons.get(key, 0) + 1
         if reasons:
             lines += ["", "Not timed:", ""]
             lines += [f"- {variant}, {count} cases: {reason}" for (variant, reason), count in reasons.items()]
@@ -178,24 +193,31 @@ def summary(everything: dict[str, dict[str, Document]]) -> str:
     lines = unmeasured_gpu(everything)
     for folder, documents in everything.items():
         device = next(iter(documents.values()))["environment"]["device"]
-        table = [row for op, shapes, way in FEW if (row := _few_row(documents.get(op), shapes, way))]
-        header = ["op", "case", "against its fastest rival", "extra memory: ours, the rival's"]
+        table, missing = [], []
+        for op, shapes, ways in FEW:
+            if document := documents.get(op):
+                row, rivals = _few_row(document, shapes, ways)
+                table.append(row)
+                missing += [f"- `{op}`: {'; '.join(rivals)}."] if rivals else []
+        header = ["op", "case", "against the fastest rival that ran", "extra memory: ours, the rival's"]
         lines += [f"**{device}** ([every row](benchmarks/results/{folder}/README.md))", ""]
         lines += [*_markdown_table(header, table, text=3), ""]
+        lines += ["Rivals that did not race there:", "", *missing, ""] if missing else []
     lines.append("[The whole table and its chart](benchmarks/results/README.md).")
     return "\n".join(lines) + "\n"
 
 
-def _few_row(document: Document | None, shapes: tuple[str, ...], ways: tuple[str, ...]) -> list[str]:
-    if document is None:
-        return []
-    found = []
-    for (shape, _, dtype, way), ours, rows in results.headline(document):
-        if shape in shapes and way in ways:
-            found.append((ways.index(way), [f"{shape}, {dtype}, {way}", *_beside_rival(ours, rows)]))
+def _few_row(
+    document: Document, shapes: tuple[str, ...], ways: tuple[str, ...]
+) -> tuple[list[str], list[str]]:
+    """The row, and the rivals that did not race in its case."""
+    op = f"`{document['op']}`"
+    found = [one for one in results.headline(document) if one[0][0] in shapes and one[0][3] in ways]
     if not found:
-        return [f"`{document['op']}`", f"{shapes[0]}, {ways[0]}", UNMEASURED, UNMEASURED]
-    return [f"`{document['op']}`", *min(found, key=lambda one: one[0])[1]]
+        return [op, f"{shapes[0]}, {ways[0]}", UNMEASURED, UNMEASURED], []
+    case, ours, rows = min(found, key=lambda one: ways.index(one[0][3]))
+    shape, _, dtype, way = case
+    return [op, f"{shape}, {dtype}, {way}", *_beside_rival(ours, rows)], not_raced(document, case)
 
 
 def _beside_rival(ours: Row, rows: list[Row]) -> tuple[str, str]:
@@ -213,7 +235,8 @@ def results_page(everything: dict[str, dict[str, Document]]) -> str:
         "# Results",
         "",
         "Written by `python -m benchmarks.report` from the JSON files below this folder.",
-        "[How it is measured](../README.md).",
+        "[How it is measured](../README.md). The fastest rival is that of those which ran; a device's page names",
+        "the others.",
         "",
         *unmeasured_gpu(everything),
     ]

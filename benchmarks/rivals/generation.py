@@ -110,7 +110,6 @@ def hugging_face(
             cache_implementation=cache,
             pad_token_id=0,
             eos_token_id=None,
-            disable_compile=True,
         )
         mask = torch.ones_like(prompt)[None]
         return model.generate(prompt[None], attention_mask=mask, generation_config=how)

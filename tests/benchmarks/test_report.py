@@ -9,6 +9,7 @@ import json
 import pytest
 
 from benchmarks import report, results, tiles
+from benchmarks.definitions import benchmark_of
 
 
 def row(variant, kind, ms, **more):
@@ -139,6 +140,19 @@ def test_readme_takes_the_first_direction_that_there_is_and_says_what_is_not():
     alone = DOCUMENT | {"rows": DOCUMENT["rows"][1:2]}
     text = report.summary({"some-cpu": {"three_region_attention": alone}})
     assert "| `three_region_attention` | paper, bfloat16, fwd | unmeasured | " in text
+
+
+def test_rivals_that_a_run_was_not_asked_for_are_named():
+    """The fastest that ran need not be the fastest there is."""
+    documents = {"three_region_attention": DOCUMENT}
+    text = report.summary({"some-cpu": documents})
+    assert "Rivals that did not race there:\n\n- `three_region_attention`: dense causal SDPA; " in text
+    assert "- FlexAttention, mask, 1 cases: not asked for\n" in report.device_page(documents)
+    names = [v.name for v in benchmark_of("three_region_attention").rivals]
+    of_all = [{"case": "paper-bfloat16-fwd", "variant": name, "reason": "no GPU"} for name in names]
+    documents = {"three_region_attention": DOCUMENT | {"skipped": of_all}}
+    assert "did not race" not in report.summary({"some-cpu": documents})
+    assert "not asked for" not in report.device_page(documents)
 
 
 def test_a_run_that_was_cut_short_says_so():
