@@ -16,11 +16,11 @@ installed (PyTorch, Triton, nvcc, ninja, pybind11, pytest, matplotlib, tabulate,
 stage has a limit and writes down what it finds line by line, so a run that is cut keeps what was done. Exit
 status 0: nothing failed; a stage that a tier can do without may be late.
 
-In OUT, at most eight files: summary.txt, results.json (``python -m benchmarks.report --import`` takes it),
-tests.xml, tuned.txt, build.log, tests.log (each test's outcome as it comes) and run.log; of a whole model
-generate/*.json and training_step.json in a folder named for the device, to be copied. Without a GPU,
-GPU_CHECK_REHEARSE=1 runs the same stages on the CPU: Triton kernels in the interpreter, tiny shapes, few
-tests, times that mean nothing.
+In OUT, at most eight files: summary.txt, results.json (``python -m benchmarks.report --import`` takes it, of
+ops that are green in tests.xml), tests.xml, tuned.txt, build.log, tests.log (each test's outcome as it comes)
+and run.log; of a whole model generate/*.json and training_step.json in a folder named for the device, to be
+copied. Without a GPU, GPU_CHECK_REHEARSE=1 runs the same stages on the CPU: Triton kernels in the
+interpreter, tiny shapes, few tests, times that mean nothing.
 """
 
 from __future__ import annotations

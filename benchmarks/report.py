@@ -3,7 +3,8 @@
 
 ``python -m benchmarks.report``            README.md between its markers, the pages under results/, the plots
 ``python -m benchmarks.report --check``    exit status 1 if any of these does not match the results files
-``python -m benchmarks.report --import F`` first take the results in F, as ``make gpu-check`` writes them
+``python -m benchmarks.report --import F`` first take the results in F, as ``make gpu-check`` writes them; the
+                                         tests.xml beside F tells of which ops the tests are green
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks import BENCHMARKS, plots, results, tiles
+from benchmarks import BENCHMARKS, plots, results, tiles, verdict
 from benchmarks.definitions import benchmark_of
 from benchmarks.results import Document, Row
 
@@ -235,8 +236,8 @@ def results_page(everything: dict[str, dict[str, Document]]) -> str:
         "# Results",
         "",
         "Written by `python -m benchmarks.report` from the JSON files below this folder.",
-        "[How it is measured](../README.md). The fastest rival is that of those which ran; a device's page names",
-        "the others.",
+        "[How it is measured](../README.md). The fastest rival is that of those which ran; a device's page",
+        "names the others.",
         "",
         *unmeasured_gpu(everything),
     ]
@@ -335,13 +336,24 @@ def quotable(documents: dict[str, Document]) -> dict[str, Document]:
     return kept
 
 
+def tested(source: Path) -> dict[str, Document]:
+    """The documents of a results.json, with the verdict of the tests.xml beside it."""
+    tests, documents = source.with_name("tests.xml"), results.load(source)
+    for op, document in documents.items():
+        found = (
+            verdict.of_report(op, tests) if tests.exists() else f"there is no {tests} to tell of its tests"
+        )
+        document["red_tests"] = document["red_tests"] or found
+    return documents
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if something is stale")
     parser.add_argument("--import", dest="source", type=Path, help="results.json of make gpu-check")
     arguments = parser.parse_args()
     if arguments.source:
-        for document in quotable(results.load(arguments.source)).values():
+        for document in quotable(tested(arguments.source)).values():
             print(f"taken: {results.save(document)}")
     stale = generate(check=arguments.check)
     for path in stale:

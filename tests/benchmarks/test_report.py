@@ -199,6 +199,35 @@ def test_figures_that_may_not_be_quoted_are_not_taken(spoilt, reason, tmp_path, 
     assert f"left, not to be quoted: three_region_attention: {reason}" in capsys.readouterr().out
 
 
+PASSED = '<testcase classname="tests.kernels.test_three_region_attention" name="test_sum"/>'
+SKIPPED = PASSED.replace("/>", "><skipped/></testcase>")
+
+
+@pytest.mark.parametrize(
+    ("cases", "taken", "reason"),
+    [
+        (PASSED, 1, ""),
+        (SKIPPED + PASSED, 1, ""),
+        (SKIPPED, 0, "holds no test of three_region_attention that ran"),
+        (PASSED.replace("three_region", "another"), 0, "holds no test of three_region_attention that ran"),
+        (PASSED.replace("/>", "><failure/></testcase>"), 0, "are red: test_sum"),
+        (None, 0, "there is no"),
+    ],
+)
+def test_figures_are_taken_with_the_tests_that_lie_beside_them(
+    cases, taken, reason, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "results.json").write_text(json.dumps({"three_region_attention": GPU}))
+    if cases is not None:
+        (tmp_path / "tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    saved = []
+    monkeypatch.setattr(results, "save", saved.append)
+    monkeypatch.setattr(report, "generate", lambda check: [])
+    monkeypatch.setattr("sys.argv", ["report", "--import", str(tmp_path / "results.json")])
+    assert report.main() == 0
+    assert len(saved) == taken and reason in capsys.readouterr().out
+
+
 def test_figures_of_an_op_with_red_tests_are_marked_in_a_terminal_and_not_written(checkout, capsys):
     red = GPU | {"red_tests": RED}
     assert "NOT TO BE QUOTED: 2 tests" in report.text_table(red)
