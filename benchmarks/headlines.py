@@ -44,8 +44,7 @@ def _plan() -> Iterator[Wanted]:
     shares = tuple(f"triton, extra_memory={share}" for share in ("0.12", "0.5", "1"))
     yield Wanted(_LOSS, "cogview", (BOTH,), ("triton", *shares, "matrix products alone"))
     for shape in ("cogview", "cogview-16", "paper", "16k"):
-        rivals = (decode.CACHE, "SDPA on gathered keys")
-        yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", *rivals))
+        yield Wanted(_DECODE, shape, (FORWARD,), ("triton", "cuda", decode.CACHE, decode.GATHERED))
     for shape in ("qkv", "out", "up", "down"):
         yield Wanted(_LINEAR, shape, (FORWARD,), ("triton", linear.PLAIN, linear.ADDMM))
     for shape in ("cogview", "long", "16k"):
@@ -56,7 +55,8 @@ def _plan() -> Iterator[Wanted]:
     for op in ("sandwich_rms_norm", "rms_norm"):
         yield Wanted(op, "width", ways, ("triton", "cuda", "eager", "eager F.rms_norm"))
     for shape in ("width", "vocabulary", "causal"):
-        yield Wanted(_SOFTMAX, shape, ways, ("triton", "cuda", "eager softmax"))
+        softmax = ("eager softmax", "eager softmax, mask as bias")
+        yield Wanted(_SOFTMAX, shape, ways, ("triton", "cuda", *softmax))
     for shape in ("qkv-16", "out-16", "up-16", "down-16"):
         yield Wanted(_LINEAR, shape, (FORWARD,), ("triton", linear.PLAIN, linear.ADDMM))
 
@@ -64,7 +64,8 @@ def _plan() -> Iterator[Wanted]:
 PLAN = tuple(_plan())
 
 # What must be compiled first or be installed: by op and shape, added with --rivals.
-_NORMS = ("torch.compile PB-relax", "Liger LayerNorm", "quack LayerNorm", "Apex LayerNorm")
+_LIBRARIES = ("Liger LayerNorm", "quack LayerNorm", "Apex LayerNorm")
+_NORMS = ("torch.compile PB-relax", "torch.compile F.layer_norm", *_LIBRARIES)
 _RMS_NORMS = ("torch.compile", "Liger RMSNorm", "quack RMSNorm")
 RIVALS = {
     (_ATTENTION, "paper"): (attention.GATHERED, "FlexAttention, mask"),

@@ -8,13 +8,15 @@ the call, so only the device is timed; the host's own time is measured apart.
 On a CPU, the clock is ``perf_counter``. Absolute times drift on shared machines; ratios from one interleaved
 run hold.
 
-On both, variants take turns, round by round, in one process on the same tensors, and each round begins with
-another variant. The median is reported, with the quartiles as the spread.
+On both, variants take turns, round by round, in one process on the same tensors. Each round has an order of
+its own, so that no variant always finds the cache as the same other one leaves it. The median is reported,
+with the quartiles as the spread.
 """
 
 from __future__ import annotations
 
 import ctypes
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -130,8 +132,7 @@ def interleave(jobs: dict[str, Job], device: torch.device, limits: Limits) -> di
     for turn in range(limits.max_rounds):
         if turn >= limits.min_rounds and time.perf_counter() - begin > limits.seconds:
             break
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(turn).sample(names, len(names)):
             times[name].append(timer(jobs[name]))
     return times
 

@@ -48,10 +48,16 @@ def sort_pivots(x: Inputs, case: Case) -> Tensor:
     return pivots.masked_fill(pivots < 0, case.shape.T).sort(1).values
 
 
-def gather_keys(x: Tensor, index: Tensor) -> Tensor:
-    """``[B, H, P, D]`` of ``[B, H, T, D]``."""
-    index = index.clamp(max=x.shape[2] - 1)[:, None, :, None]
-    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))
+def rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """``[B, H, P]``: where the rows ``index`` ``[B, P]`` of ``[B, H, T, D]`` are among all of its rows."""
+    B, H, T, _ = x.shape
+    first = T * torch.arange(B * H, device=x.device).view(B, H, 1)
+    return first + index.clamp(max=T - 1)[:, None]
+
+
+def gather_keys(x: Tensor, rows: Tensor) -> Tensor:
+    """``[B, H, P, D]`` of ``[B, H, T, D]``, by whole rows: ``Tensor.gather`` takes several times as long."""
+    return x.flatten(0, 2).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _loop(x: Inputs, case: Case) -> Forward:
@@ -59,6 +65,7 @@ def _loop(x: Inputs, case: Case) -> Forward:
     key share one call."""
     T, regions, device = case.shape.T, case.shape.regions, x.q.device
     sorted_pivots = sort_pivots(x, case)
+    rows = rows_of(x.k, sorted_pivots)
     dense = min(T, regions.block_size * regions.window_blocks)
     plan = []
     for start in range(dense, T, regions.block_size):
@@ -75,7 +82,7 @@ def _loop(x: Inputs, case: Case) -> Forward:
 
     def forward() -> Tensor:
         q, k, v = x.q, x.k, x.v
-        k_far, v_far = gather_keys(k, sorted_pivots), gather_keys(v, sorted_pivots)
+        k_far, v_far = gather_keys(k, rows), gather_keys(v, rows)
         head = (q[:, :, :dense], k[:, :, :dense], v[:, :, :dense])
         parts = [F.scaled_dot_product_attention(*head, is_causal=True)]
         for start, stop, window_start, prefix, mask in plan:
@@ -181,7 +188,7 @@ def _flex_gathered(x: Inputs, case: Case) -> Forward:
     block_mask, columns = gathered_block_mask(
         sorted_pivots, case.shape.T, regions.block_size, regions.window_blocks
     )
-    index = F.pad(sorted_pivots, (0, columns - sorted_pivots.shape[1]), value=case.shape.T)
+    rows = rows_of(x.k, F.pad(sorted_pivots, (0, columns - sorted_pivots.shape[1]), value=case.shape.T))
     bias = x.layout.pivot_bias
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -190,8 +197,8 @@ def _flex_gathered(x: Inputs, case: Case) -> Forward:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def forward() -> Tensor:
-        keys = torch.cat([gather_keys(x.k, index), x.k], 2)
-        values = torch.cat([gather_keys(x.v, index), x.v], 2)
+        keys = torch.cat([gather_keys(x.k, rows), x.k], 2)
+        values = torch.cat([gather_keys(x.v, rows), x.v], 2)
         return compiled(x.q, keys, values, score_mod=score_mod if bias else None, block_mask=block_mask)
 
     return forward
@@ -219,7 +226,7 @@ def _eager_chunks(x: Inputs, case: Case) -> Forward:
     column = torch.arange(span, device=device)[None, None, :] - (span - block_size)
     block_start = torch.arange(blocks, device=device)[:, None, None] * block_size
     near_bias = torch.where((column <= row) & (column + block_start >= 0), 0.0, hidden).to(dtype)
-    index = pivots.clamp(min=0)
+    rows = rows_of(x.k, pivots.clamp(min=0))
     scale = D**-0.5
 
     def windows(y: Tensor) -> Tensor:
@@ -229,11 +236,11 @@ def _eager_chunks(x: Inputs, case: Case) -> Forward:
 
     def forward() -> Tensor:
         q = x.q * scale
-        far_scores = q @ gather_keys(x.k, index).transpose(-1, -2) + far_bias
+        far_scores = q @ gather_keys(x.k, rows).transpose(-1, -2) + far_bias
         near_scores = q.view(B, H, blocks, block_size, D) @ windows(x.k).transpose(-1, -2) + near_bias
         scores = torch.cat([far_scores, near_scores.view(B, H, T, span)], -1)
         probs = torch.softmax(scores, -1)
-        out = probs[..., :P] @ gather_keys(x.v, index)
+        out = probs[..., :P] @ gather_keys(x.v, rows)
         near_probs = probs[..., P:].view(B, H, blocks, block_size, span)
         return out + (near_probs @ windows(x.v)).view(B, H, T, D)
 

@@ -85,7 +85,7 @@ def _cut(implementation: str):
 
 
 def _matrix_products(x: Inputs, case: Case) -> Forward:
-    """The products alone, into memory that is there: no fused loss can be faster with three."""
+    """The products alone, as PyTorch makes them, into memory that is there."""
     hidden, weight = x.hidden.detach(), x.weight.detach()
     logits = hidden @ weight.T
     dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)

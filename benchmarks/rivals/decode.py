@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.definitions import Case, Forward, Inputs, Variant
-from benchmarks.rivals.attention import gather_keys
+from benchmarks.rivals.attention import gather_keys, rows_of
 
 CACHE = "SDPA over the cache"
+GATHERED = "SDPA on gathered rows"
 
 
 def _sdpa(x: Inputs, case: Case) -> Forward:
@@ -41,17 +42,18 @@ def _flex(x: Inputs, case: Case) -> Forward:
 
 
 def _gathered(x: Inputs, case: Case) -> Forward:
-    """Pivots left of the window and the window, gathered at each step."""
+    """Pivots left of the window and the window, gathered at each step, in the order of memory."""
     s, pivots = case.shape, x.layout.pivots.long()
     window_start = s.regions.window_start(s.S - 1)
-    far = (pivots >= 0) & (pivots < window_start)
+    is_far = (pivots >= 0) & (pivots < window_start)
+    far = pivots.masked_fill(~is_far, s.S).sort(1).values[:, : int(is_far.sum(1).max())]
     window = torch.arange(window_start, s.S, device=pivots.device)
-    index = torch.cat([pivots.clamp(min=0), window.expand(s.B, -1)], 1)
-    bias = torch.where(far, x.layout.pivot_bias, float("-inf"))
+    rows = rows_of(x.k_cache, torch.cat([far, window.expand(s.B, -1)], 1))
+    bias = torch.where(far < s.S, x.layout.pivot_bias, float("-inf"))
     bias = F.pad(bias, (0, window.numel())).to(case.dtype)[:, None, None]
 
     def forward() -> Tensor:
-        keys, values = gather_keys(x.k_cache, index), gather_keys(x.v_cache, index)
+        keys, values = gather_keys(x.k_cache, rows), gather_keys(x.v_cache, rows)
         return F.scaled_dot_product_attention(x.q, keys, values, attn_mask=bias)
 
     return forward
@@ -65,5 +67,5 @@ VARIANTS = (
     Variant(CACHE, _sdpa, truth="dense", note="reads every key, without a mask"),
     Variant("SDPA over the cache, masked", _sdpa_masked, truth="dense", note="reads every key"),
     Variant("FlexAttention over the cache", _flex, truth="dense", note="reads every key"),
-    Variant("SDPA on gathered keys", _gathered, why_not=_regions_only),
+    Variant(GATHERED, _gathered, why_not=_regions_only),
 )

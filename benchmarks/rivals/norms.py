@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,8 @@ def _liger_norm() -> Norm:
 def _quack_norm() -> Norm:
     from quack.layernorm import layernorm
 
-    return lambda x, weight, bias: layernorm(x, weight.float(), bias=bias.float(), eps=EPS)
+    wide = functools.cache(Tensor.float)  # it takes no others, and whoever uses it keeps them so
+    return lambda x, weight, bias: layernorm(x, wide(weight), bias=wide(bias), eps=EPS)
 
 
 def _apex_norm() -> Norm:
@@ -133,6 +135,7 @@ def _variants(chain: Chain) -> tuple[Variant, ...]:
         Variant("eager PB-relax", _eager(chain, pb_relax_norm)),
         Variant("torch.compile PB-relax", _compiled(chain, pb_relax_norm)),
         Variant("eager F.layer_norm", _eager(chain, plain_norm), note=PLAIN),
+        Variant("torch.compile F.layer_norm", _compiled(chain, plain_norm), note=PLAIN),
         Variant("Liger LayerNorm", _library(chain, _liger_norm), why_not=liger, note=PLAIN),
         Variant("quack LayerNorm", _library(chain, _quack_norm), why_not=_forward_only, note=PLAIN),
         Variant("Apex LayerNorm", _library(chain, _apex_norm), why_not=apex, note=PLAIN),
