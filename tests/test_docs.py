@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 import runpy
@@ -14,6 +15,7 @@ import cogview_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+EVERY_PAGE = [*sorted(ROOT.glob("*.md")), *PAGES, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
@@ -72,3 +74,14 @@ def test_every_page_is_in_the_contents():
     assert {page.stem for page in PAGES} - {"index"} == set(
         re.findall(r"^([a-z0-9-]+)$", contents, re.MULTILINE)
     )
+
+
+@pytest.mark.parametrize("page", EVERY_PAGE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_programs_are_there(page):
+    text = page.read_text()
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert [link for link in sorted(links) if not (page.parent / link).exists()] == []
+    ours = {"benchmarks", "cogview", "cogview_kernels", "tests"}
+    programs = set(re.findall(r"python -m ([a-z_.]*[a-z_])", text))
+    named = [name for name in sorted(programs) if name.split(".")[0] in ours]
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
