@@ -142,9 +142,11 @@ def test_under_autocast_the_mlp_reads_the_same_bits_in_16_bits(make, ids, monkey
     assert len(narrow) == 2 and {x.dtype for x in narrow} == {torch.bfloat16}
     assert all(map(torch.equal, narrow, (x.bfloat16() for x in wide)))
     assert got.loss == expected.loss
-    # Where two products read it, their gradients are added in 16 bits.
+    # Where two products read it, their gradients are added in 16 bits, which rounds by 2^-9 at most, and what
+    # comes of it goes through a few products in 16 bits.
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=0.05, atol=0.01, msg=name)
+        expected = expected_gradients[name]
+        assert (gradient - expected).norm() <= 8 * 2**-9 * expected.norm(), name
 
 
 @MODELS
