@@ -154,81 +154,85 @@ def in_edge(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def ninja_script(build: Path, target: Path) -> str:
+    """Compiles each source of csrc into an object in ``build``, and links them."""
+    import pybind11
+
+    nvcc = find_nvcc()
+    archs = [] if nvcc is None else cuda_archs(nvcc)
+    has_sm90 = nvcc is not None and 90 in archs and knows_sm_90a(nvcc)
+    # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
+    # compiles again what another command would compile, keeps them for an isolated build of the wheel.
+    python = [in_command(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+    headers = in_command(f"-I{CSRC}")
+    defines = [f"-DCOGVIEW_HAS_CUDA={int(nvcc is not None)}", f"-DCOGVIEW_X86={int(len(ISA_FLAGS) > 1)}"]
+
+    rules, edges, objects = [], [], []
+
+    def edge(rule: str, source: Path, isa: str = "", flags: Sequence[str] = ()) -> None:
+        name = source.relative_to(CSRC).as_posix().replace("/", "__")
+        obj = build / (f"{name}.{isa}.o" if isa else f"{name}.o")
+        objects.append(obj)
+        edges.append(f"build {in_edge(obj)}: {rule} {in_edge(source)}")
+        edges.append(f"  flags = {' '.join([*flags, *sanitizer_flags(source, isa)])}")
+
+    rules.append(
+        f"rule cxx\n  command = {CXX} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} {headers} $flags "
+        "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
+    )
+    per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
+    edge("cxx", CSRC / "bindings.cpp", flags=[*python, f"-DCOGVIEW_HAS_SM90={int(has_sm90)}"])
+    for source in sorted(set(CSRC.glob("*/*.cpp")).difference(per_isa)):
+        edge("cxx", source)
+    for source in per_isa:
+        names = (source.parent.name, source.relative_to(CSRC).as_posix())
+        extra = BF16_ISA_FLAGS if any(name in BF16_SOURCES for name in names) else {}
+        for isa, flags in {**ISA_FLAGS, **extra}.items():
+            edge("cxx", source, isa, flags=[f"-DCOGVIEW_ISA={isa}", *flags])
+
+    if nvcc is None:
+        print("cogview_kernels: no nvcc, building the CPU part only")
+        sanitize = f"{SANITIZERS} " if SANITIZED_OPS else ""
+        link = f"{CXX} -shared -pthread {sanitize}-o $out $in -ldl"
+    else:
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
+        host = (
+            f"-ccbin {CXX} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
+            "-Wno-deprecated-gpu-targets"
+        )
+        parts = {"cuda": codes}
+        if has_sm90:
+            parts["sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
+        for part, options in parts.items():
+            rules.append(
+                f"rule nvcc_{part}\n  command = {in_command(nvcc)} -MD -MF $out.d {host} "
+                f"{' '.join(options + defines)} {headers} -c $in -o $out\n"
+                "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
+            )
+            for source in sorted(CSRC.glob(f"*/*_{part}.cu")):
+                edge(f"nvcc_{part}", source)
+        # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
+        flags = "-shared --cudart static -Xcompiler -pthread"
+        link = f"{in_command(nvcc)} -ccbin {CXX} {flags} -o $out $in -ldl"
+
+    rules.append(f"rule link\n  command = {link}\n  description = link $out")
+    whole = f"build {in_edge(target)}: link {' '.join(map(in_edge, objects))}"
+    return "\n".join([*rules, "", *edges, whole, f"default {in_edge(target)}", ""])
+
+
 class NinjaBuildExt(build_ext):
     """Writes one build.ninja and runs it, so that a rebuild compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
         import ninja
-        import pybind11
 
         build = Path(self.build_temp).resolve() / "ninja"
         build.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-
-        nvcc = find_nvcc()
-        archs = [] if nvcc is None else cuda_archs(nvcc)
-        has_sm90 = nvcc is not None and 90 in archs and knows_sm_90a(nvcc)
-        # Only the bindings see Python. The other objects are the same for every environment, so ninja, which
-        # compiles again what another command would compile, keeps them for an isolated build of the wheel.
-        python = [in_command(f"-I{path}") for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        headers = in_command(f"-I{CSRC}")
-        defines = [f"-DCOGVIEW_HAS_CUDA={int(nvcc is not None)}", f"-DCOGVIEW_X86={int(len(ISA_FLAGS) > 1)}"]
-
-        rules, edges, objects = [], [], []
-
-        def edge(rule: str, source: Path, isa: str = "", flags: Sequence[str] = ()) -> None:
-            name = source.relative_to(CSRC).as_posix().replace("/", "__")
-            obj = build / (f"{name}.{isa}.o" if isa else f"{name}.o")
-            objects.append(obj)
-            edges.append(f"build {in_edge(obj)}: {rule} {in_edge(source)}")
-            edges.append(f"  flags = {' '.join([*flags, *sanitizer_flags(source, isa)])}")
-
-        rules.append(
-            f"rule cxx\n  command = {CXX} -MMD -MF $out.d {' '.join(CXX_FLAGS + defines)} {headers} $flags "
-            "-c $in -o $out\n  depfile = $out.d\n  deps = gcc\n  description = c++ $out"
-        )
-        per_isa = sorted(CSRC.glob("*/*_cpu.cpp"))
-        edge("cxx", CSRC / "bindings.cpp", flags=[*python, f"-DCOGVIEW_HAS_SM90={int(has_sm90)}"])
-        for source in sorted(set(CSRC.glob("*/*.cpp")).difference(per_isa)):
-            edge("cxx", source)
-        for source in per_isa:
-            names = (source.parent.name, source.relative_to(CSRC).as_posix())
-            extra = BF16_ISA_FLAGS if any(name in BF16_SOURCES for name in names) else {}
-            for isa, flags in {**ISA_FLAGS, **extra}.items():
-                edge("cxx", source, isa, flags=[f"-DCOGVIEW_ISA={isa}", *flags])
-
-        if nvcc is None:
-            print("cogview_kernels: no nvcc, building the CPU part only")
-            sanitize = f"{SANITIZERS} " if SANITIZED_OPS else ""
-            link = f"{CXX} -shared -pthread {sanitize}-o $out $in -ldl"
-        else:
-            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            print(f"cogview_kernels: {nvcc}, compute capabilities {archs}")
-            host = (
-                f"-ccbin {CXX} -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --threads 2 "
-                "-Wno-deprecated-gpu-targets"
-            )
-            parts = {"cuda": codes}
-            if has_sm90:
-                parts["sm90"] = ["-gencode=arch=compute_90a,code=sm_90a"]
-            for part, options in parts.items():
-                rules.append(
-                    f"rule nvcc_{part}\n  command = {in_command(nvcc)} -MD -MF $out.d {host} "
-                    f"{' '.join(options + defines)} {headers} -c $in -o $out\n"
-                    "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out"
-                )
-                for source in sorted(CSRC.glob(f"*/*_{part}.cu")):
-                    edge(f"nvcc_{part}", source)
-            # The CUDA runtime is linked in: nothing is asked of the machine until a kernel is launched.
-            flags = "-shared --cudart static -Xcompiler -pthread"
-            link = f"{in_command(nvcc)} -ccbin {CXX} {flags} -o $out $in -ldl"
-
-        rules.append(f"rule link\n  command = {link}\n  description = link $out")
-        whole = f"build {in_edge(target)}: link {' '.join(map(in_edge, objects))}"
-        text = "\n".join([*rules, "", *edges, whole, f"default {in_edge(target)}", ""])
-        script = build / "build.ninja"
+        script, text = build / "build.ninja", ninja_script(build, target)
         if not script.exists() or script.read_text() != text:
             script.write_text(text)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), "--quiet"]
