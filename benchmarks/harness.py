@@ -33,10 +33,7 @@ from benchmarks.definitions import (
     dtype_name,
 )
 from benchmarks.timing import Job, Limits
-
-# Largest relative error (of norms) at which a variant still computes the same function. Gradients get three
-# times as much. float32 allows for sums in another order over long rows.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+from cogview_kernels.bench import TOLERANCE, relative_error
 
 Row = dict[str, Any]
 Document = dict[str, Any]
@@ -278,18 +275,6 @@ def job(forward: Forward, inputs: Inputs, direction: str) -> Job:
     if direction == BACKWARD:
         return Job(gradients, setup=forward)
     return Job(lambda _: gradients(forward()))
-
-
-def relative_error(actual: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    """The largest over the results of ``|actual - truth| / |truth|``; NaN counts as infinite."""
-    assert len(actual) == len(truth), f"{len(actual)} results, the reference has {len(truth)}"
-    worst = 0.0
-    for a, t in zip(actual, truth, strict=True):
-        assert a.shape == t.shape, f"shape {tuple(a.shape)}, the reference has {tuple(t.shape)}"
-        a, t = a.detach().double(), t.detach().double()
-        error = float((a - t).norm() / t.norm().clamp_min(1e-300))
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
 
 
 def _refusal(case: Case, variant: Variant, reason: str, *, limit: bool = False) -> Outcome:

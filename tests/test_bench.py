@@ -54,6 +54,13 @@ def test_what_computes_something_else_is_left_out():
     assert list(skipped) == ["wrong"] and "differs from ours by 5.0e-01" in skipped["wrong"]
 
 
+def test_nan_in_any_result_is_another_result():
+    x = torch.ones(3, requires_grad=True)
+    calls = {bench.OURS: lambda: (x + x, 3 * x), "half": lambda: (2 * x, x * torch.nan)}
+    rows, skipped = bench.race(bench.Subject("two", [x], calls), "forward", 1e-4)
+    assert [row.contender for row in rows] == [bench.OURS] and list(skipped) == ["half"]
+
+
 def test_the_plot_shows_each_direction(tmp_path):
     x = torch.ones(3, requires_grad=True)
     subject = bench.Subject("double", [x], {bench.OURS: lambda: 2 * x})
