@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for CogView: attention in three regions and in windows of a raster, Sandwich-LayerNorm and
-Sandwich-RMSNorm, stable softmax, linear cross-entropy.
+"""Kernels for CogView: attention in three regions and in windows of a raster, decoding over a cache,
+Sandwich-LayerNorm and Sandwich-RMSNorm, stable softmax, linear cross-entropy.
 
-Needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here and why not.
+The package needs PyTorch and nothing else. ``python -m cogview_kernels.info`` prints what can run here, and
+why the rest cannot.
 """
 
 from cogview_kernels.decode_attention import decode_attention
