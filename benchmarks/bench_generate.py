@@ -31,8 +31,8 @@ from cogview.generation.text_to_image import Request, draw_candidates
 from cogview.model.transformer import CogView
 from cogview.presets import PRESETS
 from cogview.tokens.vocab import Vocab
+from cogview_kernels.bench import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STEPS = "steps alone"
 COPIED = {"cpu": 64 << 20, "cuda": 512 << 20}  # floats of the copy that gives the bandwidth
 
