@@ -29,6 +29,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -289,7 +290,8 @@ class Check:
         build = Stage(name, command, "build.log", 75, env, may_be_late=True, cwd=ROOT / "build")
         if self.stage(build):
             pytest, threads = pytest_command()
-            tests = ["-o", f"pythonpath={lib} .", "-k", TESTS, "tests/kernels/test_cuda_kernels.py"]
+            path = f"pythonpath={shlex.quote(str(lib))} ."
+            tests = ["-o", path, "-k", TESTS, "tests/kernels/test_cuda_kernels.py"]
             name = f"CUDA attention from the PTX of compute_{arch}"
             self.stage(Stage(name, [*pytest, *tests], "tests.log", 75, env | threads, may_be_late=True))
 
