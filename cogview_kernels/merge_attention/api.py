@@ -70,9 +70,7 @@ def merge_attention(
         merged = merge_attention(outputs, lses, return_lse=return_lse, backend=backend)
         return parts.join(merged, (0, 1))
     chosen = _backends.choose(_OP, _BACKENDS, backend, outputs[0].device, _limit, outputs)
-    if len(outputs) == 1:
-        out, lse = outputs[0], lses[0]
-    elif chosen == "reference":
+    if chosen == "reference":
         wide = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
         out, lse = merge_attention_reference([x.to(wide) for x in outputs], lses)
         out = out.to(outputs[0].dtype)

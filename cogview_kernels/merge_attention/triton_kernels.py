@@ -2,7 +2,7 @@
 """Merging attentions on NVIDIA GPUs.
 
 Letters: rows R = B * H * T, one a query, D elements each (BLOCK_D the power of two they are padded to);
-BLOCK_R rows a program; COUNT attentions, two to four.
+BLOCK_R rows a program; COUNT attentions, one to four.
 
 Bound by memory, which is read and written once in each direction. Bytes, forward: COUNT + 1 rows of D
 elements a query. Backward: dout and COUNT rows read, COUNT rows written. FLOPs: 2 COUNT an element forward,
