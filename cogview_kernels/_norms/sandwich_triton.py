@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._norms import rows as shared
 from cogview_kernels._norms.rows import BackwardRows, ForwardRows, NormOptions, Norms
@@ -150,7 +151,7 @@ def _sandwich_bwd_kernel(
 
 def limit(backend: str, branch: Tensor) -> str:
     """Why the kernels cannot take ``branch``; empty when they can."""
-    return shared.limit(backend, "branch", branch)
+    return shared.limit(backend, "branch", branch) or _checks.triton_rows_limit("branch", branch)
 
 
 def _plan_forward(

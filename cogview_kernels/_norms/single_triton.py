@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._norms import rows
 from cogview_kernels._norms.rows import Affine, NormOptions
 from cogview_kernels._norms.rows_triton import (
@@ -91,7 +92,7 @@ def _norm_bwd_kernel(
 
 def limit(backend: str, x: Tensor) -> str:
     """Why the kernels cannot take ``x``; empty when they can."""
-    return rows.limit(backend, "x", x)
+    return rows.limit(backend, "x", x) or _checks.triton_rows_limit("x", x)
 
 
 def _plan_forward(R: int, C: int, x: Tensor, options: NormOptions, rms: bool) -> Launch:

@@ -241,7 +241,9 @@ def _splits(v: int, column_blocks: int, block_v: int, device: torch.device) -> t
 
 def limit(backend: str, hidden: Tensor) -> str:
     """Why the steps cannot take ``hidden``; empty when they can."""
-    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden) or _checks.triton_rows_limit(
+        "hidden", hidden
+    )
 
 
 def reduce(piece: Piece, tokens: Tokens, objective: Objective) -> None:

@@ -54,8 +54,8 @@ def merge_attention(
         TypeError: a dtype or type above is not met.
         ValueError: a number or shape above is not met, or devices differ.
         NotImplementedError: a limit of the backend asked for ("cpu" and "triton": no float64; "triton": D up
-            to 1024). Without ``backend`` "reference" steps in. Also a derivative that kernels do not have: of
-            second order, or in forward mode.
+            to 1024, fewer than 2^31 rows). Without ``backend`` "reference" steps in. Also a derivative that
+            kernels do not have: of second order, or in forward mode.
             A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 

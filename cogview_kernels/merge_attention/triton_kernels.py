@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._triton import LN2, LOG2E, Launch, Plans, offset, store_rounded
 from cogview_kernels.merge_attention import native
 
@@ -143,7 +144,7 @@ def limit(backend: str, outputs: Sequence[Tensor]) -> str:
             f"the triton backend takes head sizes up to {LARGEST_HEAD}, got {outputs[0].shape[3]}; "
             "use backend='reference'"
         )
-    return native.limit(backend, outputs)
+    return native.limit(backend, outputs) or _checks.triton_rows_limit("outputs", outputs[0])
 
 
 def _four(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

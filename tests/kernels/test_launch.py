@@ -261,6 +261,26 @@ def grids_of_large_inputs(bench: Bench) -> dict[str, list[tuple[int, ...]]]:
     return grids
 
 
+def errors_of_rows_past_32_bits(bench: Bench) -> dict[str, str]:
+    rows, errors = meta(2**31, 8), {}
+    heads, lses = meta(2**15, 2**10, 2**6, 8), meta(2**15, 2**10, 2**6, dtype=torch.float32)
+    for call in (
+        Call("stable_softmax", (rows,), {}, 90),
+        Call("layer_norm", (rows, None, None), {}, 90),
+        Call("sandwich_layer_norm", (rows, rows, *[None] * 4), {}, 90),
+        Call("rms_norm", (rows, None), {}, 90),
+        Call("sandwich_rms_norm", (rows, rows, None, None), {}, 90),
+        Call("linear_cross_entropy", (rows, meta(1, 8), meta(2**31, dtype=torch.int64)), {}, 90),
+        Call("merge_attention", ([heads] * 2, [lses] * 2), {}, 90),
+    ):
+        errors[call.op] = "no error"
+        try:
+            bench.silent.run(call)
+        except NotImplementedError as error:
+            errors[call.op] = str(error)
+    return errors
+
+
 def all_of_them() -> dict[str, Any]:
     bench = Bench()
     functions = (
@@ -273,6 +293,7 @@ def all_of_them() -> dict[str, Any]:
         ops_called_twice,
         one_gradient_of_two,
         grids_of_large_inputs,
+        errors_of_rows_past_32_bits,
     )
     return {function.__name__: function(bench) for function in functions}
 
@@ -338,3 +359,10 @@ def test_grids_of_large_inputs_grow_along_x_alone(found):
     for op, launches in grids.items():
         for x, y, z in launches:
             assert x < 2**31 and y <= 4 and z == 1, (op, x, y, z)
+
+
+def test_rows_past_32_bits_are_refused(found):
+    """Kernels number rows in 32 bits."""
+    for op, error in found["errors_of_rows_past_32_bits"].items():
+        assert error.startswith(f"{op}: the triton backend takes "), error
+        assert error.endswith("of fewer than 2^31 rows, got 2147483648; split the batch"), error
