@@ -31,6 +31,7 @@ TOKENIZER_SETTINGS = "tokenizers.json"
 MODEL_SETTINGS = "model.json"
 TOKENIZER_OPTIONS = "train-tokenizer.toml"
 MODEL_OPTIONS = "train.toml"
+OPTIONS_OF = {TOKENIZER_SETTINGS: TOKENIZER_OPTIONS, MODEL_SETTINGS: MODEL_OPTIONS}
 
 # Settings that may differ when a run goes on, by their names in these files and in ``demo.json``: how a run
 # is computed, shown and kept, how it draws, how long it trains, and where its data and its CLIP lie.
@@ -186,9 +187,11 @@ def check_settings(path: StrPath, settings: Any, said_as: Mapping[str, str] | No
         if then.get(key) != now.get(key) and key.removeprefix("preset.") not in MAY_CHANGE:
             name = (said_as or {}).get(key, key)
             name, before, after = _difference(name, then.get(key), now.get(key))
+            options = path.parent / OPTIONS_OF.get(path.name, "")
+            where = f" (--settings {shlex.quote(str(options))})" if options.is_file() else ""
             raise ValueError(
                 f"{path.parent} was started with {name} = {before!r}, now {after!r}; "
-                "repeat the same settings to go on with it, or choose another folder"
+                f"repeat the same settings{where} to go on with it, or choose another folder"
             )
 
 

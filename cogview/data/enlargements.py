@@ -163,7 +163,7 @@ class LocalDataset(TokenDataset):
         prefix, known = torch.tensor(prefixes), torch.tensor(high)
         order = torch.rand(known.shape, generator=generator, dtype=torch.float32).argsort(1)
         share = torch.rand(len(known), 1, generator=generator, dtype=torch.float32)
-        hidden = order <= share * (known.shape[1] - 1)
+        hidden = order <= share * known.shape[1]  # up to all of them, as drawing begins
         grid = LocalGrid(round(num_low**0.5), prefix.shape[1])
         tokens = torch.cat([prefix, torch.where(hidden, masked_codes(self.vocab, 2 * grid.low), known)], 1)
         targets = torch.cat([torch.full_like(prefix, self.vocab.pad), known], 1)

@@ -272,7 +272,7 @@ def _train_model(options: TrainModel, lock: RunLock) -> History:
         check_resumable(saved, origin)
         _tell(_notes_on_going_on(out, preset), options.progress)
     draw = _sample_drawer(options, settings, tokenizers, data)
-    _tell(plan.notes, options.progress)
+    _tell([*plan.notes, _shape_in_words(settings, options.kind, tokenizers)], options.progress)
     lock.take()
     if start is not None and distributed.is_first():
         start.copy_tokenizers(out)
@@ -313,6 +313,15 @@ def _dataset(
         dataset(tokenizers.vocab, training, length),
         dataset(tokenizers.vocab, validation, length) if validation is not None else None,
         options.workers,
+    )
+
+
+def _shape_in_words(settings: ModelSettings, kind: RowKind, tokenizers: Tokenizers) -> str:
+    model, room, pictures = settings.model, settings.max_text_tokens, tokenizers.image.config
+    length, codes = kind.row_length(pictures, room), kind.num_codes(pictures)
+    return (
+        f"model: {model.num_layers} layers of width {model.hidden_size} over rows of {length} tokens, "
+        f"{room} for text and {codes} for the picture"
     )
 
 

@@ -84,10 +84,6 @@ def plan_model(preset: Preset, vocab: Vocab, codes_per_image: int, captions: Cap
         config = dataclasses.replace(
             config, three_region=dataclasses.replace(three_region, num_pivots=min(pivots, length - 1))
         )
-    notes.append(
-        f"model: {config.num_layers} layers of width {config.hidden_size} over rows of {length} tokens, "
-        f"{room} for text and {codes_per_image} for the picture"
-    )
     return ModelPlan(config, room, tuple(notes))
 
 

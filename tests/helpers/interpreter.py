@@ -22,6 +22,9 @@ def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ``tl.dot`` sums in float64, then rounds to the dtype of its accumulator. On some processors OpenBLAS sums
     ``a @ b.T`` and ``b @ a.T`` in different orders. A GPU does not, and the backward of attention, which
     computes the forward's scores again, transposed, relies on it.
+
+    A block that is made of a scalar has the scalar's dtype. In Triton 3.9 that of a comparison was the dtype
+    of what it compared, so that a mask became integers, which no load takes.
     """
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -34,6 +37,12 @@ def compute_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         product = np.matmul(a.data, b.data, dtype=np.float64)
         return TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
+    splat = InterpreterBuilder.create_splat
+
+    def splat_as_typed(self, block_type, scalar):
+        return splat(self, block_type, TensorHandle(scalar.data, block_type.scalar))
+
+    monkeypatch.setattr(InterpreterBuilder, "create_splat", splat_as_typed)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", in_float64)
     monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
 

@@ -455,6 +455,9 @@ def test_a_folder_of_pictures_from_start_to_end(photos, tmp_path, capsys):
     # Other settings would describe neither the old nor the new run.
     line = mistake(capsys, "train", *common[:-1], "3")
     assert "was started with train.batch_size = 4, now 3" in line
+    assert f"repeat the same settings (--settings '{out}/train.toml') to go on" in line
+    settings = ["--settings", f"{out}/train.toml", "--out", out, "--steps", "3"]
+    assert main(["train", *settings]) == 0
 
 
 def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
