@@ -201,6 +201,14 @@ def kernel_dtype_limit(backend: str, name: str, x: Tensor) -> str:
     return f"the {backend} backend takes {name} in float32, float16 or bfloat16, got {x.dtype}"
 
 
+def triton_rows_limit(name: str, x: Tensor) -> str:
+    """Why Triton kernels, which number rows in 32 bits, cannot take ``x``; empty when they can."""
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows < 2**31:
+        return ""
+    return f"the triton backend takes {name} of fewer than 2^31 rows, got {rows}; split the batch"
+
+
 def is_autocast(device: torch.device) -> bool:
     """Whether autocast is on for ``device``."""
     if not torch._C._is_any_autocast_enabled():  # the usual case, at a tenth of the price

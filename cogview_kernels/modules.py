@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from cogview_kernels import _checks
+from cogview_kernels._hooks import is_unmodified
+from cogview_kernels.layer_norm import layer_norm
 from cogview_kernels.layout import ThreeRegionLayout
 from cogview_kernels.linear_cross_entropy import linear_cross_entropy
+from cogview_kernels.rms_norm import rms_norm
 from cogview_kernels.sandwich_layer_norm import sandwich_layer_norm
 from cogview_kernels.sandwich_rms_norm import sandwich_rms_norm
 from cogview_kernels.three_region_attention import three_region_attention
@@ -89,7 +92,84 @@ class ThreeRegionAttention(nn.Module):
         return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
 
 
-class SandwichLayerNorm(nn.Module):
+def _widened(parameter: Tensor, x: Tensor) -> Tensor:
+    """In a dtype in which a norm of ``x`` takes it, as the fused call takes that of the branch."""
+    return parameter.to(torch.promote_types(parameter.dtype, x.dtype))
+
+
+class _LayerNorm(nn.LayerNorm):
+    """With PB-Relax."""
+
+    def __init__(
+        self,
+        size: int,
+        eps: float,
+        pb_relax: str | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(size, eps, device=device, dtype=dtype)
+        self.pb_relax = pb_relax
+
+    def forward(self, x: Tensor) -> Tensor:
+        affine = _widened(self.weight, x), _widened(self.bias, x)
+        return layer_norm(x, *affine, eps=self.eps, pb_relax=self.pb_relax)
+
+
+class _RMSNorm(nn.RMSNorm):
+    """Whose weight begins at ``1 - weight_offset``; ``options`` are those of :func:`rms_norm`."""
+
+    weight_offset = 0.0  # while the class that it comes from begins
+
+    def __init__(
+        self,
+        size: int,
+        options: dict[str, Any],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(size, options["eps"], device=device, dtype=dtype)
+        self.options, self.weight_offset = options, options["weight_offset"]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 1 - self.weight_offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, _widened(self.weight, x), **self.options)
+
+
+class _Sandwich(nn.Module):
+    """Two norms and the sum between them: fused, unless a norm was replaced or hooks must see it called.
+
+    Hooks do more than listen: those of FSDP, pruning and spectral norm make the weights of the norm.
+    """
+
+    post: _LayerNorm | _RMSNorm
+    pre: _LayerNorm | _RMSNorm
+    dropout: float
+
+    def reset_parameters(self) -> None:
+        """What its two norms do by themselves, in whatever order an initialisation walks."""
+        for norm in (self.post, self.pre):
+            norm.reset_parameters()
+
+    def forward(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        norms = self.post, self.pre
+        if all(isinstance(norm, (_LayerNorm, _RMSNorm)) and is_unmodified(norm) for norm in norms):
+            return self._fused(branch, residual, normed_dtype)
+        residual_out = residual + self.post(nn.functional.dropout(branch, self.dropout, self.training))
+        return residual_out, self.pre(residual_out).to(normed_dtype or residual_out.dtype)
+
+    def _fused(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class SandwichLayerNorm(_Sandwich):
     """The end of one Sandwich-LayerNorm branch and the start of the next, :func:`sandwich_layer_norm`.
 
     Equals, with ``post`` and ``pre`` of type ``nn.LayerNorm(normalized_size, eps)``, PB-Relax apart::
@@ -104,7 +184,12 @@ class SandwichLayerNorm(nn.Module):
         device, dtype: of the parameters.
 
     ``forward(branch, residual, normed_dtype=None)`` gives ``(residual_out, normed)``, see there.
+    Where ``post`` or ``pre`` was replaced or has hooks (of FSDP on it alone, or of pruning), the two are
+    called one after the other.
     """
+
+    post: _LayerNorm
+    pre: _LayerNorm
 
     def __init__(
         self,
@@ -122,16 +207,11 @@ class SandwichLayerNorm(nn.Module):
         _checks.check_choice(op, "pb_relax", pb_relax, (None, "row", "tensor"))
         _checks.check_probability(op, "dropout", dropout)
         self.pb_relax, self.dropout = pb_relax, dropout
-        self.post = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
-        self.pre = nn.LayerNorm(normalized_size, eps, device=device, dtype=dtype)
+        self.post = _LayerNorm(normalized_size, eps, pb_relax, device, dtype)
+        self.pre = _LayerNorm(normalized_size, eps, pb_relax, device, dtype)
 
-    def reset_parameters(self) -> None:
-        """What its two norms do by themselves: weights begin at 1, biases at 0."""
-        for norm in (self.post, self.pre):
-            norm.reset_parameters()
-
-    def forward(
-        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
+    def _fused(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         parameters = (self.post.weight, self.post.bias, self.pre.weight, self.pre.bias)
         return sandwich_layer_norm(
@@ -148,28 +228,7 @@ class SandwichLayerNorm(nn.Module):
         return f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
 
 
-class _RMSNorm(nn.RMSNorm):
-    """Whose weight begins at ``1 - weight_offset``. It holds the parameter; the op has the arithmetic."""
-
-    weight_offset = 0.0  # while the class that it comes from begins
-
-    def __init__(
-        self,
-        size: int,
-        eps: float,
-        weight_offset: float,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        super().__init__(size, eps, device=device, dtype=dtype)
-        self.weight_offset = weight_offset
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self.weight, 1 - self.weight_offset)
-
-
-class SandwichRMSNorm(nn.Module):
+class SandwichRMSNorm(_Sandwich):
     """The same with RMSNorm, :func:`sandwich_rms_norm`, as in Gemma 2 and 3, GLM-4 and OLMo 2.
 
     Equals, with ``post`` and ``pre`` of type ``nn.RMSNorm(normalized_size, eps)``, but for ``pb_relax``::
@@ -186,6 +245,8 @@ class SandwichRMSNorm(nn.Module):
         device, dtype: of the parameters.
 
     ``forward(branch, residual, normed_dtype=None)`` gives ``(residual_out, normed)``, see there.
+    Where ``post`` or ``pre`` was replaced or has hooks (of FSDP on it alone, or of pruning), the two are
+    called one after the other.
     """
 
     def __init__(
@@ -204,38 +265,33 @@ class SandwichRMSNorm(nn.Module):
         _checks.check_count(op, "normalized_size", normalized_size, 1)
         _checks.check_rms_options(op, eps, weight_offset, round_before_weight, pb_relax)
         _checks.check_probability(op, "dropout", dropout)
-        self.weight_offset, self.round_before_weight = weight_offset, round_before_weight
-        self.pb_relax, self.dropout = pb_relax, dropout
-        self.post = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
-        self.pre = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
+        self.dropout = dropout
+        self.options: dict[str, Any] = {
+            "eps": eps,
+            "weight_offset": weight_offset,
+            "round_before_weight": round_before_weight,
+            "pb_relax": pb_relax,
+        }
+        self.post = _RMSNorm(normalized_size, self.options, device, dtype)
+        self.pre = _RMSNorm(normalized_size, self.options, device, dtype)
 
-    def reset_parameters(self) -> None:
-        """What its two norms do by themselves, in whatever order an initialisation walks."""
-        for norm in (self.post, self.pre):
-            norm.reset_parameters()
-
-    def forward(
-        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None = None
+    def _fused(
+        self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
         residual_out, normed = sandwich_rms_norm(
             branch,
             residual,
             self.post.weight,
             self.pre.weight,
-            eps=cast(float, self.post.eps),
-            weight_offset=self.weight_offset,
-            round_before_weight=self.round_before_weight,
-            pb_relax=self.pb_relax,
+            **self.options,
             dropout_p=self.dropout if self.training else 0.0,
             normed_dtype=normed_dtype,
         )
         return residual_out, cast(Tensor, normed)
 
     def extra_repr(self) -> str:
-        return (
-            f"weight_offset={self.weight_offset}, round_before_weight={self.round_before_weight}, "
-            f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
-        )
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "eps")
+        return f"{options}, dropout={self.dropout}"
 
 
 class LinearCrossEntropy(nn.Module):

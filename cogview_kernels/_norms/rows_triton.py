@@ -13,6 +13,7 @@ so weights are read once and weight gradients summed in registers.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -420,9 +421,17 @@ def _plan_reduce_partials(P: int, slots: int, C: int) -> Launch:
 _reduce_partials_plans: Plans[Launch] = Plans(_plan_reduce_partials)
 
 
-def launch_reduce_partials(partials: Tensor, *outs: Tensor | None) -> None:
-    """``partials``: [programs, slots, C]; a sum for each of ``outs`` that is not None."""
+def empty_partials(
+    launch: Launch, C: int, device: torch.device, outs: Sequence[Tensor | None]
+) -> Tensor | None:
+    """[programs, slots, C], a slot for each of ``outs``; None where all of these are, for frozen weights."""
     if all(out is None for out in outs):
-        return
-    shape = tuple(partials.shape)
-    _reduce_partials_plans.get(shape, *shape)(partials, *(*outs, None, None, None)[:4])
+        return None
+    return torch.empty((*launch.grid, len(outs), C), dtype=torch.float32, device=device)
+
+
+def launch_reduce_partials(partials: Tensor | None, outs: Sequence[Tensor | None]) -> None:
+    """A sum of the partial ones for each of ``outs`` that is not None."""
+    if partials is not None:
+        shape = tuple(partials.shape)
+        _reduce_partials_plans.get(shape, *shape)(partials, *(*outs, None, None, None)[:4])

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._dropout import Dropout
 from cogview_kernels._norms import rows as shared
 from cogview_kernels._norms.rows import BackwardRows, ForwardRows, NormOptions, Norms
@@ -25,6 +26,7 @@ from cogview_kernels._norms.rows_triton import (
     affine,
     columns_of,
     drop,
+    empty_partials,
     fill_row,
     gradient_through,
     launch_abs_max,
@@ -135,21 +137,21 @@ def _sandwich_bwd_kernel(
         dpost_weight = add_rows(dpost_weight, product)
         if not RMS:
             dpost_bias = add_rows(dpost_bias, trunk)
-    at = SLOTS * tl.program_id(0)
-    if RMS:
+    if partials_ptr is not None:
+        at = SLOTS * tl.program_id(0)
         store_row(partials_ptr, at, dpost_weight, C, columns)
-        if SLOTS == 2:
-            store_row(partials_ptr, at + 1, dpre_weight, C, columns)
-    else:
-        store_row(partials_ptr, at, dpost_weight, C, columns)
-        store_row(partials_ptr, at + 1, dpost_bias, C, columns)
-        store_row(partials_ptr, at + 2, dpre_weight, C, columns)
-        store_row(partials_ptr, at + 3, dpre_bias, C, columns)
+        if RMS:
+            if SLOTS == 2:
+                store_row(partials_ptr, at + 1, dpre_weight, C, columns)
+        else:
+            store_row(partials_ptr, at + 1, dpost_bias, C, columns)
+            store_row(partials_ptr, at + 2, dpre_weight, C, columns)
+            store_row(partials_ptr, at + 3, dpre_bias, C, columns)
 
 
 def limit(backend: str, branch: Tensor) -> str:
     """Why the kernels cannot take ``branch``; empty when they can."""
-    return shared.limit(backend, "branch", branch)
+    return shared.limit(backend, "branch", branch) or _checks.triton_rows_limit("branch", branch)
 
 
 def _plan_forward(
@@ -257,8 +259,11 @@ def backward(
     kind = rms, rows.dresidual is None, dropout and dropout.keep_threshold
     key = (R, C, sizes, branch.device, weight_offset, kind)
     launch = _backward_plans.get(key, R, C, rows, weight_offset, dropout, rms)
-    slots = launch.constants["SLOTS"]
-    partials = torch.empty((*launch.grid, slots, C), dtype=torch.float32, device=branch.device)
+    if rms:
+        wanted = (gradients.post.weight, gradients.pre.weight)[: launch.constants["SLOTS"]]
+    else:
+        wanted = (*gradients.post, *gradients.pre)
+    partials = empty_partials(launch, C, branch.device, wanted)
     # The branch goes first: a launch takes its stream from the first tensor, and gradients may be None.
     launch(
         branch,
@@ -273,8 +278,4 @@ def backward(
         partials,
         seed=dropout_arguments(dropout)[0],
     )
-    if rms:
-        outs = (gradients.post.weight, gradients.pre.weight)[:slots]
-    else:
-        outs = (*gradients.post, *gradients.pre)
-    launch_reduce_partials(partials, *outs)
+    launch_reduce_partials(partials, wanted)

@@ -7,11 +7,11 @@ Bytes, forward: 2 R C elements (3 under pb_relax="tensor"). Backward: 3 R C. FLO
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._norms import rows
 from cogview_kernels._norms.rows import Affine, NormOptions
 from cogview_kernels._norms.rows_triton import (
@@ -19,6 +19,7 @@ from cogview_kernels._norms.rows_triton import (
     add_rows,
     affine,
     columns_of,
+    empty_partials,
     fill_row,
     gradient_through,
     launch_abs_max,
@@ -81,16 +82,17 @@ def _norm_bwd_kernel(
         dweight = add_rows(dweight, product)
         if not RMS:
             dbias = add_rows(dbias, dy)
-    if RMS:
-        store_row(partials_ptr, tl.program_id(0), dweight, C, columns)
-    else:
-        store_row(partials_ptr, 2 * tl.program_id(0), dweight, C, columns)
-        store_row(partials_ptr, 2 * tl.program_id(0) + 1, dbias, C, columns)
+    if partials_ptr is not None:
+        if RMS:
+            store_row(partials_ptr, tl.program_id(0), dweight, C, columns)
+        else:
+            store_row(partials_ptr, 2 * tl.program_id(0), dweight, C, columns)
+            store_row(partials_ptr, 2 * tl.program_id(0) + 1, dbias, C, columns)
 
 
 def limit(backend: str, x: Tensor) -> str:
     """Why the kernels cannot take ``x``; empty when they can."""
-    return rows.limit(backend, "x", x)
+    return rows.limit(backend, "x", x) or _checks.triton_rows_limit("x", x)
 
 
 def _plan_forward(R: int, C: int, x: Tensor, options: NormOptions, rms: bool) -> Launch:
@@ -145,7 +147,7 @@ def backward(
     R = x.numel() // C
     key = (R, C, x.element_size(), x.device, weight_offset, rms)
     launch = _backward_plans.get(key, R, C, x, weight_offset, rms)
-    slots = 1 if rms else 2
-    partials = torch.empty((*launch.grid, slots, C), dtype=torch.float32, device=x.device)
+    wanted = gradients[: 1 if rms else 2]
+    partials = empty_partials(launch, C, x.device, wanted)
     launch(dy, x, dx, weight, stats, partials)
-    launch_reduce_partials(partials, *gradients[:slots])
+    launch_reduce_partials(partials, wanted)

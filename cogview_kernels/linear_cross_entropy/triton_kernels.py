@@ -65,13 +65,13 @@ def _load_target(target_ptr, cols, n):
 @triton.jit
 def _reduce_kernel(
     logits_ptr, bias_ptr, target_ptr, partial_ptr, sum_ptr, predicted_ptr,
-    v, n, stride_v, first, rows_per_split, softcap,
+    v, n, stride_v, splits, first, rows_per_split, softcap,
     CAPPED: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """partial[:, split] = max, sum of exp(logit - max), and the target's logit, over the split's ids; also
     sum[split] = sum of logit - max, and predicted[split] = the first id of the largest, where wanted."""
-    split, splits = tl.program_id(0), tl.num_programs(0)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(0) % splits
+    cols = tl.program_id(0) // splits * BLOCK_N + tl.arange(0, BLOCK_N)
     target = _load_target(target_ptr, cols, n) - first
     logit_max = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -181,8 +181,10 @@ def _gradient_kernel(
     """logits = coefficient * (softmax * (1 + 2 z_loss lse) - target_share * onehot(target) - id_share) times
     the derivative of the cap, in place, exactly 0 where coefficient is. dbias[block of tokens] = their sums
     over the block."""
-    ids = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    id_blocks = tl.cdiv(v, BLOCK_V)
+    token_block = tl.program_id(0) // id_blocks
+    ids = tl.program_id(0) % id_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = token_block * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (ids < v)[:, None] & (cols < n)[None, :]
     at = logits_ptr + offset(ids, stride_v)[:, None] + cols[None, :]
     x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
@@ -207,7 +209,7 @@ def _gradient_kernel(
     g = tl.where((coefficient == 0.0)[None, :], 0.0, g)
     store_rounded(at, g, inside, logits_ptr.dtype.element_ty)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + offset(tl.program_id(1), v) + ids, tl.sum(g, axis=1), mask=ids < v)
+        tl.store(dbias_ptr + offset(token_block, v) + ids, tl.sum(g, axis=1), mask=ids < v)
 
 
 @triton.jit
@@ -220,7 +222,7 @@ def _scale_kernel(x_ptr, factor_ptr, size, BLOCK: tl.constexpr):
         store_rounded(x_ptr + at, x * factor, at < size, x_ptr.dtype.element_ty)
 
 
-# ---- launchers
+# ---- launchers. A grid has one dimension: a GPU takes 65,535 programs along the others, of 128 tokens 8.4 M.
 
 # 128 tokens are 256 contiguous bytes in 16 bits. The threads of a reduction meet once a tile, so that its
 # tiles are taller.
@@ -239,7 +241,9 @@ def _splits(v: int, column_blocks: int, block_v: int, device: torch.device) -> t
 
 def limit(backend: str, hidden: Tensor) -> str:
     """Why the steps cannot take ``hidden``; empty when they can."""
-    return _checks.kernel_dtype_limit(backend, "hidden", hidden)
+    return _checks.kernel_dtype_limit(backend, "hidden", hidden) or _checks.triton_rows_limit(
+        "hidden", hidden
+    )
 
 
 def reduce(piece: Piece, tokens: Tokens, objective: Objective) -> None:
@@ -253,9 +257,9 @@ def reduce(piece: Piece, tokens: Tokens, objective: Objective) -> None:
     predicted = None
     if tokens.predicted is not None:
         predicted = target.new_empty(splits, n, dtype=torch.int32)
-    _reduce_kernel[(splits, blocks)](
+    _reduce_kernel[(splits * blocks,)](
         logits, piece.bias, target, partial, sums, predicted,
-        v, n, logits.stride(0), piece.first, rows, objective.softcap,
+        v, n, logits.stride(0), splits, piece.first, rows, objective.softcap,
         CAPPED=objective.softcap > 0, **_REDUCE,
     )  # fmt: skip
     block_s = triton.next_power_of_2(splits)
@@ -271,9 +275,9 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
     """See :class:`pieces.Steps`."""
     logits, smoothing = piece.logits, objective.label_smoothing
     v, n = logits.shape
-    grid = (triton.cdiv(v, _GRADIENT["BLOCK_V"]), triton.cdiv(n, _GRADIENT["BLOCK_N"]))
-    sums = None if dbias is None else dbias.new_empty(grid[1], v)
-    _gradient_kernel[grid](
+    token_blocks = triton.cdiv(n, _GRADIENT["BLOCK_N"])
+    sums = None if dbias is None else dbias.new_empty(token_blocks, v)
+    _gradient_kernel[(triton.cdiv(v, _GRADIENT["BLOCK_V"]) * token_blocks,)](
         logits, piece.bias, tokens.target, tokens.coefficient, tokens.stats, sums,
         v, n, piece.first, logits.stride(0), tokens.stats.stride(0),
         objective.softcap, objective.z_loss, smoothing / piece.ids, 1 - smoothing,

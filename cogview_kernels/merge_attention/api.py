@@ -54,8 +54,8 @@ def merge_attention(
         TypeError: a dtype or type above is not met.
         ValueError: a number or shape above is not met, or devices differ.
         NotImplementedError: a limit of the backend asked for ("cpu" and "triton": no float64; "triton": D up
-            to 1024). Without ``backend`` "reference" steps in. Also a derivative that kernels do not have: of
-            second order, or in forward mode.
+            to 1024, fewer than 2^31 rows). Without ``backend`` "reference" steps in. Also a derivative that
+            kernels do not have: of second order, or in forward mode.
             A DTensor that is cut elsewhere than along samples and heads.
         RuntimeError: the named backend cannot run here; the message says why.
 
@@ -70,9 +70,7 @@ def merge_attention(
         merged = merge_attention(outputs, lses, return_lse=return_lse, backend=backend)
         return parts.join(merged, (0, 1))
     chosen = _backends.choose(_OP, _BACKENDS, backend, outputs[0].device, _limit, outputs)
-    if len(outputs) == 1:
-        out, lse = outputs[0], lses[0]
-    elif chosen == "reference":
+    if chosen == "reference":
         wide = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
         out, lse = merge_attention_reference([x.to(wide) for x in outputs], lses)
         out = out.to(outputs[0].dtype)

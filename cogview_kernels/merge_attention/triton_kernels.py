@@ -2,7 +2,7 @@
 """Merging attentions on NVIDIA GPUs.
 
 Letters: rows R = B * H * T, one a query, D elements each (BLOCK_D the power of two they are padded to);
-BLOCK_R rows a program; COUNT attentions, two to four.
+BLOCK_R rows a program; COUNT attentions, one to four.
 
 Bound by memory, which is read and written once in each direction. Bytes, forward: COUNT + 1 rows of D
 elements a query. Backward: dout and COUNT rows read, COUNT rows written. FLOPs: 2 COUNT an element forward,
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cogview_kernels import _checks
 from cogview_kernels._triton import LN2, LOG2E, Launch, Plans, offset, store_rounded
 from cogview_kernels.merge_attention import native
 
@@ -143,7 +144,7 @@ def limit(backend: str, outputs: Sequence[Tensor]) -> str:
             f"the triton backend takes head sizes up to {LARGEST_HEAD}, got {outputs[0].shape[3]}; "
             "use backend='reference'"
         )
-    return native.limit(backend, outputs)
+    return native.limit(backend, outputs) or _checks.triton_rows_limit("outputs", outputs[0])
 
 
 def _four(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -215,7 +215,9 @@ def tiling(N: int, element_size: int, values: int) -> dict[str, int | bool]:
 
 def limit(backend: str, scores: Tensor) -> str:
     """Why the kernels cannot take ``scores``; empty when they can."""
-    return _checks.kernel_dtype_limit(backend, "scores", scores)
+    return _checks.kernel_dtype_limit(backend, "scores", scores) or _checks.triton_rows_limit(
+        "scores", scores
+    )
 
 
 def _plan_forward(scores: Tensor, mask: Tensor | None, alpha: float, scale: float, causal: bool) -> Launch:

@@ -205,8 +205,8 @@ void few_rows(const DecodeLinear& a, int threads) {
     X* wide = reinterpret_cast<X*>(memory.data);
     spread_rows(x, a.N, a.K, width, wide);
     const int64_t bytes = in_parallel_region() ? kChunkBytesAwake : kChunkBytes;
-    const int64_t rows = bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone;
-    const int64_t chunk = rows < kAlone ? kAlone : rows;
+    const int64_t chunk =
+        std::max<int64_t>(kAlone, bytes / (int64_t(sizeof(T)) * (a.K + 1)) / kAlone * kAlone);
     parallel_for(a.O, chunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t stride = end - begin;
         const Scratch sums(a.N * stride);

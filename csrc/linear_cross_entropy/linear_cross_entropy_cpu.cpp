@@ -90,14 +90,14 @@ VecF without_infinity(VecF max) {
 }
 
 // What the reduction of a piece keeps of a part of its ids, [width] each.
-struct Part {
+struct PartStats {
     float *max, *total, *sum, *predicted;
 };
 
 // The part of the rows [begin, end), for the columns [left, right).
 template <typename T, bool kPlain>
 void reduce_part(const LinearCrossEntropyReduce& a, int64_t begin, int64_t end, int64_t left, int64_t right,
-                 const Part& part) {
+                 const PartStats& part) {
     const Logits& logits = a.logits;
     for (int64_t j = left; j < right; j += kLanes) {
         store(part.max + j, broadcast(-kInf));
@@ -148,7 +148,7 @@ void reduce_part(const LinearCrossEntropyReduce& a, int64_t begin, int64_t end, 
 }
 
 // The ids before the piece, which are a part as well.
-void load_known(const LinearCrossEntropyReduce& a, const Part& known) {
+void load_known(const LinearCrossEntropyReduce& a, const PartStats& known) {
     const auto widened = [&](const float* from, float* to) { std::copy(from, from + a.logits.n, to); };
     widened(a.logit_max, known.max);
     widened(a.total, known.total);
@@ -158,7 +158,7 @@ void load_known(const LinearCrossEntropyReduce& a, const Part& known) {
 }
 
 // parts[p] begins at the id ids[p]; they are put together in their order.
-void merge(const LinearCrossEntropyReduce& a, const Part* parts, const int64_t* ids, int64_t count) {
+void merge(const LinearCrossEntropyReduce& a, const PartStats* parts, const int64_t* ids, int64_t count) {
     const int64_t n = a.logits.n;
     for (int64_t j = 0; j < n; j += kLanes) {
         VecF max = load(parts[0].max + j), total = VecF{}, lost = VecF{}, sum = VecF{};
@@ -203,7 +203,7 @@ void reduce(const LinearCrossEntropyReduce& a, int threads) {
     const int64_t size = (kPlain ? 2 : 4) * width;
     const Scratch scratch((fresh + known) * size);
     // The known part comes first, as its ids do.
-    Part parts[kParts + 1] = {};
+    PartStats parts[kParts + 1] = {};
     int64_t ids[kParts + 2] = {};
     for (int64_t p = 0; p < fresh + known; ++p) {
         float* data = scratch.data + p * size;

@@ -18,7 +18,7 @@ namespace COGVIEW_ISA {
 namespace {
 
 // The rows of tiles [first, end) of a head, and the keys that they see.
-struct Part {
+struct HeadPart {
     int64_t first, end;
     Range rows;  // of the grid of keys
 
@@ -35,8 +35,8 @@ inline int64_t part_count(const Plan& plan) {
     return std::max<int64_t>(1, std::min((32 + heads - 1) / heads, plan.tiles_down / 2));
 }
 
-inline Part part_of(const Plan& plan, int64_t parts, int64_t index) {
-    Part p;
+inline HeadPart part_of(const Plan& plan, int64_t parts, int64_t index) {
+    HeadPart p;
     p.first = plan.tiles_down * index / parts;
     p.end = plan.tiles_down * (index + 1) / parts;
     p.rows =
@@ -119,7 +119,7 @@ struct Backward {
     }
 
     // Sums of dK, then of dV, over the queries of a part.
-    void compute_part(int64_t b, int64_t hkv, const Part& part, const HeadMemory& head) const {
+    void compute_part(int64_t b, int64_t hkv, const HeadPart& part, const HeadMemory& head) const {
         std::memset(head.sums, 0, 2 * part.keys(plan) * plan.Dp * sizeof(float));
         const Workspace memory(TileMemory::floats(plan.Dp));
         const TileMemory m(memory.data, plan.Dp);
@@ -128,7 +128,7 @@ struct Backward {
                 tile(b, h, plan.tile(i), part, head, m);
     }
 
-    void tile(int64_t b, int64_t h, const Tile& t, const Part& part, const HeadMemory& head,
+    void tile(int64_t b, int64_t h, const Tile& t, const HeadPart& part, const HeadMemory& head,
               const TileMemory& m) const {
         const int64_t Dp = plan.Dp;
         Lanes lanes;
@@ -223,7 +223,7 @@ struct Backward {
         const int64_t row = extra ? 0 : slot / plan.window.width, Dp = plan.Dp;
         alignas(64) float total[2][256] = {};
         for (int64_t i = 0; i < parts; ++i) {
-            const Part part = part_of(plan, parts, i);
+            const HeadPart part = part_of(plan, parts, i);
             if (!extra && (row < part.rows.begin || row >= part.rows.end)) continue;
             const float* dk = sums + i * part_floats + part.place(plan, slot) * Dp;
             const float* dv = dk + part.keys(plan) * Dp;

@@ -21,7 +21,7 @@ constexpr int64_t kRun = 128;       // slots of a score tile, at most
 constexpr int64_t kMostParts = 32;  // of a head
 
 // The query tiles [first_tile, last_tile) of a head, and the slots that they see.
-struct Part {
+struct HeadPart {
     int64_t first_tile, last_tile;
     int64_t begin, end;  // window positions, whole tiles
     int64_t slots;       // Pp + end - begin
@@ -34,9 +34,9 @@ int64_t part_count(const Plan<kBf16>& plan) {
 }
 
 template <bool kBf16>
-Part part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index, int64_t b) {
+HeadPart part_of(const Plan<kBf16>& plan, int64_t parts, int64_t index, int64_t b) {
     const int64_t origin = plan.origin_of(b);
-    Part p;
+    HeadPart p;
     p.first_tile = plan.tiles * index / parts;
     p.last_tile = plan.tiles * (index + 1) / parts;
     const int64_t last = std::min(plan.T, p.last_tile * kQueries) - 1;
@@ -155,7 +155,7 @@ struct Backward {
     }
 
     // Sums of dK, then of dV, over the queries of a part: [slots, Dp] each.
-    void compute_part(int64_t b, int64_t hkv, const Part& part, const PackedHead& head, float* sums) {
+    void compute_part(int64_t b, int64_t hkv, const HeadPart& part, const PackedHead& head, float* sums) {
         std::memset(sums, 0, 2 * part.slots * plan.Dp * sizeof(float));
         const Workspace memory(TileMemory<kBf16>::floats(plan.Dp, kQueries));
         for (int64_t h = hkv * plan.group; h < (hkv + 1) * plan.group; ++h)
@@ -163,7 +163,7 @@ struct Backward {
                 tile(b, h, t, part, head, sums, memory.data);
     }
 
-    void tile(int64_t b, int64_t h, int64_t index, const Part& part, const PackedHead& head, float* sums,
+    void tile(int64_t b, int64_t h, int64_t index, const HeadPart& part, const PackedHead& head, float* sums,
               float* memory) {
         const Sight s = sight(plan, b, index);
         const int64_t N = s.columns, Dp = plan.Dp;
@@ -318,7 +318,7 @@ struct Backward {
     // slots.
     void write_keys(int64_t b, int64_t hkv, int64_t begin, int64_t end, const float* sums) const {
         const int64_t Dp = plan.Dp;
-        Part all[kMostParts];
+        HeadPart all[kMostParts];
         for (int64_t i = 0; i < parts; ++i) all[i] = part_of(plan, parts, i, b);
         for (int64_t t = begin; t < end; ++t) {
             const int64_t rank = plan.sorted_pivots.rank_of_pivot[b * plan.T + t];

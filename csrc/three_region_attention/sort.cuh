@@ -18,9 +18,9 @@ __device__ __forceinline__ int pivot_key(const Attention& a, int b, int p) {
 // Every pivot counts those before it: P^2 comparisons a sample, a few microseconds up to P = 4096. Ties (the
 // padding, and what a caller repeats against the rules) are broken by index, so every place is written.
 __global__ void __launch_bounds__(kSortThreads) three_region_attention_sort_kernel(Attention a) {
-    const int P = a.layout.P;
+    const int P = a.layout.P, blocks = (P + kSortThreads - 1) / kSortThreads;  // of a sample
     __shared__ int others[kSortThreads];
-    const int b = blockIdx.y, p = blockIdx.x * kSortThreads + threadIdx.x;
+    const int b = blockIdx.x / blocks, p = blockIdx.x % blocks * kSortThreads + threadIdx.x;
     const int mine = p < P ? pivot_key(a, b, p) : 0;
     int rank = 0;
     for (int base = 0; base < P; base += kSortThreads) {

@@ -13,16 +13,6 @@
 namespace cogview {
 namespace {
 
-// Sorts the pivots, unless every window reaches the first position: then there are no far keys.
-void prepare(Attention& a, void* stream) {
-    Layout& layout = a.layout;
-    if (int64_t(layout.block_size) * layout.window_blocks >= a.shape.T) layout.P = 0;
-    if (layout.P == 0) return;
-    const dim3 grid((layout.P + kSortThreads - 1) / kSortThreads, a.shape.B);
-    three_region_attention_sort_kernel<<<grid, kSortThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-    check_launch("three_region_attention_sort_kernel");
-}
-
 template <typename Args>
 void launch(const char* name, void (*kernel)(Args), int64_t blocks, int threads, int shared, const Args& args,
             void* stream) {
@@ -36,6 +26,15 @@ void launch(const char* name, void (*kernel)(Args), int64_t blocks, int threads,
 
 int64_t tiles(int64_t length, int64_t tile) {
     return (length + tile - 1) / tile;
+}
+
+// Sorts the pivots, unless every window reaches the first position: then there are no far keys.
+void prepare(Attention& a, void* stream) {
+    Layout& layout = a.layout;
+    if (int64_t(layout.block_size) * layout.window_blocks >= a.shape.T) layout.P = 0;
+    if (layout.P == 0) return;
+    launch("three_region_attention_sort_kernel", three_region_attention_sort_kernel,
+           tiles(layout.P, kSortThreads) * a.shape.B, kSortThreads, 0, a, stream);
 }
 
 template <int D, bool DROPOUT, bool CAUSAL>

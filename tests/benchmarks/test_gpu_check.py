@@ -15,6 +15,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
+import ninja
 import pytest
 import torch
 
@@ -120,6 +121,39 @@ def test_a_stage_is_stopped_at_its_limit(check, may_be_late, monkeypatch):
     assert check.stages[-1]["outcome"] == "out of time" and check.stages[-1]["seconds"] < 60
     assert "out of time" in (check.out / "summary.txt").read_text()  # before the next stage begins
     assert check.finish() == (0 if may_be_late else 1)
+
+
+def test_a_build_that_is_cut_leaves_no_compiler(check, tmp_path, monkeypatch):
+    """ninja gives each of its commands a process group of its own, and a Python that is interrupted kills
+    ninja before it can stop them."""
+    monkeypatch.setattr(script, "SHORTEST_S", 0)
+    rule = f"rule compile\n  command = echo $$$$ >> {tmp_path}/compilers; exec sleep 600\n"
+    (tmp_path / "build.ninja").write_text(rule + "build a: compile\nbuild b: compile\nbuild c: compile\n")
+    command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(tmp_path), "-j", "3"]
+    build = [sys.executable, "-c", f"import subprocess; subprocess.run({command})"]
+    for limit in (2, 10, 60):  # seconds; a busy machine needs more of them to begin
+        check.stage(script.Stage("build", build, "build.log", limit))
+        assert check.stages[-1]["outcome"] == "out of time"
+        compilers = (tmp_path / "compilers").read_text().split() if (tmp_path / "compilers").exists() else []
+        if len(compilers) >= 3:
+            break
+    assert len(compilers) >= 3
+    for _ in range(100):
+        left = [pid for pid in compilers if is_alive(pid)]
+        if not left:
+            break
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(int(pid), signal.SIGKILL)
+    assert left == []
+
+
+def is_alive(pid: str) -> bool:
+    """A process that has ended may wait for whoever inherits it to ask for its status."""
+    try:
+        return Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_what_runs_in_the_background_can_be_stopped(tmp_path, monkeypatch):

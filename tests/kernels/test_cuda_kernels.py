@@ -52,6 +52,13 @@ def test_head_sizes(D, dropout_p, backend_device):
     )
 
 
+@pytest.mark.budget
+def test_more_samples_than_a_grid_has_along_y(backend_device):
+    """The emulation has 8 of CUDA's 65,535 (``kMostAlongYAndZ``)."""
+    case = {"B": 9, "H": 1, "T": 40, "w": 4, "W": 2, "P": 12, "D": 32}
+    attention.check_against_reference("cuda", case, torch.float16, backend_device("cuda"))
+
+
 def _small(device, requires_grad=False):
     q, k, v, layout = attention.make(
         B=2, H=2, T=150, w=16, W=2, P=50, D=64, dtype=torch.float16, device=device

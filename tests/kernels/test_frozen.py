@@ -75,6 +75,30 @@ def test_frozen_parameters_of_norms(backend, backend_device, monkeypatch):
         assert tuple(x.numel() > 0 for x in made[2:]) == wanted
 
 
+@pytest.mark.parametrize("weights_wanted", [True, False])
+def test_triton_norms_sum_nothing_for_frozen_parameters(weights_wanted, backend_device, monkeypatch):
+    """Each program of a backward pass would leave its sums in memory, [programs, slots, C]."""
+    device = backend_device("triton")
+    rows, others = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    parameters = torch.randn(4, 8, device=device).requires_grad_(weights_wanted).unbind()
+    empty, sums = torch.empty, []
+    calls = {
+        "layer_norm": lambda: layer_norm(rows, *parameters[:2], backend="triton"),
+        "rms_norm": lambda: rms_norm(rows, parameters[0], backend="triton"),
+        "sandwich_layer_norm": lambda: sandwich_layer_norm(rows, others, *parameters, backend="triton")[1],
+        "sandwich_rms_norm": lambda: sandwich_rms_norm(rows, others, *parameters[:2], backend="triton")[1],
+    }
+    results = {op: call().sum() for op, call in calls.items()}
+    monkeypatch.setattr(torch, "empty", lambda *size, **o: sums.append(size) or empty(*size, **o))
+    slots = []
+    for op, result in results.items():
+        sums.clear()
+        result.backward()
+        slots += [(op, size[0][1]) for size in sums if len(size) == 1 and len(size[0]) == 3]
+    expected = {"layer_norm": 2, "rms_norm": 1, "sandwich_layer_norm": 4, "sandwich_rms_norm": 2}
+    assert slots == (list(expected.items()) if weights_wanted else [])
+
+
 def test_under_compile_too():
     layout = ThreeRegionLayout(torch.tensor([[0, 1, 9, 14]]), 4, 2, 0.5)
     compiled = torch.compile(three_region_attention, fullgraph=True, backend="aot_eager")

@@ -18,7 +18,7 @@ import triton.language as tl
 
 import cogview_kernels
 from cogview_kernels import ThreeRegionLayout, sandwich_layer_norm
-from tests.helpers.triton_compile import Call, Silent, without_interpreter
+from tests.helpers.triton_compile import Call, Silent, meta, without_interpreter
 
 MODULES = [
     info.name
@@ -230,6 +230,57 @@ def one_gradient_of_two(bench: Bench) -> list[int]:
     return found
 
 
+def _large_calls() -> Iterator[Call]:
+    """Of more samples, rows, tokens or outputs than 65,535 programs take."""
+    B, N = 70_000, 2**23
+    rows, vector = meta(N, 64, grad=True), meta(64, grad=True)
+    yield Call("stable_softmax", (rows,), {}, 90)
+    yield Call("layer_norm", (rows, vector, vector), {"pb_relax": "tensor"}, 90)
+    yield Call("sandwich_layer_norm", (rows, rows, *[vector] * 4), {"pb_relax": "tensor"}, 90)
+    yield Call("rms_norm", (rows, vector), {}, 90)
+    yield Call("sandwich_rms_norm", (rows, rows, vector, vector), {}, 90)
+    loss = {"bias": meta(16, grad=True), "extra_memory": 1.0}
+    yield Call("linear_cross_entropy", (rows, meta(16, 64, grad=True), meta(N, dtype=torch.int64)), loss, 90)
+    yield Call("decode_linear", (meta(1, 64), meta(N, 64)), {}, 90)
+    lengths = meta(B, dtype=torch.int64)
+    yield Call("decode_attention", (meta(B, 1, 1, 64), *[meta(B, 1, 40, 64)] * 2, lengths), {}, 90)
+    layout = ThreeRegionLayout(meta(B, 8, dtype=torch.int64), 8, 2)
+    heads = [meta(B, 2, 64, 64, grad=True) for _ in range(3)]
+    yield Call("three_region_attention", (*heads, layout), {}, 90)
+    yield Call("local_attention_2d", (*heads, (8, 8), (3, 3)), {}, 90)
+    lses = [meta(B, 2, 64, dtype=torch.float32, grad=True) for _ in range(3)]
+    yield Call("merge_attention", (heads, lses), {}, 90)
+
+
+def grids_of_large_inputs(bench: Bench) -> dict[str, list[tuple[int, ...]]]:
+    grids: dict[str, list[tuple[int, ...]]] = {}
+    for call in _large_calls():
+        before = len(bench.silent.launched)
+        bench.silent.run(call)
+        grids.setdefault(call.op, []).extend(grid for _, grid, *_ in bench.silent.launched[before:])
+    return grids
+
+
+def errors_of_rows_past_32_bits(bench: Bench) -> dict[str, str]:
+    rows, errors = meta(2**31, 8), {}
+    heads, lses = meta(2**15, 2**10, 2**6, 8), meta(2**15, 2**10, 2**6, dtype=torch.float32)
+    for call in (
+        Call("stable_softmax", (rows,), {}, 90),
+        Call("layer_norm", (rows, None, None), {}, 90),
+        Call("sandwich_layer_norm", (rows, rows, *[None] * 4), {}, 90),
+        Call("rms_norm", (rows, None), {}, 90),
+        Call("sandwich_rms_norm", (rows, rows, None, None), {}, 90),
+        Call("linear_cross_entropy", (rows, meta(1, 8), meta(2**31, dtype=torch.int64)), {}, 90),
+        Call("merge_attention", ([heads] * 2, [lses] * 2), {}, 90),
+    ):
+        errors[call.op] = "no error"
+        try:
+            bench.silent.run(call)
+        except NotImplementedError as error:
+            errors[call.op] = str(error)
+    return errors
+
+
 def all_of_them() -> dict[str, Any]:
     bench = Bench()
     functions = (
@@ -241,6 +292,8 @@ def all_of_them() -> dict[str, Any]:
         seeds_that_triton_specialises,
         ops_called_twice,
         one_gradient_of_two,
+        grids_of_large_inputs,
+        errors_of_rows_past_32_bits,
     )
     return {function.__name__: function(bench) for function in functions}
 
@@ -297,3 +350,19 @@ def test_second_calls_of_the_ops_are_direct(found):
 def test_a_gradient_that_nobody_brings(found):
     """The stream of a launch is that of its first tensor."""
     assert found["one_gradient_of_two"] == [1, 0]
+
+
+def test_grids_of_large_inputs_grow_along_x_alone(found):
+    """CUDA takes 2^31 - 1 programs along x, and 65,535 along y and z, where only a few are."""
+    grids = found["grids_of_large_inputs"]
+    assert len(grids) == 11 and all(grids.values())
+    for op, launches in grids.items():
+        for x, y, z in launches:
+            assert x < 2**31 and y <= 4 and z == 1, (op, x, y, z)
+
+
+def test_rows_past_32_bits_are_refused(found):
+    """Kernels number rows in 32 bits."""
+    for op, error in found["errors_of_rows_past_32_bits"].items():
+        assert error.startswith(f"{op}: the triton backend takes "), error
+        assert error.endswith("of fewer than 2^31 rows, got 2147483648; split the batch"), error

@@ -141,7 +141,9 @@ def with_gradients(function, outputs, lses, dout, dlse):
 @pytest.mark.budget
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "case", [{}, {"count": 3, "D": 80}, {"count": 4, "D": 3}, {"count": 6, "T": 70}], ids=str
+    "case",
+    [{}, {"count": 1, "D": 80}, {"count": 3, "D": 80}, {"count": 4, "D": 3}, {"count": 6, "T": 70}],
+    ids=str,
 )
 @pytest.mark.parametrize("backend", KERNELS)
 def test_forward_and_backward(backend, case, dtype, backend_device):
@@ -178,6 +180,22 @@ def test_a_query_that_saw_nothing(backend, backend_device):
     torch.testing.assert_close(out[..., 0, :], outputs[1][..., 0, :])
     assert not out[..., 1, :].any() and torch.equal(lse[..., 1], lses[0][..., 1])
     assert all(bool(x.isfinite().all()) for x in gradients)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_one_attention_is_its_own_merge_in_memory_of_its_own(backend, backend_device):
+    (output,), (lse,) = make(count=1, device=backend_device(backend))
+    lse[0, 0, 0] = -torch.inf
+    leaf = output.clone().requires_grad_()
+    given = leaf.sigmoid()  # which its backward pass reads again
+    expected = given.detach().clone()
+    expected[0, 0, 0] = 0
+    merged, joint = merge_attention([given], [lse], return_lse=True, backend=backend)
+    assert torch.equal(merged, expected) and torch.equal(joint, lse)
+    merged.mul_(2)
+    joint.zero_()
+    assert lse[0, 0, 0] == -torch.inf
+    merged.sum().backward()
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -226,11 +244,13 @@ def test_every_instruction_set_and_thread_count(instruction_set):
         torch.set_num_threads(before)
 
 
-def test_opcheck(backend_device):
+@pytest.mark.parametrize("count", [1, 3])
+def test_opcheck(count, backend_device):
     backend_device("cpu")
-    outputs, lses = make(count=3, T=5)
-    leaves = [x.requires_grad_() for x in (*outputs, *lses)]
-    torch.library.opcheck(merge_attention_op._overload, (*leaves[:3], None, *leaves[3:], None, "cpu"))
+    outputs, lses = ([x.requires_grad_() for x in tensors] for tensors in make(count=count, T=5))
+    nothing = [None] * (4 - count)
+    arguments = (*outputs, *nothing, *lses, *nothing, "cpu")
+    torch.library.opcheck(merge_attention_op._overload, arguments)
 
 
 def test_errors_name_the_argument():
@@ -272,7 +292,7 @@ def test_compiles_for_sm80_and_sm90(arch, dtype):
             {"return_lse": count == 2},
             arch,
         )
-        for count, D in ((2, 64), (4, 1024))
+        for count, D in ((1, 64), (2, 64), (4, 1024))
     ]
     reports = compile_calls(calls)
     assert_clean(reports)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 from cogview_kernels import ThreeRegionLayout, layer_norm, rms_norm
 from cogview_kernels.modules import (
@@ -139,6 +140,60 @@ def test_a_weight_with_an_offset_begins_as_one():
     assert bool((gemma.post.weight == 0).all())
     for got, expected in zip(gemma(branch, residual), plain(branch, residual), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+SANDWICHES = {
+    "layer_norm": lambda: SandwichLayerNorm(8, eps=0.1),
+    "rms_norm": lambda: SandwichRMSNorm(8, 0.1, weight_offset=1.0, pb_relax="row"),
+}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("which", ["post", "pre"])
+@pytest.mark.parametrize("make", SANDWICHES.values(), ids=SANDWICHES)
+def test_a_norm_with_a_hook_is_called_and_gives_the_same(make, which, dtypes):
+    branch, residual = (torch.randn(2, 4, 8, dtype=dtype) for dtype in dtypes)
+    module, seen = make().to(dtypes[0]), []
+    expected = module(branch, residual, dtypes[0])
+    getattr(module, which).register_forward_hook(lambda *_: seen.append(which))
+    found = module(branch, residual, dtypes[0])
+    assert seen == [which] and [x.dtype for x in found] == [*dtypes[::-1]]
+    rounding = 2e-2 if dtypes[0] == torch.bfloat16 else 1e-5  # of the first norm, before it is added
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("make", SANDWICHES.values(), ids=SANDWICHES)
+def test_weights_that_hooks_make_are_made_at_each_call(make):
+    branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    module = make()
+    prune.random_unstructured(module.post, "weight", 0.5)
+    module(branch, residual)
+    with torch.no_grad():
+        module.post.weight_orig.fill_(3)
+    module(branch, residual)
+    assert torch.equal(module.post.weight, 3 * module.post.weight_mask)
+
+
+@pytest.mark.parametrize("make", SANDWICHES.values(), ids=SANDWICHES)
+def test_a_norm_that_was_replaced_is_called(make):
+    branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    module = make()
+    module.post = nn.Sequential(module.post, nn.Tanh())
+    residual_out, normed = module(branch, residual)
+    torch.testing.assert_close(residual_out, residual + module.post[0](branch).tanh())
+    torch.testing.assert_close(normed, module.pre(residual_out))
+
+
+@pytest.mark.parametrize("make", SANDWICHES.values(), ids=SANDWICHES)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_sandwich_norms_compile_without_graph_break(make, hooked):
+    branch, residual = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    module = make()
+    if hooked:
+        module.pre.register_forward_hook(lambda *_: None)
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(branch, residual), module(branch, residual))
 
 
 @pytest.mark.parametrize(
