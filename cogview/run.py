@@ -418,7 +418,7 @@ class Run:
         """Codes ``[N, n, n]`` of pictures read at ``size`` pixels a side."""
         tokenizer = self.tokenizers.image
         side = size // 2**tokenizer.config.stages
-        parts = [torch.empty(0, side, side, dtype=torch.int64)]
+        parts = [torch.empty(0, side, side, dtype=torch.int64, device="cpu")]
         for start in range(0, len(pictures), MAX_BATCH):
             chunk = pictures[start : start + MAX_BATCH]
             pixels = torch.stack([pixels_of(picture, size) for picture in chunk])

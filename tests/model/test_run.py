@@ -335,9 +335,9 @@ def test_errors(run, drawn, tmp_path):
     for odd in (2.0, "2", None):
         with pytest.raises(TypeError, match=f"num must be a whole number, got {odd!r}"):
             run.generate(SEVEN, num=odd)
-    with pytest.raises(TypeError, match="sampling must be a SamplingConfig or None, got {'top_k': 5}"):
+    with pytest.raises(TypeError, match="sampling must be a SamplingConfig or None"):
         run.generate(SEVEN, sampling={"top_k": 5})
-    with pytest.raises(ValueError, match="beams must be a whole number from 1 to 100, got 2.0"):
+    with pytest.raises(ValueError, match="beams must be a whole number from 1 to 100"):
         run.caption(drawn[0], beams=2.0)
     with pytest.raises(TypeError, match="texts must be a str or a list of str, got 7"):
         run.generate(7)
