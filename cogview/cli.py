@@ -161,9 +161,11 @@ def _in_words(error: Exception, given: Any) -> str:
         return _with_option(str(error), given)
     is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if error.filename is not None and not is_full:
-        return str(error)
+        ends = (end for end in (error.filename, error.filename2) if end is not None)
+        return f"{error.strerror}: " + " to ".join(repr(str(end)) for end in ends)
     name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
-    if name is None and _is_output_lost():
+    # Of what is not buffered, nothing is held back that would tell; but some commands write nothing else.
+    if name is None and (_is_output_lost() or (is_full and out is None)):
         name = "standard output"
     elif name is None and out is not None:
         name = f"--out {out}"
@@ -257,6 +259,10 @@ def _about(kind: type) -> str:
 
 
 def _run(verb: str, given: Any) -> None:
+    try:
+        os.getcwd()  # PyTorch's libraries would end the process with a line about one of them.
+    except FileNotFoundError:
+        raise FileNotFoundError("the folder in which this began has been removed; cd to another") from None
     from cogview.commands import verbs
 
     getattr(verbs, verb.replace("-", "_"))(given)

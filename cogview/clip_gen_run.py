@@ -151,8 +151,8 @@ class ClipGenRun:
 
 def ranked(row: Sequence[ClipDrawing], rank: Rank) -> list[ClipDrawing]:
     """The drawings of one text, best first."""
-    cosines = torch.tensor([drawing.cosine for drawing in row], dtype=torch.float64)
-    losses = torch.tensor([drawing.loss for drawing in row], dtype=torch.float64)
+    cosines = torch.tensor([drawing.cosine for drawing in row], dtype=torch.float64, device="cpu")
+    losses = torch.tensor([drawing.loss for drawing in row], dtype=torch.float64, device="cpu")
     order = costs_of_ranks(cosines, losses)[rank].argsort(stable=True)
     return [row[place] for place in order.tolist()]
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 
@@ -25,6 +26,14 @@ def _require_between(settings: object, least: float, most: float, *names: str) -
     for name in names:
         value = getattr(settings, name)
         _require(least <= value <= most, name, f"from {least:,} to {most:,}", value)
+
+
+def _require_count(settings: object, least: int, most: int, *names: str) -> None:
+    """Whole numbers, both ends included: what is ``1e4`` for ``10_000`` would fail where it counts steps."""
+    _require_between(settings, least, most, *names)
+    for name in names:
+        value = getattr(settings, name)
+        _require(isinstance(value, Integral), name, "a whole number", value)
 
 
 def require_workers(least: int, workers: int) -> None:
@@ -65,8 +74,8 @@ class VQGANConfig:
     latent_channels: int = 256  # between encoder and codes, and between codes and decoder
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, 100, "residual_blocks")
-        _require_between(self, 1, 1 << 20, "latent_channels")
+        _require_count(self, 1, 100, "residual_blocks")
+        _require_count(self, 1, 1 << 20, "latent_channels")
         _require(min(self.multipliers, default=0) >= 1, "multipliers", "1 or more each", self.multipliers)
         last = len(self.multipliers) - 1
         fits = all(0 <= level <= last for level in self.attention_levels)
@@ -99,10 +108,10 @@ class ImageTokenizerConfig:
             _require(not self.patches, "patches", "False for a VQGAN", self.patches)
             blocks = self.residual_blocks
             _require(blocks == 0, "residual_blocks", "0 for a VQGAN, which has vqgan.residual_blocks", blocks)
-        _require_between(self, 1, 16, "stages")
-        _require_between(self, 0, 100, "residual_blocks")
-        _require_between(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
-        _require_between(self, 1, MOST_PIXELS, "image_size")
+        _require_count(self, 1, 16, "stages")
+        _require_count(self, 0, 100, "residual_blocks")
+        _require_count(self, 1, 1 << 20, "num_codes", "code_dim", "channels")
+        _require_count(self, 1, MOST_PIXELS, "image_size")
         _require_finite(self, "pixel_mean", "pixel_std")
         _require(min(self.pixel_std) > 0, "pixel_std", "above 0", self.pixel_std)
         fits = self.image_size >= 1 and self.image_size % 2**self.stages == 0
@@ -132,9 +141,9 @@ class VQGANTrainConfig:
 
     def __post_init__(self) -> None:
         _require_finite(self, "perceptual", "adversarial")
-        _require_between(self, 0, MOST_STEPS, "discriminator_start")
-        _require_between(self, 1, 1 << 20, "discriminator_channels")
-        _require_between(self, 1, 16, "discriminator_layers")
+        _require_count(self, 0, MOST_STEPS, "discriminator_start")
+        _require_count(self, 1, 1 << 20, "discriminator_channels")
+        _require_count(self, 1, 16, "discriminator_layers")
 
     @property
     def smallest_image(self) -> int:
@@ -163,11 +172,10 @@ class ImageTokenizerTrainConfig:
     vqgan: VQGANTrainConfig | None = None
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
-        _require_between(self, 1, 1 << 24, "batch_size")
-        _require(self.keep >= 1, "keep", "at least 1", self.keep)
+        _require_count(self, 1, MOST_STEPS, "steps", "checkpoint_every", "keep")
+        _require_count(self, 1, 1 << 24, "batch_size")
         _require_finite(self, "learning_rate", "commitment", "color_weight")
-        _require_between(self, 0, self.steps, "warmup_steps")
+        _require_count(self, 0, self.steps, "warmup_steps")
         _require_precision(self.precision)
         known = typing.get_args(CodebookMethod)
         _require(self.codebook in known, "codebook", f"one of {', '.join(known)}", self.codebook)
@@ -187,11 +195,10 @@ class ClipTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
-        _require_between(self, 2, 1 << 24, "batch_size")
-        _require_between(self, 1, MOST_PIXELS, "image_size")
+        _require_count(self, 1, MOST_STEPS, "steps", "checkpoint_every", "keep")
+        _require_count(self, 2, 1 << 24, "batch_size")
+        _require_count(self, 1, MOST_PIXELS, "image_size")
         _require_finite(self, "learning_rate", "weight_decay")
-        _require(self.keep >= 1, "keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True)
@@ -211,12 +218,11 @@ class ClipGenTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
-        _require_between(self, 1, 1 << 24, "batch_size")
+        _require_count(self, 1, MOST_STEPS, "steps", "checkpoint_every", "keep")
+        _require_count(self, 1, 1 << 24, "batch_size")
         _require_between(self, 0, 1, "warmup_fraction")
         _require_finite(self, "learning_rate", "weight_decay", "embedding_noise", "embedding_loss")
         _require_precision(self.precision)
-        _require(self.keep >= 1, "keep", "at least 1", self.keep)
 
 
 @dataclass(frozen=True)
@@ -232,7 +238,7 @@ class ThreeRegionConfig:
     density_correction: bool = True
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, 1 << 24, "block_size", "window_blocks", "num_pivots")
+        _require_count(self, 1, 1 << 24, "block_size", "window_blocks", "num_pivots")
 
 
 @dataclass(frozen=True)
@@ -257,11 +263,11 @@ class ModelConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, 1000, "num_layers")
-        _require_between(self, 1, 1 << 20, "hidden_size")
-        _require_between(self, 1, 1 << 24, "vocab_size", "max_positions")
+        _require_count(self, 1, 1000, "num_layers")
+        _require_count(self, 1, 1 << 20, "hidden_size", "num_heads")
+        _require_count(self, 1, 1 << 24, "vocab_size", "max_positions")
         _require_finite(self, "init_std")
-        divides = self.num_heads >= 1 and self.hidden_size % self.num_heads == 0
+        divides = self.hidden_size % self.num_heads == 0
         _require(divides, "num_heads", f"a divisor of hidden_size {self.hidden_size}", self.num_heads)
         _require(0 <= self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
         _require(
@@ -300,23 +306,24 @@ class TrainConfig:
     resblock_scaling: bool = False  # fp16: a scale for each residual block, as DALL-E, rather than the loss
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, MOST_STEPS, "steps", "checkpoint_every")
-        _require_between(self, 1, 1 << 24, "batch_size")
+        _require_count(self, 1, MOST_STEPS, "steps", "checkpoint_every", "keep")
+        _require_count(self, 1, 1 << 24, "batch_size")
         _require_between(self, 0, 1, "warmup_fraction", "final_lr_fraction")
         _require_between(self, 0, math.inf, "clip_norm")
         _require_finite(self, "learning_rate", "betas", "weight_decay", "text_weight")
         _require(max(self.betas) < 1, "betas", "below 1", self.betas)
-        _require(self.keep >= 1, "keep", "at least 1", self.keep)
         _require_precision(self.precision)
-        _require(self.log_every >= 1, "log_every", "at least 1", self.log_every)
-        _require(self.samples_every >= 0, "samples_every", "0 (none) or more", self.samples_every)
+        _require_count(self, 1, MOST_STEPS, "log_every")
+        _require_count(self, 0, MOST_STEPS, "samples_every")
         _require(0 <= self.validation < 1, "validation", "in [0, 1)", self.validation)
         shrinks = 0 < self.embedding_gradient <= 1
         _require(shrinks, "embedding_gradient", "in (0, 1]", self.embedding_gradient)
         narrow = self.precision == "fp16" or not self.resblock_scaling
         _require(narrow, "resblock_scaling", "False unless precision is fp16", self.resblock_scaling)
-        fits = 1 <= self.accumulate <= self.batch_size
-        _require(fits, "accumulate", f"from 1 to batch_size {self.batch_size}", self.accumulate)
+        fits = isinstance(self.accumulate, Integral) and 1 <= self.accumulate <= self.batch_size
+        _require(
+            fits, "accumulate", f"a whole number from 1 to batch_size {self.batch_size}", self.accumulate
+        )
         _require(0 <= self.text_dropout < 1, "text_dropout", "in [0, 1)", self.text_dropout)
         _require(0 <= self.code_dropout <= 1, "code_dropout", "in [0, 1]", self.code_dropout)
         # Without text loss, pictures come out unrelated to the text (the paper's finding).
@@ -343,7 +350,8 @@ class SamplingConfig:
         _require(
             is_number, "temperature", "a finite number, 0 (the likeliest token) or above", self.temperature
         )
-        _require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
+        is_count = isinstance(self.top_k, Integral) and self.top_k >= 0
+        _require(is_count, "top_k", "a whole number, 0 (off) or more", self.top_k)
         _require(0 <= self.top_p <= 1, "top_p", "in [0, 1], 0 meaning off", self.top_p)
         # Beyond that only the likeliest code is left, and then the products overflow.
         _require(0 <= self.guidance <= 1000, "guidance", "from 0 to 1,000, 1 meaning off", self.guidance)
@@ -373,7 +381,7 @@ class Preset:
     name: str = field(default="", compare=False)  # under which ``presets`` lists it
 
     def __post_init__(self) -> None:
-        _require_between(self, 1, 1 << 24, "text_pieces", "min_text_tokens")
+        _require_count(self, 1, 1 << 24, "text_pieces", "min_text_tokens")
         at_least = f"at least min_text_tokens {self.min_text_tokens}"
         _require(
             self.max_text_tokens >= self.min_text_tokens, "max_text_tokens", at_least, self.max_text_tokens

@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 _VERSION_KEY = "format_version"  # absent in the files of before there were versions
 _CHUNK_BYTES = 1 << 24
 ASIDE = ".cogview.tmp"  # what the name of a file ends with while it is written
+_NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 
 
@@ -249,13 +250,26 @@ def read_json(path: StrPath) -> Any:
 
 def exists(path: StrPath) -> bool:
     """Whether there is such a file or folder. PermissionError, not False, where that may not be known."""
+    return _mode(path) is not None
+
+
+def is_file(path: StrPath) -> bool:
+    """Whether there is such a file, and no folder or the like; as :func:`exists`."""
+    return stat.S_ISREG(_mode(path) or 0)
+
+
+def _mode(path: StrPath) -> int | None:
+    """None for what nothing can be: a name with a zero byte or of too many, a link to itself."""
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return os.stat(path).st_mode
     except PermissionError:
         raise _not_permitted(Path(path)) from None
-    return True
+    except ValueError:
+        return None
+    except OSError as error:
+        if error.errno not in _NOWHERE:
+            raise
+        return None
 
 
 def require_folder(path: StrPath, out: StrPath | None = None) -> None:
@@ -307,14 +321,11 @@ def _require_short_name(path: Path, out: StrPath) -> None:
 def require_readable(path: StrPath, what: str) -> Path:
     """``path``. FileNotFoundError if there is no such file, PermissionError if it may not be read."""
     path = Path(path)
+    if not is_file(path):  # To open a pipe that nobody writes to would wait for ever.
+        raise FileNotFoundError(f"{what} not found: {path}")
     try:
-        # To open a pipe that nobody writes to would wait for ever.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FileNotFoundError
         with open(path, "rb"):
             return path
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise FileNotFoundError(f"{what} not found: {path}") from None
     except PermissionError:
         raise _not_permitted(path) from None
 

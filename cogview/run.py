@@ -150,7 +150,9 @@ class Run:
         return (images[0], losses[0]) if isinstance(texts, str) else (images, losses)
 
     def _sampling(self, sampling: SamplingConfig | None, guidance: float | None) -> SamplingConfig:
-        sampling = sampling or self.sampling
+        sampling = self.sampling if sampling is None else sampling
+        if not isinstance(sampling, SamplingConfig):
+            raise TypeError(f"sampling must be a SamplingConfig or None, got {sampling!r}")
         return sampling if guidance is None else dataclasses.replace(sampling, guidance=guidance)
 
     def _draw_all(
@@ -162,6 +164,7 @@ class Run:
         progress: bool,
     ) -> tuple[list[list[Image.Image]], list[list[float]]]:
         """The pictures of each request, and the CapLoss of each."""
+        require_num(num)
         rows: list[list[Drawing]] = [[] for _ in requests]
         with Progress(len(requests) * num * self.num_codes, "draw", unit="code", enabled=progress) as bar:
             options = DrawOptions(sampling, max_batch=MAX_BATCH, on_step=bar.update)
@@ -415,7 +418,7 @@ class Run:
         """Codes ``[N, n, n]`` of pictures read at ``size`` pixels a side."""
         tokenizer = self.tokenizers.image
         side = size // 2**tokenizer.config.stages
-        parts = [torch.empty(0, side, side, dtype=torch.int64)]
+        parts = [torch.empty(0, side, side, dtype=torch.int64, device="cpu")]
         for start in range(0, len(pictures), MAX_BATCH):
             chunk = pictures[start : start + MAX_BATCH]
             pixels = torch.stack([pixels_of(picture, size) for picture in chunk])
@@ -666,7 +669,9 @@ def _pictures(pixels: Tensor) -> Any:
 
 
 def require_num(num: int) -> None:
-    """ValueError for a number of pictures of one text that nobody can want."""
+    """ValueError for a number of pictures of one text that nobody can want, TypeError for what is none."""
+    if not isinstance(num, Integral):
+        raise TypeError(f"num must be a whole number, got {num!r}")
     if not 1 <= num <= MAX_PICTURES:
         raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
 

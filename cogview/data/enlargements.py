@@ -160,9 +160,10 @@ class LocalDataset(TokenDataset):
             )
             prefixes.append(local_enlargement_prefix(self.vocab, self.max_text_tokens, text, codes[:num_low]))
             high.append(codes[num_low:])
-        prefix, known = torch.tensor(prefixes), torch.tensor(high)
-        order = torch.rand(known.shape, generator=generator, dtype=torch.float32).argsort(1)
-        share = torch.rand(len(known), 1, generator=generator, dtype=torch.float32)
+        prefix, known = torch.tensor(prefixes, device="cpu"), torch.tensor(high, device="cpu")
+        draw = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+        order = draw(known.shape).argsort(1)
+        share = draw((len(known), 1))
         hidden = order <= share * known.shape[1]  # up to all of them, as drawing begins
         grid = LocalGrid(round(num_low**0.5), prefix.shape[1])
         tokens = torch.cat([prefix, torch.where(hidden, masked_codes(self.vocab, 2 * grid.low), known)], 1)

@@ -20,7 +20,7 @@ from torch import Tensor
 from cogview.data.caption_files import is_text, read_captions
 from cogview.data.fingerprint import contents
 from cogview.data.image_files import picture_files, read_pixels, to_unit_range
-from cogview.files import StrPath
+from cogview.files import StrPath, is_file
 from cogview.progress import Progress
 
 CACHE_BYTES = 1 << 30  # pictures at training size that are kept in memory
@@ -51,7 +51,7 @@ class FolderPairs:
         captions: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             raise FileNotFoundError(
                 f'data folder not found: {self.folder} (built in are "digits" and "emoji")'
             )
@@ -66,7 +66,7 @@ class FolderPairs:
             )
 
     def _leave_out_absent(self) -> list[str]:
-        absent = [name for name, _ in self._items if not (self.folder / name).is_file()]
+        absent = [name for name, _ in self._items if not is_file(self.folder / name)]
         if not absent:
             return []
         files = (path for path in self.folder.rglob("*") if path.is_file())

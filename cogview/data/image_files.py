@@ -14,7 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from cogview.files import StrPath
+from cogview.files import StrPath, is_file
 from cogview.images import is_overview
 
 Picture = StrPath | Image.Image | Tensor  # what the model package takes as one picture
@@ -69,10 +69,11 @@ def to_unit_range(pixels: Tensor) -> Tensor:
 
 def require_image_file(path: StrPath) -> None:
     """FileNotFoundError, or IsADirectoryError for a folder, which says what to name instead."""
-    if Path(path).is_dir():
+    if is_file(path):
+        return
+    if os.path.isdir(path):
         raise IsADirectoryError(f"image must be a file, got the folder {path}; name the pictures in it")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"image not found: {path}")
+    raise FileNotFoundError(f"image not found: {path}")
 
 
 def read_pixels(file: StrPath | BinaryIO, size: int, name: str = "") -> Tensor:

@@ -53,7 +53,9 @@ def _load(make: Callable[[Any], T], items: Sampler[Any] | Iterable[Any], workers
         worker_init_fn=_leave_group,
         generator=torch.Generator(),  # The loader draws a seed from it rather than from the global one.
     )
-    for made in loader:
+    with torch.device("cpu"):  # It draws the seed by that generator on the default device.
+        batches = iter(loader)
+    for made in batches:
         if isinstance(made, Exception):
             raise made
         yield made

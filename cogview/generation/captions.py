@@ -6,6 +6,8 @@ Source: CogView, arXiv:2105.13290, and the released code.
 
 from __future__ import annotations
 
+from numbers import Integral
+
 from torch import Tensor
 
 from cogview.generation.beam import beam_search
@@ -34,8 +36,8 @@ def generate_captions(
     Leaves the model in eval mode.
     """
     options = options or DrawOptions(sampling=GREEDY)
-    if not 1 <= beams <= MOST_BEAMS:
-        raise ValueError(f"beams must be from 1 to {MOST_BEAMS}, got {beams}")
+    if not isinstance(beams, Integral) or not 1 <= beams <= MOST_BEAMS:
+        raise ValueError(f"beams must be a whole number from 1 to {MOST_BEAMS}, got {beams!r}")
     model.eval()
     sep = vocab.command("SEP")
     captions = []

@@ -94,7 +94,7 @@ def prefill(
         )
     place: dict[tuple[int, ...], int] = {}
     index = [place.setdefault(tuple(prompt), len(place)) for prompt in prompts]
-    tokens = torch.tensor([(*prompt, *[0] * (longest - len(prompt))) for prompt in place])
+    tokens = torch.tensor([(*prompt, *[0] * (longest - len(prompt))) for prompt in place], device=device)
     each_once = len(place) == len(prompts)
     capacity = longest + new_tokens + spare
     cache = KVCache(
@@ -111,7 +111,7 @@ def prefill(
         cache.restart = torch.tensor(restarts, device=device)[:, None]
     # Padding stands behind the prompts, where causal attention never looks back at it.
     step = Decoder(model)
-    hidden = step(tokens.to(device), cache)
+    hidden = step(tokens, cache)
     last = hidden[:, -1].clone()  # a view would keep all that the prompts left
     if any(len(prompt) < longest for prompt in place):
         lengths = torch.tensor([len(prompt) for prompt in place], device=device)
@@ -160,12 +160,13 @@ def score(
     for start in range(0, len(prompts), rows):
         pairs = list(zip(prompts[start : start + rows], texts[start : start + rows], strict=True))
         width = max(len(text) for _, text in pairs)
-        tokens = torch.zeros(len(pairs), max(len(p) + len(t) - 1 for p, t in pairs), dtype=torch.int64)
-        target = torch.full((len(pairs), width), -100)
-        for row, (prompt, text) in enumerate(pairs):
-            tokens[row, : len(prompt) + len(text) - 1] = torch.tensor([*prompt, *text[:-1]])
-            target[row, : len(text)] = torch.tensor(text) - ids.start
-        before = torch.tensor([len(prompt) - 1 for prompt, _ in pairs])[:, None] + torch.arange(width)
+        with torch.device("cpu"):
+            tokens = torch.zeros(len(pairs), max(len(p) + len(t) - 1 for p, t in pairs), dtype=torch.int64)
+            target = torch.full((len(pairs), width), -100)
+            for row, (prompt, text) in enumerate(pairs):
+                tokens[row, : len(prompt) + len(text) - 1] = torch.tensor([*prompt, *text[:-1]])
+                target[row, : len(text)] = torch.tensor(text) - ids.start
+            before = torch.tensor([len(prompt) - 1 for prompt, _ in pairs])[:, None] + torch.arange(width)
         before = before.clamp(max=tokens.shape[1] - 1).to(device)
         hidden = model(tokens.to(device))
         hidden = hidden.gather(1, before[..., None].expand(-1, -1, hidden.shape[-1]))

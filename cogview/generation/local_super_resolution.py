@@ -30,8 +30,8 @@ DRAWN = (1, 2, 4, 7, 11, 16)
 def rounds_of(side: int) -> Tensor:
     """In which round each code is drawn, int64 ``[side, side]``."""
     repeats = -(-side // 4)
-    order = torch.tensor(ORDER).repeat(repeats, repeats)[:side, :side].contiguous()
-    return torch.bucketize(order, torch.tensor(DRAWN), right=True)
+    order = torch.tensor(ORDER, device="cpu").repeat(repeats, repeats)[:side, :side].contiguous()
+    return torch.bucketize(order, torch.tensor(DRAWN, device="cpu"), right=True)
 
 
 @torch.no_grad()

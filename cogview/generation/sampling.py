@@ -67,7 +67,7 @@ def drawing_of(config: SamplingConfig, noise: Noise, total: Tensor | None) -> _d
     if 0 < config.top_p < 1:
         return None
     temperature = config.temperature if config.temperature >= COLDEST else 0.0
-    return _draw.Drawing(noise.seeds, noise.first, temperature, config.top_k, total)
+    return _draw.Drawing(noise.seeds, noise.first, temperature, min(config.top_k, noise.size), total)
 
 
 def draw(probabilities: Tensor, noise: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def codes_to_draw(low: int, side: int) -> int:
 
 def drawn_by(low: int, side: int) -> Tensor:
     """The number of the window that draws each code, int64 ``[2 low, 2 low]``."""
-    numbers = torch.full((2 * low, 2 * low), -1)
+    numbers = torch.full((2 * low, 2 * low), -1, device="cpu")
     for number, (top, left, rows) in enumerate(windows_of(low, side)):
         area = numbers[top : top + rows, left : left + side]
         area[area < 0] = number

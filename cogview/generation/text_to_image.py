@@ -81,7 +81,7 @@ def draw_candidates(
         ahead = min(ahead, num_codes - 1)
         texts = [requests[place].pieces for place in places] + [()] * (len(rows) * (branches - 1))
         prompts = [text_to_image_prompt(vocab, text, num_codes) for text in texts]
-        begun = torch.empty(len(rows), 0) if given is None else given[:, :ahead]
+        begun = torch.empty(len(rows), 0, device="cpu") if given is None else given[:, :ahead]
         prompts = [
             [*prompt, *codes] for prompt, codes in zip(prompts, begun.tolist() * branches, strict=True)
         ]
@@ -104,7 +104,7 @@ def _given(requests: Sequence[Request], places: Sequence[int], num_codes: int) -
     """The given codes of a batch ``[n, num_codes]``; None where nothing is given."""
     if all(requests[place].given is None for place in places):
         return None
-    nothing = torch.full((num_codes,), -1)
+    nothing = torch.full((num_codes,), -1, device="cpu")
     parts = [requests[place].given for place in places]
     return torch.stack([nothing if part is None else part for part in parts])
 

@@ -73,6 +73,6 @@ class LocalGrid:
 
         CogView2's own table for the fine grid begins so.
         """
-        y = torch.arange(2 * self.low)[:, None] // 2
-        x = torch.arange(2 * self.low) // 2
-        return torch.cat([torch.arange(self.prefix), (self.first + y * self.low + x).flatten()])
+        x = torch.arange(2 * self.low, device="cpu") // 2
+        y = x[:, None]
+        return torch.cat([torch.arange(self.prefix, device="cpu"), (self.first + y * self.low + x).flatten()])

@@ -84,7 +84,7 @@ class MiniLM:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """float32 ``[N, 384]`` on the CPU."""
-        found = torch.empty(len(texts), TEXT_WIDTH, dtype=torch.float32)
+        found = torch.empty(len(texts), TEXT_WIDTH, dtype=torch.float32, device="cpu")
         # Texts of one length together: padding costs as much as words do.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         for start in range(0, len(order), TOGETHER):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,8 @@ def masked_codes(vocab: Vocab, side: int) -> Tensor:
 
     POS1 to POS4 tell the four codes apart that lie over one coarse code and share its position.
     """
-    y, x = torch.arange(side)[:, None] % 2, torch.arange(side) % 2
-    return (vocab.command("POS1") + 2 * y + x).flatten()
+    x = torch.arange(side, device="cpu") % 2
+    return (vocab.command("POS1") + 2 * x[:, None] + x).flatten()
 
 
 def drop_texts(vocab: Vocab, rows: Sequence[Sequence[int]], share: float, seed: int) -> list[list[int]]:
@@ -185,9 +186,8 @@ def drop_codes(vocab: Vocab, batch: Batch, share: float, seed: int) -> Batch:
     """
     generator = torch.Generator().manual_seed(seed)
     rows = (batch.tokens.shape[0], 1)
-    of_row = torch.rand(rows, generator=generator, dtype=torch.float32)
-    is_hit = torch.rand(rows, generator=generator, dtype=torch.float32) < share
-    chance = torch.rand(batch.tokens.shape, generator=generator, dtype=torch.float32)
+    draw = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+    of_row, is_hit, chance = draw(rows), draw(rows) < share, draw(batch.tokens.shape)
     hidden = is_hit & (chance < of_row) & (batch.tokens < vocab.num_image_codes)
     restarts = batch.tokens == vocab.command("ROI2")
     hidden &= (restarts.cumsum(1) > 0) | ~restarts.any(1, keepdim=True)
@@ -210,7 +210,7 @@ def make_batch(vocab: Vocab, rows: Sequence[Sequence[int]], length: int, text_we
     inputs, targets = padded[:, :-1].contiguous(), padded[:, 1:].contiguous()
     image = inputs < vocab.num_image_codes
     valid = inputs != vocab.pad
-    one, text = torch.tensor([1.0, text_weight], dtype=torch.float32)
+    one, text = torch.tensor([1.0, text_weight], dtype=torch.float32, device="cpu")
     weight = torch.where(image, one, text) * (targets != vocab.pad)
     positions = _positions(inputs, vocab.command("ROI2"))
     return Batch(inputs, targets, weight, valid & ~image, valid, positions)
@@ -221,5 +221,5 @@ def _positions(tokens: Tensor, restart: int) -> Tensor | None:
     is_after = (tokens == restart).cumsum(1) > 0
     if not bool(is_after.any()):
         return None
-    places = torch.arange(tokens.shape[1]).expand(tokens.shape)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
     return torch.where(is_after, places - (~is_after).sum(1, keepdim=True), places)

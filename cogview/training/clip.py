@@ -71,7 +71,7 @@ def see(clip: SmallClip, pairs: Pairs, size: int, *, progress: bool = True) -> F
     unique = list(dict.fromkeys(texts))
     place = {text: number for number, text in enumerate(unique)}
     read = clip.texts(unique)[[place[text] for text in texts]]
-    first = torch.tensor([0, *(len(captions[index]) for index in kept)]).cumsum(0)
+    first = torch.tensor([0, *(len(captions[index]) for index in kept)], device="cpu").cumsum(0)
     return Features(torch.cat(seen), read.to(seen[0].device), first)
 
 
@@ -101,9 +101,9 @@ class ClipTrainer(Trainer):
     def step(self, step: int, batch: list[int]) -> StepResult:
         torch.manual_seed(derive_seed(self.config.seed, "clip", step))
         set_learning_rate(self.optimizer, self.config.learning_rate * float(self._schedule[step]))
-        pictures = torch.tensor(batch)
+        pictures = torch.tensor(batch, device="cpu")
         first, end = self.features.first[pictures], self.features.first[pictures + 1]
-        share = torch.rand(len(batch), dtype=torch.float32)
+        share = torch.rand(len(batch), dtype=torch.float32, device="cpu")
         chosen = first + (share * (end - first)).long()
         device = self.features.images.device
         logits = self.model.logits(

@@ -29,7 +29,7 @@ def begin_like_codebook(embeddings: nn.Embedding, codebook: Tensor) -> None:
     vectors = codebook.to(weight.device, torch.float32)
     left, sizes, _ = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)
     kept = min(width, sizes.numel())
-    rotation = torch.linalg.qr(torch.randn(width, kept, dtype=torch.float32)).Q.t()
+    rotation = torch.linalg.qr(torch.randn(width, kept, dtype=torch.float32, device="cpu")).Q.t()
     like = (left[:, :kept] * sizes[:kept].sqrt()) @ rotation.to(weight.device)
     std = weight.std()
     weight.mul_(OWN_SHARE).add_(like * (std / like.std().clamp(min=1e-12) * (1 - OWN_SHARE**2) ** 0.5))

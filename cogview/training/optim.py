@@ -59,7 +59,7 @@ def shrunk_gradient(embedding: nn.Embedding, factor: float) -> Iterator[None]:
 
 def cosine_to_zero(steps: int) -> Tensor:
     """The shares of the full rate in steps 0 to ``steps``: from 1 to 0."""
-    angle = torch.linspace(0, torch.pi, steps + 1, dtype=torch.float32)
+    angle = torch.linspace(0, torch.pi, steps + 1, dtype=torch.float32, device="cpu")
     return 0.5 * (1 + torch.cos(angle))
 
 

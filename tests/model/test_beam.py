@@ -55,7 +55,7 @@ def test_more_beams_find_captions_that_are_as_likely_or_likelier():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="beams must be from 1 to 100, got 0"):
+    with pytest.raises(ValueError, match="beams must be a whole number from 1 to 100, got 0"):
         generate_captions(small_model(), VOCAB, CODES, beams=0)
     with pytest.raises(ValueError, match="task must have a stop"):
         beam_search(small_model(), [[1]], Task([range(3)], 2, [0]), 2)

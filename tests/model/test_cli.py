@@ -89,7 +89,7 @@ def test_generation_options_take_effect(run_folder, tmp_path):
     assert picture() != picture("--seed", "1")
     likeliest = picture("--temperature", "0")
     assert likeliest == picture("--top-k", "1", "--seed", "1") == picture("--temperature", "1e-39")
-    assert picture("--parallel", "5") == picture("--top-k", "99999999999") == picture()
+    assert picture("--parallel", "5") == picture("--top-k", str(2**64)) == picture()
     assert picture("--guidance", "1000") != picture()
     assert picture("--seed", "-7") != picture("--seed", str(10**40)) != picture()
 
@@ -291,6 +291,15 @@ def test_what_a_command_reads_is_not_spoiled_by_what_it_writes(run_folder, photo
     assert sorted(os.listdir(photos)) == before
 
 
+def test_a_folder_that_has_gone_under_the_command_is_one_line(tmp_path, capsys, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    said = "cogview presets: the folder in which this began has been removed; cd to another"
+    assert mistake(capsys, "presets") == said
+
+
 def closed(stream, *words):
     """The command as a process of its own, started with a stream that is closed, as by ``2>&-``."""
     return subprocess.run(
@@ -315,9 +324,11 @@ def test_closed_streams_are_no_failure(run_folder, tmp_path):
     assert b"standard output is closed; name a file" in closed(1, *words, "-").stderr
 
 
+@pytest.mark.parametrize("is_buffered", [True, False])
 @pytest.mark.parametrize("words", [["presets"], ["presets", "--help"], ["--version"]])
-def test_a_full_disk_behind_standard_output_is_one_line(words, capsys, monkeypatch):
-    with open("/dev/full", "w") as full:
+def test_a_full_disk_behind_standard_output_is_one_line(words, is_buffered, capsys, monkeypatch):
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=-1 if is_buffered else 0)) as full:
+        full.reconfigure(write_through=not is_buffered)
         monkeypatch.setattr(sys, "stdout", full)
         assert main(words) == 2
         monkeypatch.undo()
@@ -475,6 +486,11 @@ def test_mistakes_give_one_clear_line(run_folder, photos, tmp_path, capsys):
         in mistake(capsys, "train", "--data", photos, "--out", tmp_path / "r", "--preset", "huge")
     )
     assert "image not found" in mistake(capsys, "caption", "--run", run_folder, tmp_path / "absent.png")
+    assert "image not found: xxx" in mistake(capsys, "caption", "--run", run_folder, "x" * 300)
+    assert "run folder not found: xxx" in mistake(capsys, "caption", "--run", "x" * 300, photos / "0.png")
+    (tmp_path / "new.cogview.tmp").touch()
+    taken = mistake(capsys, "pack", "--run", run_folder, "--out", tmp_path / "new")
+    assert taken == f"cogview pack: Not a directory: '{tmp_path / 'new.cogview.tmp'}'"
     folder = mistake(capsys, "rerank", "--run", run_folder, text, tmp_path)
     assert f"image must be a file, got the folder {tmp_path}" in folder
     (tmp_path / "bad.png").write_text("not an image")

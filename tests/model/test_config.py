@@ -53,6 +53,10 @@ from cogview.training.pipeline import TrainModel
         (lambda: TrainConfig(clip_norm=-1.0), "clip_norm"),
         (lambda: TrainConfig(warmup_fraction=7.0), "warmup_fraction"),
         (lambda: TrainModel("x", "y", workers=99_999), "workers must be from 0 to 256, got 99999"),
+        (lambda: TrainConfig(steps=1e4), "steps must be a whole number, got 10000.0"),
+        (lambda: TrainConfig(accumulate=2.0), "accumulate must be a whole number"),
+        (lambda: ThreeRegionConfig(num_pivots=64.0), "num_pivots must be a whole number"),
+        (lambda: SamplingConfig(top_k=50.0), "top_k must be a whole number, 0 .off. or more, got 50.0"),
         (lambda: SamplingConfig(guidance=1e300), "guidance"),
         (lambda: SamplingConfig(guidance=math.nan), "guidance must be from 0 to 1,000"),
         (

@@ -53,6 +53,14 @@ def test_a_pipe_that_nobody_writes_to_is_no_file(tmp_path):
             read(tmp_path / "pipe")
 
 
+def test_a_name_that_nothing_can_have_is_that_of_no_file(tmp_path):
+    os.symlink("loop", tmp_path / "loop")
+    for path in (tmp_path / "loop" / "x", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        assert not cogview.files.exists(path)
+        with pytest.raises(FileNotFoundError, match="file not found: "):
+            read_json(path)
+
+
 def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*x\.png'"),

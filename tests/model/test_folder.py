@@ -47,6 +47,7 @@ def test_json_captions(folder):
         ("captions.tsv", "red.png a red thing\n", r"captions.tsv, line 1: expected file<TAB>caption"),
         ("captions.tsv", "", "the caption list is empty"),
         ("captions.tsv", "blue.png\tblue\n", r"names files that are not there: blue\.png"),
+        ("captions.tsv", "blue thing " * 30 + "\tblue.png\n", "names files that are not there: blue thing"),
         ("captions.json", "{", "is not valid JSON"),
         ("captions.json", "[" * 100_000, "is not valid JSON"),
         ("captions.json", '{"a": ' + "1" * 5000 + "}", "is not valid JSON"),

@@ -151,7 +151,7 @@ def test_infilling_takes_what_generating_takes(run, drawn, capsys):
 
 def test_captions_by_beam_search(run, drawn):
     assert len(run.caption(drawn[0], beams=4)) == 5
-    with pytest.raises(ValueError, match="beams must be from 1 to 100"):
+    with pytest.raises(ValueError, match="beams must be a whole number from 1 to 100"):
         run.caption(drawn[0], beams=0)
 
 
@@ -332,6 +332,13 @@ def test_errors(run, drawn, tmp_path):
         in_precision(run.model, "fp8")
     with pytest.raises(ValueError, match="num must be at least 1 and at most 100,000, got 0"):
         run.generate(SEVEN, num=0)
+    for odd in (2.0, "2", None):
+        with pytest.raises(TypeError, match=f"num must be a whole number, got {odd!r}"):
+            run.generate(SEVEN, num=odd)
+    with pytest.raises(TypeError, match="sampling must be a SamplingConfig or None"):
+        run.generate(SEVEN, sampling={"top_k": 5})
+    with pytest.raises(ValueError, match="beams must be a whole number from 1 to 100"):
+        run.caption(drawn[0], beams=2.0)
     with pytest.raises(TypeError, match="texts must be a str or a list of str, got 7"):
         run.generate(7)
     with pytest.raises(TypeError, match="texts must be a str"):
