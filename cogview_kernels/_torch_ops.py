@@ -24,6 +24,7 @@ from torch._C._functorch import peek_interpreter_stack as _transform
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +100,7 @@ class Op:
         self._overload = packet.default
         self._function = _make_function(self, save, backward)
         self._apply = super(torch.autograd.Function, self._function).apply  # type: ignore[misc]
+        self._at_a_level = _of_one_level(self._function)
         _library.impl(self.name, self._on_its_device, "CompositeExplicitAutograd")
         _library.impl(self.name, self._at_the_autograd_key, "Autograd")
         torch.library.register_fake(f"cogview_kernels::{self.name}", fake)
@@ -183,7 +185,7 @@ class Op:
         if _transform() is None:
             return self._apply(*arguments)
         with enable_single_level_autograd_function():
-            return self._apply(*arguments)
+            return self._at_a_level.apply(*arguments)
 
     def _dispatch(self, *arguments: Any) -> Any:
         if any(type(x).__name__ == "DTensor" for x in arguments):
@@ -288,3 +290,9 @@ def _make_function(
 
     Function.__name__ = Function.__qualname__ = "".join(word.title() for word in op.name.split("_"))
     return Function
+
+
+def _of_one_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
+    """The same where a transform of torch.func is at work already: a Function would enter it once more."""
+    parts = {name: vars(function)[name] for name in ("forward", "setup_context", "backward", "jvp")}
+    return type(function.__name__, (_SingleLevelFunction,), parts)
