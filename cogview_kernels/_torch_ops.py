@@ -185,7 +185,7 @@ class Op:
         if _transform() is None:
             return self._apply(*arguments)
         with enable_single_level_autograd_function():
-            return self._at_a_level.apply(*arguments)
+            return self._at_a_level.apply(*arguments)  # type: ignore[attr-defined]
 
     def _dispatch(self, *arguments: Any) -> Any:
         if any(type(x).__name__ == "DTensor" for x in arguments):
