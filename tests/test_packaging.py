@@ -70,8 +70,8 @@ def checkout(tmp_path):
     folder.mkdir()
     (folder / "cogview_kernels").mkdir()
     shutil.copytree(ROOT / "csrc", folder / "csrc")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "cogview_kernels/__init__.py"):
+        shutil.copy(ROOT / name, folder / name)
     compiler = tmp_path / "compiler"
     compiler.write_text(
         '#!/bin/sh\nwhile [ $# -gt 0 ]; do case "$1" in -o|-MF) : > "$2";; esac; shift; done\n'
