@@ -346,8 +346,8 @@ def stop(process: subprocess.Popen) -> None:
         process.wait(15)
     except subprocess.TimeoutExpired:
         pass
-    # Also what it left behind, which is not of its process group alone: ninja gives each compiler one of its
-    # own. Parents, which begin no others then, have lower numbers.
+    # What it left behind ends as well, found by its session: ninja gives each compiler a process group of its
+    # own. A parent has a lower number than its children, so it ends first and begins no others.
     for pid in sorted(int(path.name) for path in Path("/proc").glob("[0-9]*")):
         with contextlib.suppress(ProcessLookupError):
             if os.getsid(pid) == process.pid:

@@ -164,7 +164,7 @@ def _in_words(error: Exception, given: Any) -> str:
         ends = (end for end in (error.filename, error.filename2) if end is not None)
         return f"{error.strerror}: " + " to ".join(repr(str(end)) for end in ends)
     name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
-    # Of what is not buffered, nothing is held back that would tell; but some commands write nothing else.
+    # Unbuffered output leaves nothing behind by which it is known; a command without --out writes that alone.
     if name is None and (_is_output_lost() or (is_full and out is None)):
         name = "standard output"
     elif name is None and out is not None:

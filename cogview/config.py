@@ -29,7 +29,7 @@ def _require_between(settings: object, least: float, most: float, *names: str) -
 
 
 def _require_count(settings: object, least: int, most: int, *names: str) -> None:
-    """Whole numbers, both ends included: what is ``1e4`` for ``10_000`` would fail where it counts steps."""
+    """Whole numbers, both ends included. A float such as ``1e4`` would fail only where steps are counted."""
     _require_between(settings, least, most, *names)
     for name in names:
         value = getattr(settings, name)

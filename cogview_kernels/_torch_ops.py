@@ -293,6 +293,9 @@ def _make_function(
 
 
 def _of_one_level(function: type[torch.autograd.Function]) -> type[_SingleLevelFunction]:
-    """The same where a transform of torch.func is at work already: a Function would enter it once more."""
+    """The function for calls at the level of a transform of torch.func, which a Function would enter again.
+
+    PyTorch's stubs do not know its ``apply``.
+    """
     parts = {name: vars(function)[name] for name in ("forward", "setup_context", "backward", "jvp")}
     return type(function.__name__, (_SingleLevelFunction,), parts)

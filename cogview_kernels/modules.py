@@ -98,7 +98,7 @@ def _widened(parameter: Tensor, x: Tensor) -> Tensor:
 
 
 class _LayerNorm(nn.LayerNorm):
-    """With PB-Relax."""
+    """An ``nn.LayerNorm`` that takes PB-Relax."""
 
     def __init__(
         self,
@@ -117,26 +117,37 @@ class _LayerNorm(nn.LayerNorm):
 
 
 class _RMSNorm(nn.RMSNorm):
-    """Whose weight begins at ``1 - weight_offset``; ``options`` are those of :func:`rms_norm`."""
+    """An ``nn.RMSNorm`` with the options of :func:`rms_norm`. Its weight begins at ``1 - weight_offset``."""
 
+    eps: float
     weight_offset = 0.0  # while the class that it comes from begins
+    round_before_weight = False
+    pb_relax: str | None = None
 
     def __init__(
         self,
         size: int,
-        options: dict[str, Any],
+        eps: float,
+        weight_offset: float,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(size, options["eps"], device=device, dtype=dtype)
-        self.options, self.weight_offset = options, options["weight_offset"]
+        super().__init__(size, eps, device=device, dtype=dtype)
+        self.weight_offset = weight_offset
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 1 - self.weight_offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, _widened(self.weight, x), **self.options)
+        return rms_norm(
+            x,
+            _widened(self.weight, x),
+            eps=self.eps,
+            weight_offset=self.weight_offset,
+            round_before_weight=self.round_before_weight,
+            pb_relax=self.pb_relax,
+        )
 
 
 class _Sandwich(nn.Module):
@@ -249,6 +260,9 @@ class SandwichRMSNorm(_Sandwich):
     called one after the other.
     """
 
+    post: _RMSNorm
+    pre: _RMSNorm
+
     def __init__(
         self,
         normalized_size: int,
@@ -265,15 +279,12 @@ class SandwichRMSNorm(_Sandwich):
         _checks.check_count(op, "normalized_size", normalized_size, 1)
         _checks.check_rms_options(op, eps, weight_offset, round_before_weight, pb_relax)
         _checks.check_probability(op, "dropout", dropout)
-        self.dropout = dropout
-        self.options: dict[str, Any] = {
-            "eps": eps,
-            "weight_offset": weight_offset,
-            "round_before_weight": round_before_weight,
-            "pb_relax": pb_relax,
-        }
-        self.post = _RMSNorm(normalized_size, self.options, device, dtype)
-        self.pre = _RMSNorm(normalized_size, self.options, device, dtype)
+        self.weight_offset, self.round_before_weight = weight_offset, round_before_weight
+        self.pb_relax, self.dropout = pb_relax, dropout
+        self.post = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
+        self.pre = _RMSNorm(normalized_size, eps, weight_offset, device, dtype)
+        for norm in (self.post, self.pre):
+            norm.round_before_weight, norm.pb_relax = round_before_weight, pb_relax
 
     def _fused(
         self, branch: Tensor, residual: Tensor, normed_dtype: torch.dtype | None
@@ -283,15 +294,20 @@ class SandwichRMSNorm(_Sandwich):
             residual,
             self.post.weight,
             self.pre.weight,
-            **self.options,
+            eps=self.post.eps,
+            weight_offset=self.weight_offset,
+            round_before_weight=self.round_before_weight,
+            pb_relax=self.pb_relax,
             dropout_p=self.dropout if self.training else 0.0,
             normed_dtype=normed_dtype,
         )
         return residual_out, cast(Tensor, normed)
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if name != "eps")
-        return f"{options}, dropout={self.dropout}"
+        return (
+            f"weight_offset={self.weight_offset}, round_before_weight={self.round_before_weight}, "
+            f"pb_relax={self.pb_relax!r}, dropout={self.dropout}"
+        )
 
 
 class LinearCrossEntropy(nn.Module):

@@ -172,7 +172,7 @@ def linear_cross_entropy(
     Raises:
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
-        NotImplementedError: the named backend does not take float64 or, of "triton", 2^31 rows and more.
+        NotImplementedError: the named backend does not take float64; "triton" takes fewer than 2^31 rows.
             A DTensor that is cut along C.
         RuntimeError: the named backend cannot run here; the message says why.
 

@@ -62,7 +62,7 @@ def rms_norm(
         TypeError: a dtype above is not met.
         ValueError: a shape or range above is not met, or devices differ.
         NotImplementedError: the named backend does not take float64 or, holding a row in registers ("triton",
-            "cuda"), a C above 4,096; "triton" no 2^31 rows.
+            "cuda"), a C above 4,096; "triton" takes fewer than 2^31 rows.
             A DTensor that is cut along C, or along rows with ``pb_relax="tensor"``.
         RuntimeError: the named backend cannot run here; the message says why.
 

@@ -145,6 +145,7 @@ def test_a_weight_with_an_offset_begins_as_one():
 SANDWICHES = {
     "layer_norm": lambda: SandwichLayerNorm(8, eps=0.1),
     "rms_norm": lambda: SandwichRMSNorm(8, 0.1, weight_offset=1.0, pb_relax="row"),
+    "rounded rms_norm": lambda: SandwichRMSNorm(8, 0.1, round_before_weight=True),
 }
 
 

@@ -7,7 +7,9 @@ The device meta stands for a GPU that the model is not on: what is made there by
 import pytest
 import torch
 
+from cogview.clip_gen_run import ClipDrawing, ranked
 from cogview.config import SamplingConfig, TrainConfig
+from cogview.data.enlargements import LocalDataset
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
 from cogview.run import load_run
@@ -64,3 +66,22 @@ def test_training_is_where_its_model_is(tmp_path, default_device):
     expected = losses("without")
     default_device("meta")
     assert losses("with") == expected
+
+
+def test_rows_of_two_grids_are_made_on_the_cpu(default_device):
+    codes = torch.arange(6 * 20, device="cpu").view(6, 20) % 13
+    dataset = LocalDataset(VOCAB, Rows.in_memory(VOCAB, codes, [[[1, 7]]] * 6), length=30)
+
+    def made():
+        batch = dataset.batch(3, 4, text_weight=1.0, caption_fraction=0.0, seed=0, text_dropout=0.5)
+        return [batch.tokens, batch.weight, batch.positions]
+
+    expected = made()
+    default_device("meta")
+    assert all(torch.equal(a, b) for a, b in zip(made(), expected, strict=True))
+
+
+def test_drawings_of_clip_gen_are_ranked_on_the_cpu(default_device):
+    row = [ClipDrawing(None, "a cat", 0, cosine, 1.0) for cosine in (0.1, 0.3, 0.2)]
+    default_device("meta")
+    assert [drawing.cosine for drawing in ranked(row, "clip")] == [0.3, 0.2, 0.1]
