@@ -145,7 +145,6 @@ def test_a_weight_with_an_offset_begins_as_one():
 SANDWICHES = {
     "layer_norm": lambda: SandwichLayerNorm(8, eps=0.1),
     "rms_norm": lambda: SandwichRMSNorm(8, 0.1, weight_offset=1.0, pb_relax="row"),
-    "rounded rms_norm": lambda: SandwichRMSNorm(8, 0.1, round_before_weight=True),
 }
 
 
@@ -161,6 +160,15 @@ def test_a_norm_with_a_hook_is_called_and_gives_the_same(make, which, dtypes):
     assert seen == [which] and [x.dtype for x in found] == [*dtypes[::-1]]
     rounding = 2e-2 if dtypes[0] == torch.bfloat16 else 1e-5  # of the first norm, before it is added
     torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+def test_a_norm_that_is_called_by_itself_has_all_options():
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    options = {"weight_offset": 1.0, "round_before_weight": True, "pb_relax": "row"}
+    post = SandwichRMSNorm(8, 0.1, **options, dtype=torch.bfloat16).post
+    nn.init.normal_(post.weight)
+    assert torch.equal(post(x), rms_norm(x, post.weight, eps=0.1, **options))
+    assert not torch.equal(post(x), rms_norm(x, post.weight, eps=0.1, weight_offset=1.0))
 
 
 @pytest.mark.parametrize("make", SANDWICHES.values(), ids=SANDWICHES)
