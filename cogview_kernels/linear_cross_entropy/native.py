@@ -54,12 +54,12 @@ def gradient(piece: Piece, tokens: Tokens, objective: Objective, dbias: Tensor |
     )
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1.0) -> None:
     """See :class:`pieces.Steps`. PyTorch's own, but where the extension's is faster."""
-    if _is_faster(a, b, out):
+    if alpha == 1.0 and _is_faster(a, b, out):
         _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add, 0, False)
     else:
-        pieces.product(a, b, out, add=add)
+        pieces.product(a, b, out, add=add, alpha=alpha)
 
 
 def adder(out: Tensor) -> AddToSum | None:

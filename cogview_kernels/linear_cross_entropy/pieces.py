@@ -10,11 +10,12 @@ none twice; for each chunk it reads and writes ``dweight`` and a byte beside eac
 
 Memory beyond the gradients: one piece, or ``extra_memory`` times that of the logits where this is more, some
 30 bytes a token and, on a CPU, what its own products hold: at most 16 MB of sums, and on AMD's processors a
-packed copy of ``hidden``.
+packed copy of ``hidden``; where the processor multiplies no 16-bit numbers, up to 32 MiB in float32.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from cogview_kernels.linear_cross_entropy.objective import PLAIN, Objective
 CHUNK_ELEMENTS = 14 * 2**20
 # Of a chunk of _summed_in_24_bits. With 96 its passes over the weights took what making logits twice does.
 FEWEST_TOKENS = 128
+# What a product in float32 of 16-bit operands makes at a time: 8 MiB of each operand, 16 MiB of sums.
+WIDENED_SIDE, WIDENED_DEPTH = 2048, 1024
 
 
 class Piece(NamedTuple):
@@ -81,8 +84,9 @@ class Steps(Protocol):
         """Turns logits into the gradients of ``(coefficient * losses).sum()`` by them: exact zeros where
         ``coefficient`` is zero. Their sums over the tokens are added to ``dbias`` ``[v]``, float32."""
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-        """``torch.mm(a, b, out=out)``, or ``out.addmm_(a, b)`` where it is to be added."""
+    def product(self, a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1.0) -> None:
+        """``out = alpha * (a @ b)``, or ``out += alpha * (a @ b)``, multiplied by ``alpha`` before it is
+        rounded."""
 
     def adder(self, out: Tensor) -> AddToSum | None:
         """The function that adds products up in ``out`` and a byte beside each of its elements, if any."""
@@ -91,12 +95,34 @@ class Steps(Protocol):
         """``gradient *= factor``, a scalar, multiplied in float32 and rounded once, with no float32 copy."""
 
 
-def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
-    """See :class:`Steps`; PyTorch's own."""
-    if add:
-        out.addmm_(a, b)
+def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1.0) -> None:
+    """See :class:`Steps`; PyTorch's own, in float32 where it has none in ``a.dtype``."""
+    if a.device.type == "cpu" and _is_emulated(a.dtype):
+        _widened_product(a, b, out, add=add, alpha=alpha)
+    elif add or alpha != 1:
+        torch.addmm(out, a, b, beta=1 if add else 0, alpha=alpha, out=out)
     else:
         torch.mm(a, b, out=out)
+
+
+@functools.cache
+def _is_emulated(dtype: torch.dtype) -> bool:
+    """Whether PyTorch has no matrix product in ``dtype`` for this processor but plain loops, which took 30 to
+    140 times as long as one in float32 on an AMD EPYC with AVX2."""
+    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype in names and not getattr(torch.ops.mkldnn, names[dtype])()
+
+
+def _widened_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool, alpha: float) -> None:
+    """The product in float32, block by block, rounded once."""
+    (M, K), N = a.shape, b.shape[1]
+    for rows in ranges(0, M, WIDENED_SIDE):
+        for columns in ranges(0, N, WIDENED_SIDE):
+            block = out[rows, columns]
+            sums = block.float() if add else torch.zeros_like(block, dtype=torch.float32)
+            for depth in ranges(0, K, WIDENED_DEPTH):
+                sums.addmm_(a[rows, depth].float(), b[depth, columns].float(), alpha=alpha)
+            block.copy_(sums)
 
 
 def no_adder(out: Tensor) -> None:
@@ -190,10 +216,8 @@ class _Problem:
             self.steps.product(dlogits.T, self.weight, self.dhidden[tokens])
 
     def add_dweight(self, dlogits: Tensor, hidden: Tensor, out: Tensor, *, add: bool = False) -> None:
-        if self.scales is not None:
-            torch.addmm(out, dlogits, hidden, beta=0, alpha=self.scales.alpha, out=out)
-        else:
-            self.steps.product(dlogits, hidden, out, add=add)
+        alpha = 1.0 if self.scales is None else self.scales.alpha
+        self.steps.product(dlogits, hidden, out, add=add, alpha=alpha)
 
 
 class _Scales(NamedTuple):
@@ -242,7 +266,7 @@ def _scales(hidden: Tensor, weight: Tensor, bias: Tensor | None, objective: Obje
     return _Scales(power_of_two(14, 8, weight), power_of_two(18, 14, hidden), 0.125 / hidden.shape[0])
 
 
-def _pieces(start: int, stop: int, step: int) -> Iterator[slice]:
+def ranges(start: int, stop: int, step: int) -> Iterator[slice]:
     return (slice(i, min(i + step, stop)) for i in range(start, stop, step))
 
 
@@ -425,9 +449,9 @@ def _losses_only(problem: _Problem) -> None:
     if device.type != "cpu":
         v = _filling(v, n, device)
     chunk = problem.hidden.new_empty(v * n)
-    for tokens in _pieces(0, N, n):
+    for tokens in ranges(0, N, n):
         width = tokens.stop - tokens.start
-        for ids in _pieces(0, V, v):
+        for ids in ranges(0, V, v):
             problem.reduce(tokens, ids, chunk[: width * (ids.stop - ids.start)].view(-1, width))
 
 
@@ -436,7 +460,7 @@ def _accumulated(problem: _Problem) -> None:
     hidden, V, scales = problem.hidden, len(problem.weight), problem.scales
     n = _chunk_of_tokens(problem)
     chunk = hidden.new_empty(V * n)
-    for tokens in _pieces(0, len(hidden), n):
+    for tokens in ranges(0, len(hidden), n):
         dlogits = chunk[: V * (tokens.stop - tokens.start)].view(V, -1)
         problem.round(tokens, dlogits)
         if problem.dweight is None:
@@ -468,14 +492,14 @@ def _summed_in_24_bits(problem: _Problem, dweight: Tensor, chunk: int) -> None:
     hidden, add = problem.hidden, problem.steps.adder(dweight)
     N, (V, C) = len(hidden), dweight.shape
     assert add is not None
-    for tokens in _pieces(0, C, chunk):
+    for tokens in ranges(0, C, chunk):
         problem.round(tokens, dweight[:, tokens])
     low = torch.empty_like(dweight, dtype=torch.uint8)
     buffer = hidden.new_empty(V * chunk)
-    for ids in _pieces(0, V, max(1, len(buffer) // C)):
+    for ids in ranges(0, V, max(1, len(buffer) // C)):
         dlogits = buffer[: (ids.stop - ids.start) * C].view(-1, C).copy_(dweight[ids])
         add(dlogits, hidden[:C], dweight[ids], low[ids], first=True, last=False)
-    for tokens in _pieces(C, N, chunk):
+    for tokens in ranges(C, N, chunk):
         dlogits = buffer[: V * (tokens.stop - tokens.start)].view(V, -1)
         problem.round(tokens, dlogits)
         add(dlogits, hidden[tokens], dweight, low, first=False, last=tokens.stop == N)
@@ -496,18 +520,18 @@ def _in_place_of_dweight(problem: _Problem, dweight: Tensor, sizes: _Sizes) -> N
     earlier = last - kept
     buffer = hidden.new_empty(max(kept * V, v * N))
     beside = buffer[: kept * V].view(V, kept)
-    for tokens in _pieces(0, earlier, sizes.tokens):
+    for tokens in ranges(0, earlier, sizes.tokens):
         place = dweight[:, : tokens.stop - tokens.start]
         if problem.dhidden is None and problem.dbias is None:
             problem.reduce(tokens, slice(0, V), place)
         else:
             problem.round(tokens, place)
     for place, start, stop in ((beside, earlier, last), (dweight, last, N)):
-        for tokens in _pieces(start, stop, sizes.tokens):
+        for tokens in ranges(start, stop, sizes.tokens):
             problem.round(tokens, place[:, tokens.start - start : tokens.stop - start])
     # A piece lies over the first rows of the buffer, whose ids are made again in full.
     used_up = -(-v * N // kept) if kept else 0
-    for ids in _pieces(0, V, v):
+    for ids in ranges(0, V, v):
         dlogits = buffer[: (ids.stop - ids.start) * N].view(-1, N)
         again = slice(0, last if ids.start < used_up else earlier)
         if again.stop:

@@ -192,9 +192,9 @@ def test_products_of_the_extension(isa, dtype, case, reduction, monkeypatch, ins
     instruction_set(isa)
     made = []
 
-    def product(a, b, out, *, add=False):
+    def product(a, b, out, *, add=False, alpha=1.0):
         if isa == "amx" and a.stride(1) == 1:
-            pieces.product(a, b, out, add=add)
+            pieces.product(a, b, out, add=add, alpha=alpha)
         else:
             made.append(a.shape)
             _extension.call("linear_cross_entropy_product", "cpu", a, b, out, add, 0, False)
@@ -202,6 +202,32 @@ def test_products_of_the_extension(isa, dtype, case, reduction, monkeypatch, ins
     monkeypatch.setattr(native, "product", product)
     check("cpu", dtype, case, reduction)
     assert made
+
+
+@pytest.mark.budget
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_products_of_a_processor_without_16_bits(backend, dtype, case, reduction, monkeypatch):
+    """They are made in float32, where PyTorch's would take a hundred times as long."""
+    monkeypatch.setattr(pieces, "_is_emulated", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(native, "_is_faster", lambda a, b, out: False)
+    monkeypatch.setattr(native, "adder", pieces.no_adder)
+    monkeypatch.setattr(pieces, "WIDENED_SIDE", 32)
+    monkeypatch.setattr(pieces, "WIDENED_DEPTH", 7)
+    made, function = [], pieces._widened_product
+    monkeypatch.setattr(
+        pieces, "_widened_product", lambda *a, **b: made.append(a[0].dtype) or function(*a, **b)
+    )
+    check(backend, dtype, case, reduction)
+    assert set(made) == {dtype}
+
+
+def test_which_products_pytorch_has_none_of():
+    assert not pieces._is_emulated(torch.float32)
+    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert pieces._is_emulated(torch.bfloat16) == (not supported)
 
 
 @pytest.mark.budget
@@ -492,7 +518,7 @@ def test_whose_product(isa, amd, monkeypatch, instruction_set):
     monkeypatch.setattr(_extension.native, "is_amd", lambda: amd)
     seen = []
     monkeypatch.setattr(_extension, "call", lambda *a: seen.append("extension"))
-    monkeypatch.setattr(pieces, "product", lambda *a, add: seen.append("torch"))
+    monkeypatch.setattr(pieces, "product", lambda *a, **b: seen.append("torch"))
     large, small = torch.empty(2048, 64), torch.empty(16, 64)
 
     def maker(a, b):
