@@ -52,11 +52,17 @@ def cpu_name() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    """A CPU's instruction set is part of it: clouds give one name to several generations."""
+    from cogview_kernels import _extension
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    native = _extension.native
+    return cpu_name() if native is None else f"{cpu_name()}, {native.isa().upper()}"
 
 
 def device_folder(name: str) -> str:
-    """``NVIDIA H200`` -> ``nvidia-h200``, ``Intel(R) Xeon(R) Processor`` -> ``intel-xeon``."""
+    """``NVIDIA H200`` -> ``nvidia-h200``, ``Intel(R) Xeon(R) Processor, AVX512BF16`` -> ``intel-xeon-avx512bf16``."""
     name = re.sub(r"\((R|TM|tm)\)|\b(CPU|Processor)\b|@.*", " ", name)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

@@ -225,8 +225,7 @@ class Race:
     def _row(self, case: Case, variant: Variant, work: Work, ready: Ready, spread: timing.Spread) -> Row:
         matmul = work.bound == "matmul"
         rate = work.amount / spread.median / (1e9 if matmul else 1e6)
-        copy, products = self.ceilings["copy_gb_s"], self.ceilings["matmul_tflop_s"]
-        ceiling = products[dtype_name(case.dtype)] if matmul else copy
+        ceiling = _product_ceiling(self.ceilings, case) if matmul else self.ceilings["copy_gb_s"]
         row: Row = {
             "shape": case.shape.name,
             "sizes": str(case.shape),
@@ -280,6 +279,13 @@ def job(forward: Forward, inputs: Inputs, direction: str) -> Job:
 def _refusal(case: Case, variant: Variant, reason: str, *, limit: bool = False) -> Outcome:
     """``limit``: the variant said beforehand that it does not do this, which is no failure."""
     return Outcome(case, variant, reason=reason, failed=variant.kind in ("backend", "option") and not limit)
+
+
+def _product_ceiling(ceilings: dict[str, Any], case: Case) -> float:
+    """A product in 16 bits may be slower than one in float32, whose operands it can be given as."""
+    products = ceilings["matmul_tflop_s"]
+    own = products[dtype_name(case.dtype)]
+    return max(own, products.get("float32", own)) if case.dtype.itemsize < 4 else own
 
 
 def _one_line(failure: Exception) -> str:

@@ -44,6 +44,20 @@ def no_ceilings(monkeypatch):
     monkeypatch.setattr(harness.timing, "ceilings", lambda *a, **k: found)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "products", "ceiling"),
+    [
+        (torch.bfloat16, {"float32": 0.2, "bfloat16": 0.4}, 0.4),
+        (torch.bfloat16, {"float32": 0.2, "bfloat16": 0.001}, 0.2),
+        (torch.bfloat16, {"bfloat16": 0.4}, 0.4),
+        (torch.float32, {"float32": 0.2, "bfloat16": 0.4}, 0.2),
+    ],
+)
+def test_the_ceiling_of_a_product_is_the_fastest_way_to_make_it(dtype, products, ceiling):
+    case = dataclasses.replace(benchmark_of("stable_softmax").cases(CPU, True)[0], dtype=dtype)
+    assert harness._product_ceiling({"matmul_tflop_s": products}, case) == ceiling
+
+
 def test_every_outcome_is_in_the_document_when_it_is_told(no_ceilings):
     lengths, document = [], {}
     bench = softmax_with(raising(RuntimeError("no"), "rival"))

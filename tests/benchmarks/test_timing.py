@@ -90,13 +90,23 @@ def test_ceilings_are_positive():
     [
         ("NVIDIA H200", "nvidia-h200"),
         ("Tesla V100-SXM2-32GB", "tesla-v100-sxm2-32gb"),
-        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Xeon(R) Processor, AMX", "intel-xeon-amx"),
+        ("AMD EPYC, AVX512BF16", "amd-epyc-avx512bf16"),
         ("Intel(R) Core(TM) i7-9700K CPU @ 3.60GHz", "intel-core-i7-9700k"),
         ("AMD EPYC 9R14 96-Core Processor", "amd-epyc-9r14-96-core"),
     ],
 )
 def test_device_folder(name, folder):
     assert environment.device_folder(name) == folder
+
+
+def test_generations_of_a_cpu_that_share_a_name_have_folders_of_their_own(instruction_set):
+    folders = []
+    for isa in ("portable", "avx2"):
+        instruction_set(isa)
+        folders.append(environment.describe(CPU)["folder"])
+        assert folders[-1].endswith(isa)
+    assert folders[0] != folders[1]
 
 
 def test_environment_names_what_sways_a_timing():
