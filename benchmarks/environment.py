@@ -62,7 +62,7 @@ def device_name(device: torch.device) -> str:
 
 
 def device_folder(name: str) -> str:
-    """``NVIDIA H200`` -> ``nvidia-h200``, ``Intel(R) Xeon(R) Processor, AVX512BF16`` -> ``intel-xeon-avx512bf16``."""
+    """``NVIDIA H200`` -> ``nvidia-h200``, ``Intel(R) Xeon(R) Processor, AMX`` -> ``intel-xeon-amx``."""
     name = re.sub(r"\((R|TM|tm)\)|\b(CPU|Processor)\b|@.*", " ", name)
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
