@@ -184,6 +184,7 @@ PRIVATE = {
     ("model/cache.py", "cogview_kernels._cache"),
     ("model/decoder.py", "cogview_kernels._draw"),
     ("generation/sampling.py", "cogview_kernels._draw"),
+    ("training/precision.py", "cogview_kernels._device"),
 }
 
 

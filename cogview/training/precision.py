@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.config import TrainPrecision
+from cogview_kernels import _device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -76,6 +77,12 @@ class Precision:
         reason = _why_not(self.dtype, self.device)
         if reason:
             raise ValueError(f"precision {name} cannot be used on {self.device}: {reason}")
+        if self.device.type == "cpu" and _device.emulates(self.dtype):
+            warnings.warn(
+                f"this processor has no matrix products in {name}, and emulated they take several times as "
+                "long; --precision fp32 is faster",
+                stacklevel=2,
+            )
         self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" and loss_scaling else None
 
     def autocast(self) -> torch.autocast:

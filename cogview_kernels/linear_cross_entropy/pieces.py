@@ -15,7 +15,6 @@ packed copy of ``hidden``; where the processor multiplies no 16-bit numbers, up 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,20 +96,12 @@ class Steps(Protocol):
 
 def product(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1.0) -> None:
     """See :class:`Steps`; PyTorch's own, in float32 where it has none in ``a.dtype``."""
-    if a.device.type == "cpu" and _is_emulated(a.dtype):
+    if a.device.type == "cpu" and _device.emulates(a.dtype):
         _widened_product(a, b, out, add=add, alpha=alpha)
     elif add or alpha != 1:
         torch.addmm(out, a, b, beta=1 if add else 0, alpha=alpha, out=out)
     else:
         torch.mm(a, b, out=out)
-
-
-@functools.cache
-def _is_emulated(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has no matrix product in ``dtype`` for this processor but plain loops, which took 30 to
-    140 times as long as one in float32 on an AMD EPYC with AVX2."""
-    names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype in names and not getattr(torch.ops.mkldnn, names[dtype])()
 
 
 def _widened_product(a: Tensor, b: Tensor, out: Tensor, *, add: bool, alpha: float) -> None:

@@ -211,7 +211,7 @@ def test_products_of_the_extension(isa, dtype, case, reduction, monkeypatch, ins
 @pytest.mark.parametrize("backend", ["chunked", "cpu"])
 def test_products_of_a_processor_without_16_bits(backend, dtype, case, reduction, monkeypatch):
     """They are made in float32, where PyTorch's would take a hundred times as long."""
-    monkeypatch.setattr(pieces, "_is_emulated", lambda dtype: dtype != torch.float32)
+    monkeypatch.setattr(_device, "emulates", lambda dtype: dtype != torch.float32)
     monkeypatch.setattr(native, "_is_faster", lambda a, b, out: False)
     monkeypatch.setattr(native, "adder", pieces.no_adder)
     monkeypatch.setattr(pieces, "WIDENED_SIDE", 32)
@@ -225,9 +225,9 @@ def test_products_of_a_processor_without_16_bits(backend, dtype, case, reduction
 
 
 def test_which_products_pytorch_has_none_of():
-    assert not pieces._is_emulated(torch.float32)
+    assert not _device.emulates(torch.float32)
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert pieces._is_emulated(torch.bfloat16) == (not supported)
+    assert _device.emulates(torch.bfloat16) == (not supported)
 
 
 @pytest.mark.budget

@@ -14,6 +14,7 @@ from cogview.files import load_tensors
 from cogview.training.checkpoint import latest_checkpoint
 from cogview.training.precision import NonFiniteWatch, Precision, fast_precision
 from cogview.training.transformer import TransformerTrainer, train
+from cogview_kernels import _device
 from tests.model.helpers import small_model
 from tests.model.test_training_transformer import CONFIG, dataset
 
@@ -258,6 +259,18 @@ def test_the_fast_precision_of_a_cpu_is_bfloat16_where_it_has_matrix_units(monke
     assert fast_precision(torch.device("cpu")) == "fp32"
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert fast_precision("cpu") == "fp32"
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_processor_that_emulates_a_precision_is_named(monkeypatch, name, recwarn):
+    monkeypatch.setattr(_device, "emulates", lambda dtype: dtype != torch.float32)
+    with pytest.warns(UserWarning, match=f"no matrix products in {name}.*--precision fp32 is faster"):
+        Precision(name, "cpu")
+    recwarn.clear()
+    Precision("fp32", "cpu")
+    monkeypatch.setattr(_device, "emulates", lambda dtype: False)
+    Precision(name, "cpu")
+    assert not recwarn.list
 
 
 def test_a_gpu_without_bfloat16_is_told_what_it_has(monkeypatch):
