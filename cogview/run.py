@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cogview.config import SamplingConfig
+from cogview.config import MOST_PICTURES, SamplingConfig
 from cogview.data.image_files import Picture, pixels_of, upright_size
 from cogview.device import usable_device
 from cogview.evaluation.cap_loss import caption_loss
@@ -54,7 +54,6 @@ from cogview.training.checkpoint import CHECKPOINTS, check_origin, load_model, r
 from cogview.weights import without_values
 
 MAX_BATCH = 256  # rows that are decoded or scored together
-MAX_PICTURES = 100_000  # of one text in one call
 READ_TOGETHER = 64  # pictures that are read and described before the first of them is told
 
 
@@ -668,12 +667,12 @@ def _pictures(pixels: Tensor) -> Any:
     return to_picture(pixels) if pixels.dim() == 3 else [_pictures(part) for part in pixels]
 
 
-def require_num(num: int) -> None:
+def require_num(num: int, name: str = "num") -> None:
     """ValueError for a number of pictures of one text that nobody can want, TypeError for what is none."""
     if not isinstance(num, Integral):
-        raise TypeError(f"num must be a whole number, got {num!r}")
-    if not 1 <= num <= MAX_PICTURES:
-        raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
+        raise TypeError(f"{name} must be a whole number, got {num!r}")
+    if not 1 <= num <= MOST_PICTURES:
+        raise ValueError(f"{name} must be at least 1 and at most {MOST_PICTURES:,}, got {num:,}")
 
 
 def listed_texts(texts: str | Sequence[str]) -> list[str]:
