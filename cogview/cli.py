@@ -15,9 +15,10 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO, cast
 
 import cogview
 from cogview.launch import started_as_first, started_ranks
@@ -92,6 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    output = sys.stdout
+    sys.stdout = cast("TextIO", _Output(output))
+    try:
+        with _ended_by_signals() as received:
+            return _main(argv, received)
+    finally:
+        sys.stdout = output
+
+
+def _main(argv: Sequence[str] | None, received: list[int]) -> int:
+    """The exit code; ``received`` has the signals, but for Ctrl-C, that have ended the command so far."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -111,14 +123,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass  # The first rank tells it for all.
         elif verb in RESUMABLE and given is not None:
             folder = given.folder if verb == "demo" else given.out
-            print(
-                f"\ninterrupted; what is finished is saved in {folder}. "
-                "Run the same command again to go on from there.",
-                file=sys.stderr,
-            )
+            if os.path.isdir(folder) and os.listdir(folder):
+                saved = (
+                    f"what is finished is saved in {folder}. Run the same command again to go on from there."
+                )
+            else:
+                saved = f"nothing was finished yet, and nothing is in {folder}"
+            _tell(f"\ninterrupted; {saved}")
         else:
-            print(f"\ninterrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
-        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
+            _tell(f"\ninterrupted; {str(interrupt) or 'nothing was written'}")
+        return EXIT_SIGNAL + getattr(interrupt, "signum", received[-1] if received else signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
@@ -155,6 +169,50 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
+class _Output:
+    """Standard output that remembers whether it has refused what was written to it.
+
+    Where Python holds back nothing, as under ``PYTHONUNBUFFERED=1``, no later flush tells of it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.is_lost = stream, False
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self.is_lost = True
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does: what is half done is removed.
+
+    Yields the list of those that have come. One that is ignored, as SIGHUP under ``nohup``, stays ignored.
+    """
+    received: list[int] = []
+
+    def handle(signum: int, frame: object) -> None:
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
+    taken = [signum for signum in signals if signal.getsignal(signum) is signal.SIG_DFL]
+    for signum in taken:
+        signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        for signum in taken:
+            signal.signal(signum, signal.SIG_DFL)
+
+
 def _in_words(error: Exception, given: Any) -> str:
     """An error with its option as it is typed, or with its place, which the system tells of no open file."""
     if not isinstance(error, OSError) or error.errno is None:
@@ -164,8 +222,7 @@ def _in_words(error: Exception, given: Any) -> str:
         ends = (end for end in (error.filename, error.filename2) if end is not None)
         return f"{error.strerror}: " + " to ".join(repr(str(end)) for end in ends)
     name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
-    # Unbuffered output leaves nothing behind by which it is known; a command without --out writes that alone.
-    if name is None and (_is_output_lost() or (is_full and out is None)):
+    if name is None and _is_output_lost():
         name = "standard output"
     elif name is None and out is not None:
         name = f"--out {out}"
@@ -185,12 +242,14 @@ def _with_option(said: str, given: Any) -> str:
 
 def _is_output_lost() -> bool:
     """Whether standard output takes no more; what Python holds back of it is then dropped."""
+    is_lost = bool(getattr(sys.stdout, "is_lost", False))
     try:
         sys.stdout.flush()
     except OSError:
+        is_lost = True
+    if is_lost:
         _drop_output()
-        return True
-    return False
+    return is_lost
 
 
 def _drop_output() -> None:
