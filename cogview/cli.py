@@ -16,13 +16,16 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import Any, TextIO, cast
 
 import cogview
 from cogview.launch import started_as_first, started_ranks
 
+LONGEST_IMPORT = 30.0  # seconds for which a signal waits until libraries are loaded
 EXIT_MISTAKE = 2
 EXIT_SIGNAL = 128  # and the number of the signal
 EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
@@ -103,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, received: list[int]) -> int:
-    """The exit code; ``received`` has the signals, but for Ctrl-C, that have ended the command so far."""
+    """The exit code; ``received`` has the signals that have ended the command so far."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -194,23 +197,47 @@ def _ended_by_signals() -> Iterator[list[int]]:
     """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does: what is half done is removed.
 
     Yields the list of those that have come. One that is ignored, as SIGHUP under ``nohup``, stays ignored.
+    While a library is loaded they wait: in the midst of NumPy or PyTorch the interrupt gets lost, and what is
+    half loaded fails with errors of its own.
     """
     received: list[int] = []
+    waiting: list[tuple[int, float]] = []  # those that have come while a library was loaded, and when
 
-    def handle(signum: int, frame: object) -> None:
-        received.append(signum)
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGALRM:
+            waiting.append((signum, time.monotonic()))
+        if not waiting:
+            return
+        can_wait = signal.SIGALRM in taken and _is_importing(frame)
+        if can_wait and time.monotonic() - waiting[0][1] < LONGEST_IMPORT:
+            # No thread looks again: the handler may have come while a lock was held that a new thread takes.
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        received.append(waiting[0][0])
+        waiting.clear()
         raise KeyboardInterrupt
 
+    usual: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGALRM), signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
     is_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGTERM, signal.SIGHUP) if is_main else ()
-    taken = [signum for signum in signals if signal.getsignal(signum) is signal.SIG_DFL]
+    taken = [signum for signum in usual if is_main and signal.getsignal(signum) is usual[signum]]
     for signum in taken:
         signal.signal(signum, handle)
     try:
         yield received
     finally:
+        if signal.SIGALRM in taken:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for signum in taken:
-            signal.signal(signum, signal.SIG_DFL)
+            signal.signal(signum, usual[signum])
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _in_words(error: Exception, given: Any) -> str:

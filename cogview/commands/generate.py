@@ -86,14 +86,15 @@ def _only_one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if not is_main or not callable(before):  # ignored, as by what a shell starts in the background
         yield
         return
     signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _memory(run: Run, drawer: DrawOptions, pictures: int) -> dict[str, int]:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import importlib
 import io
 import json
 import os
@@ -209,6 +210,25 @@ def test_what_a_signal_ends_leaves_nothing_half_done(signum, run_folder, tmp_pat
         assert main(["presets"]) == 0  # as under nohup
     finally:
         signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_signal_waits_until_a_library_is_loaded(signum, tmp_path, capsys, monkeypatch):
+    name = f"loads_slowly_{signum.name}"
+    sends = "import os, time; os.kill(os.getpid(), {}); time.sleep(0.2); loaded = True"
+    (tmp_path / f"{name}.py").write_text(sends.format(int(signum)))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signum)
+
+    def load(given):
+        importlib.import_module(name)
+        time.sleep(5)
+
+    monkeypatch.setattr(cogview.commands.verbs, "presets", load)
+    assert main(["presets"]) == 128 + signum
+    assert capsys.readouterr().err.strip() == "interrupted; nothing was written"
+    assert sys.modules.pop(name).loaded and signal.getsignal(signum) is before
 
 
 def test_an_interrupted_command_says_that_something_is_saved_only_where_there_is(
