@@ -248,7 +248,9 @@ def _in_words(error: Exception, given: Any) -> str:
     if error.filename is not None and not is_full:
         ends = (end for end in (error.filename, error.filename2) if end is not None)
         return f"{error.strerror}: " + " to ".join(repr(str(end)) for end in ends)
-    name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
+    # What copies or renames a file tells first what it reads, then what it writes.
+    name = error.filename if error.filename2 is None else error.filename2
+    out = getattr(given, "folder", None) or getattr(given, "out", None)
     if name is None and _is_output_lost():
         name = "standard output"
     elif name is None and out is not None:

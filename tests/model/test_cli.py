@@ -419,6 +419,18 @@ def test_a_full_disk_is_told_with_its_place_and_the_way_out(
     )
 
 
+def test_a_full_disk_is_not_told_of_the_file_that_is_copied(run_folder, tmp_path, capsys, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr("cogview.commands.pack.shutil.copyfile", full)
+    line = mistake(capsys, "pack", "--run", run_folder, "--out", tmp_path / "x")
+    assert line.startswith(
+        f"cogview pack: {tmp_path}/x.cogview.tmp/text_tokenizer.model cannot be written: No"
+    )
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):
     assert main(["generate", "--run", str(run_folder), SEVEN, "--num", "1", "--out", "-"]) == 0
     captured = capsysbinary.readouterr()
