@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from benchmarks import environment, timing
 from benchmarks.__main__ import APART, device_named
 from benchmarks.rivals.generation import hugging_face, reprojection
 from benchmarks.timing import Job, Limits
-from cogview.config import ModelConfig
+from cogview.config import MOST_PICTURES, ModelConfig
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.generation.engine import DrawOptions, Task, decode, prefill
 from cogview.generation.text_to_image import Request, draw_candidates
@@ -34,6 +35,7 @@ from cogview.tokens.vocab import Vocab
 from cogview_kernels.bench import DTYPES
 
 STEPS = "steps alone"
+MOST_ROWS = 1 << 16
 COPIED = {"cpu": 64 << 20, "cuda": 512 << 20}  # floats of the copy that gives the bandwidth
 
 
@@ -209,7 +211,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranked", type=int, default=60, help="candidates drawn and ranked; 0: none")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each batch")
     parser.add_argument("--save", type=Path, default=APART, metavar="FOLDER")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    new = SHAPES[chosen.shape].new
+    if not 1 <= chosen.parallel <= new:
+        parser.error(f"--parallel must be from 1 to the {new} codes that are drawn, got {chosen.parallel}")
+    if not all(1 <= batch <= MOST_ROWS for batch in chosen.batch or ()):
+        parser.error(f"--batch must be from 1 to {MOST_ROWS:,} each, got {chosen.batch}")
+    if not 0 <= chosen.ranked <= MOST_PICTURES:
+        parser.error(f"--ranked must be from 0 to {MOST_PICTURES:,}, got {chosen.ranked}")
+    if not 0 <= chosen.seconds < math.inf:
+        parser.error(f"--seconds must be finite, 0 or above, got {chosen.seconds:g}")
+    return chosen
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,13 +15,17 @@ import io
 import os
 import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, TextIO, cast
 
 import cogview
 from cogview.launch import started_as_first, started_ranks
 
+LONGEST_IMPORT = 30.0  # seconds for which a signal waits until libraries are loaded
 EXIT_MISTAKE = 2
 EXIT_SIGNAL = 128  # and the number of the signal
 EXIT_BROKEN_PIPE = 128 + 13  # as of a program that SIGPIPE ends
@@ -92,6 +96,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    output = sys.stdout
+    sys.stdout = cast("TextIO", _Output(output))
+    try:
+        with _ended_by_signals() as received:
+            return _main(argv, received)
+    finally:
+        sys.stdout = output
+
+
+def _main(argv: Sequence[str] | None, received: list[int]) -> int:
+    """The exit code; ``received`` has the signals that have ended the command so far."""
     words = list(sys.argv[1:] if argv is None else argv)
     verb = words[0] if words and words[0] in EXAMPLES else ""
     given: Any = None
@@ -111,14 +126,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass  # The first rank tells it for all.
         elif verb in RESUMABLE and given is not None:
             folder = given.folder if verb == "demo" else given.out
-            print(
-                f"\ninterrupted; what is finished is saved in {folder}. "
-                "Run the same command again to go on from there.",
-                file=sys.stderr,
-            )
+            if os.path.isdir(folder) and os.listdir(folder):
+                saved = (
+                    f"what is finished is saved in {folder}. Run the same command again to go on from there."
+                )
+            else:
+                saved = f"nothing was finished yet, and nothing is in {folder}"
+            _tell(f"\ninterrupted; {saved}")
         else:
-            print(f"\ninterrupted; {str(interrupt) or 'nothing was written'}", file=sys.stderr)
-        return EXIT_SIGNAL + getattr(interrupt, "signum", signal.SIGINT)
+            _tell(f"\ninterrupted; {str(interrupt) or 'nothing was written'}")
+        return EXIT_SIGNAL + getattr(interrupt, "signum", received[-1] if received else signal.SIGINT)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "cogview":
             raise
@@ -155,6 +172,74 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
+class _Output:
+    """Standard output that remembers whether it has refused what was written to it.
+
+    Where Python holds back nothing, as under ``PYTHONUNBUFFERED=1``, no later flush tells of it.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.is_lost = stream, False
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self.is_lost = True
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGHUP end the command as Ctrl-C does: what is half done is removed.
+
+    Yields the list of those that have come. One that is ignored, as SIGHUP under ``nohup``, stays ignored.
+    While a library is loaded they wait: in the midst of NumPy or PyTorch the interrupt gets lost, and what is
+    half loaded fails with errors of its own.
+    """
+    received: list[int] = []
+    waiting: list[tuple[int, float]] = []  # those that have come while a library was loaded, and when
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if signum != signal.SIGALRM:
+            waiting.append((signum, time.monotonic()))
+        if not waiting:
+            return
+        can_wait = signal.SIGALRM in taken and _is_importing(frame)
+        if can_wait and time.monotonic() - waiting[0][1] < LONGEST_IMPORT:
+            # No thread looks again: the handler may have come while a lock was held that a new thread takes.
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            return
+        received.append(waiting[0][0])
+        waiting.clear()
+        raise KeyboardInterrupt
+
+    usual: dict[int, Any] = dict.fromkeys((signal.SIGTERM, signal.SIGHUP, signal.SIGALRM), signal.SIG_DFL)
+    usual[signal.SIGINT] = signal.default_int_handler
+    is_main = threading.current_thread() is threading.main_thread()
+    taken = [signum for signum in usual if is_main and signal.getsignal(signum) is usual[signum]]
+    for signum in taken:
+        signal.signal(signum, handle)
+    try:
+        yield received
+    finally:
+        if signal.SIGALRM in taken:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for signum in taken:
+            signal.signal(signum, usual[signum])
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _in_words(error: Exception, given: Any) -> str:
     """An error with its option as it is typed, or with its place, which the system tells of no open file."""
     if not isinstance(error, OSError) or error.errno is None:
@@ -163,9 +248,10 @@ def _in_words(error: Exception, given: Any) -> str:
     if error.filename is not None and not is_full:
         ends = (end for end in (error.filename, error.filename2) if end is not None)
         return f"{error.strerror}: " + " to ".join(repr(str(end)) for end in ends)
-    name, out = error.filename, getattr(given, "folder", None) or getattr(given, "out", None)
-    # Unbuffered output leaves nothing behind by which it is known; a command without --out writes that alone.
-    if name is None and (_is_output_lost() or (is_full and out is None)):
+    # What copies or renames a file tells first what it reads, then what it writes.
+    name = error.filename if error.filename2 is None else error.filename2
+    out = getattr(given, "folder", None) or getattr(given, "out", None)
+    if name is None and _is_output_lost():
         name = "standard output"
     elif name is None and out is not None:
         name = f"--out {out}"
@@ -185,12 +271,14 @@ def _with_option(said: str, given: Any) -> str:
 
 def _is_output_lost() -> bool:
     """Whether standard output takes no more; what Python holds back of it is then dropped."""
+    is_lost = bool(getattr(sys.stdout, "is_lost", False))
     try:
         sys.stdout.flush()
     except OSError:
+        is_lost = True
+    if is_lost:
         _drop_output()
-        return True
-    return False
+    return is_lost
 
 
 def _drop_output() -> None:

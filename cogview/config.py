@@ -17,8 +17,12 @@ def _require(ok: bool, name: str, expected: str, got: object) -> None:
 
 MOST_WORKERS = 256  # More processes or threads than any machine has a use for.
 MOST_STEPS = 99_999_999  # The name of a checkpoint has eight digits.
+MOST_PICTURES = 100_000  # of one text in one call
 STUDY_SEEDS = 3  # trainings of each variant of a study, unless told otherwise
+MOST_SEEDS = 10_000  # of a study
 MOST_PIXELS = 1 << 14  # of a picture's side
+# Of weights, rates and the like. Sums of products with it over a batch must stay finite in float32.
+MOST_FACTOR = 1e9
 
 
 def _require_between(settings: object, least: float, most: float, *names: str) -> None:
@@ -41,13 +45,19 @@ def require_workers(least: int, workers: int) -> None:
     _require(least <= workers <= MOST_WORKERS, "workers", f"from {least} to {MOST_WORKERS}", workers)
 
 
+def require_seeds(seeds: int) -> None:
+    """ValueError for a number of trainings of each variant that no study ends with."""
+    fits = isinstance(seeds, Integral) and 1 <= seeds <= MOST_SEEDS
+    _require(fits, "seeds", f"a whole number from 1 to {MOST_SEEDS:,}", seeds)
+
+
 def _require_finite(settings: object, *names: str) -> None:
-    """Numbers, or tuples of them, that are 0 or above."""
+    """Numbers, or tuples of them, that are 0 or above, and not so large that what they weigh overflows."""
     for name in names:
         value = getattr(settings, name)
         numbers = value if isinstance(value, tuple) else (value,)
-        fits = all(0 <= number < math.inf for number in numbers)
-        _require(fits, name, "finite, 0 or above", value)
+        fits = all(0 <= number <= MOST_FACTOR for number in numbers)
+        _require(fits, name, f"finite, from 0 to {MOST_FACTOR:,.0f}", value)
 
 
 # How the codebook of a VQ-VAE is learned, or that it is not: see ``Quantizer`` in ``cogview.tokens.vqvae``.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cogview.launch import own_gpu
 
@@ -33,3 +34,12 @@ def usable_device(device: torch.device | str | None = None) -> str:
         reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(f"device {name} cannot be used here: {reason}; give cpu or cuda") from None
     return name
+
+
+def require_values(tensor: Tensor, name: str) -> None:
+    """ValueError for a tensor that has no values, as on the meta device, or has them in no plain array."""
+    kind = "one that is nested" if tensor.is_nested else f"one of {tensor.layout}"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense tensor, got {kind}; convert it, as by to_dense()")
+    if tensor.is_meta:
+        raise ValueError(f"{name} must be a tensor with values, got one on the meta device, which has none")

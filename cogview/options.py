@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Fixed, FlagCreatePairsOff, Positional, Suppress, arg
 
 from cogview.config import (
+    MOST_PICTURES,
     MOST_PIXELS,
     STUDY_SEEDS,
     ClipGenTrainConfig,
@@ -44,6 +45,14 @@ def _require_at_least(given: Any, **least: int) -> None:
         value = getattr(given, name)
         if value is not None and not value >= smallest:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {smallest}, got {value}")
+
+
+def _require_at_most(given: Any, **most: int) -> None:
+    """ValueError for an option, by its name, that is given and above the most that it may be."""
+    for name, largest in most.items():
+        value = getattr(given, name)
+        if value is not None and not value <= largest:
+            raise ValueError(f"--{name.replace('_', '-')} must be at most {largest:,}, got {value:,}")
 
 
 Data = Annotated[
@@ -346,6 +355,7 @@ class ClipGenerate:
     def __post_init__(self) -> None:
         _require_one("TEXT", self.texts)
         _require_at_least(self, num=1)
+        _require_at_most(self, num=MOST_PICTURES)
         if (self.rank == "clip") != (self.captioner is None):
             needs = "needs" if self.captioner is None else "has no use for"
             raise ValueError(f"--rank {self.rank} {needs} --captioner")
@@ -399,6 +409,7 @@ class Drawing:
 
     def __post_init__(self) -> None:
         _require_at_least(self, num=1, parallel=1, max_batch=1, guidance=0)
+        _require_at_most(self, num=MOST_PICTURES)
         if not self.out:
             raise ValueError(
                 "--out must be a .png file, a folder or - for standard output, got an empty name"
@@ -603,8 +614,7 @@ class Evaluate:
             raise ValueError(f"two sets are compared, A and B, got {len(self.sets)}; --vote takes more")
         _require_port(self.port)
         _require_at_least(self, num=1, splits=1, batch_size=1, captions=1, size=1)
-        if self.size is not None and self.size > MOST_PIXELS:
-            raise ValueError(f"--size must be at most {MOST_PIXELS:,}, got {self.size}")
+        _require_at_most(self, num=MOST_PICTURES, size=MOST_PIXELS)
         if not all(0 <= radius < 1000 for radius in self.blur):
             raise ValueError(f"--blur must be pixels from 0 to 1000, got {self.blur}")
 
@@ -731,6 +741,7 @@ class RankCurve:
 
     def __post_init__(self) -> None:
         _require_at_least(self, candidates=1, prompts=2)
+        _require_at_most(self, candidates=MOST_PICTURES)
 
 
 @dataclass(frozen=True)
@@ -763,6 +774,7 @@ class JudgeClipGen:
     def __post_init__(self) -> None:
         _require_one("RUN", self.runs)
         _require_at_least(self, candidates=1, prompts=2)
+        _require_at_most(self, candidates=MOST_PICTURES)
 
 
 STUDIES_OF_RUNS = ("super-resolution", "style")  # they train nothing

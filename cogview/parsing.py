@@ -81,6 +81,7 @@ SHORT: dict[type, dict[str, str]] = {
 }
 
 NARROWEST = 40  # columns; below a few of them tyro lays out its help for ever
+ONE_LINE = 1 << 14  # columns in which tyro breaks no number and no name, of which our line is made
 
 
 def parse(verb: str, words: Sequence[str], description: str) -> Any:
@@ -100,10 +101,8 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
         words = [_in_full(word, SHORT[kind]) for word in words]
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
-    if shutil.get_terminal_size().columns < NARROWEST:
-        os.environ["COLUMNS"] = str(NARROWEST)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _columns(NARROWEST if _asks_help(words) else ONE_LINE):
             return tyro.cli(
                 kind,
                 prog=f"cogview {verb}",
@@ -117,6 +116,24 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
             raise
         said = _one_line(complaint.getvalue(), f"cogview {verb}")
         raise ValueError(f"{said}{_guess(said, SHORT.get(kind, ()))}; see cogview {verb} --help") from None
+
+
+@contextlib.contextmanager
+def _columns(least: int) -> Iterator[None]:
+    """Within the block, what tyro takes for the width of the terminal is no less."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < least:
+        os.environ["COLUMNS"] = str(least)
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(words))
 
 
 def _defaults(kind: type, words: Sequence[str]) -> Any:
@@ -148,9 +165,8 @@ def _preset(kind: type, words: Sequence[str]) -> Preset:
     """
     name, out = _last_value(words, "preset"), _last_value(words, "out")
     named = None if name is None else get_preset(name)
-    asks_help = bool({"-h", "--help"} & set(words))
     reads_run = kind in (options.Train, options.TrainClipGen)
-    of_run = Path(out) if reads_run and out is not None and not asks_help else None
+    of_run = Path(out) if reads_run and out is not None and not _asks_help(words) else None
     if of_run is not None and (named is None or exists(of_run / TOKENIZER_SETTINGS)):
         implied = implied_preset(of_run)
         if named is None or named.name == implied.name:

@@ -31,9 +31,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cogview.config import SamplingConfig
+from cogview.config import MOST_PICTURES, SamplingConfig
 from cogview.data.image_files import Picture, pixels_of, upright_size
-from cogview.device import usable_device
+from cogview.device import require_values, usable_device
 from cogview.evaluation.cap_loss import caption_loss
 from cogview.files import StrPath
 from cogview.generation.captions import generate_captions
@@ -54,8 +54,8 @@ from cogview.training.checkpoint import CHECKPOINTS, check_origin, load_model, r
 from cogview.weights import without_values
 
 MAX_BATCH = 256  # rows that are decoded or scored together
-MAX_PICTURES = 100_000  # of one text in one call
 READ_TOGETHER = 64  # pictures that are read and described before the first of them is told
+_WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Drawing(NamedTuple):
@@ -408,7 +408,8 @@ class Run:
         Raises:
             FileNotFoundError: a path that leads nowhere.
             IsADirectoryError: one that leads to a folder.
-            ValueError: a file that is no image, or a tensor that is not ``[3, H, W]``.
+            ValueError: a file that is no image, a picture of 0 pixels, a tensor that is not ``[3, H, W]`` or
+                has no values.
             TypeError: an image that is neither a path nor a PIL picture nor a tensor.
         """
         codes = self._codes(_listed_images(images), self.tokenizers.image.config.image_size).flatten(1)
@@ -565,9 +566,10 @@ class Run:
         """
         tokenizer = self.tokenizers.image
         grid, num_codes = tokenizer.config.grid, tokenizer.config.num_codes
-        if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.dtype == torch.bool:
+        if not isinstance(codes, Tensor) or codes.dtype not in _WHOLE_NUMBERS:
             kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
             raise TypeError(f"codes must be a tensor of whole numbers, got one of {kind}")
+        require_values(codes, "codes")
         if codes.shape[-1:] != (grid * grid,):
             raise ValueError(f"codes must be [..., {grid * grid}], got {list(codes.shape)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < num_codes:
@@ -668,12 +670,12 @@ def _pictures(pixels: Tensor) -> Any:
     return to_picture(pixels) if pixels.dim() == 3 else [_pictures(part) for part in pixels]
 
 
-def require_num(num: int) -> None:
+def require_num(num: int, name: str = "num") -> None:
     """ValueError for a number of pictures of one text that nobody can want, TypeError for what is none."""
     if not isinstance(num, Integral):
-        raise TypeError(f"num must be a whole number, got {num!r}")
-    if not 1 <= num <= MAX_PICTURES:
-        raise ValueError(f"num must be at least 1 and at most {MAX_PICTURES:,}, got {num:,}")
+        raise TypeError(f"{name} must be a whole number, got {num!r}")
+    if not 1 <= num <= MOST_PICTURES:
+        raise ValueError(f"{name} must be at least 1 and at most {MOST_PICTURES:,}, got {num:,}")
 
 
 def listed_texts(texts: str | Sequence[str]) -> list[str]:
@@ -689,7 +691,10 @@ def _best_first(losses: Sequence[float]) -> list[int]:
 
 
 def _is_one_image(images: Picture | Sequence[Picture]) -> bool:
-    return images.dim() == 3 if isinstance(images, Tensor) else not isinstance(images, (list, tuple))
+    if not isinstance(images, Tensor):
+        return not isinstance(images, (list, tuple))
+    require_values(images, "images")
+    return images.dim() == 3
 
 
 def _listed_images(images: Picture | Sequence[Picture]) -> list[Picture]:

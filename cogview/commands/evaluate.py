@@ -43,7 +43,7 @@ from cogview.evaluation.set_statistics import (
 )
 from cogview.files import StrPath, exists, write_csv, write_json
 from cogview.perception.efficientnet import EfficientNetLite0Features
-from cogview.run import Run, load_run
+from cogview.run import Run, load_run, require_num
 from cogview.settings import MODEL_SETTINGS
 from cogview.training.start import Start
 
@@ -93,6 +93,7 @@ def evaluate(options: Evaluate) -> list[Figure]:
             different sizes or seen by different networks; a run, and no captions to draw; ``out`` within a
             set.
     """
+    require_num(options.candidates, "candidates")
     first, second = Path(options.first), Path(options.second)
     for path in (first, second):
         if not exists(path):  # before the pictures of the other are read

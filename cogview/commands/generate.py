@@ -22,7 +22,7 @@ from cogview.commands.outlet import Outlet
 from cogview.generation.engine import DrawOptions
 from cogview.model.memory import cache_bytes, rows_that_fit, weight_bytes
 from cogview.progress import Progress
-from cogview.run import MAX_PICTURES, Drawing, Run, load_run
+from cogview.run import Drawing, Run, load_run
 from cogview.terminal import in_one_line
 
 
@@ -35,8 +35,6 @@ def draw_pictures(
     is finished is written all the same, and KeyboardInterrupt says so.
     """
     outlet = Outlet(given.out, given.force)
-    if given.num > MAX_PICTURES:
-        raise ValueError(f"--num must be at most {MAX_PICTURES:,}, got {given.num:,}")
     run = load_run(given.run, given.device, given.precision)
     outlet.check_size([given.num] * len(texts), run.tokenizers.image.config.image_size)
     if given.guidance not in (None, 1) and not run.text_dropout:
@@ -88,14 +86,15 @@ def _only_one_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if not is_main or not callable(before):  # ignored, as by what a shell starts in the background
         yield
         return
     signal.signal(signal.SIGINT, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def _memory(run: Run, drawer: DrawOptions, pictures: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from cogview.device import require_values
 from cogview.files import StrPath, is_file
 from cogview.images import is_overview
 
@@ -30,12 +31,17 @@ def fit_picture(picture: Image.Image, size: int) -> Tensor:
     A camera's note on how it was held is heeded, and an animation gives its current frame. Grayscale, palette
     and CMYK become RGB, transparency is laid on white. 16 bits are scaled from 0..65535, floats from [0, 1].
 
-    ValueError for floats or wide integers of another range, and for a kind of colour that is not known.
+    ValueError for a picture without a pixel, for floats or wide integers of another range, and for a kind of
+    colour that is not known.
     """
     with contextlib.suppress(Exception):  # A damaged note is no damaged picture.
         picture = ImageOps.exif_transpose(picture)
     # Cropped before all else: what is done to a strip must not cost what a square of its length would.
     side = min(picture.size)
+    if side == 0:
+        raise ValueError(
+            f"an image must have a pixel at least, got {picture.width} x {picture.height} of them"
+        )
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     picture = _eight_bits(picture.crop((left, top, left + side, top + side)))
     if picture.has_transparency_data:
@@ -159,7 +165,7 @@ def pixels_of(picture: Picture, size: int) -> Tensor:
     """A file's path, a PIL picture or a tensor as ``[3, size, size]`` float32 in [0, 1].
 
     A tensor is ``[3, H, W]``, uint8 or floats in [0, 1]; one of the right size is taken as it is.
-    TypeError for anything else, ValueError for another shape or floats of another range.
+    TypeError for anything else, ValueError for another shape, floats of another range or no values at all.
     """
     if isinstance(picture, (str, os.PathLike)):
         return read_image(picture, size)
@@ -167,6 +173,7 @@ def pixels_of(picture: Picture, size: int) -> Tensor:
         return to_unit_range(fit_picture(picture, size))
     if not isinstance(picture, Tensor):
         raise TypeError(f"an image must be a path, a PIL picture or a tensor, got {type(picture).__name__}")
+    require_values(picture, "an image tensor")
     if picture.dim() != 3 or picture.shape[0] != 3 or picture.numel() == 0:
         raise ValueError(f"an image tensor must be [3, H, W], got {list(picture.shape)}")
     pixels = picture.detach().cpu()

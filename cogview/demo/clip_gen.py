@@ -40,7 +40,7 @@ from cogview.generation.clip_gen import draw_from_embeddings
 from cogview.generation.engine import DrawOptions
 from cogview.perception.clip import Clip, embed_images
 from cogview.progress import Progress
-from cogview.run import Run, load_run
+from cogview.run import Run, load_run, require_num
 from cogview.settings import claim_settings
 
 # Held-out combinations of drawing and tone, and pictures that training saw. The demo's third group is Chinese
@@ -100,6 +100,7 @@ def judge_clip_gen(options: ClipGenJudging) -> dict[str, Any]:
             one than in training; two runs of one name; codes in ``out`` that were drawn with other weights,
             prompts or seed, or as another number of candidates.
     """
+    require_num(options.candidates, "candidates")
     out = Path(options.out)
     _require_names(options)
     prompts = [prompt for prompt in all_prompts(options.prompts_of_a_group) if prompt.group in ASKED]

@@ -22,7 +22,7 @@ from cogview.evaluation.rank_curve import COUNTS, CurvePoint, costs_of_pickers, 
 from cogview.files import StrPath, write_csv, write_json
 from cogview.perception.efficientnet import EfficientNetLite0Features
 from cogview.progress import Progress
-from cogview.run import Run, load_run
+from cogview.run import Run, load_run, require_num
 from cogview.settings import claim_settings, load_tokenizer_settings
 from cogview.tokens.tokenizers import require_same_tokenizers
 
@@ -55,6 +55,7 @@ def study_ranking(options: Ranking, network: Features | None = None) -> list[Cur
         ValueError: a run on data that no judge can read; a captioner with other tokenizers; a folder that was
             started with other settings.
     """
+    require_num(options.candidates, "candidates")
     out = Path(options.out)
     settings = load_tokenizer_settings(options.run)
     quiz = quiz_of(settings.data, settings.image_tokenizer.image_size, options.prompts)

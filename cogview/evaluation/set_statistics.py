@@ -101,7 +101,7 @@ def picture_statistics(
     score = InceptionScore(len(pictures), parts)
     label = f"read {pictures.folder.name}"
     with Progress(len(pictures), label, unit="image", enabled=progress) as bar:
-        for images in pictures.batches(batch_size):
+        for images in pictures.batches(min(batch_size, len(pictures))):
             for radius, statistics in by_radius.items():
                 features = network(blurred(images, radius).to(device))
                 statistics.update(features)

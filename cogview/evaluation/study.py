@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from cogview.config import STUDY_SEEDS, ModelConfig, TrainConfig
+from cogview.config import STUDY_SEEDS, ModelConfig, TrainConfig, require_seeds
 from cogview.data.digits import splits
 from cogview.data.rows import Rows
 from cogview.data.tokens import TokenDataset
@@ -71,6 +71,13 @@ class StudySize:
     steps: int
     learning_rate: float
 
+    def __post_init__(self) -> None:
+        self.training()  # ValueError for what no training takes, before a study's folder is bound to it
+
+    def training(self) -> TrainConfig:
+        """How each model is trained."""
+        return TrainConfig(steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate)
+
 
 SIZES: dict[str, StudySize] = {
     "small": StudySize(_shape(24, 64, 2), batch_size=2, steps=100, learning_rate=0.2),
@@ -87,6 +94,9 @@ class StabilityStudy:
     seeds: int = STUDY_SEEDS
     device: str = field(default_factory=default_device)
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        require_seeds(self.seeds)
 
 
 @dataclass(frozen=True)
@@ -173,8 +183,7 @@ def _run(
     """One training, to its end or to the first value of a forward pass that is not finite."""
     size = options.size
     torch.manual_seed(derive_seed(seed, "study"))
-    config = TrainConfig(steps=size.steps, batch_size=size.batch_size, learning_rate=size.learning_rate)
-    trainer = HalfTrainer(size.model, config, VARIANTS[variant], torch.device(options.device))
+    trainer = HalfTrainer(size.model, size.training(), VARIANTS[variant], torch.device(options.device))
     record: dict[str, Any] = {
         "variant": variant,
         "seed": seed,

@@ -21,7 +21,13 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from cogview.config import STUDY_SEEDS, CodebookMethod, ImageTokenizerConfig, ImageTokenizerTrainConfig
+from cogview.config import (
+    STUDY_SEEDS,
+    CodebookMethod,
+    ImageTokenizerConfig,
+    ImageTokenizerTrainConfig,
+    require_seeds,
+)
 from cogview.data.emoji import EmojiPairs, held_out_combinations, training_pairs
 from cogview.device import default_device
 from cogview.evaluation.emoji_judge import EmojiJudge
@@ -90,6 +96,9 @@ class TokenizerStudy:
     seeds: int = STUDY_SEEDS
     device: str = field(default_factory=default_device)
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        require_seeds(self.seeds)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,21 @@ def test_the_originals_algorithm_draws_the_same_codes():
     assert len(ours.unique(dim=0)) == 3
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("parallel", value) for value in ("0", "-1", "10", str(10**20))),
+        ("batch", "0"),
+        ("batch", str(10**20)),
+    ]
+    + [("ranked", "-1"), ("ranked", str(10**20)), ("seconds", "nan"), ("seconds", "-1")],
+)
+def test_a_number_that_cannot_be_is_one_line_that_names_it(option, value, capsys):
+    with pytest.raises(SystemExit):
+        bench_generate.parse(["--shape", "tiny", f"--{option}", value])
+    assert f"error: --{option} must be " in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_run_tells_and_saves_what_it_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_generate, "COPIED", {"cpu": 1 << 16})
     monkeypatch.setattr(bench_generate.importlib.util, "find_spec", lambda _: None)  # Hugging Face is slow

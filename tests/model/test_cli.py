@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import errno
+import importlib
 import io
 import json
 import os
@@ -190,6 +191,65 @@ def test_a_second_ctrl_c_does_not_end_the_writing(run_folder, tmp_path, capsys, 
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_what_a_signal_ends_leaves_nothing_half_done(signum, run_folder, tmp_path, capsys, monkeypatch):
+    def ended(*_):
+        assert os.listdir(tmp_path) == ["x.cogview.tmp"]
+        os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr("cogview.commands.pack.complete_checkpoint", ended)
+    monkeypatch.setattr(generate._Pictures, "add", lambda *_: os.kill(os.getpid(), signum))
+    before = signal.signal(signum, signal.SIG_DFL)
+    try:
+        for words in (["pack"], ["generate", SEVEN, "--num", "2"]):
+            assert main([*words, "--run", str(run_folder), "--out", str(tmp_path / "x")]) == 128 + signum
+            assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+            assert os.listdir(tmp_path) == [] and signal.getsignal(signum) is signal.SIG_DFL
+        monkeypatch.setattr(cogview.commands.verbs, "presets", lambda _: os.kill(os.getpid(), signum))
+        signal.signal(signum, signal.SIG_IGN)
+        assert main(["presets"]) == 0  # as under nohup
+    finally:
+        signal.signal(signum, before)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("hears_ctrl_c")
+def test_a_signal_waits_until_a_library_is_loaded(signum, tmp_path, capsys, monkeypatch):
+    name = f"loads_slowly_{signum.name}"
+    sends = "import os, time; os.kill(os.getpid(), {}); time.sleep(0.2); loaded = True"
+    (tmp_path / f"{name}.py").write_text(sends.format(int(signum)))
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signum)
+
+    def load(given):
+        importlib.import_module(name)
+        time.sleep(5)
+
+    monkeypatch.setattr(cogview.commands.verbs, "presets", load)
+    assert main(["presets"]) == 128 + signum
+    assert capsys.readouterr().err.strip() == "interrupted; nothing was written"
+    assert sys.modules.pop(name).loaded and signal.getsignal(signum) is before
+
+
+def test_an_interrupted_command_says_that_something_is_saved_only_where_there_is(
+    tmp_path, capsys, monkeypatch
+):
+    def interrupted(given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cogview.commands.verbs, "study", interrupted)
+    words = ["study", "stability", "--out", str(tmp_path / "x")]
+    assert main(words) == 130
+    assert (
+        f"interrupted; nothing was finished yet, and nothing is in {tmp_path / 'x'}"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "settings.json").touch()
+    assert main(words) == 130
+    assert f"what is finished is saved in {tmp_path / 'x'}. Run the same" in capsys.readouterr().err
+
+
 def test_ctrl_c_keeps_the_pictures_that_are_finished(run_folder, tmp_path, capsys, monkeypatch):
     drawn = []
 
@@ -325,8 +385,14 @@ def test_closed_streams_are_no_failure(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("is_buffered", [True, False])
-@pytest.mark.parametrize("words", [["presets"], ["presets", "--help"], ["--version"]])
-def test_a_full_disk_behind_standard_output_is_one_line(words, is_buffered, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "words", [["presets"], ["presets", "--help"], ["--version"], ["pack", "--run", "RUN", "--out", "x"]]
+)
+def test_a_full_disk_behind_standard_output_is_one_line(
+    words, is_buffered, run_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [str(run_folder) if word == "RUN" else word for word in words]
     with io.TextIOWrapper(open("/dev/full", "wb", buffering=-1 if is_buffered else 0)) as full:
         full.reconfigure(write_through=not is_buffered)
         monkeypatch.setattr(sys, "stdout", full)
@@ -351,6 +417,18 @@ def test_a_full_disk_is_told_with_its_place_and_the_way_out(
         f"cogview {verb}: --out {tmp_path / 'x'} cannot be written: No space left on device; make room there "
         "and repeat the command, or write to another place"
     )
+
+
+def test_a_full_disk_is_not_told_of_the_file_that_is_copied(run_folder, tmp_path, capsys, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), source, None, target)
+
+    monkeypatch.setattr("cogview.commands.pack.shutil.copyfile", full)
+    line = mistake(capsys, "pack", "--run", run_folder, "--out", tmp_path / "x")
+    assert line.startswith(
+        f"cogview pack: {tmp_path}/x.cogview.tmp/text_tokenizer.model cannot be written: No"
+    )
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_dash_writes_the_picture_to_standard_output(run_folder, capsysbinary):

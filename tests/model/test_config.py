@@ -50,6 +50,9 @@ from cogview.training.pipeline import TrainModel
         (lambda: TrainConfig(batch_size=10**11), "batch_size"),
         (lambda: TrainConfig(learning_rate=math.inf), "learning_rate"),
         (lambda: TrainConfig(betas=(0.9, math.nan)), "betas"),
+        # Sums of what is weighed by it overflow in float32, and losses are then told as 0.
+        (lambda: TrainConfig(text_weight=1e38), "text_weight must be finite, from 0 to 1,000,000,000"),
+        (lambda: TrainConfig(learning_rate=1e39), "learning_rate must be finite, from 0 to 1,000,000,000"),
         (lambda: TrainConfig(clip_norm=-1.0), "clip_norm"),
         (lambda: TrainConfig(warmup_fraction=7.0), "warmup_fraction"),
         (lambda: TrainModel("x", "y", workers=99_999), "workers must be from 0 to 256, got 99999"),

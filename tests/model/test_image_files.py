@@ -137,6 +137,17 @@ def test_tensors_of_another_range_or_kind_are_refused():
         pixels_of(torch.linspace(0, 255, 3 * 64).view(3, 8, 8), 8)
     with pytest.raises(TypeError, match=r"uint8 or floats, got torch\.int32"):
         pixels_of(torch.zeros(3, 8, 8, dtype=torch.int32), 8)
+    with pytest.raises(ValueError, match="an image tensor must be a tensor with values, got one on the meta"):
+        pixels_of(torch.zeros(3, 8, 8, device="meta"), 8)
+    with pytest.raises(ValueError, match=r"an image tensor must be a dense tensor, got one of torch\.sparse"):
+        pixels_of(torch.zeros(3, 8, 8).to_sparse(), 8)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_of_no_pixels_is_refused(size):
+    said = f"an image must have a pixel at least, got {size[0]} x {size[1]} of them"
+    with pytest.raises(ValueError, match=said):
+        pixels_of(Image.new("RGB", size), 8)
 
 
 def test_what_cogview_wrote_as_a_sheet_is_no_picture_of_a_folder_and_what_is_only_called_so_is_one(tmp_path):

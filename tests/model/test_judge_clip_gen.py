@@ -106,6 +106,8 @@ def test_wrong_input_is_one_clear_line(wanted, tmp_path):
     same = dataclasses.replace(wanted, runs=wanted.runs * 2, out=tmp_path)
     with pytest.raises(ValueError, match="runs must have folders of different names, got two named plain"):
         clip_gen.judge_clip_gen(same)
+    with pytest.raises(ValueError, match="candidates must be at least 1 and at most 100,000, got 100,001"):
+        clip_gen.judge_clip_gen(dataclasses.replace(wanted, candidates=100_001, out=tmp_path))
     wide = dataclasses.replace(wanted, clip=save_tiny_clip(tmp_path / "wide", width=12), out=tmp_path)
     with pytest.raises(ValueError, match=r"was trained with embeddings of 8 numbers, the CLIP in .* has 12"):
         clip_gen.judge_clip_gen(wide)

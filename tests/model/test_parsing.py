@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,24 @@ def test_mistakes_are_one_line_that_names_the_option():
         "--keep-top must be at least 0 and below 1 (0.5 is the upper half)"
     )
     assert "'dens'" in mistake("train", *TRAIN, "--attention", "dens")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("generate", "a", "--num"),
+        ("clip-generate", "a", "--run", "x", "--num"),
+        ("evaluate", "x", "y", "--num"),
+        ("rank-curve", "--run", "x", "--out", "y", "--candidates"),
+        ("judge-clip-gen", "x", "--out", "y", "--candidates"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_more_pictures_of_a_text_than_anybody_wants_are_refused_in_a_line_without_breaks(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    line = mistake(*words, str(10**50))
+    assert line.startswith(f"{words[-1]} must be at most 100,000, got {10**50:,}; see")
+    assert os.environ["COLUMNS"] == "60"
 
 
 def _value_error(verb, *words):

@@ -121,4 +121,6 @@ def test_runs_that_no_judge_can_read_are_refused(run_folder, tmp_path):
     (other / "tokenizers.json").write_text(settings)
     with pytest.raises(ValueError, match="run must be one on digits or emoji"):
         study_ranking(Ranking(other, tmp_path / "out"), Means())
+    with pytest.raises(ValueError, match="candidates must be at least 1 and at most 100,000, got 100,001"):
+        study_ranking(Ranking(run_folder, tmp_path / "out", candidates=100_001), Means())
     assert not (tmp_path / "out").exists()

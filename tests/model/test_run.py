@@ -268,6 +268,22 @@ def test_codes_go_to_pictures_and_back(run, drawn):
     assert run.pixels(codes).shape == (5, 3, 16, 16)
 
 
+def test_tensors_that_hold_no_plain_values_are_one_clear_error(run):
+    nested = torch.nested.nested_tensor([torch.zeros(3, 16, 16)] * 2, layout=torch.jagged)
+    for images in (torch.zeros(3, 16, 16).to_sparse(), torch.zeros(2, 3, 16, 16, device="meta"), nested):
+        for method in (run.encode, run.caption):
+            with pytest.raises(
+                ValueError, match=r"images must be a (dense tensor|tensor with values), got one"
+            ):
+                method(images)
+    codes = torch.zeros(16, dtype=torch.int64)
+    for unusable in (codes.to_sparse(), codes.to("meta")):
+        with pytest.raises(ValueError, match=r"codes must be a (dense tensor|tensor with values), got one"):
+            run.decode(unusable)
+    with pytest.raises(TypeError, match=r"tensor of whole numbers, got one of torch\.complex64"):
+        run.decode(torch.zeros(16, dtype=torch.complex64))
+
+
 def test_rerank_gives_places_best_first(run, drawn):
     images = drawn[0][::-1]
     losses = run.cap_loss(SEVEN, images)

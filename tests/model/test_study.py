@@ -153,6 +153,20 @@ def test_a_loss_scale_that_is_too_large_skips_the_step_and_is_no_overflow():
     assert seen.sizes["trunk"] and len(seen.sizes["branches"]) == 4
 
 
+def test_numbers_that_no_training_takes_bind_no_folder(tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in ("stability", "tokenizers"):
+        for option, value, said in (
+            ("seeds", 10**20, "a whole number from 1 to 10,000, got 1"),
+            ("steps", 10**20, "from 1 to 99,999,999, got 1"),
+            ("learning-rate", 1e39, "finite, from 0 to 1,000,000,000, got 1"),
+        ):
+            assert main(["study", name, "--out", str(out), f"--{option}", str(value)]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"cogview study: --{option} must be {said}")
+    assert not out.exists()
+
+
 @pytest.fixture
 def two_variants(monkeypatch):
     chosen = {name: study.VARIANTS[name] for name in ("both", "neither, float32 trunk, resblock scaling")}
