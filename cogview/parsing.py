@@ -102,7 +102,7 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
         default = {"default": _defaults(kind, words)}
     complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint), _columns(NARROWEST if _asks_help(words) else ONE_LINE):
+        with contextlib.redirect_stderr(complaint), _shape_of_words(_asks_help(words)):
             return tyro.cli(
                 kind,
                 prog=f"cogview {verb}",
@@ -116,6 +116,18 @@ def parse(verb: str, words: Sequence[str], description: str) -> Any:
             raise
         said = _one_line(complaint.getvalue(), f"cogview {verb}")
         raise ValueError(f"{said}{_guess(said, SHORT.get(kind, ()))}; see cogview {verb} --help") from None
+
+
+@contextlib.contextmanager
+def _shape_of_words(is_help: bool) -> Iterator[None]:
+    """Within the block, help fits into the terminal, and an error is what :func:`_one_line` knows.
+
+    tyro draws the box of an error in other characters where standard output takes no UTF-8.
+    """
+    utf8 = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    output = contextlib.nullcontext() if is_help else contextlib.redirect_stdout(utf8)
+    with output, _columns(NARROWEST if is_help else ONE_LINE):
+        yield
 
 
 @contextlib.contextmanager

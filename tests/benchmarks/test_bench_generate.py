@@ -28,8 +28,11 @@ def test_the_originals_algorithm_draws_the_same_codes():
         *(("parallel", value) for value in ("0", "-1", "10", str(10**20))),
         ("batch", "0"),
         ("batch", str(10**20)),
-    ]
-    + [("ranked", "-1"), ("ranked", str(10**20)), ("seconds", "nan"), ("seconds", "-1")],
+        ("ranked", "-1"),
+        ("ranked", str(10**20)),
+        ("seconds", "nan"),
+        ("seconds", "-1"),
+    ],
 )
 def test_a_number_that_cannot_be_is_one_line_that_names_it(option, value, capsys):
     with pytest.raises(SystemExit):

@@ -193,7 +193,7 @@ def test_wrong_sets_are_told_in_one_line(tmp_path, capsys):
         assert "folder of pictures not found" in refused(capsys, tmp_path / "none", second, *out)
     assert "got 16x16 and 32x32 pixels; --size 16 scales both" in refused(capsys, first, large, *out)
     assert "two sets are compared" in refused(capsys, first, *out)
-    assert "--size must be at most 16,384, got 99999999" in refused(
+    assert "--size must be at most 16,384, got 99,999,999" in refused(
         capsys, first, first, "--size", "99999999", *out
     )
     mixed = tmp_path / "mixed"

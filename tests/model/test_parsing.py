@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import io
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,6 +183,12 @@ def test_mistakes_are_one_line_that_names_the_option():
         "--keep-top must be at least 0 and below 1 (0.5 is the upper half)"
     )
     assert "'dens'" in mistake("train", *TRAIN, "--attention", "dens")
+
+
+def test_a_mistake_reads_the_same_where_the_output_takes_no_utf8(monkeypatch):
+    words = ("evaluate", "x", "y", "--num", "0")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert mistake(*words) == "--num must be at least 1, got 0; see cogview evaluate --help"
 
 
 @pytest.mark.parametrize(
