@@ -183,6 +183,8 @@ MUTATIONS = [
     Mutation("attention-triton-window", "cogview_kernels/_regions_triton.py",
              "// block_size - window_blocks + 1, 0)", "// block_size - window_blocks + 2, 0)",
              _TRITON_ATTENTION),
+    Mutation("attention-triton-tile-edge", "cogview_kernels/_regions_triton.py",
+             "eights < (end - start)", "eights <= (end - start)", _TRITON_ATTENTION),
     Mutation("attention-triton-prefix", "cogview_kernels/three_region_attention/*.py",
              "index[None, :] < count[:, None]", "index[None, :] <= count[:, None]", _TRITON_ATTENTION),
     Mutation("attention-triton-far-first", "cogview_kernels/_regions_triton.py",

@@ -12,8 +12,8 @@ import triton.language as tl
 from cogview_kernels._attention_triton import NO_SPECIALIZATION, dq_step, probabilities
 from cogview_kernels._regions_triton import (
     first_query_past,
-    in_window,
     load_origin,
+    tile_before,
     window_start,
     window_stop,
 )
@@ -162,7 +162,7 @@ def dq_kernel(
         if (start + BLOCK_N > first_stop) | (start < last_window):
             window_starts = window_start(rows, origin, block_size, window_blocks)
             window_stops = window_stop(rows, origin, T, block_size, window_blocks, CAUSAL)
-            seen = in_window(columns[None, :], window_starts[:, None], window_stops[:, None])
+            seen = tile_before(window_stops, start, BLOCK_N) & ~tile_before(window_starts, start, BLOCK_N)
             s = tl.where(seen, s, float("-inf"))
         dq = dq_step(
             dq, dout, delta, peak, rest, s, factor, k, v, columns, r0, r1, keep_threshold, keep_scale,
@@ -171,8 +171,11 @@ def dq_kernel(
 
     d = tl.arange(0, BLOCK_D)
     dq_ptr += offset(b, stride_dqb) + offset(h, stride_dqh)
-    inside = (rows < T)[:, None] & (d < D)[None, :]
-    pointers = dq_ptr + offset(rows, stride_dqt)[:, None] + d[None, :]
+    # Places in the tile: rows would stay in registers through both loops.
+    i = tl.arange(0, BLOCK_M)
+    dq_ptr += offset(start_m, stride_dqt)
+    inside = (i < T - start_m)[:, None] & (d < D)[None, :]
+    pointers = dq_ptr + offset(i, stride_dqt)[:, None] + d[None, :]
     store_rounded(pointers, dq * scale, inside, dq_ptr.dtype.element_ty)
 
 
@@ -347,16 +350,19 @@ def dkv_kernel(
     if HAS_DROPOUT:
         dv *= keep_scale
     d = tl.arange(0, BLOCK_D)
-    inside = (columns < T)[:, None] & (d < D)[None, :]
+    # Places in the tile: columns would stay in registers through the loop.
+    j = tl.arange(0, BLOCK_N)
+    inside = (j < T - start_n)[:, None] & (d < D)[None, :]
     if HAS_FAR:
-        rank = tl.load(residuals_ptr + offset(b, stride_i) + PP + columns, mask=columns < T, other=-1)
+        ranks_ptr = residuals_ptr + offset(b, stride_i) + PP + start_n
+        rank = tl.load(ranks_ptr + j, mask=j < T - start_n, other=-1)
         far = inside & (rank >= 0)[:, None]
         at = offset(pid // tiles, PP) * D + offset(rank, D)[:, None] + d[None, :]
         dk += tl.load(dk_far_ptr + at, mask=far, other=0.0).to(tl.float32)
         dv += tl.load(dv_far_ptr + at, mask=far, other=0.0).to(tl.float32)
     dk_ptr += offset(b, stride_dkb) + offset(kv_head, stride_dkh)
     dv_ptr += offset(b, stride_dvb) + offset(kv_head, stride_dvh)
-    dk_pointers = dk_ptr + offset(columns, stride_dkt)[:, None] + d[None, :]
-    dv_pointers = dv_ptr + offset(columns, stride_dvt)[:, None] + d[None, :]
+    dk_pointers = dk_ptr + offset(start_n, stride_dkt) + offset(j, stride_dkt)[:, None] + d[None, :]
+    dv_pointers = dv_ptr + offset(start_n, stride_dvt) + offset(j, stride_dvt)[:, None] + d[None, :]
     store_rounded(dk_pointers, dk, inside, dk_ptr.dtype.element_ty)
     store_rounded(dv_pointers, dv, inside, dv_ptr.dtype.element_ty)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from cogview_kernels._attention_triton import LOWEST, NO_SPECIALIZATION, softmax_step
-from cogview_kernels._regions_triton import in_window, load_origin, window_start, window_stop
+from cogview_kernels._regions_triton import load_origin, tile_before, window_start, window_stop
 from cogview_kernels._triton import LN2, dropout_rows, load_rows, offset, store_rounded
 from cogview_kernels.three_region_attention.index_triton import far_range, sees_far
 
@@ -98,7 +98,7 @@ def fwd_kernel(
         if (start + BLOCK_N > first_stop) | (start < last_window):
             window_starts = window_start(rows, origin, block_size, window_blocks)
             window_stops = window_stop(rows, origin, T, block_size, window_blocks, CAUSAL)
-            seen = in_window(columns[None, :], window_starts[:, None], window_stops[:, None])
+            seen = tile_before(window_stops, start, BLOCK_N) & ~tile_before(window_starts, start, BLOCK_N)
             s = tl.where(seen, s, float("-inf"))
         acc, row_max, rest, total = softmax_step(
             acc, row_max, rest, total, s, factor, 0.0, v, columns, r0, r1, keep_threshold,
@@ -123,6 +123,9 @@ def fwd_kernel(
     acc = acc / total[:, None]
     d = tl.arange(0, BLOCK_D)
     out_ptr += offset(b, stride_ob) + offset(h, stride_oh)
-    inside = (rows < T)[:, None] & (d < D)[None, :]
-    pointers = out_ptr + offset(rows, stride_ot)[:, None] + d[None, :]
+    # Places in the tile: rows would stay in registers through both loops.
+    i = tl.arange(0, BLOCK_M)
+    out_ptr += offset(start_m, stride_ot)
+    inside = (i < T - start_m)[:, None] & (d < D)[None, :]
+    pointers = out_ptr + offset(i, stride_ot)[:, None] + d[None, :]
     store_rounded(pointers, acc, inside, out_ptr.dtype.element_ty)
