@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.config import TrainPrecision
+from cogview.launch import started_as_first
 from cogview_kernels import _device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,11 +78,12 @@ class Precision:
         reason = _why_not(self.dtype, self.device)
         if reason:
             raise ValueError(f"precision {name} cannot be used on {self.device}: {reason}")
-        if self.device.type == "cpu" and _device.emulates(self.dtype):
+        if self.device.type == "cpu" and _device.emulates(self.dtype) and started_as_first():
+            # Told from this line wherever it is called from: Python tells a line's warning once.
             warnings.warn(
                 f"this processor has no matrix products in {name}, and emulated they take several times as "
                 "long; --precision fp32 is faster",
-                stacklevel=2,
+                stacklevel=1,
             )
         self.scaler = torch.amp.GradScaler(self.device.type) if name == "fp16" and loss_scaling else None
 

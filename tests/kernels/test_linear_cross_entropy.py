@@ -224,6 +224,17 @@ def test_products_of_a_processor_without_16_bits(backend, dtype, case, reduction
     assert set(made) == {dtype}
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_memory_of_products_in_float32(monkeypatch, add):
+    """A block of each operand and one of sums, and no operand as a whole."""
+    monkeypatch.setattr(pieces, "WIDENED_SIDE", 64)
+    monkeypatch.setattr(pieces, "WIDENED_DEPTH", 32)
+    a, b = torch.randn(512, 640).bfloat16(), torch.randn(640, 256).bfloat16()
+    out = torch.zeros(512, 256, dtype=torch.bfloat16)
+    held = peak_bytes(lambda: pieces._widened_product(a, b, out, add=add, alpha=1.0))
+    assert 0 < held <= 4 * (64 * 64 + 2 * 64 * 32) + 1024
+
+
 def test_which_products_pytorch_has_none_of():
     assert not _device.emulates(torch.float32)
     supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -632,6 +643,8 @@ def test_memory_beyond_the_gradients(dtype, extra_memory, monkeypatch, one_threa
     """
     N, C, V = 600, 160, 6000
     monkeypatch.setattr(pieces, "CHUNK_ELEMENTS", int(0.029 * N * V))
+    # What products in float32 hold is bounded by itself, and more than that at this size.
+    monkeypatch.setattr(_device, "emulates", lambda dtype: False)
     hidden, weight = torch.randn(N, C).to(dtype), torch.randn(V, C).to(dtype)
     target = torch.randint(0, V, (N,))
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]

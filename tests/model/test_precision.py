@@ -268,6 +268,9 @@ def test_a_processor_that_emulates_a_precision_is_named(monkeypatch, name, recwa
         Precision(name, "cpu")
     recwarn.clear()
     Precision("fp32", "cpu")
+    monkeypatch.setenv("RANK", "1")
+    Precision(name, "cpu")
+    monkeypatch.delenv("RANK")
     monkeypatch.setattr(_device, "emulates", lambda dtype: False)
     Precision(name, "cpu")
     assert not recwarn.list
