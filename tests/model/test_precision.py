@@ -269,8 +269,10 @@ def test_a_processor_that_emulates_a_precision_is_named(monkeypatch, name, recwa
     recwarn.clear()
     Precision("fp32", "cpu")
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     Precision(name, "cpu")
     monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setattr(_device, "emulates", lambda dtype: False)
     Precision(name, "cpu")
     assert not recwarn.list
