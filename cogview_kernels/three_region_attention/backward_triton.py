@@ -291,8 +291,11 @@ def dkv_far_kernel(
     if HAS_DROPOUT:
         dv *= keep_scale
     d = tl.arange(0, BLOCK_D)
-    inside = (columns < T)[:, None] & (d < D)[None, :]
-    at = offset(pid // tiles, PP) * D + offset(index, D)[:, None] + d[None, :]
+    # Places in the tile: index and columns would stay in registers through the loop. Rows of pads are stored
+    # as well, and nobody reads them.
+    j = tl.arange(0, BLOCK_N)
+    at = (offset(pid // tiles, PP) + pid % tiles * BLOCK_N) * D + offset(j, D)[:, None] + d[None, :]
+    inside = tl.broadcast_to((d < D)[None, :], (BLOCK_N, BLOCK_D))
     store_rounded(dk_far_ptr + at, dk * scale, inside, dk_far_ptr.dtype.element_ty)
     store_rounded(dv_far_ptr + at, dv, inside, dv_far_ptr.dtype.element_ty)
 
