@@ -51,10 +51,14 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def emulates(dtype: torch.dtype) -> bool:
-    """Whether PyTorch has no matrix products in ``dtype`` for this machine's processor but plain loops. On an
-    AMD EPYC with AVX2 they took 30 to 140 times as long as products in float32."""
+    """Whether PyTorch has no matrix products in ``dtype`` for this machine's processor but plain loops.
+
+    On an AMD EPYC with AVX2 a large one took 140 times as long as in float32. A PyTorch that is built without
+    oneDNN, as for macOS, cannot tell: its own products are taken then.
+    """
     names = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype in names and not getattr(torch.ops.mkldnn, names[dtype])()
+    is_supported = getattr(torch.ops.mkldnn, names[dtype], None) if dtype in names else None
+    return is_supported is not None and not is_supported()
 
 
 def current_stream(device: torch.device | None = None) -> int:

@@ -41,9 +41,9 @@ def first_query_past(key, origin, block_size, window_blocks):
 def tile_before(end, start, BLOCK: tl.constexpr):
     """Of each row whether the BLOCK positions from ``start`` on lie before ``end``: ``[rows, BLOCK]``.
 
-    In the layout of scores a thread has a pair of every eight positions. The eights are compared with numbers
-    that are known when the kernel is compiled; as sums, all positions would stay in registers through the
-    loops, for the sake of their few masked tiles."""
+    In the layout of scores a thread has a pair of every eight positions. Where an eight begins is a
+    constant of the compiled kernel. Were it the sum ``start + column``, all columns would stay in registers
+    through the loops, most of whose tiles have no mask."""
     pair = tl.arange(0, 8)[None, None, :]
     eights = 8 * tl.arange(0, BLOCK // 8)[None, :, None]
     return tl.reshape(eights < (end - start)[:, None, None] - pair, [end.shape[0], BLOCK])

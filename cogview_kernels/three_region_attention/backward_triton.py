@@ -268,7 +268,7 @@ def dkv_far_kernel(
     past = first_query_past(columns, origin, block_size, window_blocks)
     start_m = tl.min(past, axis=0) // BLOCK_M * BLOCK_M
     stop_m = T
-    # Pads count nowhere and are not stored, so they need no mask.
+    # Nobody reads what pads are given, so they need no mask.
     full_lo = tl.max(tl.where(columns < T, past, 0), axis=0)
     full_hi = T + BLOCK_M
     first, gap_at, gap = past, 0, 0
@@ -291,8 +291,7 @@ def dkv_far_kernel(
     if HAS_DROPOUT:
         dv *= keep_scale
     d = tl.arange(0, BLOCK_D)
-    # Places in the tile: index and columns would stay in registers through the loop. Rows of pads are stored
-    # as well, and nobody reads them.
+    # Places in the tile: index and columns would stay in registers through the loop. Pads are stored as well.
     j = tl.arange(0, BLOCK_N)
     at = (offset(pid // tiles, PP) + pid % tiles * BLOCK_N) * D + offset(j, D)[:, None] + d[None, :]
     inside = tl.broadcast_to((d < D)[None, :], (BLOCK_N, BLOCK_D))

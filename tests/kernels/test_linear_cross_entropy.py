@@ -235,10 +235,18 @@ def test_memory_of_products_in_float32(monkeypatch, add):
     assert 0 < held <= 4 * (64 * 64 + 2 * 64 * 32) + 1024
 
 
-def test_which_products_pytorch_has_none_of():
-    assert not _device.emulates(torch.float32)
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert _device.emulates(torch.bfloat16) == (not supported)
+@pytest.mark.parametrize(
+    "lacking", [(), (torch.bfloat16,), (torch.float16,), (torch.bfloat16, torch.float16)]
+)
+def test_which_products_pytorch_has_none_of(lacking, monkeypatch):
+    emulates = _device.emulates.__wrapped__  # without its cache
+    told = {"_is_mkldnn_bf16_supported": torch.bfloat16, "_is_mkldnn_fp16_supported": torch.float16}
+    answers = {name: lambda dtype=dtype: dtype not in lacking for name, dtype in told.items()}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**answers))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        assert emulates(dtype) == (dtype in lacking)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # as where PyTorch is built without oneDNN
+    assert not emulates(torch.bfloat16)
 
 
 @pytest.mark.budget

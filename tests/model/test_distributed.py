@@ -125,10 +125,9 @@ def test_in_float16_all_ranks_skip_a_step_and_halve_the_scale_together(folder, r
     first, second = (rank["mixed errors"] for rank in result["two"])
     assert "step 2: loss nan, gradient norm nan; step skipped, as the loss was not finite\n" in first
     assert "after 4 steps, validation: image_loss" in first
-    # A processor without products in float16 is told of once, with the line of code below it.
-    lines = [line for line in first.splitlines() if "no matrix products in fp16" not in line]
-    lines = [line for line in lines if line.strip() != "warnings.warn("]
-    assert len(lines) == skipped + 2 and second == ""
+    # A processor without products in float16 is told of, once, with the line of code below it.
+    warned = 2 * first.count("no matrix products in fp16")
+    assert warned in (0, 2) and len(first.splitlines()) == skipped + 2 + warned and second == ""
 
 
 def test_the_command_speaks_once_and_leaves_a_run_like_any_other(folder, result):
